@@ -1,0 +1,114 @@
+"""Read every header and every voxel of a data set, and list all that is wrong with it in one table.
+
+    python check_data.py /data/Task01_BrainTumour
+    python check_data.py -c config/config_demo.json -e config/environment.json
+    python check_data.py data/siteA data/siteB -c config/config_demo.json --set data.pattern="**/*_T1w.nii.gz"
+
+Folders are read in any layout of docs/data.md; without one, `data_base_dir` of the environment file is read.
+With a config, only its channels are asked for and its percentiles are used. Nothing is changed.
+
+What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
+infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is due;
+labels that are missing, or have values that dataset.json does not name; scans that are there twice; macOS's
+`._*` files.
+
+Exit codes: 0 all good, 1 the disk failed, 2 wrong usage, or something is wrong with the data.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from ldm import UserError
+from ldm.checks import Problem, check_cases, stray_files
+from ldm.datasets import Case, find_cases
+from ldm.transforms import ras_geometry
+
+
+@utils.command
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="data set, or a JSON list")
+    parser.add_argument("-c", "--config-file", help="which channels, pattern and percentiles: JSON")
+    parser.add_argument("-e", "--environment-file", help="where the data are, in place of DIR: JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
+    )
+    parser.add_argument(
+        "-j", "--jobs", type=int, metavar="N", help="files read at a time (default: one a core, 16 at most)"
+    )
+    args = parser.parse_args(argv)
+
+    # Step 1: what to read
+    if bool(args.folders) == bool(args.environment_file):
+        raise UserError("give the folder of a data set, or -e ENVIRONMENT_FILE, which names one.")
+    if args.set and not args.config_file:
+        raise UserError("--set overrides keys of a config: give -c CONFIG_FILE too.")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more.")
+    source = args.folders
+    if args.environment_file:
+        source = utils.load_environment(args.environment_file)["data_base_dir"]
+    elif len(source) == 1:
+        source = source[0]
+    pattern, how = None, {}
+    if args.config_file:
+        config = utils.load_config(args.config_file, args.set)
+        pattern, channel = config["data"]["pattern"], config["channel"]
+        how["channels"] = channel if isinstance(channel, list) else [channel]
+        intensity = config["intensity"]
+        how["percentiles"] = (intensity["lower_percentile"], intensity["upper_percentile"])
+
+    # Step 2: read it
+    training, validation = find_cases(source, pattern)
+    cases = training + validation
+    problems, intensities = check_cases(cases, workers=args.jobs, **how)
+    problems += stray_files(cases)
+
+    # Step 3: say what is wrong
+    if not problems:
+        print(summary(cases, intensities))
+        return
+    print(table(problems))
+    bad = {problem.case for problem in problems} - {""}
+    print(f"{len(cases)} cases, {len(problems)} problems in {len(bad)} cases")
+    raise SystemExit(2)
+
+
+def table(problems: Sequence[Problem]) -> str:
+    """Case, file and reason in aligned columns."""
+    rows = [("case", "file", "reason")]
+    rows += [(problem.case or "-", str(problem.file), problem.reason) for problem in problems]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{case:{widths[0]}}  {file:{widths[1]}}  {reason}" for case, file, reason in rows)
+
+
+def summary(cases: Sequence[Case], intensities: dict[str, tuple[float, float]]) -> str:
+    """One line on a data set that is good: cases, voxels and spacing along R, A and S, intensities."""
+    geometry = [ras_geometry(case.images[0]) for case in cases]
+    shapes, spacings = (np.array([one[i] for one in geometry]) for i in (0, 1))
+    minima, maxima = np.array(list(intensities.values())).T
+    return (
+        f"all good: {len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm, "
+        f"minima {span(minima, ' to ')}, maxima {span(maxima, ' to ')}"
+    )
+
+
+def by_axis(values: np.ndarray) -> str:
+    """(N, 3) numbers as `35-43 x 40-59 x 35`."""
+    return " x ".join(span(axis, "-") for axis in values.T)
+
+
+def span(values: np.ndarray, between: str) -> str:
+    """The least and the greatest number, or the one that all are."""
+    low, high = (f"{value:.4g}" for value in (values.min(), values.max()))
+    return low if low == high else low + between + high
+
+
+if __name__ == "__main__":
+    main()

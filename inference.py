@@ -1,0 +1,452 @@
+"""Generate volumes with trained networks: one NIfTI a sample, named by its seed, and a picture of them.
+
+    python inference.py -c config/config_train_16g.json -e config/environment.json --num 8
+    python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler ddim
+    python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
+    torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
+    python inference.py --reproduce outputs/sample_000003.json
+
+Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and, to rounding, whatever
+`--batch-size`. Sampling runs in float32 for that reason; `--amp` trades it for speed. Reads `autoencoder.pt`
+and `diffusion_unet.pt` of `model_dir`, or weights from elsewhere (bare state dicts, old or new names) with
+their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was trained on, their
+intensities in the training set's typical range. No volume is overwritten: the same command again makes those
+that are missing, another one is refused. (torchrun takes `--num` for an option of its own; `-n` is the same.)
+
+Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, the hashes of checkpoints and
+config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints
+that it names (or `--autoencoder`, `--unet`: moved, but the same files), in the same batch, precision and
+number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and says whether the bytes
+are the same, or how far the volumes are apart; over 1e-4 of the range is exit code 1. `--device` is the only
+other option it takes.
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import math
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+import utils
+from ldm import UserError, figures, provenance
+from ldm.checkpoints import load_checkpoint, weights_hash
+from ldm.diffusion import NoiseProcess, choose_sampler, sample_latents
+from ldm.encoders import LatentEncoder
+from ldm.metrics import band_power
+from ldm.networks import downsampling, load_weights
+from ldm.transforms import from_unit_range, to_unit_range
+
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "euler": 30}  # None: all of the training's
+SHOWN = 8  # volumes in the picture
+TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, its numbers checked."""
+    parser = utils.script_parser(__doc__)
+    add = parser.add_argument
+    add("-n", "--num", type=int, default=1, help="how many volumes")
+    add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
+    add("--batch-size", type=int, default=1, help="volumes at a time")
+    add("--steps", type=int, default=None, help="sampling steps; default: ddim 50, euler 30, ddpm all")
+    add("--sampler", default=None, help="ddpm or ddim, euler for rectified flow; default: ddim or euler")
+    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
+    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
+    add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
+    args = parser.parse_args(argv)
+    if args.reproduce:
+        unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+        given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+        if others := sorted(given - {"reproduce", "autoencoder", "unet", "device"}):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise UserError(f"--reproduce: takes everything from its file; leave out {names}.")
+    for name in ("num", "batch_size", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due.")
+    if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
+        raise UserError(f"--seed {args.seed}: 0 or more is due, and less than 2^63 for all.")
+    if args.scale_factor is not None and not 0 < args.scale_factor < math.inf:
+        raise UserError(f"--scale-factor {args.scale_factor}: a number above 0 is due.")
+    return args
+
+
+def start(args: argparse.Namespace) -> utils.Run:
+    """Join the other processes, and let the same seed give the same bytes on a GPU too."""
+    run = utils.start(args)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    return run
+
+
+def hardware(run: utils.Run) -> str:
+    """The GPU's name, or the kind of CPU and of its vector instructions."""
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_name(run.device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def precision_of(run: utils.Run) -> str:
+    """What the networks compute in, one of `provenance.PRECISIONS`."""
+    if run.amp_dtype:
+        return str(run.amp_dtype).removeprefix("torch.")
+    return "tf32" if run.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+
+
+# ---------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Trained networks, and what their volumes follow from beside a seed.
+
+    `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes; `power` the fine
+    spectral power of the autoencoder's reconstructions, None where it was not measured.
+    """
+
+    encoder: LatentEncoder
+    unet: Callable
+    process: NoiseProcess
+    latent_shape: list[int]
+    geometry: dict
+    power: float | None
+
+
+def load_networks(
+    autoencoder_path: Path,
+    unet_path: Path,
+    config: dict,
+    source: str | Path,
+    scale_factor: float | None,
+    compiled: bool,
+    run: utils.Run,
+) -> Networks:
+    """Networks of a config with the weights of two checkpoints, on the device.
+
+    Args:
+        source: the file that the config came from, for messages.
+        scale_factor: wins over the checkpoint's.
+
+    Raises:
+        UserError: files, config and each other do not fit.
+    """
+    autoencoder_state, unet_state = load_checkpoint(autoencoder_path), load_checkpoint(unet_path)
+    for key, checkpoint, path in (
+        ("autoencoder_def", autoencoder_state, autoencoder_path),
+        ("diffusion_def", unet_state, unet_path),
+        ("NoiseScheduler", unet_state, unet_path),
+    ):
+        if "config" in checkpoint and checkpoint["config"][key] != config.get(key):
+            raise UserError(
+                f"{path}: was trained with another {key} than {source} has. Use the config it "
+                "was trained with; config_*.json beside the checkpoint is a copy."
+            )
+    autoencoder = utils.define_network(config, "autoencoder_def")
+    load_weights(autoencoder, autoencoder_state["model"], str(autoencoder_path))
+    unet = utils.define_network(config, "diffusion_def")
+    load_weights(unet, unet_state["model"], str(unet_path))
+    due = unet_state.get("autoencoder")
+    if due is not None and due != weights_hash(autoencoder.state_dict()):
+        raise UserError(
+            f"{unet_path}: was trained on the latents of another autoencoder than {autoencoder_path}.\n"
+            f"Name that one by --autoencoder FILE, or the model that was trained on this one by --unet FILE."
+        )
+    if scale_factor is None and (scale_factor := unet_state.get("scale_factor")) is None:
+        raise UserError(
+            f"{unet_path}: brings no scale factor. Give it by --scale-factor X (1 / std of its latents)."
+        )
+    geometry = geometry_of(unet_state, config)
+    factor, channels = downsampling(config["autoencoder_def"]), config["diffusion_def"]["out_channels"]
+    shape = unet_state.get("latent_shape", [channels, *(side // factor for side in geometry["size"])])
+    with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
+        encoder = LatentEncoder(autoencoder.to(run.device).eval(), scale_factor)
+        unet = unet.to(run.device).eval()
+    return Networks(
+        encoder,
+        torch.compile(unet) if compiled else unet,
+        NoiseProcess.from_config(config["NoiseScheduler"]),
+        shape,
+        geometry,
+        autoencoder_state.get("validation", {}).get("power"),
+    )
+
+
+def geometry_of(checkpoint: dict, config: dict) -> dict:
+    """Spacing, size and intensity limits of generated volumes, as trained; for bare weights as the config
+    says."""
+    if "geometry" in checkpoint:
+        return checkpoint["geometry"]
+    if not config["spacing"] or not config["diffusion_train"]["patch_size"]:
+        raise UserError(
+            "Weights from elsewhere: `spacing` and `diffusion_train.patch_size` in the config should say "
+            "which volumes to make."
+        )
+    limits = [[0.0, 1.0]] * config["image_channels"]
+    return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
+
+
+def draw(
+    networks: Networks,
+    seeds: Sequence[int],
+    sampler: str,
+    steps: int,
+    run: utils.Run,
+    progress: Callable = iter,
+) -> torch.Tensor:
+    """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
+
+    Raises:
+        OSError: out of memory; the message names what to change.
+    """
+    fast = run.amp_dtype is None and utils.amp_dtype(run.device) is not None
+    smaller = [f"a --batch-size below {len(seeds)}"] * (len(seeds) > 1) + ["--amp"] * fast
+    size = " x ".join(map(str, networks.geometry["size"]))
+    with (
+        out_of_memory_explained(
+            f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
+            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
+        ),
+        run.autocast(),
+    ):
+        latents = sample_latents(
+            lambda x, t: networks.unet(x, timesteps=t).float(),
+            networks.process,
+            networks.latent_shape,
+            seeds,
+            steps,
+            sampler,
+            run.device,
+            progress,
+        )
+        return networks.encoder.decode(latents).cpu()
+
+
+def in_typical_units(volume: torch.Tensor, networks: Networks) -> np.ndarray:
+    """(C, D, H, W) from the autoencoder's units to the typical range of the training set."""
+    return from_unit_range(volume.numpy(), np.array(networks.geometry["limits"]))
+
+
+def counting(bar) -> Callable[[Sequence], Iterator]:
+    """Iterate over the steps of a sampler, and count them on a progress bar."""
+
+    def counted(steps: Sequence) -> Iterator:
+        for step in steps:
+            yield step
+            bar.update()
+
+    return counted
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory, whatever it is raised as, into an OSError of two lines."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, others are bare
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        raise OSError(f"out of memory: {what}.\nTry {remedy}.") from None
+
+
+# ---------------------------------------------------------------- files
+
+
+def nifti_bytes(volume: np.ndarray, spacing: Sequence[float]) -> bytes:
+    """(C, D, H, W) as the content of a .nii.gz in RAS, mm, centred on the origin: 3D for one channel, else
+    channels last. The same volume gives the same bytes."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -np.array(spacing) * (np.array(volume.shape[1:]) - 1) / 2
+    voxels = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
+    image = nib.Nifti1Image(voxels.astype(np.float32), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", compresslevel=1, fileobj=packed, mtime=0) as file:  # no name, no time
+        file.write(image.to_bytes())
+    return packed.getvalue()
+
+
+def read_volume(path: Path) -> np.ndarray:
+    """The voxels of such a file, (C, D, H, W)."""
+    voxels = np.asarray(nib.load(path).dataobj)
+    return voxels[None] if voxels.ndim == 3 else np.moveaxis(voxels, -1, 0)
+
+
+# ---------------------------------------------------------------- making one again
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Make the volume of a record again, and compare it with the one that was written."""
+    # Step 0: the record, and the files that it names
+    record = provenance.read_record(args.reproduce)
+    original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
+    path = args.reproduce.with_name(f"{args.reproduce.stem}_reproduced.nii.gz")
+    if path.exists():
+        raise UserError(f"{path} is there already. Move it away first.")
+    folder = args.reproduce.parent
+    checkpoints = [
+        provenance.find_checkpoint(record, key, folder, getattr(args, key)) for key in provenance.CHECKPOINTS
+    ]
+
+    # Step 1: the same device and precision, and networks
+    args.device, args.amp = args.device or record["device"], False
+    run = start(args)
+    if run.world_size > 1:
+        raise UserError("--reproduce makes one volume: start it without torchrun.")
+    if record["precision"] in ("bfloat16", "float16"):
+        run.amp_dtype = getattr(torch, record["precision"])
+    tf32 = record["precision"] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_num_threads(record["threads"])
+    networks = load_networks(
+        *checkpoints, record["config"], args.reproduce, record["scale_factor"], record["compile"], run
+    )
+
+    # Step 2: the same batch
+    bar = utils.progress_bar(run, f"sample ({record['steps']} steps)", total=record["steps"])
+    volumes = draw(networks, record["batch"], record["sampler"], record["steps"], run, counting(bar))
+    bar.close()
+    volume = in_typical_units(volumes[record["batch"].index(record["seed"])], networks)
+    content = nifti_bytes(volume, networks.geometry["spacing"])
+    provenance.save_volume(path, content)
+
+    # Step 3: is it the same?
+    due = record["volume"]["sha256"]
+    if hashlib.sha256(content).hexdigest() == due:
+        run.say(f"reproduced: {path}\n  its bytes are those recorded")
+        return
+    now = {**provenance.versions(), "hardware": hardware(run)}
+    was = {**record["versions"], "hardware": record["hardware"]}
+    changed = ", ".join(
+        f"{key} {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
+    )
+    changed = changed or "nothing that the record tells has changed"
+    if not original.exists() or provenance.sha256_of(original) != due:
+        run.say(
+            f"reproduced: {path}\n  its bytes are not those recorded ({changed}), and {original.name} is not "
+            "there as it was written, to compare with"
+        )
+        return
+    apart = largest_difference(volume, read_volume(original))
+    told = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
+    if not apart <= TOLERANCE:
+        raise FloatingPointError(f"{told}.\nMore than {TOLERANCE} is more than rounding: not reproduced.")
+    run.say(f"reproduced: {told}: the same but for rounding")
+
+
+def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
+    """As a share of the range of `original`; NaN where a voxel is."""
+    if volume.shape != original.shape:
+        return math.inf
+    return float(np.abs(volume - original).max() / (np.ptp(original) or 1))
+
+
+# ---------------------------------------------------------------- the script
+
+
+@utils.command
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> None:
+    # Step 0: configuration and device
+    args = parse_arguments(argv)
+    if args.reproduce:
+        return reproduce(args)
+    config = utils.load_config(args.config_file, args.set)
+    environment = utils.load_environment(args.environment_file)
+    args.amp = bool(args.amp)
+    run = start(args)
+    output_dir = environment["output_dir"]
+
+    # Step 1: checkpoints and networks
+    checkpoints = {
+        "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
+        "unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
+    }
+    networks = load_networks(
+        *checkpoints.values(), config, args.config_file, args.scale_factor, bool(args.compile), run
+    )
+    process, geometry = networks.process, networks.geometry
+
+    # Step 2: what to draw, and what of it is there already
+    sampler = choose_sampler(args.sampler, process).__name__.removeprefix("sample_")
+    steps = args.steps or DEFAULT_STEPS[sampler] or process.num_train_timesteps
+    request = {
+        "sampler": sampler,
+        "steps": steps,
+        "scale_factor": networks.encoder.scale_factor,
+        "precision": precision_of(run),
+        "compile": bool(args.compile),
+        "device": run.device.type,
+        "hardware": hardware(run),
+        "threads": torch.get_num_threads(),
+        **{
+            key: {"path": path.as_posix(), "sha256": provenance.sha256_of(path)}
+            for key, path in checkpoints.items()
+        },
+        "config_sha256": provenance.config_hash(config),
+        "config": config,
+        "versions": provenance.versions(),
+    }
+    seeds = list(range(args.seed, args.seed + args.num))
+    paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
+    due = run.from_main(lambda: provenance.missing(paths, request))  # before any rank writes its first
+    if len(due) < len(seeds):
+        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there from before")
+
+    # Step 3: sample, decode, write; each rank its share of the batches. A batch that is there in part is
+    # drawn whole, so that its volumes are what they would have been.
+    batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
+    mine = [batch for batch in batches if due.intersection(batch)][run.rank :: run.world_size]
+    bar = utils.progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
+    power = torch.zeros(2, dtype=torch.float64)  # sum and count
+    for batch in mine:
+        volumes = draw(networks, batch, sampler, steps, run, counting(bar))
+        power += torch.tensor([band_power(volumes).sum().item(), len(batch)])
+        for seed, volume in zip(batch, volumes, strict=True):
+            if seed not in due:
+                continue
+            voxels = in_typical_units(volume, networks)
+            content = nifti_bytes(voxels, geometry["spacing"])
+            about = {
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "shape": list(voxels.shape[1:]),
+                "spacing": list(geometry["spacing"]),
+            }
+            provenance.save_volume(
+                paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}
+            )
+    bar.close()
+    power, count = run.sum(power).tolist()  # and all are written
+
+    # Step 4: a picture, and how sharp the samples are beside the autoencoder's reconstructions
+    if run.is_main:
+        limits = np.array(geometry["limits"])
+        shown = [to_unit_range(read_volume(paths[seed]), limits, clip=False)[0] for seed in seeds[:SHOWN]]
+        figures.montage(
+            {"sample": [torch.from_numpy(volume) for volume in shown]},
+            output_dir / "samples.png",
+            f"Generated volumes, seeds {seeds[0]} to {seeds[-1]}",
+        )
+        sharpness = ""
+        if count and networks.power:
+            share = power / count / networks.power
+            sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
+        run.say(f"inference: {args.num} volumes in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The whole way from data to new images: brains, an autoencoder, a diffusion model, eight new brains.
+
+    ./demo.sh                                        # simulates 96 brains and trains on them
+    ./demo.sh --data DIR                             # trains on the volumes in DIR instead
+    ./demo.sh --set diffusion_train.max_minutes=20   # another value than config/config_demo.json has
+
+Started by demo.sh and demo.bat, by any Python from 3.11 on: makes .venv first (see environment.py), then runs
+the project's scripts in it, each as its printed line says. Run again, it moves the models and pictures of the
+run before to old-1, old-2, ... in the same folder and begins anew; simulated brains are used again.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import environment
+from environment import ROOT
+
+CONFIG = "config/config_demo.json"
+SIMULATED = "data"  # inside --out
+ENVIRONMENT = "environment.json"  # inside --out, and the mark by which an earlier demo is known
+
+
+def main(argv=None):
+    args = parse(argv)
+    begin = time.monotonic()
+
+    # Step 0: where everything goes
+    data, out = folders(args)
+    python = environment.ready("requirements.txt")
+    set_aside(out)
+    places = {
+        "data_base_dir": shown(data),
+        "model_dir": shown(out / "models"),
+        "tfevent_path": shown(out / "tensorboard"),
+        "output_dir": shown(out),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ENVIRONMENT).write_text(json.dumps(places, indent=4) + "\n", encoding="utf-8")
+
+    # Step 1: brains to learn from
+    if args.data is None and not (data / "dataset.json").exists():
+        step(python, "simulate_brains.py", "--out", shown(data), "--num", "96", "--spacing", "4")
+
+    # Step 2 to 4: both stages, then new brains
+    common = ["-c", CONFIG, "-e", shown(out / ENVIRONMENT)]
+    if args.data is None:
+        common += ["--set", "channel=1"]  # of the four simulated contrasts, T1w
+    for override in args.overrides:
+        common += ["--set", override]
+    step(python, "train_autoencoder.py", *common)
+    step(python, "train_diffusion.py", *common)
+    step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "100")
+
+    minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+    print(f"\nDone in {minutes} min {seconds} s.")
+    print(f"  trained on        {shown(data)}")
+    print(f"  models            {shown(out / 'models')}")
+    print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / 'tensorboard')}")
+    for path in made(out):
+        print(f"  written           {shown(path)}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="demo.bat" if os.name == "nt" else "./demo.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", metavar="DIR", help="volumes to train on; without it, brains are simulated")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where everything goes (default: outputs/demo, with --data DIR outputs/demo-NAME-OF-DIR)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value than the config's; passed on to both trainings and to inference; may be repeated",
+    )
+    return parser.parse_args(argv)
+
+
+def folders(args):
+    """The data and output folders, absolute; the user names them relative to the working directory."""
+    if args.data is None:
+        out = Path(os.path.abspath(args.out)) if args.out else ROOT / "outputs" / "demo"
+        data = out / SIMULATED
+    else:
+        data = Path(os.path.abspath(args.data))
+        out = Path(os.path.abspath(args.out)) if args.out else ROOT / "outputs" / f"demo-{data.name}"
+        if not data.is_dir():
+            fail(f"--data {args.data}: there is no such folder.")
+        # Samples among the data would be taken for data; data among the outputs would be set aside with them.
+        if data.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(data.resolve()):
+            fail(f"--data {data} and --out {out} lie one in the other: name another folder with --out.")
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out} is a file: name a folder.")
+    if earlier(out) and not (out / ENVIRONMENT).exists():
+        fail(f"--out {out} holds files that no demo made: name a new or empty folder.")
+    return data, out
+
+
+def earlier(out):
+    """What a demo before this one left in `out`, simulated data and what was set aside before left out."""
+    kept = [path for path in out.glob("*") if path.name != SIMULATED and not path.name.startswith("old-")]
+    return sorted(kept, key=lambda path: path.name == ENVIRONMENT)  # the mark goes last
+
+
+def set_aside(out):
+    paths = earlier(out)
+    if not paths:
+        return
+    number = 1
+    while (out / f"old-{number}").exists():
+        number += 1
+    aside = out / f"old-{number}"
+    aside.mkdir()
+    for path in paths:
+        try:
+            path.rename(aside / path.name)
+        except OSError as error:  # Windows renames nothing that is open
+            fail(f"{path} cannot be moved ({error.strerror}). Close what has it open, TensorBoard for one.")
+    print(f"the demo before this one now lies in {shown(aside)}", flush=True)
+
+
+def step(python, script, *arguments):
+    """Run one of the project's scripts in the project's folder; where it fails, end with its exit code."""
+    print(f"\n== python {shlex.join([script, *arguments])}", flush=True)
+    code = subprocess.run([str(python), script, *arguments], cwd=ROOT).returncode
+    if code:
+        print(f"the demo stopped: {script} ended with exit code {code}", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def made(out):
+    """The volumes and pictures that the scripts wrote."""
+    own = {SIMULATED, "models", "tensorboard"}
+    for path in sorted(out.rglob("*")):
+        top = path.relative_to(out).parts[0]
+        if top not in own and not top.startswith("old-") and path.name.endswith((".nii.gz", ".png", ".gif")):
+            yield path
+
+
+def shown(path):
+    """A path as the project's scripts get it: relative to the project, where it lies inside."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # on an exception subprocess.run ends its child
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,278 @@
+"""Find what is wrong with a data set before hours of work: from headers alone, and from every voxel.
+
+A problem is a row for a table: which case, which file, why. Nothing here raises because a file is bad.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from ldm import UserError
+from ldm.datasets import Case, read_json
+from ldm.transforms import channel_count, intensity_range, open_image, read_image, voxels_of
+
+CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that are the same may lie
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file of a case; `case` is "" where the file belongs to none."""
+
+    case: str
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading every voxel of a case gave.
+
+    `intensities` is the least and the greatest value of the channels that are used; `digests` tells of each
+    good image, by the hash of its voxels, which others are the same.
+    """
+
+    problems: list[Problem]
+    intensities: tuple[float, float] | None
+    digests: dict[Path, str]
+
+
+# ---------------------------------------------------------------- headers
+
+
+def check_headers(
+    cases: Sequence[Case], channels: Sequence[int] | None = None, labels: bool = True
+) -> list[Problem]:
+    """All that the headers of a data set tell: unreadable files, wrong shapes and affines, channels and
+    labels that are missing.
+
+    Args:
+        cases: the whole data set, since a case is also held against the others.
+        channels: the channels that will be used; None: all there are.
+        labels: whether labels matter.
+    """
+    with ThreadPoolExecutor(8) as pool:  # opening files is waiting for a disk
+        checked = list(pool.map(partial(check_header, channels=channels, labels=labels), cases))
+    problems = [problem for found, _ in checked for problem in found]
+    bad = {problem.case for problem in problems}
+    counts = Counter(count for _, count in checked if count)
+    usual = min(counts, key=lambda count: (-counts[count], count), default=0)
+    for case, (_, count) in zip(cases, checked, strict=True):
+        if count not in (0, usual) and case.name not in bad:
+            hint = ": 4D where 3D is due" if usual == 1 else ""
+            reason = f"has {count} channel(s), most cases have {usual}{hint}"
+            problems.append(Problem(case.name, case.images[0], reason))
+    if labels and sum(case.label is not None for case in cases) > len(cases) / 2:
+        problems += [
+            Problem(case.name, case.images[0], "its label is missing; most cases have one")
+            for case in cases
+            if case.label is None
+        ]
+    return _in_order(problems, cases)
+
+
+def check_header(
+    case: Case, channels: Sequence[int] | None = None, labels: bool = True
+) -> tuple[list[Problem], int]:
+    """What the headers of one case tell, and the number of its channels (0 where a file is unreadable)."""
+    problems, opened = [], {}
+
+    def note(file: Path, reason: str) -> None:
+        problems.append(Problem(case.name, file, reason))
+
+    for file in [*case.images, *([case.label] if labels and case.label else [])]:
+        try:
+            opened[file] = open_image(file)
+        except UserError as error:
+            note(file, _without_name(error, file))
+    first, several = case.images[0], len(case.images) > 1
+    for file, image in opened.items():
+        name = "the image" if file == case.label else first.name
+        if first in opened and (reason := _misplaced(image, opened[first], name)):
+            note(file, reason)
+        if (several or file != first) and channel_count(image) > 1:
+            note(file, f"4D, {channel_count(image)} volumes, where 3D is due")
+    if not all(file in opened for file in case.images):
+        return problems, 0
+    count = len(case.images) if several else channel_count(opened[first])
+    if channels is not None and max(channels) >= count:
+        note(first, f"has {count} channel(s), `channel` in the config asks for number {max(channels)}")
+    return problems, count
+
+
+def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.SpatialImage, name: str):
+    """Why an image is not on the grid of the case's first, or None."""
+    shape, due = (tuple(int(side) for side in one.shape[:3]) for one in (image, first))
+    if shape != due:
+        return f"shape {shape}, but {name} has {due}"
+    corners = np.stack(np.meshgrid(*([0, side - 1] for side in shape)), -1).reshape(-1, 3)
+    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(first.affine, corners)
+    distance = np.linalg.norm(apart, axis=1).max()
+    if distance > CORNER_TOLERANCE * nib.affines.voxel_sizes(first.affine).min():
+        return f"lies elsewhere than {name}: its affine puts a corner {distance:.3g} mm away"
+    return None
+
+
+# ---------------------------------------------------------------- voxels
+
+
+def check_cases(
+    cases: Sequence[Case],
+    channels: Sequence[int] | None = None,
+    percentiles: tuple[float, float] = (0.0, 99.5),
+    labels: bool = True,
+    workers: int | None = None,
+) -> tuple[list[Problem], dict[str, tuple[float, float]]]:
+    """All that is wrong with a data set: `check_headers`, `check_voxels`, and scans that are there twice.
+
+    Args:
+        cases, channels, labels: as for `check_headers`.
+        percentiles: of a volume, that training will map to 0 and 1, and that therefore must differ.
+        workers: files read at a time; default: one a core, 16 at most, each of which holds a volume.
+
+    Returns:
+        (problems, intensities): the intensities are the least and the greatest value by the name of the case.
+    """
+    problems = check_headers(cases, channels, labels)
+    folders = {case.label.parent.parent for case in cases if labels and case.label}
+    values = {folder: label_values(folder / "dataset.json") for folder in folders}
+
+    def read(case: Case) -> Reading:
+        expected = values[case.label.parent.parent] if labels and case.label else None
+        return check_voxels(case, channels, percentiles, labels, expected)
+
+    # Threads: gzip, numpy and hashlib, which take nearly all the time, let go of Python's lock, and a process
+    # would first spend seconds on importing torch.
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16)) as pool:
+        readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
+    first: dict[str, Path] = {}
+    for case, reading in zip(cases, readings, strict=True):
+        problems += reading.problems
+        for file, digest in reading.digests.items():
+            if (other := first.setdefault(digest, file)) != file:
+                reason = f"the same voxels as {other.name}: the split may put one on each side. Delete one"
+                problems.append(Problem(case.name, file, reason))
+    ranges = {
+        case.name: reading.intensities
+        for case, reading in zip(cases, readings, strict=True)
+        if reading.intensities
+    }
+    return _in_order(problems, cases), ranges
+
+
+def check_voxels(
+    case: Case,
+    channels: Sequence[int] | None = None,
+    percentiles: tuple[float, float] = (0.0, 99.5),
+    labels: bool = True,
+    expected: frozenset[int] | None = None,
+) -> Reading:
+    """Read every byte of one case. `expected` are the values that its label may have; None: 0 to 255."""
+    problems, extremes, digests = [], [], {}
+    for number, file in enumerate(case.images):
+        try:
+            image = read_image(file)
+        except UserError as error:
+            problems.append(Problem(case.name, file, _without_name(error, file)))
+            continue
+        several = len(case.images) > 1
+        stored = [0] if several else range(channel_count(image))
+        if channels is not None:
+            stored = [c for c in stored if (number if several else c) in channels]
+        hashed, faults = hashlib.sha256(), []
+        for channel in stored:
+            voxels = voxels_of(file, image, channel)
+            which = f"channel {channel} " if channel_count(image) > 1 else ""
+            if fault := _voxel_fault(voxels, percentiles):
+                faults.append(Problem(case.name, file, which + fault))
+            else:
+                extremes += [voxels.min(), voxels.max()]
+            hashed.update(repr(voxels.shape).encode())
+            hashed.update(np.ascontiguousarray(voxels.T))
+        if stored and not faults:
+            digests[file] = hashed.hexdigest()
+        problems += faults
+    if labels and case.label:
+        try:
+            label = np.asanyarray(read_image(case.label).dataobj)
+            fault = _label_fault(label, expected)
+        except UserError as error:
+            fault = _without_name(error, case.label)
+        problems += [Problem(case.name, case.label, fault)] if fault else []
+    intensities = (float(min(extremes)), float(max(extremes))) if extremes else None
+    return Reading(problems, intensities, digests)
+
+
+def _voxel_fault(voxels: np.ndarray, percentiles: tuple[float, float]) -> str | None:
+    """What keeps a channel from being trained on."""
+    if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
+        return f"has {bad} NaN or infinite voxels. Mend them, or remove the file"
+    if voxels.min() == voxels.max():
+        return "all zero" if voxels.min() == 0 else f"constant: every voxel is {voxels.min():g}"
+    low, high = intensity_range(voxels[None], *percentiles)[0]
+    if high <= low:
+        return f"constant between its percentiles {percentiles[0]:g} and {percentiles[1]:g}: nearly empty"
+    return None
+
+
+def _label_fault(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
+    """What is wrong with the values of a label; an empty one is fine."""
+    if bad := label.size - np.count_nonzero(np.isfinite(label)):
+        return f"label has {bad} NaN or infinite voxels"
+    if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
+        return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
+    if label.min() < 0 or label.max() > 255:
+        return f"label has values from {label.min():g} to {label.max():g}; 0 to 255 is due"
+    counts = np.bincount(label.astype(np.uint8).ravel())
+    unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
+    if unexpected:
+        found = ", ".join(f"{value} ({counts[value]} voxels)" for value in unexpected)
+        return f"label has values that dataset.json does not name: {found}"
+    return None
+
+
+def label_values(dataset_json: Path) -> frozenset[int] | None:
+    """The values that a Decathlon or nnU-Net `dataset.json` gives labels; None where it tells of none."""
+    if not dataset_json.is_file():
+        return None
+    labels = read_json(dataset_json).get("labels")
+    if not isinstance(labels, dict) or not labels:
+        return None
+    if all(key.isdigit() for key in labels):  # Decathlon: {"1": "edema"}
+        return frozenset(map(int, labels))
+    values = [value for one in labels.values() for value in (one if isinstance(one, list) else [one])]
+    return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
+
+
+# ---------------------------------------------------------------- files that lie about
+
+
+def stray_files(cases: Sequence[Case]) -> list[Problem]:
+    """The `._*` files that macOS leaves beside copies; `find_cases` passes them over."""
+    files = {file for case in cases for file in [*case.images, *([case.label] if case.label else [])]}
+    folders = sorted({file.parent for file in files if file.parent.is_dir()})
+    reason = "macOS's note on a file, no image: it is passed over. Delete it"
+    return [
+        Problem("", stray, reason)
+        for folder in folders
+        for stray in sorted(folder.glob("._*"))
+        if stray not in files
+    ]
+
+
+def _without_name(error: UserError, file: Path) -> str:
+    return str(error).removeprefix(f"{file}: ").removesuffix(".")
+
+
+def _in_order(problems: Sequence[Problem], cases: Sequence[Case]) -> list[Problem]:
+    """Sorted as the cases are, each problem once: an unreadable header is found with the voxels again."""
+    rank = {case.name: i for i, case in enumerate(cases)}
+    return sorted(dict.fromkeys(problems), key=lambda problem: rank[problem.case])

@@ -1,0 +1,220 @@
+"""The files of generated volumes: each has a record beside it, a JSON that says what it was made of, so that
+the record and the checkpoints suffice to make it again."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from jsonschema import Draft4Validator, Draft202012Validator, validators
+from jsonschema.exceptions import best_match
+
+from ldm import UserError
+from ldm.checkpoints import written_whole
+from ldm.datasets import read_json
+from ldm.diffusion import SAMPLERS
+
+FORMAT = 1
+LAST_SEED = 2**63 - 1
+CHECKPOINTS = ("autoencoder", "unet")
+PACKAGES = ("torch", "monai", "monai-generative", "nibabel", "numpy")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _object(**properties) -> dict:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
+SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
+HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+POSITIVE = {"type": "number", "exclusiveMinimum": 0}
+SCHEMA = _object(
+    seed=SEED,
+    batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `same_request`
+    sampler={"enum": list(SAMPLERS)},
+    steps=COUNT,
+    scale_factor=POSITIVE,
+    precision={"enum": list(PRECISIONS)},
+    compile={"type": "boolean"},
+    device={"enum": ["cpu", "cuda"]},
+    hardware=TEXT,
+    threads={**COUNT, "maximum": 4096},  # of the CPU: sums are split among them, and rounded accordingly
+    autoencoder=_object(path=TEXT, sha256=HASH),
+    unet=_object(path=TEXT, sha256=HASH),
+    config_sha256=HASH,
+    config={"type": "object"},  # as it was resolved
+    versions={"type": "object"},
+    volume=_object(
+        sha256=HASH, shape={"type": "array", "items": COUNT}, spacing={"type": "array", "items": POSITIVE}
+    ),
+)
+# As draft 4 had it, 2.0 is no integer; range() says so too.
+Validator = validators.extend(Draft202012Validator, type_checker=Draft4Validator.TYPE_CHECKER)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_hash(config: dict) -> str:
+    """SHA-256 of a resolved config, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of the packages that a sample passes through, and the project's commit; None where there is
+    none."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "commit": _commit()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that the project is at, `-dirty` behind it where files were changed."""
+    if not (ROOT / ".git").exists():  # a repository around the project would answer for itself
+        return None
+    line = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):  # no git here, or not a repository that it trusts
+        return None
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record, whole or not at all."""
+    with written_whole(path) as file:
+        file.write((json.dumps({"format": FORMAT, **record}, indent=2) + "\n").encode())
+
+
+def read_record(path: Path) -> dict:
+    """Read a record.
+
+    Raises:
+        UserError: not there, no JSON, of a later format, a key missing or wrong, or a config that was edited.
+    """
+    record = read_json(path, "record")
+    if not isinstance(record.get("format"), int):
+        raise UserError(f"record {path}: format: missing, so this is not the record of a volume.")
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"record {path}: written by a later version of this project (format {record['format']})."
+        )
+    error = best_match(Validator(SCHEMA).iter_errors(record))
+    if error is not None:
+        where = ".".join(map(str, error.absolute_path))
+        raise UserError(f"record {path}: {where or 'record'}: {error.message[:120]}.")
+    if record["seed"] not in record["batch"]:
+        raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
+    if config_hash(record["config"]) != record["config_sha256"]:
+        raise UserError(f"record {path}: config: was changed; config_sha256 is that of another.")
+    return record
+
+
+def same_request(path: Path, request: dict) -> bool:
+    """Whether the record at `path` is of a volume that this request asks for as well.
+
+    The batch does not count, nor the device: a volume is the same, to rounding, whatever it was drawn with.
+    """
+    try:
+        record = read_record(path)
+    except UserError:
+        return False
+    keys = ("seed", "sampler", "steps", "scale_factor", "precision", "config_sha256")
+    return all(record[key] == request[key] for key in keys) and all(
+        record[key]["sha256"] == request[key]["sha256"] for key in CHECKPOINTS
+    )
+
+
+def find_checkpoint(record: dict, key: str, folder: Path, given: Path | None) -> Path:
+    """The file of a checkpoint that a record names.
+
+    Args:
+        key: one of `CHECKPOINTS`.
+        folder: of the record. A relative path counts from the working directory, or from there.
+        given: a file in place of the one that is named.
+
+    Raises:
+        UserError: not there, or not the bytes that the volume was made with.
+    """
+    named, due = Path(record[key]["path"]), record[key]["sha256"]
+    there = [path for path in ([given] if given else [named, folder / named]) if path.is_file()]
+    found = {path: sha256_of(path) for path in there}
+    for path, digest in found.items():
+        if digest == due:
+            return path
+    if not found:
+        raise UserError(f"{given or named}: no such checkpoint.\nName the file by --{key} FILE.")
+    path, digest = next(iter(found.items()))
+    raise UserError(
+        f"{path}: not the file that the volume was made with (SHA-256 {digest[:12]}, recorded {due[:12]}).\n"
+        f"Name that one by --{key} FILE."
+    )
+
+
+def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
+    """Write a volume, and its record before it, so that a kill between the two leaves no volume of unknown
+    origin.
+
+    Raises:
+        OSError: the disk failed or is full; what was written before is whole.
+    """
+    try:
+        if record:
+            write_record(record_path(path), record)
+        with written_whole(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}).\n"
+            "The volumes before it are whole; the same command again goes on."
+        ) from None
+
+
+def record_path(path: Path) -> Path:
+    """The record of a volume `sample_000003.nii.gz`: `sample_000003.json`."""
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def missing(paths: dict[int, Path], request: dict) -> set[int]:
+    """The seeds whose volumes are still to be made; their folder is there afterwards.
+
+    Raises:
+        UserError: a file is in the way that this request did not make.
+    """
+    made, taken = set(), []
+    for seed, path in paths.items():
+        record = record_path(path)
+        there = [one for one in (path, record) if one.exists()]
+        if not there:
+            continue
+        ours = same_request(record, {"seed": seed, **request})
+        if ours and path in there:
+            ours = sha256_of(path) == read_record(record)["volume"]["sha256"]
+        if not ours:
+            taken.append(there[0])
+        elif path in there:
+            made.add(seed)
+    if taken:
+        raise UserError(
+            f"{taken[0]} is there already ({len(taken)} of {len(paths)}). "
+            "Choose another --seed or output_dir."
+        )
+    folder = next(iter(paths.values())).parent
+    stems = {path.name.partition(".")[0] for path in paths.values()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob(".*.part"):  # of a write that was killed
+        if part.name.split(".")[1] in stems:
+            part.unlink()
+    return set(paths) - made

@@ -1,0 +1,329 @@
+"""From an image file to a normalised volume, and back to the units of a scanner.
+
+    file -> chosen channels -> orient RAS -> low-pass and resample -> intensity by percentiles of the whole
+    volume
+
+The whole volume is mapped before any crop, so that a crop and its volume agree. Training, validation and
+inference build the way from `Preprocessing` alone.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    Orientation,
+    RandAffine,
+    RandFlip,
+    RandScaleIntensity,
+    RandShiftIntensity,
+    ResizeWithPadOrCrop,
+    Spacing,
+)
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy.ndimage import gaussian_filter
+
+from ldm import UserError
+
+RAS = axcodes2ornt("RAS")
+SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
+LARGEST_VIEW = 5000.0  # mm along a side
+MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
+
+
+def open_image(path: Path) -> nib.spatialimages.SpatialImage:
+    """Open an image's header and see that it describes a volume; `read_image` reads the voxels too.
+
+    Raises:
+        UserError: no file, not a NIfTI or MGH image that nibabel reads, not 3D or 4D, voxels that are no real
+            numbers, an unusable scaling or affine, sizes that no scan has, or (where the file is not
+            compressed) not the bytes that the header describes.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: cannot be read: it is not there. Is the data set unpacked whole?")
+    try:
+        image = nib.load(path)
+        with nib.openers.ImageOpener(path) as file:  # `image.header` has forgotten its scaling
+            stored = image.header_class.from_fileobj(file) if isinstance(image, nib.Nifti1Image) else None
+    except Exception as error:  # nibabel raises whatever a damaged or foreign file provokes
+        raise UserError(f"{path}: cannot be read as an image ({error}).") from None
+    if not isinstance(image, (nib.Nifti1Image, nib.MGHImage)):
+        raise UserError(f"{path}: is a {type(image).__name__}; convert it to NIfTI in one file (.nii.gz).")
+    shape = tuple(int(side) for side in image.shape)
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise UserError(f"{path}: shape {shape}; a 3D image, or 4D with the channels last, is due.")
+    if image.get_data_dtype().kind not in "iuf":
+        kind = "colours" if image.get_data_dtype().names else f"of type {image.get_data_dtype()}"
+        raise UserError(f"{path}: its voxels are {kind}; one real number each is due. Convert it.")
+    if stored is not None and np.isinf(stored["scl_slope"]):  # nibabel takes it for "unscaled"
+        raise UserError(f"{path}: its intensity scaling is infinite; the header is damaged.")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
+    sizes = nib.affines.voxel_sizes(image.affine)
+    if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
+        raise UserError(
+            f"{path}: its voxels are {_times(sizes)} mm; {SMALLEST_VOXEL:g} to {LARGEST_VOXEL:g} mm is due. "
+            "Mend the header."
+        )
+    if (sizes * shape[:3]).max() > LARGEST_VIEW:
+        raise UserError(f"{path}: covers {_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
+    if not _is_compressed(path):
+        _check_length(path, image, Path(path).stat().st_size)
+    return image
+
+
+def read_image(path: Path) -> nib.spatialimages.SpatialImage:
+    """Open an image of which every byte is there and, where it is compressed, passes gzip's checksum.
+
+    nibabel stops reading at the last voxel it needs, before the checksum, and so takes flipped bits for
+    voxels.
+
+    Raises:
+        UserError: as `open_image`, and where the file is cut short or damaged.
+    """
+    image = open_image(path)
+    if not _is_compressed(path):
+        return image
+    try:
+        content = gzip.decompress(Path(path).read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: its voxels cannot be read ({error}). Is the file whole?") from None
+    _check_length(path, image, len(content))
+    return type(image).from_bytes(content)
+
+
+def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
+    """One channel of what `read_image` gave for `path`, in the file's units: (X, Y, Z) float32.
+
+    Raises:
+        UserError: there is no such channel.
+    """
+    if channel >= channel_count(image):
+        raise UserError(
+            f"{path}: has {channel_count(image)} channel(s), `channel` in the config asks for number "
+            f"{channel}."
+        )
+    stored = image.dataobj if len(image.shape) == 3 else image.dataobj[..., channel]
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
+        return np.require(stored, np.float32, ["E", "W"])  # a copy where the file is memory-mapped
+
+
+def channel_count(image: nib.spatialimages.SpatialImage) -> int:
+    """Volumes in a 3D or 4D image."""
+    return int(image.shape[3]) if len(image.shape) == 4 else 1
+
+
+def _is_compressed(path: Path) -> bool:
+    return str(path).lower().endswith((".gz", ".mgz"))
+
+
+def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) -> None:
+    due = image.dataobj.offset + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+    # In NIfTI nothing follows the voxels: more of them than the header tells of is a damaged header.
+    if held < due or held > due and isinstance(image, nib.Nifti1Image):
+        hint = "Is the file whole?" if held < due else "The header is damaged."
+        raise UserError(
+            f"{path}: its voxels cannot be read ({held} bytes where the header asks for {due}). {hint}"
+        )
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.4g}" for number in numbers)
+
+
+def ras_geometry(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and voxel size in mm of an image along right, anterior and superior, from its header alone."""
+    image = open_image(path)
+    order = np.argsort(io_orientation(image.affine)[:, 0])
+    return np.array(image.shape[:3])[order], np.array(nib.affines.voxel_sizes(image.affine))[order]
+
+
+def intensity_range(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    """Percentiles of each channel of a whole volume: (C, D, H, W) -> (C, 2)."""
+    return np.percentile(volume.reshape(len(volume), -1), [lower, upper], axis=1).T
+
+
+def to_unit_range(volume: np.ndarray, limits: np.ndarray, clip: bool) -> np.ndarray:
+    """Map each channel's `limits` (C, 2) to 0 and 1; values outside are clipped where `clip`."""
+    low, high = (limits[:, i].reshape(-1, 1, 1, 1) for i in (0, 1))
+    volume = ((volume - low) / (high - low)).astype(np.float32)
+    return np.clip(volume, 0, 1) if clip else volume
+
+
+def from_unit_range(volume: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Inverse of `to_unit_range`, without its clipping."""
+    low, high = (limits[:, i].reshape(-1, 1, 1, 1) for i in (0, 1))
+    return (volume * (high - low) + low).astype(np.float32)
+
+
+def fit(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.ndarray | torch.Tensor:
+    """Crop or zero-pad about the centre: (C, D, H, W) -> (C, *size)."""
+    fitted = ResizeWithPadOrCrop(tuple(size))(volume)
+    fitted = fitted.as_tensor() if isinstance(fitted, MetaTensor) else fitted
+    return fitted.numpy() if isinstance(volume, np.ndarray) and isinstance(fitted, torch.Tensor) else fitted
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Files of a case -> normalised volume (C, D, H, W), float32, RAS, at `spacing`.
+
+    Args:
+        channels: which channels of the image, in this order.
+        spacing: voxel size in mm along right, anterior, superior.
+        lower, upper: percentiles of the whole volume that become 0 and 1.
+        clip: clip to [0, 1].
+    """
+
+    channels: tuple[int, ...]
+    spacing: tuple[float, float, float]
+    lower: float = 0.0
+    upper: float = 99.5
+    clip: bool = True
+
+    @property
+    def key(self) -> str:
+        """What the result depends on besides the files."""
+        return repr(self)
+
+    def read(self, images: Sequence[Path]) -> np.ndarray:
+        """The resampled volume in the file's own units, (C, D, H, W).
+
+        Raises:
+            UserError: a channel that is not there, values that are not finite, or a constant channel.
+        """
+        if len(images) > 1:
+            if max(self.channels) >= len(images):
+                raise UserError(
+                    f"{images[0]}: `channel` is {max(self.channels)}, the case has {len(images)} files."
+                )
+            volumes = [_resample(images[c], read_image(images[c]), 0, self.spacing) for c in self.channels]
+        else:
+            image = read_image(images[0])
+            volumes = [_resample(images[0], image, c, self.spacing) for c in self.channels]
+        if len({volume.shape for volume in volumes}) > 1:
+            raise UserError(f"{images[0]}: its channels differ in shape: {[v.shape for v in volumes]}.")
+        volume = np.stack(volumes)
+        for c, values in zip(self.channels, volume, strict=True):
+            path = images[c] if len(images) > 1 else images[0]
+            if not np.isfinite(values).all():
+                bad = np.count_nonzero(~np.isfinite(values))
+                raise UserError(
+                    f"{path}: channel {c} has {bad} NaN or infinite values. Mend or remove the file."
+                )
+        return volume
+
+    def __call__(self, images: Sequence[Path]) -> np.ndarray:
+        """The normalised volume. Raises UserError as `read`, and where a channel is constant."""
+        volume = self.read(images)
+        limits = intensity_range(volume, self.lower, self.upper)
+        if (limits[:, 1] <= limits[:, 0]).any():
+            raise UserError(
+                f"{images[0]}: constant between its percentiles {self.lower} and {self.upper}; an empty "
+                "image? Remove it, or change `intensity` in the config."
+            )
+        return to_unit_range(volume, limits, self.clip)
+
+    def limits(self, images: Sequence[Path]) -> np.ndarray:
+        """The percentiles that become 0 and 1, in the file's own units: (C, 2)."""
+        return intensity_range(self.read(images), self.lower, self.upper)
+
+    def label(self, path: Path) -> np.ndarray:
+        """The label on the same grid: (1, D, H, W), uint8."""
+        return _resample(path, read_image(path), 0, self.spacing, nearest=True)[None].astype(np.uint8)
+
+
+def _resample(
+    path: Path,
+    image: nib.spatialimages.SpatialImage,
+    channel: int,
+    spacing: Sequence[float],
+    nearest: bool = False,
+) -> np.ndarray:
+    voxels = voxels_of(path, image, channel)
+    sizes = nib.affines.voxel_sizes(image.affine)
+    # The low-pass filter of skimage's anti-aliased resizing; interpolation alone would alias what it skips.
+    to_ras = ornt_transform(io_orientation(image.affine), RAS)
+    target = np.array(spacing)[to_ras[:, 0].astype(int)]
+    if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
+        raise UserError(
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
+            f"{_times(target)} mm. Mend its header, or choose a coarser `spacing`."
+        )
+    if not nearest:
+        sigma = np.maximum(0, (target / sizes - 1) / 2)
+        voxels = gaussian_filter(voxels, sigma) if sigma.any() else voxels
+    volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+    volume = Orientation("RAS", labels=None)(volume)
+    volume = Spacing(spacing, mode="nearest" if nearest else "bilinear", padding_mode="border")(volume)
+    return volume.as_tensor()[0].numpy()
+
+
+def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Callable | None:
+    """The random part of the way: crop, flips, small affine, intensity. None where nothing is random.
+
+    Args:
+        section: the config's `augment`, with its defaults.
+        size: voxels of the crop.
+        random_crop: crop at a random place, else about the centre.
+
+    Returns:
+        `f(volume, label, rng)` -> (C, *size) float32 tensor, all of its chance from `rng`.
+    """
+    steps = [RandFlip(section["flip_prob"], axis) for axis in section.get("flip_axes", [])]
+    if section.get("rotate_degrees") or section.get("scale") or section.get("translate_voxels"):
+        steps.append(
+            RandAffine(
+                prob=section["affine_prob"],
+                rotate_range=[np.deg2rad(section["rotate_degrees"])] * 3,
+                scale_range=[section["scale"]] * 3,
+                translate_range=[section["translate_voxels"]] * 3,
+                padding_mode="zeros",
+            )
+        )
+    if section.get("intensity_scale"):
+        steps.append(RandScaleIntensity(section["intensity_scale"], section["intensity_prob"]))
+    if section.get("intensity_shift"):
+        steps.append(RandShiftIntensity(section["intensity_shift"], prob=section["intensity_prob"]))
+    if not steps and not random_crop:
+        return None
+    return RandomPart(tuple(size), random_crop, section.get("foreground_prob", 0.0), Compose(steps))
+
+
+@dataclass
+class RandomPart:
+    """See `augmentation`. A class, since loader processes on Windows need to pickle it."""
+
+    size: tuple[int, ...]
+    random_crop: bool
+    foreground_prob: float
+    steps: Compose
+
+    def __call__(
+        self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState
+    ) -> torch.Tensor:
+        volume = self._crop(volume, label, rng) if self.random_crop else volume
+        image = torch.from_numpy(np.array(fit(volume, self.size), np.float32))
+        # Every step gets a seed of its own, drawn even where it is not used, so that one does not shift the
+        # next.
+        for step in self.steps.transforms:
+            image = step.set_random_state(seed=int(rng.randint(2**31)))(image)
+        return image.as_tensor() if isinstance(image, MetaTensor) else image
+
+    def _crop(self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState) -> np.ndarray:
+        room = np.maximum(np.array(volume.shape[1:]) - self.size, 0)
+        start = np.array([rng.randint(r + 1) for r in room])
+        if rng.rand() < self.foreground_prob:
+            mask = label[0] > 0 if label is not None and label.any() else volume[0] > 0
+            inside = np.flatnonzero(mask)
+            centre = np.array(np.unravel_index(inside[rng.randint(len(inside))], mask.shape))
+            start = np.clip(centre - np.array(self.size) // 2, 0, room)
+        end = start + self.size
+        return volume[:, start[0] : end[0], start[1] : end[1], start[2] : end[2]]

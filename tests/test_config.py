@@ -1,0 +1,564 @@
+"""Configs are data: the tutorial's own run here, wrong ones are refused with the key named."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_autoencoder
+import utils
+from ldm import UserError
+from ldm.diffusion import NoiseProcess
+from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "config").glob("config_*.json"))
+
+
+def tutorial(package: str = "monai", memory: int = 32) -> dict:
+    """The config of MONAI's 3D latent diffusion tutorial, as it names things for this package."""
+    channels, epochs = ("channels", "max_epochs") if package == "monai" else ("num_channels", "n_epochs")
+    nets = f"{package}.networks.nets"
+    batch, rate = ((2, 3), 1e-5) if memory == 32 else ((1, 2), 5e-6)
+    return {
+        "channel": 0,
+        "spacing": [1.1, 1.1, 1.1],
+        "spatial_dims": 3,
+        "image_channels": 1,
+        "latent_channels": 8,
+        "autoencoder_def": {
+            "_target_": f"{nets}.AutoencoderKL",
+            "spatial_dims": "@spatial_dims",
+            "in_channels": "$@image_channels",
+            "out_channels": "@image_channels",
+            "latent_channels": "@latent_channels",
+            channels: [64, 128, 256],
+            "num_res_blocks": 2,
+            "norm_num_groups": 32,
+            "norm_eps": 1e-06,
+            "attention_levels": [False, False, False],
+            "with_encoder_nonlocal_attn": False,
+            "with_decoder_nonlocal_attn": False,
+        },
+        "autoencoder_train": {
+            "batch_size": batch[0],
+            "patch_size": [112, 128, 80],
+            "lr": rate,
+            "perceptual_weight": 0.001,
+            "kl_weight": 1e-7,
+            "recon_loss": "l1",
+            epochs: 1200,
+            "val_interval": 10,
+        },
+        "diffusion_def": {
+            "_target_": f"{nets}.DiffusionModelUNet",
+            "spatial_dims": "@spatial_dims",
+            "in_channels": "@latent_channels",
+            "out_channels": "@latent_channels",
+            channels: [256, 256, 512],
+            "attention_levels": [False, True, True],
+            "num_head_channels": [0, 64, 64],
+            "num_res_blocks": 2,
+        },
+        "diffusion_train": {
+            "batch_size": batch[1],
+            "patch_size": [144, 176, 112],
+            "lr": rate,
+            epochs: 10000,
+            "val_interval": 2,
+        },
+        "NoiseScheduler": {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195},
+    }
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(config, *overrides)`: the config written to a file and read by the scripts' own reader."""
+
+    def write_and_load(config, *overrides):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return utils.load_config(path, overrides)
+
+    return write_and_load
+
+
+def parameters(config: dict, key: str) -> int:
+    """Number of parameters of a network that is never filled with numbers."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in utils.define_network(config, key).parameters())
+
+
+def refused(load, config, message, *overrides):
+    with pytest.raises(UserError, match=message):
+        load(config, *overrides)
+
+
+# ---- configs that are right
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:generative")
+@pytest.mark.parametrize("package", ["monai", "generative"])
+@pytest.mark.parametrize("memory", [16, 32])
+def test_tutorial_config_builds_its_networks(load, package, memory):
+    config = load(tutorial(package, memory))
+    assert config["autoencoder_def"]["in_channels"] == 1 and config["diffusion_def"]["in_channels"] == 8
+    # 21.0 M as published; the UNet's 189.3 M as published and the output projections, c^2 + c, of its
+    # attention blocks: 5 of 256 channels (2 down, 3 up) and 6 of 512 (2 down, 1 in the middle, 3 up).
+    assert parameters(config, "autoencoder_def") == 21_000_353
+    assert parameters(config, "diffusion_def") == 189_325_576 + 5 * (256**2 + 256) + 6 * (512**2 + 512)
+    assert config["autoencoder_train"]["max_epochs"] == 1200
+    assert config["diffusion_train"]["max_epochs"] == 10000
+    assert utils.patch_sizes(config, []) == ([112, 128, 80], [144, 176, 112])
+    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    assert process.prediction == "epsilon" and process.alphas_cumprod[0] == pytest.approx(1 - 0.0015)
+
+
+def test_what_the_tutorial_leaves_out_is_the_references(load):
+    config = load(tutorial())
+    section = config["autoencoder_train"]
+    assert section["adversarial_weight"] == 0.01 and section["adversarial_warmup_epochs"] == 5
+    assert section["discriminator"] == {"channels": 32, "num_layers_d": 3, "norm": "INSTANCE"}
+    assert config["intensity"] == {"lower_percentile": 0.0, "upper_percentile": 99.5, "clip": True}
+    assert config["NoiseScheduler"]["schedule"] == "scaled_linear_beta"
+    assert config["seed"] == 0
+
+
+def test_older_and_newer_name_of_the_epochs(load):
+    config = tutorial()
+    config["autoencoder_train"]["n_epochs"] = 7
+    config["diffusion_train"] = {"n_epochs": 8}
+    loaded = load(config)
+    assert loaded["autoencoder_train"]["max_epochs"] == 1200 and loaded["diffusion_train"]["max_epochs"] == 8
+    assert "n_epochs" not in loaded["diffusion_train"]
+    assert load(config, "diffusion_train.max_epochs=3")["diffusion_train"]["max_epochs"] == 3
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_is_whole(path):
+    config = utils.load_config(path)
+    sizes = [parameters(config, key) for key in ("autoencoder_def", "diffusion_def")]
+    if path.stem == "config_demo":
+        assert sum(sizes) < 50e6  # for a laptop
+    if path.stem.startswith("config_train_"):  # the published networks, for BraTS
+        assert sizes == [21_000_353, 189_325_576]
+        assert utils.patch_sizes(config, []) == ([112, 128, 80], [144, 176, 112])
+    NoiseProcess.from_config(config["NoiseScheduler"])
+    assert utils.load_config(path) == config  # reading changes nothing
+
+
+def test_shipped_configs_are_all_here():
+    assert {path.stem.removeprefix("config_") for path in SHIPPED} >= {
+        "demo",
+        "train_16g",
+        "train_32g",
+        "train_80g",
+        "train_multigpu",
+    }
+
+
+def test_resolved_config_reads_back_as_itself(load, tmp_path):
+    config = load(tutorial())
+    utils.write_resolved(config, tmp_path / "resolved.json")
+    assert utils.load_config(tmp_path / "resolved.json") == config
+
+
+def test_documentation_is_generated_from_the_schema():
+    spec = importlib.util.spec_from_file_location("make_config_md", ROOT / "docs" / "make_config_md.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    schema = json.loads((ROOT / "config" / "schema.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == module.page(schema)
+
+
+# ---- --set
+
+
+def test_override_wins_over_file_and_file_over_default(load):
+    config = tutorial()
+    assert load(config)["autoencoder_train"]["lr"] == 1e-5
+    section = load(config, "autoencoder_train.lr=8e-5", "autoencoder_train.recon_loss=l2")[
+        "autoencoder_train"
+    ]
+    assert section["lr"] == 8e-5 and section["recon_loss"] == "l2"
+    del config["autoencoder_train"]["val_interval"], config["diffusion_train"]
+    loaded = load(config, "diffusion_train.augment.flip_axes=[0, 2]", "seed=5", "seed=6")
+    assert loaded["autoencoder_train"]["val_interval"] == 10
+    assert loaded["diffusion_train"]["augment"]["flip_axes"] == [0, 2]
+    assert loaded["diffusion_train"]["augment"]["flip_prob"] == 0.5
+    assert loaded["seed"] == 6  # the last one
+
+
+def test_override_reaches_what_refers_to_it(load):
+    config = load(tutorial(), "latent_channels=4")
+    assert config["autoencoder_def"]["latent_channels"] == config["diffusion_def"]["in_channels"] == 4
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("lr", "--set lr: should be key=value"),
+        ("=3", "--set =3: should be key=value"),
+        ("autoencoder_train.learning_rate=1", "unknown key autoencoder_train.learning_rate"),
+        ("autoencoder_train.lr=fast", r"autoencoder_train\.lr: 'fast' is not of type 'number'"),
+        ("autoencoder_train.lr.first=1", "lr is no section"),
+        ("..=1", "unknown key"),
+    ],
+)
+def test_override_that_is_wrong(load, override, message):
+    refused(load, tutorial(), message, override)
+
+
+# ---- configs that are wrong
+
+
+def changed(path: str, value) -> dict:
+    config = tutorial()
+    *sections, last = path.split(".")
+    section = config
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (
+            "autoencoder_train.batchsize",
+            2,
+            "unknown key autoencoder_train.batchsize. Did you mean batch_size",
+        ),
+        ("difusion_train", {}, "unknown key difusion_train. Did you mean diffusion_train"),
+        ("autoencoder_train.augment.flip_axis", [0], "augment.flip_axis. Did you mean flip_axes"),
+        ("zzz", 1, r"unknown key zzz. docs/config\.md lists the keys"),
+        (
+            "NoiseScheduler.beta_strat",
+            0.001,
+            "unknown key NoiseScheduler.beta_strat. Did you mean beta_start",
+        ),
+        ("autoencoder_train.lr", "1e-5", "autoencoder_train.lr: '1e-5' is not of type 'number'"),
+        ("autoencoder_train.lr", 0, "autoencoder_train.lr"),
+        ("autoencoder_train.batch_size", 1.5, "autoencoder_train.batch_size: 1.5"),
+        ("autoencoder_train.batch_size", 2.0, "autoencoder_train.batch_size: 2.0 is not of type 'integer'"),
+        ("autoencoder_train.batch_size", True, "autoencoder_train.batch_size: True"),
+        ("autoencoder_train.patch_size", [64, 64], "autoencoder_train.patch_size"),
+        ("autoencoder_train.recon_loss", "l3", "autoencoder_train.recon_loss: 'l3' is not one of"),
+        ("autoencoder_train", [], r"autoencoder_train: \[\] is not of type 'object'"),
+        ("spatial_dims", 2, "spatial_dims: 2 is not one of"),
+        ("channel", "0", "channel: '0'"),
+        ("channel", [0, 0], "channel"),
+        ("spacing", [1, 1, 0], r"spacing\.2: 0"),
+        ("seed", -1, "seed: -1"),
+        ("channel", [0, 1], r"channel names 2 channel\(s\), image_channels is 1"),
+        ("longest_side", 64, "spacing or longest_side, not both"),
+        ("intensity", {"lower_percentile": 99.5}, "lower_percentile must lie below upper_percentile"),
+        ("autoencoder_train.lr", float("nan"), "autoencoder_train.lr"),
+        ("autoencoder_train.lr", float("inf"), "autoencoder_train.lr"),
+    ],
+)
+def test_wrong_key_or_value_is_named(load, path, value, message):
+    refused(load, changed(path, value), message)
+
+
+def test_missing_network_is_named(load):
+    config = tutorial()
+    del config["autoencoder_def"]["_target_"]
+    refused(load, config, "autoencoder_def: '_target_' is a required property")
+    del config["autoencoder_def"]
+    refused(load, config, "'autoencoder_def' is a required property")
+    config = tutorial()
+    del config["diffusion_def"]
+    with pytest.raises(UserError, match="diffusion_def: missing"):
+        utils.define_network(load(config), "diffusion_def")
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("$__import__('os').system('exit 1')", "is an expression"),
+        ("$1+1", "is an expression"),
+        ("$", "is an expression"),
+        ("@nowhere", "@nowhere refers to a key that the config does not have"),
+        ("@autoencoder_train::nowhere", "@autoencoder_train::nowhere refers"),
+        ("@", "refers to a key"),
+        ("@diffusion_def::channels", "leads back to itself"),
+    ],
+)
+def test_expression_or_reference_that_is_wrong(load, value, message):
+    refused(load, changed("diffusion_def.channels", value), rf"diffusion_def\.channels: .*{message}")
+
+
+def test_references():
+    config = {
+        "a": {"b": {"c": 3}},
+        "nested": "@a::b::c",
+        "hash": "@a#b#c",
+        "dollar": "$@a::b",
+        "chain": "@nested",
+        "list": ["@nested", {"x": "@nested"}],
+        "text": "a@b$c",
+    }
+    resolved = resolve_references(config, config, "config")
+    assert resolved == {
+        "a": {"b": {"c": 3}},
+        "nested": 3,
+        "hash": 3,
+        "dollar": {"c": 3},
+        "chain": 3,
+        "list": [3, {"x": 3}],
+        "text": "a@b$c",
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"a": "@a"},
+        {"a": "@b", "b": "@c", "c": "@a"},
+        {"a": {"b": "@a"}},
+        {"a": ["@a"]},
+        {"a": {"b": ["@c"]}, "c": "@a"},
+    ],
+)
+def test_reference_cycle(config):
+    with pytest.raises(UserError, match="leads back to itself"):
+        resolve_references(config, config, "config")
+
+
+FOREIGN = [
+    "monai.bundle.run",
+    "os.system",
+    "torch.nn.Linear",
+    "monai.networks.nets.torch.load",
+    "monai.networks.nets.resnet.torch",
+    "monai.networks.nets.autoencoderkl.nn.Linear",
+    "monai.networks.nets.resnet.get_pretrained_resnet_medicalnet",
+    "monai.networks.nets.resnet10",
+    "monai.networks.nets",
+    "monai.networks.netsx.AutoencoderKL",
+    "monai.networks.nets.",
+    "generative.networks.nets.nowhere.AutoencoderKL",
+    "AutoencoderKL",
+    "",
+    ".",
+]
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+@pytest.mark.parametrize("section", ["autoencoder_def", "diffusion_def", "NoiseScheduler"])
+def test_foreign_target_is_refused(load, section, target):
+    refused(load, changed(f"{section}._target_", target), f"{section}: _target_ '{target}'")
+
+
+def test_target_of_another_kind_or_misspelt(load):
+    refused(
+        load, changed("autoencoder_def._target_", "monai.networks.schedulers.DDPMScheduler"), "not allowed"
+    )
+    refused(load, changed("NoiseScheduler._target_", "monai.networks.nets.AutoencoderKL"), "not allowed")
+    refused(load, changed("autoencoder_def._target_", "monai.networks.netsx.AutoencoderKL"), "not allowed")
+    near = "Did you mean monai.networks.nets.AutoencoderKL"
+    refused(load, changed("autoencoder_def._target_", "monai.networks.nets.AutoEncoderKL"), near)
+    refused(
+        load,
+        changed("autoencoder_def.num_chanels", [8, 16]),
+        r"autoencoder_def\.num_chanels: AutoencoderKL has no such argument\. Did you mean",
+    )
+
+
+@pytest.mark.parametrize(
+    "target, packages",
+    [
+        ("monai.networks.nets.AutoencoderKL", NETWORKS),
+        ("monai.networks.nets.autoencoderkl.AutoencoderKL", NETWORKS),
+        ("monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi", NETWORKS),
+        ("monai.networks.schedulers.RFlowScheduler", SCHEDULERS),
+        ("generative.networks.schedulers.DDIMScheduler", SCHEDULERS),
+    ],
+)
+def test_allowed_target(target, packages):
+    assert named_class(target, packages, "here").__name__ == target.rpartition(".")[2]
+
+
+def test_arguments_that_the_network_refuses(load):
+    config = load(changed("autoencoder_def.norm_num_groups", 48))
+    with pytest.raises(UserError, match="autoencoder_def: AutoencoderKL refuses these arguments"):
+        utils.define_network(config, "autoencoder_def")
+
+
+@pytest.mark.parametrize(
+    "key, size, message",
+    [
+        ("autoencoder_train", [112, 130, 81], "multiples of 4: 112 x 128 or 132 x 80 or 84"),
+        ("diffusion_train", [150, 176, 112], "multiples of 16: 144 or 160 x 176 x 112"),
+        ("diffusion_train", [8, 176, 112], "multiples of 16: 16 x 176 x 112"),
+    ],
+)
+def test_patch_that_the_networks_do_not_divide(load, key, size, message):
+    with pytest.raises(UserError, match=rf"{key}\.patch_size: .*{message}"):
+        utils.patch_sizes(load(changed(f"{key}.patch_size", size)), [])
+
+
+# ---- files
+
+
+def test_config_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"config .*gone\.json: cannot be read"):
+        utils.load_config(tmp_path / "gone.json")
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[]", "should hold a JSON object"),
+        ("\udcff", "not valid JSON"),
+    ):
+        (tmp_path / "bad.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(UserError, match=message):
+            utils.load_config(tmp_path / "bad.json")
+
+
+ENVIRONMENT = {
+    "data_base_dir": "data",
+    "model_dir": "models",
+    "tfevent_path": "events",
+    "output_dir": "images",
+    "resume_ckpt": False,
+}
+
+
+def environment(tmp_path, content) -> dict:
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return utils.load_environment(path)
+
+
+def test_environment_of_the_tutorial(tmp_path):
+    read = environment(tmp_path, ENVIRONMENT)
+    assert read["data_base_dir"] == Path("data") and read["model_dir"] == Path("models")
+    assert read["cache_dir"] == Path("models/cache")
+    assert read["download_brats"] is False and read["perceptual_weights"] is None
+    several = environment(tmp_path, ENVIRONMENT | {"data_base_dir": ["a", "b"], "cache_dir": "c"})
+    assert several["data_base_dir"] == [Path("a"), Path("b")] and several["cache_dir"] == Path("c")
+    utils.load_environment(ROOT / "config" / "environment.json.example")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_dri": "m"}, "unknown key model_dri. Did you mean model_dir"),
+        ({"model_dir": 3}, "model_dir is 3"),
+        ({"model_dir": ["m"]}, "model_dir is"),
+        ({"model_dir": None}, "model_dir is None"),
+        ({"resume_ckpt": "true"}, "resume_ckpt is 'true'; bool is due"),
+        ({"resume_ckpt": 1}, "resume_ckpt is 1"),
+        ({"data_base_dir": {}}, "data_base_dir is {}"),
+        ({"data_base_dir": [1]}, "data_base_dir"),
+        ({"data_base_dir": []}, "data_base_dir"),
+        ({"perceptual_weights": True}, "perceptual_weights is True"),
+    ],
+)
+def test_environment_that_is_wrong(tmp_path, change, message):
+    with pytest.raises(UserError, match=rf"environment\.json: {message}"):
+        environment(tmp_path, ENVIRONMENT | change)
+
+
+@pytest.mark.parametrize("key", ["data_base_dir", "model_dir", "tfevent_path", "output_dir"])
+def test_environment_with_a_key_missing(tmp_path, key):
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        environment(tmp_path, {k: v for k, v in ENVIRONMENT.items() if k != key})
+
+
+def test_script_ends_with_one_line_and_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(changed("autoencoder_train.batchsize", 2)))
+    Path("environment.json").write_text(json.dumps(ENVIRONMENT))
+    with pytest.raises(SystemExit) as end:
+        train_autoencoder.main(["-c", "config.json", "-e", "environment.json"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: config.json: unknown key autoencoder_train.batchsize")
+        and error.count("\n") == 1
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "environment.json"}  # nothing begun
+
+
+# ---- any config at all
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2000)
+    | st.floats()
+    | st.sampled_from(["", "@", "$", "@seed", "$@seed", "@autoencoder_def", "$1", "@a::b", "l1", *FOREIGN])
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(section, path=()):
+    """Paths of all keys of a config."""
+    for key, value in section.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+def within(section: dict, path) -> dict:
+    for key in path:
+        section = section[key]
+    return section
+
+
+@st.composite
+def mutated(draw, config: dict) -> dict:
+    """A config with one to three keys deleted, renamed or given another value."""
+    config = copy.deepcopy(config)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(sorted(places(config)) or [()]))
+        if not path:
+            break
+        section, key = within(config, path[:-1]), path[-1]
+        match draw(st.sampled_from(["delete", "replace", "rename"])):
+            case "delete":
+                del section[key]
+            case "replace":
+                section[key] = draw(json_values)
+            case "rename":
+                section[draw(st.text(max_size=5)) + key] = section.pop(key)
+    return config
+
+
+def read_or_refused(read, path: Path, content: dict):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        assert isinstance(read(path), dict)
+    except UserError as error:
+        assert str(error)
+
+
+def test_any_config_is_read_or_refused(tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "config.json"
+
+    @settings(max_examples=100, deadline=None)
+    @given(mutated(tutorial()))
+    def check(config):
+        read_or_refused(utils.load_config, path, config)
+
+    check()
+
+
+def test_any_environment_is_read_or_refused(tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "environment.json"
+
+    @settings(max_examples=100, deadline=None)
+    @given(mutated(ENVIRONMENT | {"perceptual_weights": "w.pth", "cache_dir": None, "download_brats": False}))
+    def check(content):
+        read_or_refused(utils.load_environment, path, content)
+
+    check()

@@ -1,0 +1,272 @@
+"""Two processes on a CPU (gloo): they train what one process trains with twice the batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import chain
+import pytest
+import torch
+from chain import ROOT, Project, copy_of
+
+import inference
+import train_autoencoder
+import train_diffusion
+import utils
+from ldm.datasets import VolumeDataset, find_cases
+from ldm.encoders import LatentEncoder
+from ldm.training import Stepper
+
+pytestmark = pytest.mark.skipif(
+    os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows does not have"
+)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# Three epochs of two steps, the adversarial term from the second epoch on.
+RUN = ["--no-amp", "--set", "autoencoder_train.max_epochs=3", "--set", "diffusion_train.max_epochs=3"]
+RUN += ["--set", "autoencoder_train.adversarial_warmup_epochs=1", "--set", "autoencoder_train.scale_lr=false"]
+RUN += ["--set", "diffusion_train.scale_lr=false"]
+SINGLE = ["--set", "autoencoder_train.batch_size=1", "--set", "diffusion_train.batch_size=1"]
+
+# One process of two: a step looked at closely, then two scripts. Arguments: folder, data, those of
+# train_autoencoder.py, "--", those of inference.py.
+WORKER = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import inference
+import test_ddp
+import train_autoencoder
+
+# One group for all three, since a process that opens gloo's a second time may hang.
+dist.init_process_group("gloo")
+destroy = dist.destroy_process_group
+dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
+
+folder, data, split, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv.index("--"), os.environ["RANK"]
+torch.save(test_ddp.one_step(folder / "config.json", data), folder / f"step_{rank}.pt")
+
+built = []
+for name in ("LatentEncoder", "PatchDiscriminator"):
+    def build(*args, cls=getattr(train_autoencoder, name), **kwargs):
+        built.append(cls(*args, **kwargs))
+        return built[-1]
+    setattr(train_autoencoder, name, build)
+train_autoencoder.main(sys.argv[3:split])
+torch.save([network.state_dict() for network in built], folder / f"weights_{rank}.pt")
+inference.main(sys.argv[split + 1 :])
+dist.barrier()  # a rank that leaves while the other still talks to it may abort
+destroy()
+"""
+
+
+def one_step(config_file: Path, data: Path) -> dict:
+    """Gradients of one step, with and without accumulation, and the draws they rest on, of this process."""
+    config = utils.load_config(config_file)
+    section = config["autoencoder_train"]
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    section["batch_size"] = 2 // world_size
+    run = utils.start(Namespace(gpus=None, device="cpu", amp=False))
+    cases, _ = find_cases(data)
+    dataset = VolumeDataset(cases, utils.preprocessing_of(config), chain.SHAPE)
+    found = {}
+    for accumulate in (1, 2):
+        section["accumulate_steps"] = accumulate
+        torch.manual_seed(0)
+        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def"))
+        network = utils.wrap_network(encoder, section, run, False)
+        stepper = Stepper(network, section, None)
+        loss = train_autoencoder.AutoencoderLoss(section, None)
+        for number, batch in enumerate(utils.make_loader(dataset, section, config, run)):
+            eps = train_autoencoder.posterior_noise(batch, dataset, [3, 8, 10, 6], seed=0)
+            with stepper.accumulating(number + 1 == accumulate):
+                terms = loss(batch["image"], *network(batch["image"], eps), torch.Generator())
+                stepper.backward(terms["loss"])
+            if number == 0:
+                draws = train_diffusion.draws(batch, dataset, [3, 8, 10, 6], seed=0)
+                found["draws"] = [eps, *draws]
+            if number + 1 == accumulate:
+                break
+        found[accumulate] = [p.grad.clone() for p in encoder.parameters()]
+    return found
+
+
+def launch(command: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    """What the processes printed; they should all end well, and end."""
+    try:
+        printed = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()  # torchrun ends its ranks with it
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
+    return "\n".join(printed)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Project:
+    """The finished chain. Look, but do not touch."""
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def alone(done, tmp_path_factory) -> Project:
+    """One process, batches of 2."""
+    project = copy_of(done, tmp_path_factory.mktemp("ddp") / "alone")
+    project.run(train_autoencoder, *RUN)
+    project.printed["diffusion"] = project.run(train_diffusion, *RUN)
+    project.run(inference, "--num", "3", "--steps", "2", *RUN[1:])
+    return project
+
+
+@pytest.fixture(scope="module")
+def together(alone) -> Project:
+    """Two processes, batches of 1: the first stage, and samples of the networks that one process trained."""
+    project = copy_of(alone, alone.folder.parent / "together")
+    drawn = copy_of(alone, alone.folder.parent / "drawn", "autoencoder.pt", "diffusion_unet.pt", "split.json")
+    (project.folder / "worker.py").write_text(WORKER)
+    sampling = drawn.argv("--num", "3", "--steps", "2", *RUN[1:])
+    worker = [
+        project.folder / "worker.py",
+        project.folder,
+        project.data,
+        *project.argv(*RUN, *SINGLE),
+        "--",
+        *sampling,
+    ]
+    finish(launch([*TORCHRUN, "--standalone", "--nproc_per_node=2", *worker]))
+    return project
+
+
+@pytest.fixture(scope="module")
+def two_machines(alone) -> Project:
+    """Two launchers of one process each, as on two machines: the second stage."""
+    project = copy_of(alone, alone.folder.parent / "two_machines", "autoencoder.pt", "split.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    script = ["train_diffusion.py", *project.argv(*RUN, *SINGLE, "-g", "1")]
+    project.printed["diffusion"] = finish(
+        *[launch([*TORCHRUN, *common, f"--node_rank={rank}", *script]) for rank in (0, 1)]
+    )
+    return project
+
+
+def test_gradients_of_two_halves_are_those_of_the_whole_batch(together):
+    whole = one_step(together.config_file, together.data)
+    ranks = [torch.load(together.folder / f"step_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for accumulate in (1, 2):
+        size = max(float(gradient.abs().max()) for gradient in whole[accumulate])
+        for rank in ranks:
+            for a, b in zip(rank[accumulate], whole[accumulate], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * size)
+    apart = [float((a - b).abs().max()) for a, b in zip(whole[1], whole[2], strict=True)]
+    assert max(apart) > 1e-3 * size  # one batch and two are not the same
+
+
+def test_ranks_draw_noise_of_their_own(together):
+    """Posterior draw, second posterior draw, noise and time of the first batch."""
+    whole = one_step(together.config_file, together.data)["draws"]
+    ranks = [torch.load(together.folder / f"step_{rank}.pt", weights_only=True)["draws"] for rank in (0, 1)]
+    for one, first, second in zip(whole, *ranks, strict=True):
+        assert not torch.equal(first, second)
+        assert torch.equal(torch.cat([first, second]), one)
+
+
+def test_both_ranks_hold_the_weights_that_are_saved(together):
+    ranks = [torch.load(together.folder / f"weights_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert not chain.differences(*ranks)
+    encoder, discriminator = ranks[0][:2]
+    last = together.checkpoint("autoencoder_last.pt")
+    assert not chain.differences(discriminator, last["discriminator"])
+    assert not chain.differences({f"autoencoder.{k}": v for k, v in last["model"].items()}, encoder)
+
+
+def test_two_processes_train_the_autoencoder_of_one(alone, together):
+    a, b = (one.checkpoint("autoencoder_last.pt") for one in (alone, together))
+    assert (a["step"], a["epoch"]) == (b["step"], b["epoch"]) == (6, 2)
+    assert b["discriminator_stepper"]["optimizer"]["state"][0]["step"] == 4
+    for key in ("model", "discriminator"):
+        chain.assert_weights_close(a[key], b[key])
+    assert together.split() == alone.split()
+    logs = [one.log("autoencoder") for one in (alone, together)]
+    assert len(logs[0]) == len(logs[1])  # written once
+    for one, other in zip(*logs, strict=True):  # training and validation numbers are those of all ranks
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"stage", "seconds"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5)
+
+
+def test_promise_6_plain_and_ddp_checkpoints_load_each_other(alone, together, tmp_path):
+    """What two processes saved, one goes on with, and the other way round, under the bare names."""
+    plain = copy_of(together, tmp_path / "plain", "autoencoder_last.pt", "split.json", "train_log.jsonl")
+    names = set(alone.checkpoint("autoencoder_last.pt")["model"])
+    longer = ("--set", "autoencoder_train.max_epochs={}")
+    said = plain.run(train_autoencoder, *RUN, *SINGLE, longer[0], longer[1].format(4))
+    assert "an epoch had 2 batches before, it has 4 now: epoch 3 begins anew" in said
+    last = plain.checkpoint("autoencoder_last.pt")
+    assert set(last["model"]) == names and last["epoch"] == 3
+    script = ["train_autoencoder.py", *plain.argv(*RUN, *SINGLE, longer[0], longer[1].format(5))]
+    finish(launch([*TORCHRUN, "--standalone", "--nproc_per_node=2", *script]))
+    last = plain.checkpoint("autoencoder_last.pt")
+    assert set(last["model"]) == names and last["epoch"] == 4 and last["batches_per_epoch"] == 2
+
+
+def test_two_processes_train_the_diffusion_model_of_one(alone, two_machines):
+    a, b = (one.checkpoint("diffusion_unet_last.pt") for one in (alone, two_machines))
+    assert a["step"] == b["step"] == 6
+    chain.assert_weights_close(a["model"], b["model"])
+    assert a["scale_factor"] == pytest.approx(b["scale_factor"], rel=1e-6)
+    assert a["geometry"] == b["geometry"]
+    best = [one.checkpoint("diffusion_unet.pt")["best"] for one in (alone, two_machines)]
+    assert best[0] == pytest.approx(best[1], rel=1e-4)
+    assert len(two_machines.log("diffusion")) == len(alone.log("diffusion"))
+    said = two_machines.printed["diffusion"]
+    assert said.count("scale factor") == 1 and "cpu x 2" in said
+
+
+def test_two_processes_draw_the_samples_of_one(alone, together):
+    drawn = together.folder.parent / "drawn" / "samples"
+    names = sorted(path.name for path in drawn.iterdir())
+    records = [f"sample_{seed:06d}.json" for seed in range(3)]
+    volumes = [f"sample_{seed:06d}.nii.gz" for seed in range(3)]
+    assert names == sorted([*records, *volumes, "samples.png"])
+    for name in [*volumes, "samples.png"]:
+        assert (drawn / name).read_bytes() == (alone.output_dir / name).read_bytes()
+
+
+def test_a_mistake_under_the_printed_torchrun_line_is_told_once(alone, monkeypatch):
+    """The line that `-g 2` prints starts two processes; they refuse to go on from nowhere."""
+    argv = ["train_autoencoder.py", *alone.argv("-g", "2", *RUN, "--resume", "nowhere.pt")]
+    monkeypatch.setattr("sys.argv", argv)
+    line = alone.refused(train_autoencoder, "-g", "2", *RUN).splitlines()[1].split()
+    assert line[0] == "torchrun"
+    before = chain.fingerprint(alone.folder)
+    process = launch([*TORCHRUN, *line[1:]])
+    try:
+        printed = process.communicate(timeout=600)[0]
+    finally:
+        process.terminate()
+    assert process.returncode != 0
+    assert printed.count("error: ") == 1 and "nowhere.pt: no such checkpoint" in printed, printed
+    assert chain.fingerprint(alone.folder) == before

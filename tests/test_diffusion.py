@@ -1,0 +1,374 @@
+"""Samplers against Gaussian data, for which the best prediction and every step are formulas.
+
+For z_0 ~ N(m, v) and z_t = a z_0 + s noise, given z_t the means of z_0 and of the noise are
+
+    m + a v / (a^2 v + s^2) (z_t - a m)    and    s / (a^2 v + s^2) (z_t - a m),
+
+so that each step of a sampler is affine, x -> A x + B (+ C noise). The steps are written down again here, in
+float64 and from the definitions of the processes, and the samplers have to follow them.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
+
+from ldm import UserError
+from ldm.diffusion import (
+    SAMPLERS,
+    NoiseProcess,
+    choose_sampler,
+    sample_ddim,
+    sample_ddpm,
+    sample_euler,
+    sample_latents,
+)
+
+MEAN, VARIANCE = 0.3, 0.5**2
+LINEAR = {
+    "num_train_timesteps": 1000,
+    "schedule": "scaled_linear_beta",
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+}
+DISCRETE = ("epsilon", "v_prediction", "sample")
+
+
+def discrete(prediction: str = "epsilon", **changes) -> NoiseProcess:
+    return NoiseProcess.from_config(LINEAR | {"prediction_type": prediction} | changes)
+
+
+def flow(steps: int = 1000) -> NoiseProcess:
+    return NoiseProcess.from_config(
+        {"schedule": "rectified_flow", "num_train_timesteps": steps, "prediction_type": "epsilon"}
+    )
+
+
+@functools.cache
+def levels_of_table(t: float) -> tuple[float, float]:
+    """a and s at a time of the scaled linear schedule, from its definition; the clean end at -1."""
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    squared = np.prod(1 - betas[: int(t) + 1])
+    return float(squared**0.5), float((1 - squared) ** 0.5)
+
+
+def levels_of_line(t: float) -> tuple[float, float]:
+    return 1 - t / 1000, t / 1000
+
+
+def conditional_means(x, a: float, s: float):
+    """Of z_0 and of the noise, given z_t = x."""
+    away = (x - a * MEAN) / (a**2 * VARIANCE + s**2)
+    return MEAN + a * VARIANCE * away, s * away
+
+
+def best_model(process: NoiseProcess):
+    """The network that training would end at."""
+    levels = levels_of_line if process.is_flow else levels_of_table
+
+    def model(x, t):
+        outputs = []
+        for one, time in zip(x, t.tolist(), strict=True):
+            a, s = levels(time)
+            z0, noise = conditional_means(one.double(), a, s)
+            kinds = {
+                "epsilon": noise,
+                "sample": z0,
+                "velocity": z0 - noise,
+                "v_prediction": a * noise - s * z0,
+            }
+            outputs.append(kinds[process.prediction])
+        return torch.stack(outputs).to(x)
+
+    return model
+
+
+TEN = [999, 888, 777, 666, 555, 444, 333, 222, 111, 0, -1]
+
+
+def ddim_recursion(x, times, levels=levels_of_table):
+    """The same z_0 and the same noise, mixed by the levels of the next time."""
+    for t, nxt in zip(times[:-1], times[1:], strict=True):
+        z0, noise = conditional_means(x, *levels(t))
+        a, s = levels(nxt)
+        x = a * z0 + s * noise
+    return x
+
+
+def ddpm_moments(x, t, nxt):
+    """Mean and variance of q(x_nxt | x_t, z_0 = its conditional mean), two Gaussians multiplied.
+
+    x_nxt ~ N(a' z_0, s'^2) before x_t is known; x_t = r x_nxt + N(0, s^2 - r^2 s'^2) with r = a / a'.
+    """
+    (a, s), (a_next, s_next) = levels_of_table(t), levels_of_table(nxt)
+    z0, _ = conditional_means(x, a, s)
+    if nxt < 0:
+        return z0, 0.0
+    r = a / a_next
+    added = s**2 - r**2 * s_next**2
+    variance = 1 / (1 / s_next**2 + r**2 / added)
+    return variance * (a_next * z0 / s_next**2 + r * x / added), variance
+
+
+def start(seeds, shape):
+    """First draw of each seed's own stream, and the streams."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).double(), generators
+
+
+# ---- samplers
+
+
+@pytest.mark.parametrize("prediction", DISCRETE)
+def test_ddim_follows_its_recursion_over_the_times_visited(prediction):
+    process = discrete(prediction)
+    found = sample_latents(best_model(process), process, (2, 3, 3, 3), [4, 5], 10, "ddim")
+    x, _ = start([4, 5], (2, 3, 3, 3))
+    expected = ddim_recursion(x, TEN)
+    assert (found - expected).abs().max() < 1e-5
+    # What MONAI's scheduler does, t - T // N, is another result: the last step from 99 instead of 0 ...
+    assert (
+        found - ddim_recursion(x, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1])
+    ).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prediction", DISCRETE)
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_ddpm_follows_its_recursion_with_the_same_noise(prediction, steps):
+    process = discrete(prediction)
+    times = TEN if steps == 10 else [*range(999, -2, -1)]
+    found = sample_latents(best_model(process), process, (4,), [4, 5], steps, "ddpm")
+    x, generators = start([4, 5], (4,))
+    for t, nxt in zip(times[:-1], times[1:], strict=True):
+        x, variance = ddpm_moments(x, t, nxt)
+        if nxt >= 0:
+            x = x + variance**0.5 * torch.stack([torch.randn(4, generator=g) for g in generators]).double()
+    assert (found - x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [7, 30])  # times that are no integers
+def test_euler_follows_its_recursion(steps):
+    process = flow()
+    found = sample_latents(best_model(process), process, (2, 3, 3, 3), [4, 5], steps)
+    x, _ = start([4, 5], (2, 3, 3, 3))
+    for i in range(steps):
+        z0, noise = conditional_means(x, *levels_of_line(1000 * (1 - i / steps)))
+        x = x + (z0 - noise) / steps
+    assert (found - x).abs().max() < 1e-5
+
+
+def moments_of_map(sample, process, steps):
+    """Mean and std that a deterministic sampler makes of N(0, 1), from its images of 0 and 1."""
+    zero, one = (
+        sample(best_model(process), process, torch.tensor([[0.0], [1.0]]).double(), steps).flatten().tolist()
+    )
+    return zero, abs(one - zero)
+
+
+def test_many_steps_give_the_data_back():
+    # DDIM's last step takes the conditional mean at s = 0.039, whose std is 0.4985, and steps are finite.
+    for prediction in DISCRETE:
+        mean, std = moments_of_map(sample_ddim, discrete(prediction), 1000)
+        assert mean == pytest.approx(0.3, abs=0.005) and std == pytest.approx(0.5, abs=0.005)
+    mean, std = moments_of_map(sample_euler, flow(), 1000)
+    assert mean == pytest.approx(0.3, abs=1e-3) and std == pytest.approx(0.5, abs=1e-3)
+    errors = [abs(moments_of_map(sample_euler, flow(), steps)[1] - 0.5) for steps in (25, 50, 100)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(
+        2, rel=0.1
+    )
+
+
+@pytest.mark.parametrize("prediction", DISCRETE)
+def test_ddpm_gives_the_data_back(prediction):
+    process = discrete(prediction)
+    x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
+    drawn = sample_ddpm(best_model(process), process, x, 1000, [torch.Generator().manual_seed(1)])
+    # Five standard errors of 20 000 draws, and 0.003 for the finite steps.
+    assert drawn.mean() == pytest.approx(MEAN, abs=5 * 0.5 / 20_000**0.5 + 0.003)
+    assert drawn.std() == pytest.approx(0.5, abs=5 * 0.5 / 40_000**0.5 + 0.003)
+
+
+def per_sample_model(x, t):
+    """No reduction over the batch, so that not even rounding can tell batches apart."""
+    return torch.sin(3 * x) * 0.5 + t.to(x).reshape(-1, 1, 1) / 1000
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
+def test_a_sample_is_a_function_of_its_seed(sampler):
+    process = flow() if sampler == "euler" else discrete()
+
+    def draw(*seeds):
+        return sample_latents(per_sample_model, process, (3, 5), seeds, 6, sampler)
+
+    together = draw(7, 8, 9)
+    assert together.shape == (3, 3, 5) and together.dtype == torch.float32
+    for i, seed in enumerate((7, 8, 9)):
+        assert torch.equal(draw(seed)[0], together[i])
+    assert torch.equal(draw(9, 7), together[[2, 0]])
+    assert not torch.equal(draw(7)[0], draw(8)[0])
+    torch.manual_seed(123)
+    assert torch.equal(draw(7, 8, 9), together)
+
+
+def test_model_is_told_the_times_of_its_process():
+    for process, times in ((discrete(), TEN[:-1]), (flow(), [1000 * (1 - i / 10) for i in range(10)])):
+        told = []
+        sample_latents(lambda x, t, told=told: told.append(t.tolist()) or x * 0, process, (1,), [0, 1], 10)
+        assert np.allclose(told, [[t, t] for t in times])
+
+
+def test_progress_wraps_the_steps():
+    wrapped = []
+    sample_latents(
+        lambda x, t: x, flow(), (1,), [0], 5, progress=lambda items: wrapped.append(len(items)) or items
+    )
+    assert wrapped == [5]
+
+
+@pytest.mark.parametrize(
+    "process, name, message",
+    [
+        (discrete(), "euler", "trained with a beta schedule .epsilon.. Use ddim or ddpm"),
+        (flow(), "ddim", "trained with rectified flow. Use euler"),
+        (flow(), "ddpm", "trained with rectified flow. Use euler"),
+        (flow(), "dpm++", "--sampler .* does not fit"),
+    ],
+)
+def test_sampler_that_does_not_fit(process, name, message):
+    with pytest.raises(UserError, match=message):
+        sample_latents(per_sample_model, process, (1,), [0], 5, name)
+
+
+def test_default_sampler():
+    assert choose_sampler(None, flow()) is sample_euler is SAMPLERS["euler"]
+    assert choose_sampler(None, discrete()) is sample_ddim is SAMPLERS["ddim"]
+
+
+def test_more_steps_than_times():
+    with pytest.raises(UserError, match="--steps 1001: the model was trained with 1000"):
+        sample_latents(per_sample_model, discrete(), (1, 1), [0], 1001)
+    assert (
+        sample_latents(per_sample_model, flow(10), (1, 1), [0], 25).isfinite().all()
+    )  # a line has no such end
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_times_are_as_even_as_they_can_be(steps):
+    for process, first, last in ((discrete(), 999, 0), (flow(), 1000, 1000 / steps)):
+        times = process.sampling_times(steps)
+        even = np.linspace(first, last, steps)  # integers, where the network knows no others
+        assert np.abs(times[:-1].numpy() - even).max() <= (1e-9 if process.is_flow else 0.5)
+        assert len(times) == steps + 1 and (times.diff() < 0).all()
+        assert sample_latents(best_model(process), process, (4,), [0], steps).isfinite().all()
+
+
+# ---- the process
+
+
+@pytest.mark.parametrize("process", [discrete(), flow()], ids=["discrete", "flow"])
+def test_noise_levels_are_those_of_monais_schedulers(process):
+    z0, noise = torch.randn(2, 5, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 1, 300, 998, 999])
+    if process.is_flow:
+        expected = RFlowScheduler(num_train_timesteps=1000).add_noise(z0, noise, t)
+    else:
+        scheduler = DDPMScheduler(1000, schedule="scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
+        expected = scheduler.add_noise(z0, noise, t)
+        assert torch.equal(process.alphas_cumprod.float(), scheduler.alphas_cumprod)
+    assert (process.add_noise(z0, noise, t) - expected).abs().max() < 1e-5
+    for time in t.tolist():
+        by_definition = levels_of_line(time) if process.is_flow else levels_of_table(time)
+        assert process.levels(torch.tensor([time]))[0].item() == pytest.approx(by_definition[0], abs=1e-5)
+        assert process.levels(torch.tensor([time]))[1].item() == pytest.approx(by_definition[1], abs=1e-5)
+
+
+def test_clean_end():
+    assert [level.item() for level in discrete().levels(torch.tensor(-1.0))] == [1, 0]
+    assert [level.item() for level in flow().levels(torch.tensor(0.0))] == [1, 0]
+    assert [level.item() for level in flow().levels(torch.tensor(1000.0))] == [0, 1]
+
+
+@pytest.mark.parametrize("prediction", [*DISCRETE, "velocity"])
+def test_prediction_and_its_inverse(prediction):
+    process = flow() if prediction == "velocity" else discrete(prediction)
+    z0, noise = torch.randn(2, 4, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    t = torch.tensor([1, 250, 700, 990])
+    target = process.target(z0, noise, t)
+    found = process.clean_and_noise(target, process.add_noise(z0, noise, t), t)
+    assert (found[0] - z0).abs().max() < 1e-9 and (found[1] - noise).abs().max() < 1e-9
+    a, s = (level.reshape(-1, 1, 1, 1, 1) for level in process.levels(t))
+    expected = {"epsilon": noise, "sample": z0, "velocity": z0 - noise, "v_prediction": a * noise - s * z0}
+    assert torch.allclose(target, expected[prediction])
+
+
+def test_v_prediction_is_monais():
+    process, t = discrete("v_prediction"), torch.tensor([3, 500])
+    scheduler = DDPMScheduler(1000, schedule="scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
+    z0, noise = torch.randn(2, 2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(process.target(z0, noise, t), scheduler.get_velocity(z0, noise, t), atol=1e-5)
+
+
+def test_training_times():
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    times = discrete().draw_times(u)
+    assert times.dtype == torch.int64 and times.unique().tolist() == list(range(1000))
+    assert discrete().draw_times(ends).tolist() == [0, 999]
+    line = flow().draw_times(u)
+    assert 0 < line.min() < 1 and 999 < line.max() <= 1000
+    ends_of_line = flow().draw_times(ends)
+    assert ends_of_line[0] == 1000 and 0 < ends_of_line[1] < 1e-3
+    assert line.mean() == pytest.approx(500, abs=3) and line.std() == pytest.approx(1000 / 12**0.5, abs=3)
+
+
+def test_logit_normal_training_times():
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    for process in (discrete(), flow()):
+        times = process.draw_times(u, "logit_normal").double()
+        assert times.min() >= 0 and times.max() <= 1000 and not times.isnan().any()
+        # A logistic of N(0, 1): P(below T / 4) = Phi(log(1 / 3)) = 0.1359, the median T / 2.
+        assert (times < 250).double().mean() == pytest.approx(0.1359, abs=0.004)
+        assert times.median() == pytest.approx(500, abs=5)
+        ends = process.draw_times(torch.tensor([0.0, 1 - 2**-24]), "logit_normal")
+        assert ends.min() >= 0 and ends.max() < 1000
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear_beta", "scaled_linear_beta"])
+@pytest.mark.parametrize("steps", [2, 3, 50, 1000, 8000])
+def test_schedule_of_any_length_is_finite(schedule, steps):
+    for prediction in DISCRETE:
+        process = discrete(prediction, schedule=schedule, num_train_timesteps=steps)
+        squared = process.alphas_cumprod
+        assert len(squared) == steps and squared.isfinite().all()
+        assert (squared > 0).all() and (squared < 1).all() and (squared.diff() < 0).all()
+        for sampler in ("ddim", "ddpm"):
+            for count in {1, 2, min(steps, 20)}:
+                drawn = sample_latents(lambda x, t: 0.9 * x, process, (3,), [0, 1], count, sampler)
+                assert drawn.isfinite().all(), (prediction, sampler, count)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_timesteps": 20_000},  # what is left of the signal is below the smallest float
+        {"beta_end": 0.999},
+        {"schedule": "cosine", "num_train_timesteps": 1_000_000},  # the first step rounds to no noise
+    ],
+)
+def test_schedule_that_leaves_nothing_to_divide_by(changes):
+    with pytest.raises(UserError, match="NoiseScheduler: over .* steps this schedule leaves no signal"):
+        discrete(**changes)
+
+
+def test_cosine_schedule_is_the_published_one():
+    """Nichol & Dhariwal, 2021, eq. 17: cos^2((t/T + 0.008) / 1.008 * pi / 2), normalised."""
+    process = discrete(schedule="cosine")
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    assert np.allclose(process.alphas_cumprod[:990], (f / f[0])[1:991], rtol=2e-3)
+
+
+def test_schedule_and_prediction_that_do_not_go_together():
+    with pytest.raises(UserError, match="velocity goes with schedule rectified_flow only"):
+        discrete("velocity")

@@ -1,0 +1,281 @@
+"""Terms of the autoencoder's loss by hand; perceptual weights come whole from a local file, or not at all."""
+
+import builtins
+import os
+import sys
+import types
+
+import pytest
+import torch
+from monai.networks.nets import resnet10
+from torch import nn
+
+from ldm import UserError
+from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
+
+WITHOUT = r"or set autoencoder_train\.perceptual_weight to 0"
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- KL and gradient difference
+
+
+def test_kl_is_the_divergence_of_the_distributions():
+    mean, std = 2 * numbers(3, 2, 4, 4, 4) - 1, 0.1 + numbers(3, 2, 4, 4, 4, seed=1)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).sum() / 3
+    assert kl_divergence(mean, std) == pytest.approx(expected.item(), rel=1e-5)
+    assert kl_divergence(torch.zeros(2, 5), torch.ones(2, 5)) == 0
+    assert kl_divergence(torch.full((2, 5), 2.0), torch.ones(2, 5)) == pytest.approx(5 * 2)  # mean^2 / 2 each
+    assert kl_divergence(torch.zeros(1, 1), torch.full((1, 1), torch.e)) == pytest.approx(
+        (torch.e**2 - 3) / 2
+    )
+    assert torch.isfinite(kl_divergence(torch.zeros(1, 1), torch.zeros(1, 1)))
+
+
+def test_gradient_difference_by_hand():
+    image = numbers(2, 1, 3, 3, 3)
+    assert gradient_difference(image + 0.7, image).abs() < 1e-6  # a constant has no edges
+    bump = image.clone()
+    bump[:, 0, 1, 1, 1] += 1
+    # Along each axis 2 of 2 x 3 x 3 differences are 1.
+    assert gradient_difference(bump, image) == pytest.approx(3 * 2 / 18, rel=1e-5)
+    for axis in (2, 3, 4):
+        slope = torch.arange(3.0).reshape([3 if a == axis else 1 for a in range(5)])
+        assert gradient_difference(image - 0.5 * slope, image) == pytest.approx(0.5, rel=1e-5)
+
+
+# ---- MedicalNet
+
+
+@pytest.fixture(scope="module")
+def medicalnet(tmp_path_factory):
+    """Weights of a 3D ResNet-10 in a file like MedicalNet's, and the network itself."""
+    torch.manual_seed(0)
+    network = resnet10(spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False).eval()
+    with torch.no_grad():  # statistics such as training leaves behind
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("weights") / "resnet_10.pth"
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in network.state_dict().items()}}, path
+    )
+    return path, network
+
+
+def test_medicalnet(medicalnet):
+    path, network = medicalnet
+    loss = PerceptualLoss("medicalnet_resnet10", str(path))
+    assert all(torch.equal(value, network.state_dict()[k]) for k, value in loss.network.state_dict().items())
+    a, b = numbers(1, 1, 20, 20, 20), numbers(1, 1, 20, 20, 20, seed=1)
+    distance = loss(a, b, seeded())
+    assert loss(a, a, seeded()) == 0 and distance > 0
+    assert distance == loss(a, b, seeded(1)) == loss(b, a, seeded())  # nothing of it is drawn
+    assert loss(3 * a + 5, 3 * b + 5, seeded()) == pytest.approx(distance.item(), rel=1e-2)  # normalised
+    pairs = loss(torch.cat([a, a]), torch.cat([b, a]), seeded())
+    assert pairs == pytest.approx(distance.item() / 2, rel=1e-4)  # a mean over the batch
+    channels = loss(torch.cat([a, a], 1), torch.cat([b, a], 1), seeded())
+    assert channels == pytest.approx(distance.item() / 2, rel=1e-4)  # and over channels
+
+
+def test_perceptual_network_is_frozen(medicalnet):
+    loss = PerceptualLoss("medicalnet_resnet10", medicalnet[0])
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    a = numbers(1, 1, 16, 16, 16).requires_grad_()
+    loss.train()(a, numbers(1, 1, 16, 16, 16, seed=1), seeded()).backward()
+    assert a.grad.abs().max() > 0 and not any(p.requires_grad for p in loss.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+
+
+# ---- LPIPS
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: a narrow layer, then two wide ones side by side."""
+
+    def __init__(self, inside: int, narrow: int, wide: int):
+        super().__init__()
+        self.squeeze = nn.Conv2d(inside, narrow, 1)
+        self.expand1x1 = nn.Conv2d(narrow, wide, 1)
+        self.expand3x3 = nn.Conv2d(narrow, wide, 3, padding=1)
+
+    def forward(self, x):
+        x = self.squeeze(x).relu()
+        return torch.cat([self.expand1x1(x).relu(), self.expand3x3(x).relu()], 1)
+
+
+class SqueezeNet(nn.Module):
+    """Layers of SqueezeNet 1.1 (Iandola et al., 2016) under the names of torchvision's."""
+
+    def __init__(self, pretrained: bool = False):
+        super().__init__()
+        assert not pretrained, "this would be a download"
+        pool = (nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3))
+        self.features = nn.Sequential(nn.Conv2d(3, 64, 3, 2), nn.ReLU(), next(pool))
+        self.features.extend([Fire(64, 16, 64), Fire(128, 16, 64), next(pool)])
+        self.features.extend([Fire(128, 32, 128), Fire(256, 32, 128), next(pool)])
+        self.features.extend([Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256)])
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(512, 10, 1))
+
+
+@pytest.fixture
+def torchvision_stand_in(monkeypatch):
+    """lpips imports torchvision, which has no build for every torch; it needs only the network of it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lpips", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    package, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    package.models, models.squeezenet1_1 = models, SqueezeNet
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    pytest.importorskip("lpips", reason="the package lpips is not installed")
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lpips"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def squeezenet(tmp_path, torchvision_stand_in):
+    """A file of weights as torchvision publishes them, and the weights."""
+    torch.manual_seed(0)
+    state = SqueezeNet().state_dict()
+    torch.save(state, tmp_path / "squeezenet1_1.pth")
+    return tmp_path / "squeezenet1_1.pth", state
+
+
+def test_lpips_takes_its_trunk_from_the_file(squeezenet):
+    path, state = squeezenet
+    trunk = PerceptualLoss("squeeze", path).network.net.state_dict()
+    features = {name: value for name, value in state.items() if name.startswith("features.")}
+    assert len(trunk) == len(features) == 50  # 1 + 8 x 3 convolutions
+    for name, value in trunk.items():
+        assert torch.equal(value, features["features." + name.partition(".")[2]]), name
+
+
+def test_lpips_compares_slices_of_three_planes(squeezenet):
+    loss = PerceptualLoss("squeeze", squeezenet[0], slice_ratio=1.0)
+    a, b = numbers(1, 1, 20, 24, 28), numbers(1, 1, 20, 24, 28, seed=1)
+    expected = 0
+    for axis in (2, 3, 4):
+        pairs = [(a.select(axis, i), b.select(axis, i)) for i in range(a.shape[axis])]
+        expected += sum(loss.network(*(x.repeat(1, 3, 1, 1) for x in pair)).item() for pair in pairs) / len(
+            pairs
+        )
+    assert expected > 0.01
+    assert loss(a, b, seeded()) == pytest.approx(expected, rel=1e-4)
+    assert loss(a, b, seeded(1)) == pytest.approx(expected, rel=1e-4)  # all slices, in whatever order
+    assert loss(a, a, seeded()) == 0
+
+
+def test_lpips_draws_its_slices_from_the_generator(squeezenet):
+    loss, seen = PerceptualLoss("squeeze", squeezenet[0], slice_ratio=0.2), []
+    loss.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    a, b = numbers(1, 1, 20, 24, 28), numbers(1, 1, 20, 24, 28, seed=1)
+    first, again, other = (loss(a, b, seeded(seed)).item() for seed in (0, 0, 1))
+    assert first == again != other
+    assert seen[:3] == [4, 4, 5]  # a fifth of 20, 24 and 28
+
+
+def test_whole_lpips_file(squeezenet, tmp_path):
+    model = PerceptualLoss("squeeze", squeezenet[0]).network
+    with torch.no_grad():
+        model.lin0.model[-1].weight.fill_(0.25)
+    torch.save(model.state_dict(), tmp_path / "lpips.pth")
+    other = PerceptualLoss("squeeze", tmp_path / "lpips.pth").network
+    assert all(torch.equal(value, model.state_dict()[k]) for k, value in other.state_dict().items())
+
+
+# ---- files and packages that are no good
+
+
+def test_no_weights_named():
+    for network, source in (("squeeze", "torchvision's squeeze"), ("medicalnet_resnet50", "MedicalNet's")):
+        for weights in (None, ""):
+            with pytest.raises(UserError, match=f'Save {source} .*"perceptual_weights".*{WITHOUT}'):
+                PerceptualLoss(network, weights)
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=rf"perceptual_weights: .*gone\.pth.*{WITHOUT}"):
+        PerceptualLoss("medicalnet_resnet10", tmp_path / "gone.pth")
+
+
+@pytest.mark.parametrize("change", ["a key less", "a key more", "another network"])
+def test_weights_of_another_network(medicalnet, tmp_path, change):
+    state = {name: torch.zeros_like(value) for name, value in medicalnet[1].state_dict().items()}
+    if change == "a key less":
+        del state["layer2.0.conv1.weight"]
+    if change == "a key more":
+        state["conv_seg.0.weight"] = torch.zeros(1)
+    if change == "another network":
+        state = {"features.0.weight": torch.zeros(1)}
+    key = {"a key less": "layer2.0.conv1.weight", "a key more": "conv_seg.0.weight"}.get(change, "bn1.bias")
+    torch.save(state, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=rf"perceptual_weights: .*bad\.pth: .*\({key}\).*{WITHOUT}"):
+        PerceptualLoss("medicalnet_resnet10", tmp_path / "bad.pth")
+
+
+def test_weights_of_another_trunk(squeezenet, tmp_path):
+    state = {name: value for name, value in squeezenet[1].items() if name != "features.9.squeeze.bias"}
+    torch.save(state, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=rf"1 missing \(slice4\.9\.squeeze\.bias\).*{WITHOUT}"):
+        PerceptualLoss("squeeze", tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"state_dict": 3}, {"a": {"b": 1}}, "text"])
+def test_file_that_holds_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=rf"perceptual_weights: .*bad\.pth.*{WITHOUT}"):
+        PerceptualLoss("medicalnet_resnet10", tmp_path / "bad.pth")
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("network", ["medicalnet_resnet10", "squeeze"])
+def test_file_with_code_runs_none_of_it(tmp_path, network):
+    torch.save({"state_dict": Trap(tmp_path / "trace")}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=rf"perceptual_weights: .*bad\.pth.*{WITHOUT}"):
+        PerceptualLoss(network, tmp_path / "bad.pth")
+    assert not (tmp_path / "trace").exists()
+    torch.load(tmp_path / "bad.pth", weights_only=False)
+    assert (tmp_path / "trace").exists()  # the trap works
+
+
+def test_file_cut_short(medicalnet, tmp_path):
+    (tmp_path / "cut.pth").write_bytes(medicalnet[0].read_bytes()[:100_000])
+    with pytest.raises(UserError, match=rf"perceptual_weights: .*cut\.pth.*{WITHOUT}"):
+        PerceptualLoss("medicalnet_resnet10", tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("No module named 'lpips'"), RuntimeError("operator torchvision::nms does not exist")],
+)
+def test_lpips_that_cannot_be_imported(tmp_path, monkeypatch, error):
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "squeezenet1_1.pth")
+    genuine = builtins.__import__
+
+    def without_lpips(name, *arguments, **keywords):
+        if name == "lpips":
+            raise error
+        return genuine(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_lpips)
+    with pytest.raises(UserError, match=rf"packages lpips and torchvision.*pip install lpips.*{WITHOUT}"):
+        PerceptualLoss("squeeze", tmp_path / "squeezenet1_1.pth")

@@ -1,0 +1,248 @@
+"""Weights of other origins give the same numbers here; recomputed activations change none."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ldm import UserError
+from ldm.diffusion import NoiseProcess
+from ldm.networks import (
+    NETWORKS,
+    add_checkpointing,
+    check_discriminator_size,
+    check_divisible,
+    downsampling,
+    instantiate,
+    load_weights,
+    plain_names,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
+
+AUTOENCODER = {
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 2,
+    "num_res_blocks": 1,
+    "norm_num_groups": 4,
+    "attention_levels": [False, True],
+    "with_encoder_nonlocal_attn": True,
+    "with_decoder_nonlocal_attn": True,
+}
+UNET = {
+    "spatial_dims": 3,
+    "in_channels": 2,
+    "out_channels": 2,
+    "num_res_blocks": 1,
+    "norm_num_groups": 4,
+    "attention_levels": [False, True],
+    "num_head_channels": [0, 4],
+}
+CROSS = {"with_conditioning": True, "cross_attention_dim": 3, "transformer_num_layers": 1}
+NEW = {"monai": "channels", "generative": "num_channels"}
+
+
+def build(package: str, name: str, arguments: dict, seed: int = 0) -> nn.Module:
+    """A tiny network whose every parameter is drawn, those too that start at zero."""
+    definition = {"_target_": f"{package}.networks.nets.{name}", NEW[package]: [8, 8], **arguments}
+    network = instantiate(definition, NETWORKS, "here").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(network: nn.Module, **conditions) -> torch.Tensor:
+    """All that a network computes of fixed inputs, with a gradient."""
+    if hasattr(network, "encode"):
+        mean, std = network.encode(numbers(2, 1, 8, 8, 8))
+        return torch.cat([x.flatten() for x in (mean, std, network.decode(numbers(2, 2, 4, 4, 4)))])
+    return network(numbers(2, 2, 4, 4, 4), timesteps=torch.tensor([3, 700]), **conditions).flatten()
+
+
+# ---- weights of monai-generative
+
+
+@pytest.mark.parametrize("include_fc", [True, False])
+def test_autoencoder_of_monai_generative(include_fc):
+    old = build("generative", "AutoencoderKL", AUTOENCODER)
+    new = build("monai", "AutoencoderKL", AUTOENCODER | {"include_fc": include_fc}, seed=1)
+    assert not torch.allclose(outputs(old), outputs(new), atol=0.1)
+    load_weights(new, old.state_dict(), "old.pt")
+    assert (outputs(old) - outputs(new)).abs().max() < 1e-5 * outputs(old).abs().max()
+
+
+@pytest.mark.parametrize(
+    "options, include_fc",
+    [
+        ({}, True),
+        ({}, False),
+        ({"resblock_updown": True}, False),
+        ({"num_class_embeds": 3}, True),
+        (CROSS, True),
+    ],
+)
+def test_unet_of_monai_generative(options, include_fc):
+    own = {"include_fc": include_fc, "use_combined_linear": False}
+    old = build("generative", "DiffusionModelUNet", UNET | options)
+    new = build("monai", "DiffusionModelUNet", UNET | options | own, seed=1)
+    given = {"context": numbers(2, 5, 3)} if options == CROSS else {}
+    if "num_class_embeds" in options:
+        given["class_labels"] = torch.tensor([2, 0])
+    expected = outputs(old, **given)
+    assert not torch.allclose(outputs(new, **given), expected, atol=0.1)
+    load_weights(new, old.state_dict(), "old.pt")
+    assert (outputs(new, **given) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name, old, own",
+    [
+        (
+            "AutoencoderKL",
+            AUTOENCODER | {"use_convtranspose": True},
+            {},
+        ),  # kernels of 3 voxels there, of 2 here
+        (
+            "DiffusionModelUNet",
+            UNET | CROSS,
+            {"include_fc": False},
+        ),  # a projection there that is missing here
+    ],
+)
+def test_network_that_computes_something_else_is_refused(name, old, own):
+    with pytest.raises(UserError, match=r"old\.pt: weights do not fit"):
+        load_weights(build("monai", name, old | own), build("generative", name, old).state_dict(), "old.pt")
+
+
+def test_scheduler_of_monai_generative():
+    section = {
+        "num_train_timesteps": 100,
+        "schedule": "scaled_linear_beta",
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+    }
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 100, dtype=torch.float64) ** 2
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        target = {"_target_": "generative.networks.schedulers.DDPMScheduler", "prediction_type": prediction}
+        process = NoiseProcess.from_config(target | section)
+        assert torch.allclose(process.alphas_cumprod, torch.cumprod(1 - betas, 0), rtol=1e-5)
+        assert process.prediction == prediction and process.num_train_timesteps == 100
+        own = NoiseProcess.from_config(section | {"prediction_type": prediction})
+        assert torch.equal(own.alphas_cumprod, process.alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "RFlowScheduler"])
+def test_scheduler_of_monai(name):
+    process = NoiseProcess.from_config(
+        {"_target_": f"monai.networks.schedulers.{name}", "num_train_timesteps": 50}
+    )
+    assert process.is_flow == (name == "RFlowScheduler") and process.num_train_timesteps == 50
+
+
+# ---- names
+
+
+def test_prefixes_of_wrappers_are_stripped():
+    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    state = network.state_dict()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        wrapped = {prefix + name: value for name, value in state.items()}
+        assert set(plain_names(wrapped)) == set(state)
+        other = build("monai", "AutoencoderKL", AUTOENCODER, seed=1)
+        load_weights(other, wrapped, "wrapped.pt")
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    assert set(plain_names({"module.a": 1, "b": 2})) == {"module.a", "b"}  # not a wrapper's
+
+
+def test_weights_that_do_not_fit():
+    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    before, name = copy.deepcopy(network.state_dict()), "quant_conv_mu.conv.weight"
+    faults = {
+        rf"1 missing \({name}\)": {k: v for k, v in before.items() if k != name},
+        r"1 unknown \(zzz\)": before | {"zzz": torch.zeros(1)},
+        rf"1 of another shape \({name}\)": before | {name: torch.zeros(3)},
+        r"\d+ missing \(decoder\.": {k: v for k, v in before.items() if not k.startswith("decoder.")},
+        r"\d+ missing \(.*\d+ unknown": build("generative", "DiffusionModelUNet", UNET).state_dict(),
+    }
+    for message, state in faults.items():
+        changed = {k: torch.zeros_like(v) for k, v in state.items()}
+        with pytest.raises(UserError, match=rf"model\.pt: weights do not fit .*{message}"):
+            load_weights(network, changed, "model.pt")
+    assert all(torch.equal(value, before[k]) for k, value in network.state_dict().items())
+
+
+def test_weights_of_another_attention_do_not_fit():
+    old = build("generative", "AutoencoderKL", AUTOENCODER | {"with_encoder_nonlocal_attn": False})
+    with pytest.raises(UserError, match=r"missing \(encoder\."):
+        load_weights(build("monai", "AutoencoderKL", AUTOENCODER), old.state_dict(), "old.pt")
+
+
+# ---- recomputed activations
+
+
+@pytest.mark.parametrize("package", ["monai", "generative"])
+@pytest.mark.parametrize("name, arguments", [("AutoencoderKL", AUTOENCODER), ("DiffusionModelUNet", UNET)])
+def test_checkpointing_changes_no_number(package, name, arguments):
+    plain, recomputing = (build(package, name, arguments) for _ in range(2))
+    add_checkpointing(recomputing)
+    assert list(recomputing.state_dict()) == list(plain.state_dict())
+    kept = []
+    for network in (plain, recomputing):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            result = outputs(network)
+        (result * numbers(len(result), seed=9) / len(result)).sum().backward()
+        if network is plain:
+            expected = result
+    assert torch.allclose(result, expected, atol=1e-6 * expected.abs().max().item())
+    assert sum(kept[1]) < 0.6 * sum(kept[0])  # what it is for
+    for (key, a), b in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        if a.grad is None:  # monai-generative's unused projections
+            assert b.grad is None and ".proj_attn." in key
+        else:
+            assert (a.grad - b.grad).abs().max() <= 1e-6 * max(1, a.grad.abs().max()), key
+    load_weights(build(package, name, arguments, seed=1), recomputing.state_dict(), "recomputing.pt")
+
+
+# ---- sizes
+
+
+def test_nearest_sizes_are_named():
+    check_divisible([16, 32, 48], 16, "here")
+    with pytest.raises(UserError, match=r"here: \[30, 32, 3\] .* multiples of 8: 24 or 32 x 32 x 8\."):
+        check_divisible([30, 32, 3], 8, "here")
+
+
+def test_downsampling():
+    assert downsampling({"_target_": "x", "channels": [8, 8, 8]}) == 4
+    assert downsampling({"_target_": "x", "num_channels": [8]}) == 1
+    with pytest.raises(UserError, match="x: `channels` should list"):
+        downsampling({"_target_": "x", "channels": 8})
+
+
+@pytest.mark.parametrize("layers, norm", [(1, "INSTANCE"), (2, "INSTANCE"), (3, "INSTANCE"), (3, "BATCH")])
+def test_patch_too_small_for_the_discriminator_is_found_beforehand(layers, norm):
+    """Refused where, and only where, the network itself fails."""
+    arguments = {"spatial_dims": 3, "in_channels": 1, "channels": 4, "num_layers_d": layers, "norm": norm}
+    definition = {"_target_": "monai.networks.nets.PatchDiscriminator", "out_channels": 1, **arguments}
+    judge = instantiate(definition, NETWORKS, "here")
+    for side in range(4, 33, 4):
+        try:
+            judge(numbers(1, 1, side, side, side))
+            works = True
+        except (RuntimeError, ValueError):
+            works = False
+        if works:
+            check_discriminator_size(judge, [40, side, 36], "here")
+        else:
+            with pytest.raises(UserError, match=rf"here: \[40, {side}, 36\] is too small"):
+                check_discriminator_size(judge, [40, side, 36], "here")

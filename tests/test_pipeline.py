@@ -1,0 +1,738 @@
+"""The scripts one after the other, as a user runs them: what is trained, written, resumed and refused."""
+
+import contextlib
+import json
+import math
+import shutil
+
+import chain
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from chain import Project, copy_of, differences, fingerprint
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import inference
+import train_autoencoder
+import train_diffusion
+import utils
+from ldm.datasets import choose_spacing, find_cases
+from ldm.training import Clock, Stepper, learning_rate, make_ema
+
+AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt")
+UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt")
+ONE_EPOCH = ("--set", "autoencoder_train.max_epochs=1", "--set", "diffusion_train.max_epochs=1")
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory) -> Project:
+    """The finished chain. Look, but do not touch."""
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def fresh(done, tmp_path) -> Project:
+    """The chain's data and config, and nothing trained."""
+    return copy_of(done, tmp_path / "fresh")
+
+
+@pytest.fixture
+def encoded(done, tmp_path) -> Project:
+    """The chain's data, config, autoencoder and split, before stage 2."""
+    return copy_of(done, tmp_path / "encoded", "autoencoder.pt", "split.json")
+
+
+def sets(**values) -> list[str]:
+    """`--set` arguments: autoencoder_train__lr=1 is autoencoder_train.lr=1."""
+    pairs = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in values.items()]
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("name", [*AUTOENCODER, *UNET])
+def test_a_checkpoint_holds_plain_names_and_what_a_resume_needs(done, name):
+    checkpoint = done.checkpoint(name)  # weights_only
+    key = "autoencoder_def" if name in AUTOENCODER else "diffusion_def"
+    own = utils.define_network(utils.load_config(done.config_file), key).state_dict()
+    assert set(checkpoint["model"]) == set(own)
+    assert all(checkpoint["model"][k].shape == own[k].shape for k in own)
+    assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+    epochs = done.config["autoencoder_train" if name in AUTOENCODER else "diffusion_train"]["max_epochs"]
+    if name.endswith("_last.pt"):  # 4 training cases, batches of 2
+        assert [checkpoint[key] for key in ("epoch", "batch", "step")] == [epochs - 1, 2, 2 * epochs]
+        assert checkpoint["stepper"]["optimizer"]["state"][0]["step"] == 2 * epochs
+    assert checkpoint["config"] == json.loads(
+        (done.model_dir / f"config_{'autoencoder' if name in AUTOENCODER else 'diffusion'}.json").read_text()
+    )
+
+
+def test_the_discriminator_learns_from_the_end_of_the_warm_up_on(done):
+    last = done.checkpoint("autoencoder_last.pt")
+    assert last["discriminator_stepper"]["optimizer"]["state"][0]["step"] == 2 * (6 - 2)
+    assert not any(name.startswith("module.") for name in last["discriminator"])
+    records = [entry for entry in done.log("autoencoder") if "recon_loss" in entry]
+    assert ["discriminator_loss" in entry for entry in records] == [False] * 2 + [True] * 4
+    assert ["adversarial_loss" in entry for entry in records] == [False] * 2 + [True] * 4
+
+
+def test_the_best_is_the_averaged_model_that_scored_best(done):
+    scores = [entry["val_psnr"] for entry in done.log("autoencoder") if "val_psnr" in entry]
+    epochs = [entry["epoch"] for entry in done.log("autoencoder") if "val_psnr" in entry]
+    assert epochs == [0, 2, 4, 5]
+    best = done.checkpoint("autoencoder.pt")
+    assert best["best"] == pytest.approx(max(scores), abs=1e-5)
+    assert best["epoch"] == epochs[int(np.argmax(scores))]
+
+    losses = [entry["val_loss"] for entry in done.log("diffusion") if "val_loss" in entry]
+    best, last = done.checkpoint("diffusion_unet.pt"), done.checkpoint("diffusion_unet_last.pt")
+    assert best["best"] == pytest.approx(min(losses), abs=1e-5)
+    assert losses[-1] == min(losses)  # so that the averages of the last epoch are the best
+    averages = {
+        name.removeprefix("module."): value
+        for name, value in last["ema"].items()
+        if name.startswith("module.")
+    }
+    assert not differences(averages, best["model"])
+    assert differences(averages, last["model"])
+
+
+def test_the_validation_scores_are_those_of_the_stored_weights(done):
+    """PSNR = -10 log10 of the mean squared error, over whole held-out volumes, averaged over them."""
+    best = done.checkpoint("autoencoder.pt")
+    autoencoder = done.network("autoencoder_def", best["model"])
+    psnr, l1 = [], []
+    for name in done.split()["validation"]:
+        image = done.normalised(name)
+        with torch.no_grad():
+            error = autoencoder.decode(autoencoder.encode(image)[0]).clamp(0, 1) - image
+        psnr.append(-10 * math.log10(error.square().mean()))
+        l1.append(float(error.abs().mean()))
+    assert best["validation"]["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert best["validation"]["l1"] == pytest.approx(np.mean(l1), abs=1e-5)
+
+
+def test_the_scale_factor_is_one_over_the_std_of_all_training_latents(done):
+    scale = done.checkpoint("diffusion_unet.pt")["scale_factor"]
+    assert scale == pytest.approx(chain.scale_by_hand(done), rel=1e-4)
+    assert done.checkpoint("diffusion_unet_last.pt")["scale_factor"] == scale
+    assert f"scale factor {scale:.6f} over 4 training volumes" in done.printed["train_diffusion"]
+
+
+def test_the_geometry_is_in_the_checkpoint(done):
+    geometry = done.checkpoint("diffusion_unet.pt")["geometry"]
+    assert geometry["spacing"] == list(chain.SPACING) and geometry["size"] == list(chain.SHAPE)
+    typical = np.median([done.limits(name) for name in done.split()["training"]], axis=0)
+    np.testing.assert_allclose(geometry["limits"], typical, rtol=1e-5)
+    assert done.checkpoint("diffusion_unet.pt")["latent_shape"] == [3, 8, 10, 6]
+
+
+def test_the_resolved_config_is_complete_and_resolves_to_itself(done):
+    for stage in ("autoencoder", "diffusion"):
+        path = done.model_dir / f"config_{stage}.json"
+        resolved = json.loads(path.read_text())
+        assert "@" not in path.read_text()
+        assert resolved["autoencoder_def"]["latent_channels"] == 3
+        assert resolved["diffusion_train"]["val_times"] == 8  # a default
+        assert resolved["diffusion_train"]["lr"] == 2e-3  # from the file
+        assert utils.load_config(path) == resolved
+
+
+def test_the_split_is_disjoint_whole_and_read_again(done, encoded):
+    split = done.split()
+    assert (len(split["training"]), len(split["validation"])) == (4, 2)
+    assert sorted(split["training"] + split["validation"]) == [f"scan_{i}" for i in range(6)]
+
+    by_hand = {"training": ["scan_5", "scan_1"], "validation": ["scan_0", "scan_2", "scan_3", "scan_4"]}
+    (encoded.model_dir / "split.json").write_text(json.dumps(by_hand))
+    printed = encoded.run(train_diffusion, "--no-amp", *ONE_EPOCH)
+    assert "2 training and 4 validation cases" in printed
+    assert encoded.split() == by_hand
+    scale = encoded.checkpoint("diffusion_unet.pt")["scale_factor"]
+    assert scale == pytest.approx(chain.scale_by_hand(encoded), rel=1e-4)
+    assert scale != pytest.approx(done.checkpoint("diffusion_unet.pt")["scale_factor"], rel=1e-3)
+
+
+def test_a_split_of_other_data_is_refused(encoded):
+    (encoded.model_dir / "split.json").write_text(json.dumps({"training": ["a"], "validation": ["b"]}))
+    assert "split.json" in encoded.refused(train_diffusion)
+    assert not (encoded.model_dir / "diffusion_unet.pt").exists()
+
+
+def test_losses_are_finite_and_fall(done):
+    for stage, key, share in (("autoencoder", "recon_loss", 0.5), ("diffusion", "loss", 0.9)):
+        records = [entry for entry in done.log(stage) if key in entry]
+        values = np.array([entry[key] for entry in records])
+        assert len(values) == done.config[f"{stage}_train"]["max_epochs"]
+        assert np.isfinite(values).all() and values[-3:].mean() < share * values[0]
+        assert all(math.isfinite(v) for entry in records for v in entry.values() if isinstance(v, float))
+        assert np.all(np.diff([entry["seconds"] for entry in records]) > 0)
+        # the rate of the epoch's last step, half a cosine over all steps
+        total = 2 * len(records)
+        rates = [2e-3 * (1 + math.cos(math.pi * (entry["step"] - 1) / total)) / 2 for entry in records]
+        np.testing.assert_allclose([entry["lr"] for entry in records], rates, atol=1e-6)
+
+
+def test_tensorboard_shows_what_the_log_holds(done):
+    for stage, key in (("autoencoder", "val_psnr"), ("diffusion", "val_loss")):
+        events = EventAccumulator(str(done.folder / "tensorboard" / stage)).Reload()
+        shown = [(event.step, event.value) for event in events.Scalars(key)]
+        logged = [(entry["step"], entry[key]) for entry in done.log(stage) if key in entry]
+        np.testing.assert_allclose(shown, logged, rtol=1e-5)
+        assert {"lr", "grad_norm", "loss"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name, panels", [("losses", 3), ("reconstructions", 2), ("samples", 3)])
+def test_pictures_show_something(done, name, panels):
+    picture = imread(done.output_dir / f"{name}.png")
+    assert picture.shape[0] > 200 and picture.shape[1] > 500 and picture.shape[2] in (3, 4)
+    columns = np.array_split(picture[..., :3].mean(-1), panels, axis=1)
+    assert all(column.std() > 0.02 for column in columns)
+    different = [np.array_equal(columns[0], other) for other in columns[1:]]
+    assert not any(different)
+
+
+def test_the_reconstructions_picture_shows_scan_above_reconstruction(done):
+    """Not the same row twice, and alike: their darkest and brightest places agree."""
+    picture = imread(done.output_dir / "reconstructions.png")[..., :3].mean(-1)
+    top, bottom = np.array_split(picture[-2 * (len(picture) // 2) :], 2)
+    assert 0.5 < np.corrcoef(top.ravel(), bottom.ravel())[0, 1] < 0.9999
+
+
+def test_nothing_is_said_of_padding_where_nothing_is_padded(done):
+    assert "padded" not in done.printed["train_autoencoder"] + done.printed["train_diffusion"]
+
+
+# ---------------------------------------------------------------- going on where a run broke off
+
+
+class PowerCut(BaseException):
+    """Ends a run as a pulled plug does: nothing of the program sees it coming."""
+
+
+@contextlib.contextmanager
+def power_cut(monkeypatch, call: int):
+    """Raise in Adam's step of this number, and expect it."""
+    calls, real = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise PowerCut
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(torch.optim.Adam, "step", step)
+        yield
+
+
+def test_a_resumed_autoencoder_is_the_uninterrupted_one_to_the_bit(done, fresh, monkeypatch):
+    """Broken off in the middle of epoch 5, after the checkpoint of epoch 4: EMA, adversarial term, cosine."""
+    with power_cut(monkeypatch, 2 * 2 + 4 * 3 + 3):
+        fresh.run(train_autoencoder, "--no-amp")
+    assert fresh.checkpoint("autoencoder_last.pt")["epoch"] == 4
+    assert "resumed in epoch 4 after 2 of its 2 batches, step 10" in fresh.run(train_autoencoder, "--no-amp")
+    for name in AUTOENCODER:
+        assert not differences(fresh.checkpoint(name), done.checkpoint(name))
+    assert not differences(fresh.log("autoencoder"), done.log("autoencoder"))
+
+
+def test_a_resumed_diffusion_model_is_the_uninterrupted_one_to_the_bit(done, encoded, monkeypatch):
+    """Broken off in the middle of epoch 13, after the checkpoint of epoch 10."""
+    with power_cut(monkeypatch, 2 * 13 + 2):
+        encoded.run(train_diffusion, "--no-amp")
+    assert encoded.checkpoint("diffusion_unet_last.pt")["epoch"] == 10
+    assert "resumed in epoch 10 after 2 of its 2 batches, step 22" in encoded.run(train_diffusion, "--no-amp")
+    for name in UNET:
+        assert not differences(encoded.checkpoint(name), done.checkpoint(name))
+    assert not differences(encoded.log("diffusion"), done.log("diffusion"))
+
+
+def test_resuming_a_finished_run_changes_no_weight(done, tmp_path):
+    project = copy_of(done, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    for script, names in ((train_autoencoder, AUTOENCODER), (train_diffusion, UNET)):
+        assert "trained to the end already" in project.run(script, "--no-amp")
+        for name in names:
+            assert not differences(project.checkpoint(name), done.checkpoint(name))
+
+
+def test_a_resumed_run_may_be_longer(done, tmp_path):
+    """Two more epochs by `--set`, from the step, the optimiser and the best score that were there."""
+    project = copy_of(done, tmp_path / "longer", *AUTOENCODER, "split.json", "train_log.jsonl")
+    best = project.checkpoint("autoencoder.pt")["best"]
+    project.run(train_autoencoder, "--no-amp", *sets(autoencoder_train__max_epochs=8))
+    last = project.checkpoint("autoencoder_last.pt")
+    assert [last[key] for key in ("epoch", "batch", "step")] == [7, 2, 16]
+    assert last["stepper"]["optimizer"]["state"][0]["step"] == 16
+    assert project.checkpoint("autoencoder.pt")["best"] >= best
+
+
+@pytest.mark.parametrize("stage, names", [("autoencoder", AUTOENCODER), ("diffusion", UNET)])
+def test_a_worse_epoch_never_replaces_the_best(done, tmp_path, stage, names):
+    """Resumed for an epoch with a learning rate that ruins the weights."""
+    project = copy_of(done, tmp_path / "worse", "autoencoder.pt", *names, "split.json", "train_log.jsonl")
+    epochs = done.config[f"{stage}_train"]["max_epochs"] + 1
+    ruin = {"max_epochs": epochs, "lr": 1.0, "lr_schedule": "constant"}
+    script = train_autoencoder if stage == "autoencoder" else train_diffusion
+    project.run(script, "--no-amp", *sets(**{f"{stage}_train__{key}": value for key, value in ruin.items()}))
+    assert not differences(project.checkpoint(names[0]), done.checkpoint(names[0]))
+    best, key = done.checkpoint(names[0])["best"], "val_psnr" if stage == "autoencoder" else "val_loss"
+    score = project.log(stage)[-1][key]
+    assert project.checkpoint(names[1])["epoch"] == epochs - 1
+    assert score < best - 1 if stage == "autoencoder" else score > best + 0.1
+
+
+# ---------------------------------------------------------------- steps, rates, clocks
+
+
+def gradients(project: Project, name: str, key: str = "stepper") -> list[torch.Tensor]:
+    """The gradients of a run's only step: Adam's first moment is a tenth of them."""
+    state = project.checkpoint(name)[key]["optimizer"]["state"]
+    assert state[0]["step"] == 1
+    return [10 * one["exp_avg"] for one in state.values()]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_accumulated_batches_make_the_step_of_one_large_batch(done, tmp_path, stage):
+    script, name = (
+        (train_autoencoder, "autoencoder_last.pt")
+        if stage == "autoencoder"
+        else (train_diffusion, "diffusion_unet_last.pt")
+    )
+    runs = {}
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        project = copy_of(done, tmp_path / f"{batch}x{accumulate}", "split.json")
+        if stage == "diffusion":
+            shutil.copy(done.model_dir / "autoencoder.pt", project.model_dir)
+        steps = {f"{stage}_train__batch_size": batch, f"{stage}_train__accumulate_steps": accumulate}
+        project.run(
+            script, "--no-amp", *ONE_EPOCH, *sets(**steps, autoencoder_train__adversarial_warmup_epochs=0)
+        )
+        runs[batch] = project
+    for key in ("stepper", "discriminator_stepper") if stage == "autoencoder" else ("stepper",):
+        whole = gradients(runs[4], name, key)
+        size = max(float(one.abs().max()) for one in whole)
+        for batch in (2, 1):
+            for a, b in zip(gradients(runs[batch], name, key), whole, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * size)
+    for batch in (2, 1):
+        chain.assert_weights_close(*(runs[n].checkpoint(name)["model"] for n in (batch, 4)))
+
+
+def test_clipping_bounds_the_accumulated_gradient():
+    """d/dw of 3 w0 + 4 w1, averaged over two batches of which one counts double: (4.5, 6), norm 7.5."""
+    section = {"lr": 0.1, "adam_betas": [0.9, 0.999], "accumulate_steps": 2, "clip_grad_norm": 1.5}
+    for limit, expected in ((1.5, [0.9, 1.2]), (None, [4.5, 6.0]), (100, [4.5, 6.0])):
+        layer = torch.nn.Linear(2, 1, bias=False)
+        stepper = Stepper(layer, {**section, "clip_grad_norm": limit}, None)
+        for times in (1, 2):
+            stepper.backward(layer(torch.tensor([[3.0, 4.0]])).sum() * times)
+        before = layer.weight.detach().clone()
+        stepper.clip()
+        stepper.step(0.25, torch.zeros(()))
+        moment = stepper.state_dict()["optimizer"]["state"][0]["exp_avg"]
+        torch.testing.assert_close(10 * moment[0], torch.tensor(expected), rtol=1e-5, atol=0)
+        assert float(stepper.norm) == pytest.approx(7.5)  # as it was before
+        # Adam's first step is the learning rate times the sign
+        torch.testing.assert_close(before - layer.weight, torch.full((1, 2), 0.25), rtol=1e-4, atol=0)
+        assert layer.weight.grad is None
+
+
+def test_clipping_reaches_the_training_step(fresh):
+    clipped = sets(autoencoder_train__clip_grad_norm=0.01, autoencoder_train__batch_size=4)
+    fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *clipped)
+    norm = torch.cat([g.flatten() for g in gradients(fresh, "autoencoder_last.pt")]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+RATE = {"lr": 8.0, "scale_lr": False, "lr_schedule": "constant", "lr_warmup_steps": 0}
+COSINE, STEPS = {"lr_schedule": "cosine"}, {"lr_schedule": "multistep", "lr_milestones": [3, 5]}
+
+
+@pytest.mark.parametrize(
+    "section, world_size, progress, step, epoch, expected",
+    [
+        ({}, 4, 0.7, 70, 7, 8),
+        ({"scale_lr": True}, 4, 0.7, 70, 7, 32),
+        (COSINE, 1, 0.0, 0, 0, 8),
+        (COSINE, 1, 1 / 3, 10, 1, 6),
+        (COSINE, 1, 0.5, 10, 1, 4),
+        (COSINE, 1, 1.0, 10, 1, 0),
+        ({**STEPS, "lr_gamma": 0.5}, 1, 0.1, 9, 2, 8),
+        ({**STEPS, "lr_gamma": 0.5}, 1, 0.1, 9, 3, 4),
+        ({**STEPS, "lr_gamma": 0.5}, 1, 0.1, 9, 5, 2),
+        ({"lr_warmup_steps": 3}, 1, 0.0, 0, 0, 2),
+        ({"lr_warmup_steps": 3}, 1, 0.0, 2, 0, 6),
+        ({"lr_warmup_steps": 3}, 1, 0.0, 3, 0, 8),
+        ({"lr_warmup_steps": 3}, 1, 0.0, 300, 0, 8),
+        ({**COSINE, "lr_warmup_steps": 3, "scale_lr": True}, 2, 0.5, 1, 0, 4),
+    ],
+)
+def test_learning_rates(section, world_size, progress, step, epoch, expected):
+    assert learning_rate({**RATE, **section}, world_size, progress, step, epoch) == pytest.approx(expected)
+
+
+def test_the_clock_counts_steps_or_minutes_and_goes_on_after_a_resume(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    steps = Clock({"max_epochs": 10, "max_minutes": None, "save_minutes": None}, 5, step=10)
+    assert steps.progress(1e9) == 10 / 50 and not steps.save_due
+    minutes = Clock({"max_epochs": 10, "max_minutes": 2, "save_minutes": 1}, 5, step=10, seconds=30)
+    assert minutes.progress(30) == pytest.approx(0.25)
+    now[0] += 59
+    assert minutes.seconds == 89 and not minutes.save_due
+    now[0] += 1
+    assert minutes.seconds == 90 and minutes.save_due and minutes.progress(90) == pytest.approx(0.75)
+    minutes.step, minutes.saved_at = 45, 90  # the epochs are over first
+    assert minutes.progress(90) == pytest.approx(0.9) and not minutes.save_due
+    assert minutes.progress(690) == 1.0
+
+
+def test_averaged_weights():
+    """The decay after n updates is the smaller of (1 + n) / (10 + n) and the one asked for."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    assert make_ema(layer, 0) is None
+    ema, expected = make_ema(layer, 0.2), None
+    for n, weight in enumerate((1.0, 3.0, -5.0, 2.0)):
+        torch.nn.init.constant_(layer.weight, weight)
+        ema.update_parameters(layer)
+        decay = min(0.2, (1 + n) / (10 + n))
+        expected = weight if n == 0 else decay * expected + (1 - decay) * weight
+        assert ema.module.weight.item() == pytest.approx(expected)
+
+
+def test_max_minutes_ends_by_the_clock(fresh):
+    fresh.run(
+        train_autoencoder,
+        "--no-amp",
+        *sets(
+            autoencoder_train__max_minutes=0.02,
+            autoencoder_train__max_epochs=100000,
+            autoencoder_train__adversarial_weight=0,
+        ),
+    )
+    last, entry = fresh.checkpoint("autoencoder_last.pt"), fresh.log("autoencoder")[-2]
+    assert 1.2 <= entry["seconds"] < 300 and last["epoch"] < 10000
+    assert entry["lr"] == pytest.approx(0, abs=1e-6)  # the cosine followed the clock to its end
+    fresh.run(  # an hour that is up stays up
+        train_autoencoder,
+        "--no-amp",
+        *sets(autoencoder_train__max_minutes=0.02, autoencoder_train__max_epochs=100000),
+        *sets(autoencoder_train__adversarial_weight=0),
+    )
+    again = fresh.checkpoint("autoencoder_last.pt")
+    assert again["step"] == last["step"]
+    assert not differences(again["model"], last["model"])
+
+
+# ---------------------------------------------------------------- terms and their weights
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("built")
+
+
+def test_a_weight_of_zero_builds_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(train_autoencoder, "PatchDiscriminator", forbidden)
+    monkeypatch.setattr(train_autoencoder, "PerceptualLoss", forbidden)
+    with pytest.raises(AssertionError, match="built"):
+        fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH)  # the names are those that it builds by
+    fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(autoencoder_train__adversarial_weight=0))
+    assert fresh.checkpoint("autoencoder_last.pt")["discriminator"] is None
+    assert "perceptual_loss" not in fresh.log("autoencoder")[0]
+
+
+def test_perceptual_loss_without_weights_says_both_ways_out(fresh):
+    message = fresh.refused(train_autoencoder, *sets(autoencoder_train__perceptual_weight=0.1))
+    assert "perceptual_weights" in message and "autoencoder_train.perceptual_weight to 0" in message
+    assert list(fingerprint(fresh.model_dir)) == ["split.json"]
+    fresh.set_environment(perceptual_weights=str(fresh.folder / "none.pt"))
+    message = fresh.refused(train_autoencoder, *sets(autoencoder_train__perceptual_weight=0.1))
+    assert "none.pt" in message and "autoencoder_train.perceptual_weight to 0" in message
+
+
+def test_the_logged_terms_add_up_to_the_loss(done):
+    section = json.loads((done.model_dir / "config_autoencoder.json").read_text())["autoencoder_train"]
+    for entry in done.log("autoencoder"):
+        if "recon_loss" in entry:
+            total = entry["recon_loss"] + 0.5 * entry["gradient_loss"] + 1e-7 * entry["kl_loss"]
+            total += section["adversarial_weight"] * entry.get("adversarial_loss", 0)
+            assert section["adversarial_weight"] == 0.01 and entry["loss"] == pytest.approx(total, abs=1e-5)
+
+
+def test_an_autoencoder_may_start_as_the_principal_components_of_blocks(tmp_path):
+    """A rate of nearly 0, so that the start is validated: the first 3 components of 2 x 2 x 2 blocks. On one
+    volume, whose normalisation can be undone exactly."""
+    project = Project(tmp_path / "one", chain.make_data(tmp_path / "data", cases=1))
+    project.change(autoencoder_def={**project.config["autoencoder_def"], "use_convtranspose": True})
+    start = sets(autoencoder_train__initialise="block_transform", autoencoder_train__lr=1e-12)
+    project.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *start)
+    blocks = project.normalised("scan_0")[0, 0].reshape(8, 2, 10, 2, 6, 2)
+    blocks = blocks.permute(0, 2, 4, 1, 3, 5).reshape(-1, 8)
+    _, _, components = torch.linalg.svd(blocks, full_matrices=False)
+    error = (blocks @ components[:3].T @ components[:3]).clamp(0, 1) - blocks
+    psnr = -10 * math.log10(error.square().mean())
+    assert project.checkpoint("autoencoder.pt")["validation"]["psnr"] == pytest.approx(psnr, abs=0.1)
+
+    message = copy_of(project, tmp_path / "other").refused(
+        train_autoencoder, *start, *sets(autoencoder_def__use_convtranspose=False)
+    )
+    assert "autoencoder_train.initialise" in message and "use_convtranspose" in message
+
+
+# ---------------------------------------------------------------- other data
+
+
+def test_four_channels_of_a_single_subject(tmp_path):
+    """All three scripts; one subject is trained on and validated on, with a warning; NIfTI (X, Y, Z, 4)."""
+    project = Project(tmp_path, chain.make_data(tmp_path / "data", cases=1, channels=4))
+    project.change(channel=[0, 1, 2, 3], image_channels=4)
+    printed = project.run(train_autoencoder, "--no-amp", *ONE_EPOCH)
+    assert "warning: a single subject (scan_0)" in printed
+    project.run(train_diffusion, "--no-amp", *ONE_EPOCH)
+    project.run(inference, "--steps", "2", *ONE_EPOCH)
+    image = nib.load(project.output_dir / "sample_000000.nii.gz")
+    assert image.shape == (*chain.SHAPE, 4)
+    np.testing.assert_allclose(image.header.get_zooms()[:3], chain.SPACING)
+    expected = chain.sample_by_hand(project, seed=0, steps=2)
+    voxels = np.moveaxis(image.get_fdata(), -1, 0)
+    for channel in range(4):  # each a tenth of the next one's units
+        low, high = project.limits("scan_0")[channel]
+        np.testing.assert_allclose(voxels[channel], expected[channel], rtol=0, atol=1e-4 * (high - low))
+
+
+def test_patches_train_and_whole_volumes_validate(fresh):
+    """Patches of 8 x 12 x 16 from volumes of 16 x 20 x 12: cut in two directions, padded in the third."""
+    printed = fresh.run(
+        train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(autoencoder_train__patch_size=[8, 12, 16])
+    )
+    assert "4 of 4 volumes are smaller than [8, 12, 16] and are padded" in printed
+    assert "patches [8, 12, 16], validation on [16, 20, 12]" in printed
+    best = fresh.checkpoint("autoencoder.pt")
+    autoencoder = fresh.network("autoencoder_def", best["model"])
+    psnr = []
+    for name in fresh.split()["validation"]:
+        with torch.no_grad():
+            image = fresh.normalised(name)
+            error = autoencoder.decode(autoencoder.encode(image)[0]).clamp(0, 1) - image
+        psnr.append(-10 * math.log10(error.square().mean()))
+    assert best["validation"]["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+
+
+def test_stage_2_crops_about_the_centre(encoded):
+    encoded.run(train_diffusion, "--no-amp", *ONE_EPOCH, *sets(diffusion_train__patch_size=[12, 16, 8]))
+    checkpoint = encoded.checkpoint("diffusion_unet.pt")
+    assert checkpoint["latent_shape"] == [3, 6, 8, 4] and checkpoint["geometry"]["size"] == [12, 16, 8]
+    whole = encoded.normalised
+    encoded.normalised = lambda name: whole(name)[..., 2:-2, 2:-2, 2:-2]
+    assert checkpoint["scale_factor"] == pytest.approx(chain.scale_by_hand(encoded), rel=1e-4)
+
+
+def test_volumes_that_may_change_are_encoded_as_they_come(done, encoded):
+    """Flips that never happen: latents drawn live are those that were kept."""
+    live = sets(diffusion_train__augment={"flip_axes": [0], "flip_prob": 0})
+    encoded.run(train_diffusion, "--no-amp", *live, *sets(diffusion_train__max_epochs=20))
+    a, b = (one.log("diffusion") for one in (encoded, done))
+    np.testing.assert_allclose(
+        [entry["loss"] for entry in a if "loss" in entry],
+        [entry["loss"] for entry in b if "loss" in entry],
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, sizes, longest, expected",
+    [
+        ((120, 100, 90), (1, 1, 1), 120, 1.0),
+        ((120, 100, 90), (1, 1, 1), 60, 2.0),
+        ((120, 100, 90), (1, 1, 1), 41, 3.0),
+        ((120, 100, 90), (1, 1, 1), 500, 1.0),  # never finer than the data
+        ((60, 50, 90), (2, 2, 1), 30, 4.0),  # 120 mm; the finest voxel is 1 mm
+        ((20, 50, 90), (0.7, 0.7, 0.7), 30, 2.1),
+        ((20, 20, 50), (1, 1, 3), 50, 3.0),  # 150 mm along the slices
+    ],
+)
+def test_longest_side_chooses_a_multiple_of_the_finest_voxel(tmp_path, shape, sizes, longest, expected):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.diag([*sizes, 1])), tmp_path / "a.nii")
+    cases, _ = find_cases(tmp_path)
+    assert choose_spacing(cases, longest) == pytest.approx([expected] * 3)
+
+
+def test_a_spacing_left_open_is_along_right_anterior_superior(tmp_path):
+    """Axes of the file: superior 3 mm, left 1 mm, posterior 2 mm."""
+    affine = np.array([[0, -1.0, 0, 0], [0, 0, -2.0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), affine), tmp_path / "a.nii")
+    assert choose_spacing(find_cases(tmp_path)[0], None) == pytest.approx([1, 2, 3])
+
+
+def test_longest_side_in_the_pipeline(fresh):
+    """A longest side of 36 mm in about 12 voxels: twice the finest voxel, 1.5 mm."""
+    printed = fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(spacing=None, longest_side=12))
+    assert "spacing [3.0, 3.0, 3.0] mm" in printed
+    resolved = json.loads((fresh.model_dir / "config_autoencoder.json").read_text())
+    assert resolved["spacing"] == [3.0] * 3 and resolved["longest_side"] is None
+    # 32 x 30 x 36 mm at 3 mm are 11 x 10 x 12 voxels, rounded up to multiples of 4
+    assert "patches [12, 12, 12]" in printed
+
+
+# ---------------------------------------------------------------- what is computed the same in another way
+
+
+def test_gradient_checkpointing_changes_neither_weights_nor_names(done, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        project = copy_of(done, tmp_path / str(checkpointing))
+        more = sets(
+            autoencoder_train__gradient_checkpointing=checkpointing,
+            diffusion_train__gradient_checkpointing=checkpointing,
+        )
+        for script in (train_autoencoder, train_diffusion):
+            project.run(script, "--no-amp", *ONE_EPOCH, *more)
+        runs.append(project)
+    for name in (*AUTOENCODER, *UNET):
+        a, b = (project.checkpoint(name)["model"] for project in runs)
+        assert not differences(a, b)
+    project.set_environment(resume_ckpt=True)  # and what was written is taken up again
+    project.run(train_autoencoder, "--no-amp", *more, *sets(autoencoder_train__max_epochs=2))
+
+
+def test_mixed_precision_on_and_off(done, tmp_path, monkeypatch):
+    """bf16 on a CPU that computes in it; the losses agree as far as 8 bits of mantissa do."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    losses = {}
+    for flag, kind in (("--amp", "torch.bfloat16"), ("--no-amp", "torch.float32")):
+        project = copy_of(done, tmp_path / flag)
+        for script in (train_autoencoder, train_diffusion):
+            assert kind in project.run(script, flag, *ONE_EPOCH)
+        losses[flag] = [
+            entry["loss"]
+            for entry in project.log("autoencoder") + project.log("diffusion")
+            if "loss" in entry
+        ]
+        assert all(
+            value.dtype == torch.float32 for value in project.checkpoint("autoencoder.pt")["model"].values()
+        )
+    assert losses["--amp"] != losses["--no-amp"]
+    np.testing.assert_allclose(losses["--amp"], losses["--no-amp"], rtol=0.05)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
+)
+def test_a_compiled_step_is_the_same_step(done, tmp_path):
+    """On an autoencoder of a single level, since compiling takes the time."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runs = []
+    small = sets(autoencoder_train__adversarial_weight=0, autoencoder_train__batch_size=4)
+    small += sets(autoencoder_def__channels=[8], autoencoder_def__attention_levels=[False])
+    for flag in ("--no-compile", "--compile"):
+        project = copy_of(done, tmp_path / flag)
+        project.run(train_autoencoder, "--no-amp", flag, *ONE_EPOCH, *small)
+        runs.append(project)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == (flag == "--compile")
+    whole = gradients(runs[0], "autoencoder_last.pt")
+    size = max(float(one.abs().max()) for one in whole)
+    for a, b in zip(gradients(runs[1], "autoencoder_last.pt"), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * size)
+    for name in AUTOENCODER:
+        assert runs[0].checkpoint(name)["model"].keys() == runs[1].checkpoint(name)["model"].keys()
+
+
+@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion])
+def test_profile_writes_a_trace_and_ends(encoded, script):
+    if script is train_autoencoder:
+        (encoded.model_dir / "autoencoder.pt").unlink()
+    encoded.run(script, "--no-amp", "--profile")
+    trace = json.loads((encoded.model_dir / "trace_rank0.json").read_text())
+    names = {event.get("name", "") for event in trace["traceEvents"]}
+    assert any("conv" in name for name in names) and any("ackward" in name for name in names)
+    assert not list(encoded.model_dir.glob("*_last.pt"))
+
+
+# ---------------------------------------------------------------- wrong usage
+
+
+def test_several_gpus_without_torchrun_gives_the_line_to_use(fresh, monkeypatch):
+    argv = ["train_autoencoder.py", *fresh.argv("-g", "2", "--set", "seed=3")]
+    monkeypatch.setattr("sys.argv", argv)
+    message = fresh.refused(train_autoencoder, "-g", "2", "--set", "seed=3")
+    assert message.splitlines()[1].split() == ["torchrun", "--standalone", "--nproc_per_node=2", *argv]
+    assert not fresh.model_dir.exists() or not any(fresh.model_dir.iterdir())
+
+
+@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
+def test_cuda_without_a_gpu(done, script, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = done.refused(script, "--device", "cuda")
+    assert "--device cuda" in message and "--device cpu" in message
+
+
+@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
+def test_missing_and_broken_files_are_named(fresh, tmp_path, script):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"seed": ')
+    for option in ("-c", "-e"):
+        assert str(tmp_path / "none.json") in fresh.refused(script, option, tmp_path / "none.json")
+        message = fresh.refused(script, option, broken)
+        assert str(broken) in message and "JSON" in message
+
+
+@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion])
+def test_a_missing_data_folder_is_named(encoded, script):
+    if script is train_autoencoder:
+        (encoded.model_dir / "autoencoder.pt").unlink()
+    encoded.set_environment(data_base_dir=str(encoded.folder / "nowhere"))
+    message = encoded.refused(script)
+    assert "nowhere" in message and "data_base_dir" in message
+
+
+def test_stage_2_needs_stage_1(fresh):
+    message = fresh.refused(train_diffusion)
+    assert "autoencoder.pt" in message and "train_autoencoder.py" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
+def test_stage_2_refuses_a_damaged_autoencoder(encoded, damage):
+    chain.damage(encoded.model_dir / "autoencoder.pt", damage)
+    assert str(encoded.model_dir / "autoencoder.pt") in encoded.refused(train_diffusion)
+
+
+@pytest.mark.parametrize("key, value", [("spacing", [2, 2, 2]), ("intensity.upper_percentile", 99.0)])
+def test_stage_2_refuses_an_autoencoder_of_another_preprocessing(encoded, key, value):
+    message = encoded.refused(train_diffusion, "--set", f"{key}={json.dumps(value)}")
+    assert "autoencoder.pt" in message and key.split(".")[0] in message
+
+
+@pytest.mark.parametrize(
+    "script, stage, size, nearest",
+    [
+        (train_autoencoder, "autoencoder_train", [15, 20, 12], "14 or 16 x 20 x 12"),
+        (train_diffusion, "diffusion_train", [16, 18, 11], "16 x 16 or 20 x 8 or 12"),
+        (train_autoencoder, "autoencoder_train", [4, 4, 1], "4 x 4 x 2"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_the_nearest(encoded, script, stage, size, nearest):
+    if script is train_autoencoder:
+        (encoded.model_dir / "autoencoder.pt").unlink()
+    before = fingerprint(encoded.folder)
+    message = encoded.refused(script, *sets(**{f"{stage}__patch_size": size}))
+    assert f"{stage}.patch_size" in message and nearest in message
+    assert fingerprint(encoded.folder) == before
+
+
+def test_patches_too_small_for_the_discriminator_are_refused(fresh):
+    message = fresh.refused(train_autoencoder, *sets(autoencoder_train__discriminator={"num_layers_d": 3}))
+    assert "discriminator" in message and "num_layers_d" in message
+    assert list(fingerprint(fresh.model_dir)) == ["split.json"]
+
+
+def test_settings_from_the_command_line_win(fresh):
+    fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(seed=7, autoencoder_train__lr=1e-4))
+    resolved = json.loads((fresh.model_dir / "config_autoencoder.json").read_text())
+    assert resolved["seed"] == 7 and resolved["autoencoder_train"]["lr"] == 1e-4
+    assert fresh.log("autoencoder")[0]["lr"] == pytest.approx(0.5e-4, rel=0.01)  # half way down the cosine

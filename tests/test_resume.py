@@ -1,0 +1,293 @@
+"""A training that is stopped, killed, damaged or started again: promises 1 to 5 of docs/RELIABILITY.md."""
+
+import contextlib
+
+import chain
+import pytest
+import torch
+from chain import Project, copy_of, differences, fingerprint
+
+import train_autoencoder
+import train_diffusion
+from ldm.checkpoints import StageFiles, load_checkpoint, save_checkpoint, weights_hash
+
+AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
+UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
+STAGES = [(train_autoencoder, AUTOENCODER), (train_diffusion, UNET)]
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory) -> Project:
+    """The finished chain. Look, but do not touch."""
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+class PowerCut(BaseException):
+    """Ends a run as a pulled plug does: nothing of the program sees it coming."""
+
+
+@contextlib.contextmanager
+def power_cut(monkeypatch, call: int):
+    """Raise in Adam's step of this number, and expect it."""
+    calls, real = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise PowerCut
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(torch.optim.Adam, "step", step)
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(done, tmp_path_factory) -> Project:
+    """Both stages in batches of one, 4 steps an epoch, saved at nearly each of them, and never disturbed."""
+    project = copy_of(done, tmp_path_factory.mktemp("whole") / "run")
+    for stage in ("autoencoder_train", "diffusion_train"):
+        short = {"batch_size": 1, "max_epochs": 4, "save_minutes": 0, "val_interval": 2}
+        project.change(**{stage: project.config[stage] | short})
+    for script, _ in STAGES:
+        project.run(script, "--no-amp")
+    return project
+
+
+def equal(a: Project, b: Project, script, ignoring: tuple = ()) -> None:
+    """Two projects hold the same checkpoints and the same log of a stage, to the bit but for the seconds."""
+    for name in AUTOENCODER[:2] if script is train_autoencoder else UNET[:2]:
+        one, other = (project.checkpoint(name) for project in (a, b))
+        for key in ignoring:
+            one.pop(key), other.pop(key)
+        assert not differences(one, other)
+    stage = "autoencoder" if script is train_autoencoder else "diffusion"
+    assert a.log(stage) and not differences(a.log(stage), b.log(stage))
+
+
+# ---------------------------------------------------------------- promise 4: a resume is exact
+
+
+@pytest.mark.parametrize(
+    "script, calls", [(train_autoencoder, (3, 6, 13, 22)), (train_diffusion, (3, 8, 15))]
+)
+def test_promise_4_a_resume_in_the_middle_of_an_epoch_is_exact(whole, tmp_path, monkeypatch, script, calls):
+    """Broken off again and again, before Adam's step of each of these numbers, and gone on with other numbers
+    of loader processes; with EMA, the adversarial term from epoch 2 on, and the cosine."""
+    names = () if script is train_autoencoder else ("autoencoder.pt", "split.json")
+    project = copy_of(whole, tmp_path / "cut", *names)
+    done_calls, middles = 0, 0
+    for round_, call in enumerate(calls):
+        workers = ("--set", f"data.num_workers={round_ % 2}")
+        with power_cut(monkeypatch, call - done_calls):
+            project.run(script, "--no-amp", *workers)
+        last = project.checkpoint("autoencoder_last.pt" if names == () else "diffusion_unet_last.pt")
+        middles += last["batch"] < 4
+        done_calls = sum(int(s["optimizer"]["state"][0]["step"]) for s in steppers(last))
+    assert middles >= 2
+    assert "resumed in epoch" in project.run(script, "--no-amp")
+    equal(project, whole, script, ignoring=("config",))  # the loader processes stand in it
+
+
+def steppers(checkpoint: dict) -> list[dict]:
+    """The states of the optimisers that have made a step."""
+    found = [checkpoint["stepper"], checkpoint.get("discriminator_stepper")]
+    return [one for one in found if one and one["optimizer"]["state"]]
+
+
+def test_another_batch_size_begins_the_epoch_anew(whole, tmp_path, monkeypatch):
+    project = copy_of(whole, tmp_path / "cut", "autoencoder.pt", "split.json")
+    with power_cut(monkeypatch, 8):
+        project.run(train_diffusion, "--no-amp")
+    assert project.checkpoint("diffusion_unet_last.pt")["epoch"] == 1
+    said = project.run(train_diffusion, "--no-amp", "--set", "diffusion_train.batch_size=2")
+    assert "an epoch had 4 batches before, it has 2 now: epoch 1 begins anew" in said
+    last = project.checkpoint("diffusion_unet_last.pt")
+    assert [last[key] for key in ("epoch", "batch", "step")] == [3, 2, 8]
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_fewer_epochs_than_were_trained_leave_nothing_to_do(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    stage = "autoencoder" if script is train_autoencoder else "diffusion"
+    said = project.run(script, "--no-amp", "--set", f"{stage}_train.max_epochs=1")
+    assert "trained to the end already" in said
+    for name in names[:2]:
+        assert not differences(project.checkpoint(name)["model"], whole.checkpoint(name)["model"])
+
+
+# ---------------------------------------------------------------- what a start begins from
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_promise_2_the_one_before_is_used_where_the_newest_is_damaged(whole, tmp_path, script, names):
+    """64 bytes overwritten, or a truncated file: not used; a line says so; the end is the same."""
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    assert project.checkpoint(names[2])["step"] < project.checkpoint(names[1])["step"] == 16
+    for how in ("overwritten", "truncated"):
+        chain.damage(project.model_dir / names[1], how)
+        said = project.run(script, "--no-amp")
+        assert f"{names[1]}: " in said and f"{names[2]} is used" in said
+        equal(project, whole, script)
+        # A damaged file never takes the place of the good one before it.
+        load_checkpoint(project.model_dir / names[2])
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_between_the_two_renames_of_a_save_the_one_before_is_used(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    (project.model_dir / names[1]).unlink()
+    assert f"{names[1]} is not there; {project.model_dir / names[2]} is used" in project.run(
+        script, "--no-amp"
+    )
+    equal(project, whole, script)
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_promise_3_where_no_checkpoint_is_good_nothing_starts(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    for name in names[1:]:
+        chain.damage(project.model_dir / name, "overwritten")
+    before = fingerprint(project.folder)
+    message = project.refused(script)
+    assert all(name in message for name in names[1:]) and "--fresh" in message
+    for name in names[1:]:
+        (project.model_dir / name).unlink()
+    message = project.refused(script)
+    assert names[0] in message and "--fresh" in message
+    after = fingerprint(project.folder)
+    assert after == {k: v for k, v in before.items() if not k.endswith(names[1:])}
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+@pytest.mark.parametrize("fault", ["missing", "truncated", "overwritten", "weights only"])
+def test_promise_3_an_asked_for_resume_never_starts_afresh(whole, tmp_path, script, names, fault):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    named = tmp_path / "named.pt"
+    if fault == "weights only":
+        save_checkpoint(named, project.checkpoint(names[0]))
+    elif fault != "missing":
+        named.write_bytes((project.model_dir / names[1]).read_bytes())
+        chain.damage(named, fault)
+    before = fingerprint(project.folder)
+    assert str(named) in project.refused(script, "--resume", named)
+    assert fingerprint(project.folder) == before
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_resume_takes_the_checkpoint_that_is_named_and_keeps_copies(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    before = fingerprint(project.model_dir)
+    named = project.model_dir / names[2]
+    step = project.checkpoint(names[2])["step"]
+    said = project.run(script, "--no-amp", "--resume", named)
+    assert f"step {step}" in said and str(project.model_dir / "old-1") in said
+    equal(project, whole, script)
+    kept = fingerprint(project.model_dir / "old-1")
+    assert kept and all(kept[name] == before[name] for name in (*names, "train_log.jsonl"))
+
+
+@pytest.mark.parametrize("how", ["--fresh", "resume_ckpt"])
+@pytest.mark.parametrize("script, names", STAGES)
+def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, names, how):
+    """Twice: old-1, then old-2. Starting stage 1 over takes its diffusion model along."""
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    if how == "resume_ckpt":
+        project.set_environment(resume_ckpt=False)
+    arguments = ("--fresh",) if how == "--fresh" else ()
+    before = fingerprint(project.model_dir)
+    moved = {*names} if script is train_diffusion else {*AUTOENCODER, *UNET, "split.json"}
+    for n in (1, 2):
+        said = project.run(script, "--no-amp", *arguments)
+        assert (
+            f"starting over{'' if arguments else ' (resume_ckpt is false; remove it to go on instead)'}"
+            in said
+        )
+        kept = fingerprint(project.model_dir / f"old-{n}")
+        assert "train_log.jsonl" in kept and (n == 2 or all(kept[name] == before[name] for name in moved))
+    equal(project, whole, script)
+    rest = project.log("diffusion" if script is train_autoencoder else "autoencoder")
+    assert bool(rest) == (script is train_diffusion)  # stage 2 leaves the log of stage 1 alone
+    project.set_environment(resume_ckpt=False)  # flags win
+    assert "trained to the end already" in project.run(script, "--resume", project.model_dir / names[1])
+
+
+def test_fresh_and_resume_exclude_each_other(whole, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_autoencoder.main(whole.argv("--fresh", "--resume", str(tmp_path / "x.pt")))
+    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [True, None])
+def test_resume_ckpt_lets_the_first_run_of_a_stage_start(whole, tmp_path, flag):
+    """As the tutorial has it: true goes on where there is something to go on from."""
+    project = copy_of(whole, tmp_path / "first", "autoencoder.pt", "split.json")
+    project.set_environment(**({} if flag is None else {"resume_ckpt": flag}))
+    said = project.run(train_diffusion, "--no-amp")
+    assert ("no checkpoint of this stage to go on from" in said) == (flag is True)
+    equal(project, whole, train_diffusion)
+
+
+def test_stage_2_does_not_go_on_with_another_autoencoder(whole, tmp_path):
+    """The latents of one mean nothing to the diffusion model of another."""
+    project = copy_of(whole, tmp_path / "other", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    other = project.checkpoint("autoencoder.pt")
+    next(iter(other["model"].values())).mul_(1.01)
+    save_checkpoint(tmp_path / "other.pt", other)
+    before = fingerprint(project.folder)
+    message = project.refused(train_diffusion, "--autoencoder", tmp_path / "other.pt")
+    assert str(tmp_path / "other.pt") in message and "--fresh" in message
+    assert fingerprint(project.folder) == before
+
+
+# ---------------------------------------------------------------- promise 5: the best stays the best
+
+
+def test_promise_5_the_best_is_kept_though_an_older_checkpoint_is_gone_on_from(whole, tmp_path):
+    """The best file knows its own score: a resume from before it was found does not lower the bar."""
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
+    best = project.checkpoint("autoencoder.pt") | {"best": 99.0}
+    save_checkpoint(project.model_dir / "autoencoder.pt", best)
+    project.run(train_autoencoder, "--no-amp", "--resume", project.model_dir / "autoencoder_prev.pt")
+    assert project.checkpoint("autoencoder.pt")["best"] == 99.0
+    chain.damage(project.model_dir / "autoencoder.pt", "overwritten")  # a damaged one has no score
+    project.run(train_autoencoder, "--no-amp")
+    assert project.checkpoint("autoencoder.pt")["best"] < 99
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_hash_of_weights_is_of_names_types_shapes_and_values():
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.0)}
+    same = {key: weights[key].clone() for key in ("c", "a", "b")}
+    assert weights_hash(weights) == weights_hash(same)
+    for other in (
+        {**weights, "a": weights["a"].reshape(3, 2)},
+        {**weights, "c": torch.tensor(1.0000001)},
+        {**weights, "c": torch.tensor(1)},
+        {"a": weights["a"], "b": weights["b"], "d": weights["c"]},
+        {**weights, "a": weights["a"].T.contiguous().T + 0},
+    )[:4]:
+        assert weights_hash(other) != weights_hash(weights)
+    assert weights_hash({**weights, "a": weights["a"].T.contiguous().T}) == weights_hash(weights)
+
+
+def test_a_save_keeps_the_one_before_and_leaves_no_part(tmp_path):
+    files = StageFiles(tmp_path, "autoencoder")
+    for step in (1, 2, 3):
+        files.save_last({"step": step, "model": {"weight": torch.zeros(1)}})
+    assert load_checkpoint(files.last)["step"] == 3 and load_checkpoint(files.prev)["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder_last.pt", "autoencoder_prev.pt"]
+
+
+def test_the_log_has_neither_gaps_nor_repeats_where_a_kill_cut_a_line(whole, tmp_path):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
+    path = project.model_dir / "train_log.jsonl"
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[0] + '\n{"stage": "autoencoder", "st')
+    project.run(train_autoencoder, "--no-amp")
+    assert not differences(project.log("autoencoder"), whole.log("autoencoder"))
+    assert len(project.log("diffusion")) == len(whole.log("diffusion")) > 0
+    epochs = [(e["epoch"], "val_psnr" in e) for e in project.log("autoencoder")]
+    assert epochs == [(0, False), (0, True), (1, False), (2, False), (2, True), (3, False), (3, True)]

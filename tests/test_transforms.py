@@ -1,0 +1,392 @@
+"""From a file to a normalised volume: orientation, resampling, channels, units, and files that are bad."""
+
+import itertools
+import struct
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm import UserError
+from ldm.transforms import (
+    Preprocessing,
+    augmentation,
+    fit,
+    from_unit_range,
+    intensity_range,
+    open_image,
+    ras_geometry,
+    to_unit_range,
+)
+
+ORIENTATIONS = [
+    "".join(signs)
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for signs in itertools.product(*axes)
+]
+SPACING = (2.0, 2.0, 2.0)
+
+
+def rotation(degrees: float) -> np.ndarray:
+    """About the superior axis, then half as much about the right."""
+    a, b = np.deg2rad(degrees), np.deg2rad(degrees / 2)
+    about_s = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    about_r = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    return about_s @ about_r
+
+
+def ramp(shape, sizes, degrees=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A volume whose value is 100 + i + 10 j + 50 k in mm along its own axes, and its affine."""
+    grid = np.meshgrid(*(np.arange(n) * size for n, size in zip(shape, sizes, strict=True)), indexing="ij")
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(degrees) @ np.diag(sizes)
+    affine[:3, 3] = (-20, 7, 3)
+    return (100 + grid[0] + 10 * grid[1] + 50 * grid[2]).astype(np.float32), affine
+
+
+def stored_as(codes: str, voxels, affine) -> nibabel.Nifti1Image:
+    """The same world image, its voxels stored along the axes `codes`."""
+    image = nibabel.Nifti1Image(voxels, affine)
+    start = nibabel.orientations.io_orientation(affine)
+    end = nibabel.orientations.axcodes2ornt(codes)
+    return image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
+
+
+# ---- orientation and spacing
+
+
+@pytest.mark.parametrize("degrees", [0.0, 15.0])
+def test_every_storage_of_a_world_image_gives_the_same_volume(tmp_path, degrees):
+    voxels, affine = ramp((6, 7, 8), SPACING, degrees)
+    assert len(set(ORIENTATIONS)) == 48
+    for codes in ORIENTATIONS:
+        path = tmp_path / f"{codes}.nii"
+        nibabel.save(stored_as(codes, voxels, affine), path)
+        volume = Preprocessing((0,), SPACING).read([path])
+        assert volume.shape == (1, 6, 7, 8) and np.abs(volume[0] - voxels).max() < 1e-3, codes
+        shape, sizes = ras_geometry(path)
+        assert shape.tolist() == [6, 7, 8] and np.allclose(sizes, SPACING)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 10.0])
+def test_resampling_keeps_the_world(tmp_path, degrees):
+    """A ramp in mm stays that ramp: in mm the slopes are 1, 10 and 50, whatever voxel size or storage."""
+    voxels, affine = ramp((16, 14, 12), (1.0, 2.0, 3.0), degrees)
+    volumes, spacing = [], (1.5, 1.0, 2.2)
+    for codes in ("RAS", "LPS", "PIR", "SAL"):
+        nibabel.save(stored_as(codes, voxels, affine), tmp_path / f"{codes}.nii")
+        volumes.append(Preprocessing((0,), spacing).read([tmp_path / f"{codes}.nii"])[0])
+    assert all(np.abs(volume - volumes[0]).max() < 1e-2 for volume in volumes)
+    assert volumes[0].shape == (11, 27, 16)  # centre to centre 15, 26 and 33 mm
+    inner = volumes[0][2:-2, 2:-2, 2:-2]  # the low-pass filter bends the ramp at the border
+    for axis, slope in enumerate((1, 10, 50)):
+        assert np.allclose(np.diff(inner, axis=axis), slope * spacing[axis], atol=1e-2)
+    start = 100 + np.dot([2 * s for s in spacing], (1, 10, 50))  # the first voxel stays where it was
+    assert inner[0, 0, 0] == pytest.approx(
+        start, abs=1e-2 if degrees == 0 else 0.5 * np.dot(spacing, (1, 10, 50))
+    )
+
+
+def test_label_is_resampled_by_the_nearest_voxel(tmp_path, write_image):
+    label = np.zeros((8, 8, 8), np.uint8)
+    label[4:, :, :4] = 7
+    path = write_image(tmp_path / "label.nii.gz", label, np.diag([2.0, 2.0, 2.0, 1.0]))
+    fine = Preprocessing((0,), (1.0, 1.0, 1.0)).label(path)
+    assert fine.shape == (1, 15, 15, 15) and fine.dtype == np.uint8
+    assert set(np.unique(fine)) == {0, 7}
+    assert (fine[0, 8:, :, :7] == 7).all() and not fine[0, :7].any() and not fine[0, :, :, 8:].any()
+
+
+def amplitude(line: np.ndarray, cycles: float) -> float:
+    """Amplitude of the sinusoid of `cycles` a sample in a line, by least squares."""
+    phase = 2 * np.pi * cycles * np.arange(len(line))
+    basis = np.stack([np.cos(phase), np.sin(phase), np.ones_like(phase)], axis=1)
+    return float(np.hypot(*np.linalg.lstsq(basis, line, rcond=None)[0][:2]))
+
+
+@pytest.mark.parametrize("cycles", [0.05, 0.2, 0.4, 0.48])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_low_pass_before_halving_the_resolution(tmp_path, write_image, cycles, axis):
+    """From 2 mm to 4 mm, a Gaussian of half a voxel: its gain at a frequency f is sum(w cos(2 pi f k)).
+
+    Above a quarter of a cycle a voxel the new grid aliases what is left: 0.4 comes out as 2 * 0.4 - 1.
+    """
+    wave = 10 + 3 * np.cos(2 * np.pi * cycles * np.arange(81) + 0.3)
+    voxels = np.moveaxis(np.broadcast_to(wave, (4, 4, 81)), 2, axis).astype(np.float32)
+    path = write_image(tmp_path / "wave.nii", voxels, np.diag([2.0, 2.0, 2.0, 1.0]))
+    spacing = [2.0, 2.0, 2.0]
+    spacing[axis] = 4.0
+    line = np.moveaxis(Preprocessing((0,), tuple(spacing)).read([path])[0], axis, 2)[1, 1, 2:-2]
+    k = np.arange(-2, 3)
+    weights = np.exp(-(k**2) / (2 * 0.5**2))
+    gain = np.sum(weights * np.cos(2 * np.pi * cycles * k)) / weights.sum()
+    assert len(line) == 41 - 4
+    assert line.mean() == pytest.approx(10, abs=0.3)
+    assert amplitude(line, 2 * cycles) == pytest.approx(3 * gain, abs=0.02)
+    if cycles > 0.3:
+        assert amplitude(line, 2 * cycles) < 0.65 * 3  # what would alias whole without the filter
+
+
+@pytest.mark.parametrize("spacing", [0.7, 1.1, 2.0, 2.7])
+def test_constant_stays_constant_up_to_the_border(tmp_path, write_image, spacing):
+    path = write_image(tmp_path / "constant.nii", np.full((10, 11, 12), 7, np.float32))
+    volume = Preprocessing((0,), (spacing,) * 3).read([path])  # the last voxels lie outside the old ones
+    assert np.allclose(volume, 7, atol=1e-4)
+
+
+def test_no_filter_where_nothing_is_made_coarser(tmp_path, write_image):
+    voxels = np.random.default_rng(0).random((7, 7, 7), np.float32)
+    path = write_image(tmp_path / "noise.nii", voxels)
+    assert np.array_equal(Preprocessing((0,), (1.0, 1.0, 1.0)).read([path])[0], voxels)
+    fine = Preprocessing((0,), (0.5, 0.5, 0.5)).read([path])[0]
+    assert np.allclose(fine[::2, ::2, ::2], voxels, atol=1e-5)  # the old voxels are among the new ones
+
+
+# ---- intensities
+
+
+def test_percentiles_are_those_of_the_whole_volume(tmp_path, write_image):
+    values = np.random.default_rng(0).permutation(1001).astype(np.float32).reshape(7, 11, 13)
+    path = write_image(tmp_path / "values.nii", values)  # 0 .. 1000: percentile p is 10 p
+    way = Preprocessing((0,), (1.0, 1.0, 1.0), 10.0, 99.5)
+    assert np.allclose(way.limits([path]), [[100, 995]])
+    volume = way([path])
+    assert volume.dtype == np.float32
+    assert np.allclose(volume[0], np.clip((values - 100) / 895, 0, 1), atol=1e-6)
+    assert np.count_nonzero(volume == 1) == 6 and np.count_nonzero(volume == 0) == 101
+    unclipped = Preprocessing((0,), (1.0, 1.0, 1.0), 10.0, 99.5, clip=False)([path])
+    assert unclipped.min() == pytest.approx(-100 / 895) and unclipped.max() == pytest.approx(900 / 895)
+
+
+def test_unit_range_and_back():
+    rng = np.random.default_rng(0)
+    volume = np.stack([rng.normal(50, 20, (5, 6, 7)), rng.normal(-1000, 3, (5, 6, 7))]).astype(np.float32)
+    limits = intensity_range(volume, 2.0, 98.0)
+    assert limits.shape == (2, 2) and np.allclose(limits[0], np.percentile(volume[0], [2, 98]))
+    back = from_unit_range(to_unit_range(volume, limits, clip=False), limits)
+    assert np.abs(back - volume).max() < 1e-3
+    clipped = from_unit_range(to_unit_range(volume, limits, clip=True), limits)
+    wide = limits[:, :, None, None, None]
+    assert np.abs(clipped - np.clip(volume, wide[:, 0], wide[:, 1])).max() < 1e-3
+
+
+# ---- channels
+
+
+@pytest.fixture
+def four_channels(tmp_path, write_image):
+    """A 4D image whose channel c holds values around 1000 c."""
+    voxels = np.random.default_rng(0).random((5, 6, 7, 4), np.float32) + 1000 * np.arange(4, dtype=np.float32)
+    return write_image(tmp_path / "bold.nii.gz", voxels), voxels
+
+
+def test_channels_of_a_4d_image(four_channels):
+    path, voxels = four_channels
+    for channels in [(0,), (2,), (2, 0), (3, 1, 2, 0)]:
+        volume = Preprocessing(channels, (1.0, 1.0, 1.0)).read([path])
+        assert np.array_equal(volume, np.moveaxis(voxels[..., list(channels)], 3, 0))
+    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), 0, 100)([path])  # each channel by its own limits
+    assert scaled.min((1, 2, 3)).tolist() == [0] * 4 and scaled.max((1, 2, 3)).tolist() == [1] * 4
+
+
+def test_channels_in_files_of_their_own(tmp_path, write_image):
+    paths = [write_image(tmp_path / f"x_000{c}.nii", np.full((3, 3, 3), c, np.float32)) for c in range(3)]
+    assert Preprocessing((2, 0), (1.0, 1.0, 1.0)).read(paths)[:, 0, 0, 0].tolist() == [2, 0]
+    with pytest.raises(UserError, match="`channel` is 3, the case has 3 files"):
+        Preprocessing((0, 3), (1.0, 1.0, 1.0)).read(paths)
+    write_image(paths[1], np.ones((3, 3, 4), np.float32))
+    with pytest.raises(UserError, match="channels differ in shape"):
+        Preprocessing((0, 1), (1.0, 1.0, 1.0)).read(paths)
+
+
+def test_channel_that_is_not_there(four_channels, tmp_path, write_image):
+    with pytest.raises(UserError, match=r"bold\.nii\.gz: has 4 channel.*number 4"):
+        Preprocessing((0, 4), (1.0, 1.0, 1.0)).read([four_channels[0]])
+    single = write_image(tmp_path / "single.nii", np.ones((3, 3, 3), np.float32))
+    with pytest.raises(UserError, match=r"single\.nii: has 1 channel.*number 1"):
+        Preprocessing((1,), (1.0, 1.0, 1.0)).read([single])
+
+
+def test_slope_and_intercept(tmp_path):
+    raw = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    image = nibabel.Nifti1Image(raw, np.eye(4))
+    image.header.set_slope_inter(0.5, -100)
+    image.to_filename(tmp_path / "scaled.nii.gz")
+    stored = nibabel.load(tmp_path / "scaled.nii.gz")
+    assert stored.dataobj.slope == 0.5 and stored.dataobj.inter == -100
+    volume = Preprocessing((0,), (1.0, 1.0, 1.0)).read([tmp_path / "scaled.nii.gz"])
+    expected = np.asarray(stored.dataobj)  # nibabel chose the stored integers for these values
+    assert np.array_equal(volume[0], expected) and expected.min() < -50
+
+
+# ---- files that are no good
+
+
+def broken(tmp_path, write_image, what: str):
+    """A file with this fault."""
+    voxels = np.random.default_rng(0).random((12, 12, 12), np.float32)
+    path = tmp_path / ("bad.nii" if what in ("affine", "datatype", "cut") else "bad.nii.gz")
+    if what == "nan":
+        voxels[3, 4, 5] = np.nan
+    if what == "infinite":
+        voxels[3, 4, 5] = -np.inf
+    if what == "constant":
+        voxels[:] = 7
+    if what == "2d":
+        voxels = voxels[0]
+    if what == "5d":
+        voxels = voxels[..., None, None]
+    if what == "missing":
+        return path
+    write_image(path, voxels)
+    data = bytearray(path.read_bytes())
+    if what == "affine":
+        data[280:328] = bytes(48)  # srow_x, srow_y, srow_z
+    if what == "datatype":
+        data[70:72] = struct.pack("<h", 999)
+    if what in ("truncated", "cut"):
+        data = data[: len(data) // 2]
+    if what == "garbled":
+        data[10] = 7  # a kind of block that deflate does not have
+    if what == "text":
+        data = b"not an image\n"
+    if what == "empty":
+        data = b""
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("nan", "channel 0 has 1 NaN or infinite values"),
+        ("infinite", "channel 0 has 1 NaN or infinite values"),
+        ("constant", "constant between its percentiles"),
+        ("2d", "a 3D image, or 4D"),
+        ("5d", "a 3D image, or 4D"),
+        ("missing", "cannot be read"),
+        ("affine", "affine is not invertible"),
+        ("datatype", "cannot be read"),
+        ("truncated", "voxels cannot be read"),
+        ("cut", "voxels cannot be read"),
+        ("garbled", "cannot be read"),
+        ("text", "cannot be read"),
+        ("empty", "cannot be read"),
+    ],
+)
+def test_fault_is_a_user_error_that_names_the_file(tmp_path, write_image, what, message):
+    path = broken(tmp_path, write_image, what)
+    with pytest.raises(UserError, match=rf"bad\.nii(\.gz)?: .*{message}"):
+        Preprocessing((0,), (1.0, 1.0, 1.0))([path])
+
+
+@pytest.mark.parametrize("name", ["image.nii", "image.nii.gz", "image.mgz"])
+def test_damaged_file_is_read_or_refused(tmp_path_factory, write_image, name):
+    folder = tmp_path_factory.mktemp("damage")
+    voxels = np.random.default_rng(0).random((6, 6, 6), np.float32)
+    whole = write_image(folder / name, voxels).read_bytes()
+    way, path = Preprocessing((0,), (1.0, 1.0, 1.0)), folder / f"bad_{name}"
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+    def damage(changes):
+        data = bytearray(whole)
+        for place, value in changes:
+            data[place] = value
+        path.write_bytes(data)
+        try:
+            image = open_image(path)
+            if (
+                np.prod(image.shape, dtype=float) < 1e5
+                and (nibabel.affines.voxel_sizes(image.affine) < 10).all()
+            ):
+                assert np.isfinite(way([path])).all()
+        except UserError as error:
+            assert str(path) in str(error)
+
+    damage()
+
+
+ODD = {  # what becomes of each file, read as an image: None, or a part of the message
+    "4d_3vol.nii.gz": None,
+    "anisotropic_4x4x20mm.nii.gz": None,
+    "brain.mgz": None,
+    "broken_truncated_gzip.nii.gz": "voxels cannot be read",
+    "mask_ok_012.nii.gz": None,
+    "mask_wrong_shape.nii.gz": None,
+    "nan_background.nii.gz": "50443 NaN",
+    "ok_4mm_int16.nii.gz": None,
+    "orient_LPS.nii.gz": None,
+    "slope0p5_inter-100_int16.nii.gz": None,
+}
+
+
+def test_every_odd_file_is_read_or_refused(shared_data):
+    way = Preprocessing((0,), (4.0, 4.0, 4.0))
+    assert {path.name for path in (shared_data / "odd").iterdir()} == set(ODD)
+    for name, message in ODD.items():
+        path = shared_data / "odd" / name
+        if message:
+            with pytest.raises(UserError, match=message):
+                way([path])
+        else:
+            volume = way([path])
+            assert volume.min() == 0 and volume.max() == 1, name
+
+
+def test_odd_files_show_one_brain(shared_data):
+    odd, way = shared_data / "odd", Preprocessing((0,), (4.0, 4.0, 4.0))
+    brain = way.read([odd / "ok_4mm_int16.nii.gz"])
+    assert brain.shape == (1, 40, 48, 40)
+    assert np.array_equal(way.read([odd / "orient_LPS.nii.gz"]), brain)
+    assert np.abs(way.read([odd / "brain.mgz"]) - brain).max() <= 0.5  # before it was rounded to integers
+    scaled = way.read([odd / "slope0p5_inter-100_int16.nii.gz"])
+    assert np.abs(scaled - (0.5 * brain - 100)).max() <= 0.51
+    assert Preprocessing((2,), way.spacing).read([odd / "4d_3vol.nii.gz"]).shape == brain.shape
+    with pytest.raises(UserError, match=r"has 3 channel\(s\)"):
+        Preprocessing((3,), way.spacing).read([odd / "4d_3vol.nii.gz"])
+    thick = Preprocessing((0,), (4.0, 4.0, 20.0)).read([odd / "anisotropic_4x4x20mm.nii.gz"])
+    assert thick.shape == (1, 40, 48, 8)
+    label = way.label(odd / "mask_ok_012.nii.gz")
+    assert label.shape == brain.shape and set(np.unique(label)) == {0, 1, 2}
+    assert way.label(odd / "mask_wrong_shape.nii.gz").shape == (1, 37, 48, 40)
+
+
+# ---- fitting and augmentation
+
+
+def test_fit_crops_and_pads_about_the_centre():
+    volume = np.arange(6, dtype=np.float32).reshape(1, 6, 1, 1)
+    assert fit(volume, (4, 1, 1)).ravel().tolist() == [1, 2, 3, 4]
+    assert fit(volume, (8, 1, 1)).ravel().tolist() == [0, 0, 1, 2, 3, 4, 5, 0]
+    assert isinstance(fit(volume, (4, 1, 1)), np.ndarray)
+    assert torch.equal(fit(torch.from_numpy(volume), (4, 1, 1)).ravel(), torch.arange(1.0, 5.0))
+
+
+def test_nothing_random_is_no_augmentation():
+    assert augmentation({}, (4, 4, 4), random_crop=False) is None
+    assert augmentation({"flip_axes": [], "foreground_prob": 0.5}, (4, 4, 4), random_crop=False) is None
+
+
+def test_flips_are_of_the_named_axes_and_as_often_as_said():
+    volume = np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)
+    flip, rng = (
+        augmentation({"flip_axes": [1], "flip_prob": 0.25}, (2, 2, 2), False),
+        np.random.RandomState(0),
+    )
+    items = [flip(volume, None, rng).numpy() for _ in range(400)]
+    flipped = sum(np.array_equal(item, volume[:, :, ::-1]) for item in items)
+    assert flipped + sum(np.array_equal(item, volume) for item in items) == 400
+    assert flipped == pytest.approx(100, abs=30)
+
+
+def test_intensity_changes_stay_within_their_bounds():
+    section = {"intensity_scale": 0.2, "intensity_shift": 0.1, "intensity_prob": 1.0}
+    change, rng = augmentation(section, (2, 2, 2), False), np.random.RandomState(0)
+    zeros = np.array([change(np.zeros((1, 2, 2, 2), np.float32), None, rng).mean() for _ in range(200)])
+    ones = np.array([change(np.ones((1, 2, 2, 2), np.float32), None, rng).mean() for _ in range(200)])
+    assert 0.08 < np.abs(zeros).max() <= 0.1  # the shift alone
+    assert 1.15 < ones.max() <= 1.3 and 0.7 <= ones.min() < 0.85

@@ -1,0 +1,341 @@
+"""Stage 1: train an autoencoder on volumes.
+
+    python train_autoencoder.py -c config/config_train_16g.json -e config/environment.json
+    torchrun --standalone --nproc_per_node=8 train_autoencoder.py -c config/config_train_multigpu.json \\
+        -e config/environment.json -g 8
+    python train_autoencoder.py -c config/config_demo.json -e config/environment.json --device cpu
+
+The config (docs/config.md lists its keys) says what to train, the environment file where data are and results
+go. The loss is L1 or L2, KL, perceptual and patch-adversarial, each with its weight; a weight of 0 builds
+nothing.
+
+Written to `model_dir`: `autoencoder.pt` (best PSNR on held-out volumes so far), `autoencoder_last.pt`
+(newest, with optimiser and discriminator) and `autoencoder_prev.pt` (the one before it),
+`config_autoencoder.json` (as resolved), `split.json`, `train_log.jsonl`; to `output_dir`:
+`reconstructions.png` and `losses.png`; to `tfevent_path`/autoencoder: TensorBoard.
+
+The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
+over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import nn
+
+import utils
+from ldm import UserError, figures
+from ldm.checkpoints import StageFiles
+from ldm.datasets import VolumeDataset, stream
+from ldm.encoders import LatentEncoder, set_posterior_std
+from ldm.initialisation import start_as_block_transform
+from ldm.logs import read_log
+from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
+from ldm.metrics import band_power, reconstruction_metrics
+from ldm.networks import check_discriminator_size, downsampling, load_weights
+from ldm.training import Stepper, make_ema
+
+ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
+LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
+INITIAL_CASES = 16  # whose principal components a block transform starts from
+RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
+
+
+def posterior_noise(batch: dict, dataset: VolumeDataset, shape: Sequence[int], seed: int) -> torch.Tensor:
+    """The posterior draw of each volume of a batch, (B, *shape): a function of (seed, epoch, case)."""
+    cases = [
+        (int(epoch), dataset.cases[i].name) for epoch, i in zip(batch["epoch"], batch["index"], strict=True)
+    ]
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=stream(seed, "posterior", *case)) for case in cases]
+    )
+
+
+class AutoencoderLoss(nn.Module):
+    """The generator's loss: reconstruction, gradient difference, KL, perceptual; the adversarial term is
+    added by the training loop after the warm-up."""
+
+    def __init__(self, section: dict, perceptual_weights: str | None):
+        super().__init__()
+        self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
+        self.perceptual = None
+        if section["perceptual_weight"]:
+            self.perceptual = PerceptualLoss(
+                section["perceptual_network"], perceptual_weights, section["perceptual_slice_ratio"]
+            )
+
+    def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
+        """Terms by name, unweighted, and their weighted sum as "loss"."""
+        section, reconstruction = self.section, reconstruction.float()
+        terms = {"recon_loss": self.recon(reconstruction, images), "kl_loss": kl_divergence(mean, std)}
+        loss = terms["recon_loss"] + section["kl_weight"] * terms["kl_loss"]
+        if section["gradient_weight"]:
+            terms["gradient_loss"] = gradient_difference(reconstruction, images)
+            loss = loss + section["gradient_weight"] * terms["gradient_loss"]
+        if self.perceptual is not None:
+            terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
+            loss = loss + section["perceptual_weight"] * terms["perceptual_loss"]
+        return {**terms, "loss": loss}
+
+
+def discriminator_loss(
+    discriminator: nn.Module, reconstruction: torch.Tensor, images: torch.Tensor
+) -> torch.Tensor:
+    """Least-squares loss of the discriminator on reconstructions and images, in one pass."""
+    logits = discriminator(torch.cat([reconstruction.detach(), images]).contiguous())[-1]
+    fake, real = logits.float().chunk(2)
+    return 0.5 * (
+        ADVERSARIAL(fake, target_is_real=False, for_discriminator=True)
+        + ADVERSARIAL(real, target_is_real=True, for_discriminator=True)
+    )
+
+
+@torch.no_grad()
+def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: utils.Run) -> tuple[dict, list]:
+    """Reconstruct the held-out volumes, each rank its share.
+
+    Returns:
+        Means over all volumes of PSNR, SSIM, L1 and the share of the fine spectral power that is kept; and up
+        to 4 pairs of image and reconstruction (C, D, H, W) of the main rank, for pictures.
+    """
+    encoder.eval()
+    sums, pairs = torch.zeros(6, dtype=torch.float64), []
+    for i in range(run.rank, len(dataset), run.world_size):
+        image = dataset[(0, i)]["image"][None].to(run.device)
+        with run.autocast():
+            reconstruction = encoder.reconstruct(image)
+        numbers = reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+        powers = band_power(reconstruction), band_power(image)
+        values = [numbers["psnr"], numbers["ssim"], numbers["l1"], *powers, torch.ones(1)]
+        sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if len(pairs) < 4:
+            pairs.append((image[0].cpu(), reconstruction[0].cpu()))
+    psnr, ssim, l1, kept, real, count = run.sum(sums).tolist()
+    scores = {"psnr": psnr / count, "ssim": ssim / count, "l1": l1 / count, "power": kept / count}
+    return {**scores, "power_share": kept / real if real else math.nan}, pairs
+
+
+@dataclass
+class Networks:
+    """The networks of stage 1 with their optimisers; the adversarial ones are None where that term is off."""
+
+    encoder: LatentEncoder
+    wrapped: nn.Module
+    stepper: Stepper
+    ema: nn.Module | None
+    criterion: AutoencoderLoss
+    judge: nn.Module | None = None
+    wrapped_judge: nn.Module | None = None
+    judge_stepper: Stepper | None = None
+
+    @property
+    def steppers(self) -> list[Stepper]:
+        """The optimisers, the autoencoder's first."""
+        return [self.stepper, *([self.judge_stepper] if self.judge else [])]
+
+    @property
+    def shown(self) -> nn.Module:
+        """The weights to validate and to keep: averaged, where there is an average."""
+        return (self.ema.module if self.ema else self.encoder).autoencoder
+
+    def update_average(self) -> None:
+        """After a step."""
+        if self.ema:
+            self.ema.update_parameters(self.encoder)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs."""
+        return {
+            "model": self.encoder.autoencoder.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "discriminator": self.judge.state_dict() if self.judge else None,
+            "discriminator_stepper": self.judge_stepper.state_dict() if self.judge else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a checkpoint."""
+        load_weights(self.encoder.autoencoder, state["model"], "autoencoder_def")
+        self.stepper.load_state_dict(state["stepper"])
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])
+        if self.judge and state["discriminator"]:
+            self.judge.load_state_dict(state["discriminator"])
+            self.judge_stepper.load_state_dict(state["discriminator_stepper"])
+
+
+def build_networks(
+    config: dict, autoencoder: nn.Module, patch_size, perceptual_weights, compiled: bool, run: utils.Run
+) -> Networks:
+    """Autoencoder, losses and, where its weight is not 0, the discriminator, on the device and wrapped."""
+    section = config["autoencoder_train"]
+    criterion = AutoencoderLoss(section, perceptual_weights).to(run.device)
+    if criterion.perceptual and not criterion.perceptual.is_3d and min(patch_size) <= LPIPS_SIDE:
+        raise UserError(
+            f"autoencoder_train.perceptual_network: slices of {patch_size} are too small for a 2D "
+            f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
+        )
+    encoder = LatentEncoder(utils.prepare_network(autoencoder, section, run))
+    wrapped = utils.wrap_network(encoder, section, run, compiled)
+    networks = Networks(
+        encoder,
+        wrapped,
+        Stepper(wrapped, section, run.amp_dtype),
+        make_ema(encoder, section["ema_decay"]),
+        criterion,
+    )
+    if section["adversarial_weight"]:
+        judge = PatchDiscriminator(
+            spatial_dims=3, in_channels=config["image_channels"], out_channels=1, **section["discriminator"]
+        )
+        check_discriminator_size(judge, patch_size, "autoencoder_train.patch_size")
+        networks.judge = utils.prepare_network(judge, {**section, "gradient_checkpointing": False}, run)
+        networks.wrapped_judge = utils.wrap_network(networks.judge, section, run, compiled)
+        networks.judge_stepper = Stepper(networks.wrapped_judge, section, run.amp_dtype)
+    return networks
+
+
+def train_batch(
+    networks: Networks,
+    images: torch.Tensor,
+    eps: torch.Tensor,
+    slices: torch.Generator,
+    adversarial_on: bool,
+    last: bool,
+    run: utils.Run,
+) -> dict[str, torch.Tensor]:
+    """Forward and backward of the autoencoder, then of the discriminator; the terms of the loss by name."""
+    judge, weight = networks.judge, networks.criterion.section["adversarial_weight"]
+    with networks.stepper.accumulating(last):
+        with run.autocast():
+            reconstruction, mean, std = networks.wrapped(images, eps)
+        terms = networks.criterion(images, reconstruction, mean, std, slices)
+        if adversarial_on:
+            judge.requires_grad_(False)
+            with run.autocast():
+                logits = judge(reconstruction.contiguous())[-1]
+            judge.requires_grad_(True)
+            terms["adversarial_loss"] = ADVERSARIAL(
+                logits.float(), target_is_real=True, for_discriminator=False
+            )
+            terms["loss"] = terms["loss"] + weight * terms["adversarial_loss"]
+        networks.stepper.backward(terms["loss"])
+    if adversarial_on:
+        with networks.judge_stepper.accumulating(last):
+            with run.autocast():
+                terms["discriminator_loss"] = discriminator_loss(
+                    networks.wrapped_judge, reconstruction, images
+                )
+            networks.judge_stepper.backward(terms["discriminator_loss"])
+    return {key: value.detach() for key, value in terms.items()}
+
+
+@utils.command
+def main(argv: Sequence[str] | None = None) -> None:
+    # Step 0: configuration, processes, device
+    parser = utils.training_parser(__doc__)
+    args = parser.parse_args(argv)
+    config = utils.load_config(args.config_file, args.set)
+    environment = utils.load_environment(args.environment_file)
+    section, seed = config["autoencoder_train"], config["seed"]
+    run = utils.start(args, section)
+    model_dir, output_dir = environment["model_dir"], environment["output_dir"]
+    utils.claim(model_dir, run)
+    files = StageFiles(model_dir, "autoencoder")
+    resumed = utils.starting_point(args, environment, "autoencoder", files, run)
+    torch.manual_seed(seed)  # the same initial weights on every rank
+
+    # Step 1: data
+    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
+    patch_size, volume_size = utils.patch_sizes(config, [*train_cases, *val_cases])
+    val_size = section["val_patch_size"] or volume_size
+    preprocessing = utils.preprocessing_of(config)
+    common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
+    train_set = VolumeDataset(
+        train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
+    )
+    val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
+    loader = utils.make_loader(train_set, section, config, run)
+    utils.warn_of_padding(train_cases, config["spacing"], patch_size, run)
+
+    # Step 2: networks
+    autoencoder = utils.define_network(config, "autoencoder_def")
+    if section["initialise"] == "block_transform" and resumed is None:
+        first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
+        start_as_block_transform(
+            autoencoder, torch.stack([first[(0, i)]["image"] for i in range(len(first))])
+        )
+    if section["initial_posterior_std"]:
+        set_posterior_std(autoencoder, section["initial_posterior_std"])
+    compiled = section["compile"] if args.compile is None else args.compile
+    networks = build_networks(
+        config, autoencoder, patch_size, environment["perceptual_weights"], compiled, run
+    )
+    latent_shape = [config.get("latent_channels", autoencoder.latent_channels)]
+    latent_shape += [side // downsampling(config["autoencoder_def"]) for side in patch_size]
+
+    # Step 3: where to go on
+    training = utils.Training(
+        "autoencoder",
+        networks,
+        loader,
+        files,
+        {"config": config},
+        operator.gt,
+        environment,
+        run,
+        resumed,
+    )
+    count = sum(p.numel() for p in autoencoder.parameters())
+    run.say(
+        f"autoencoder: {count / 1e6:.1f} M parameters, patches {patch_size}, validation on {val_size}, "
+        f"latents {latent_shape}, {run.device} x {run.world_size}, {run.amp_dtype or torch.float32}"
+    )
+
+    # Step 4: training
+    with utils.profiled(args.profile, model_dir, run) as after_step:
+        for epoch in training.epochs():
+            networks.encoder.train()
+            adversarial_on = networks.judge is not None and epoch >= section["adversarial_warmup_epochs"]
+            for number, batch, last in training.batches():
+                images = batch["image"].to(run.device, non_blocking=True)
+                eps = posterior_noise(batch, train_set, latent_shape, seed).to(run.device, non_blocking=True)
+                slices = stream(seed, "slices", epoch, number)
+                terms = train_batch(networks, images, eps, slices, adversarial_on, last, run)
+                training.step(terms, batch, last, networks.steppers[: 1 + adversarial_on])
+                if last and after_step():
+                    return
+            if args.profile or not training.end_epoch():
+                continue
+            scores, pairs = validate(LatentEncoder(networks.shown), val_set, run)
+            training.keep(scores["psnr"], scores)
+            training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
+            if run.is_main:
+                picture = figures.three_planes(torch.cat([p[0] for p in pairs[0]], dim=1))
+                training.log.image("held-out scan and reconstruction", picture, training.clock.step)
+
+    # Step 5: pictures
+    training.close()
+    if run.is_main:
+        scans, reconstructions = ([pair[i][0] for pair in pairs] for i in (0, 1))
+        figures.montage(
+            {"held-out scan": scans, "reconstruction": reconstructions},
+            output_dir / "reconstructions.png",
+            f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
+        )
+        figures.loss_curves(read_log(model_dir / "train_log.jsonl"), output_dir / "losses.png")
+    run.say(
+        f"autoencoder: held-out PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
+        f"L1 {scores['l1']:.4f}, {scores['power_share']:.2f} of the fine spectral power, "
+        f"after {training.clock.seconds / 60:.1f} min\n"
+        f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {output_dir / 'losses.png'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
