@@ -39,11 +39,14 @@ import torch
 
 import utils
 from ldm import UserError, figures, provenance
-from ldm.checkpoints import load_checkpoint, weights_hash
+from ldm.bookkeeping import progress_bar
+from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
 from ldm.diffusion import NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
-from ldm.networks import downsampling, load_weights
+from ldm.networks import check_size, downsampling, load_weights, network_divisor
+from ldm.processes import Run
+from ldm.schemas import StrictValidator
 from ldm.transforms import from_unit_range, to_unit_range
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "euler": 30}  # None: all of the training's
@@ -78,28 +81,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due.")
+    if args.steps is not None and args.steps > provenance.MOST_STEPS:
+        raise UserError(f"--steps {args.steps}: at most {provenance.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
         raise UserError(f"--seed {args.seed}: 0 or more is due, and less than 2^63 for all.")
-    if args.scale_factor is not None and not 0 < args.scale_factor < math.inf:
-        raise UserError(f"--scale-factor {args.scale_factor}: a number above 0 is due.")
+    if args.scale_factor is not None and not StrictValidator(SCALE_FACTOR).is_valid(args.scale_factor):
+        raise UserError(
+            f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
+            f"{SCALE_FACTOR['maximum']} is due."
+        )
     return args
 
 
-def start(args: argparse.Namespace) -> utils.Run:
+def start(args: argparse.Namespace) -> Run:
     """Join the other processes, and let the same seed give the same bytes on a GPU too."""
     run = utils.start(args)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     return run
 
 
-def hardware(run: utils.Run) -> str:
+def hardware(run: Run) -> str:
     """The GPU's name, or the kind of CPU and of its vector instructions."""
     if run.device.type == "cuda":
         return torch.cuda.get_device_name(run.device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def precision_of(run: utils.Run) -> str:
+def precision_of(run: Run) -> str:
     """What the networks compute in, one of `provenance.PRECISIONS`."""
     if run.amp_dtype:
         return str(run.amp_dtype).removeprefix("torch.")
@@ -132,7 +140,7 @@ def load_networks(
     source: str | Path,
     scale_factor: float | None,
     compiled: bool,
-    run: utils.Run,
+    run: Run,
 ) -> Networks:
     """Networks of a config with the weights of two checkpoints, on the device.
 
@@ -149,7 +157,7 @@ def load_networks(
         ("diffusion_def", unet_state, unet_path),
         ("NoiseScheduler", unet_state, unet_path),
     ):
-        if "config" in checkpoint and checkpoint["config"][key] != config.get(key):
+        if "config" in checkpoint and checkpoint["config"].get(key) != config.get(key):
             raise UserError(
                 f"{path}: was trained with another {key} than {source} has. Use the config it "
                 "was trained with; config_*.json beside the checkpoint is a copy."
@@ -168,9 +176,11 @@ def load_networks(
         raise UserError(
             f"{unet_path}: brings no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
-    geometry = geometry_of(unet_state, config)
+    geometry = geometry_of(unet_state, config, unet_path)
     factor, channels = downsampling(config["autoencoder_def"]), config["diffusion_def"]["out_channels"]
-    shape = unet_state.get("latent_shape", [channels, *(side // factor for side in geometry["size"])])
+    shape = [channels, *(side // factor for side in geometry["size"])]
+    if (was := [*unet_state.get("latent_shape", shape)]) != shape:
+        raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         encoder = LatentEncoder(autoencoder.to(run.device).eval(), scale_factor)
         unet = unet.to(run.device).eval()
@@ -184,16 +194,25 @@ def load_networks(
     )
 
 
-def geometry_of(checkpoint: dict, config: dict) -> dict:
+def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
     """Spacing, size and intensity limits of generated volumes, as trained; for bare weights as the config
-    says."""
+    says.
+
+    Raises:
+        UserError: the config does not say it, or the networks cannot make such volumes.
+    """
     if "geometry" in checkpoint:
-        return checkpoint["geometry"]
+        geometry = checkpoint["geometry"]
+        check_size(geometry["size"], network_divisor(config), f"{path}: geometry.size")
+        if (count := len(geometry["limits"])) != config["image_channels"]:
+            raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
+        return geometry
     if not config["spacing"] or not config["diffusion_train"]["patch_size"]:
         raise UserError(
             "Weights from elsewhere: `spacing` and `diffusion_train.patch_size` in the config should say "
             "which volumes to make."
         )
+    check_size(config["diffusion_train"]["patch_size"], network_divisor(config), "diffusion_train.patch_size")
     limits = [[0.0, 1.0]] * config["image_channels"]
     return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
 
@@ -203,7 +222,7 @@ def draw(
     seeds: Sequence[int],
     sampler: str,
     steps: int,
-    run: utils.Run,
+    run: Run,
     progress: Callable = iter,
 ) -> torch.Tensor:
     """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
@@ -234,9 +253,19 @@ def draw(
         return networks.encoder.decode(latents).cpu()
 
 
-def in_typical_units(volume: torch.Tensor, networks: Networks) -> np.ndarray:
-    """(C, D, H, W) from the autoencoder's units to the typical range of the training set."""
-    return from_unit_range(volume.numpy(), np.array(networks.geometry["limits"]))
+def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
+    """(C, D, H, W) from the autoencoder's units to the typical range of the training set.
+
+    Raises:
+        FloatingPointError: a voxel is not finite; `seed` is named.
+    """
+    voxels = from_unit_range(volume.numpy(), np.array(networks.geometry["limits"]))
+    if not np.isfinite(voxels).all():
+        raise FloatingPointError(
+            f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
+            "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
+        )
+    return voxels
 
 
 def counting(bar) -> Callable[[Sequence], Iterator]:
@@ -293,6 +322,7 @@ def reproduce(args: argparse.Namespace) -> None:
     """Make the volume of a record again, and compare it with the one that was written."""
     # Step 0: the record, and the files that it names
     record = provenance.read_record(args.reproduce)
+    config = utils.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
     path = args.reproduce.with_name(f"{args.reproduce.stem}_reproduced.nii.gz")
     if path.exists():
@@ -313,14 +343,15 @@ def reproduce(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.set_num_threads(record["threads"])
     networks = load_networks(
-        *checkpoints, record["config"], args.reproduce, record["scale_factor"], record["compile"], run
+        *checkpoints, config, args.reproduce, record["scale_factor"], record["compile"], run
     )
 
     # Step 2: the same batch
-    bar = utils.progress_bar(run, f"sample ({record['steps']} steps)", total=record["steps"])
+    bar = progress_bar(run, f"sample ({record['steps']} steps)", total=record["steps"])
     volumes = draw(networks, record["batch"], record["sampler"], record["steps"], run, counting(bar))
     bar.close()
-    volume = in_typical_units(volumes[record["batch"].index(record["seed"])], networks)
+    seed = record["seed"]
+    volume = in_typical_units(volumes[record["batch"].index(seed)], networks, seed)
     content = nifti_bytes(volume, networks.geometry["spacing"])
     provenance.save_volume(path, content)
 
@@ -411,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # drawn whole, so that its volumes are what they would have been.
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
     mine = [batch for batch in batches if due.intersection(batch)][run.rank :: run.world_size]
-    bar = utils.progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
+    bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
     for batch in mine:
         volumes = draw(networks, batch, sampler, steps, run, counting(bar))
@@ -419,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed, volume in zip(batch, volumes, strict=True):
             if seed not in due:
                 continue
-            voxels = in_typical_units(volume, networks)
+            voxels = in_typical_units(volume, networks, seed)
             content = nifti_bytes(voxels, geometry["spacing"])
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),

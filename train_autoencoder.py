@@ -30,6 +30,7 @@ from torch import nn
 
 import utils
 from ldm import UserError, figures
+from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles
 from ldm.datasets import VolumeDataset, stream
 from ldm.encoders import LatentEncoder, set_posterior_std
@@ -38,6 +39,7 @@ from ldm.logs import read_log
 from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
 from ldm.metrics import band_power, reconstruction_metrics
 from ldm.networks import check_discriminator_size, downsampling, load_weights
+from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 
 ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
@@ -96,7 +98,7 @@ def discriminator_loss(
 
 
 @torch.no_grad()
-def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: utils.Run) -> tuple[dict, list]:
+def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, list]:
     """Reconstruct the held-out volumes, each rank its share.
 
     Returns:
@@ -160,17 +162,18 @@ class Networks:
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a checkpoint."""
-        load_weights(self.encoder.autoencoder, state["model"], "autoencoder_def")
-        self.stepper.load_state_dict(state["stepper"])
+        where = str(state["path"])
+        load_weights(self.encoder.autoencoder, state["model"], where)
+        self.stepper.load_state_dict(state["stepper"], where)
         if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
+            load_weights(self.ema, state["ema"], f"{where}: ema")
         if self.judge and state["discriminator"]:
-            self.judge.load_state_dict(state["discriminator"])
-            self.judge_stepper.load_state_dict(state["discriminator_stepper"])
+            load_weights(self.judge, state["discriminator"], f"{where}: discriminator")
+            self.judge_stepper.load_state_dict(state["discriminator_stepper"], f"{where}: discriminator")
 
 
 def build_networks(
-    config: dict, autoencoder: nn.Module, patch_size, perceptual_weights, compiled: bool, run: utils.Run
+    config: dict, autoencoder: nn.Module, patch_size, perceptual_weights, compiled: bool, run: Run
 ) -> Networks:
     """Autoencoder, losses and, where its weight is not 0, the discriminator, on the device and wrapped."""
     section = config["autoencoder_train"]
@@ -207,7 +210,7 @@ def train_batch(
     slices: torch.Generator,
     adversarial_on: bool,
     last: bool,
-    run: utils.Run,
+    run: Run,
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of the autoencoder, then of the discriminator; the terms of the loss by name."""
     judge, weight = networks.judge, networks.criterion.section["adversarial_weight"]
@@ -252,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: data
     train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
-    patch_size, volume_size = utils.patch_sizes(config, [*train_cases, *val_cases])
-    val_size = section["val_patch_size"] or volume_size
+    patch_size, _, val_size = utils.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = utils.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
@@ -280,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     latent_shape += [side // downsampling(config["autoencoder_def"]) for side in patch_size]
 
     # Step 3: where to go on
-    training = utils.Training(
+    training = Training(
         "autoencoder",
         networks,
         loader,

@@ -29,12 +29,14 @@ from torch.utils.data import Dataset
 
 import utils
 from ldm import UserError, figures
+from ldm.bookkeeping import Training, progress_bar
 from ldm.checkpoints import StageFiles, load_checkpoint, weights_hash
 from ldm.datasets import Case, VolumeDataset, stream
 from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.logs import read_log
 from ldm.networks import load_weights
+from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 from ldm.transforms import Preprocessing
 
@@ -59,11 +61,11 @@ class PosteriorDataset(Dataset):
 
 
 @torch.no_grad()
-def encode_all(encoder: LatentEncoder, dataset: VolumeDataset, run: utils.Run, what: str) -> PosteriorDataset:
+def encode_all(encoder: LatentEncoder, dataset: VolumeDataset, run: Run, what: str) -> PosteriorDataset:
     """Encode each volume once, each rank its share, and hand every rank all posteriors."""
     mine = range(run.rank, len(dataset), run.world_size)
     found = {}
-    for i in utils.progress_bar(run, what, items=mine, unit="volume"):
+    for i in progress_bar(run, what, items=mine, unit="volume"):
         with run.autocast():
             mean, std = encoder.posterior(dataset[(0, i)]["image"][None].to(run.device))
         found[i] = mean[0].cpu(), std[0].cpu()
@@ -72,7 +74,7 @@ def encode_all(encoder: LatentEncoder, dataset: VolumeDataset, run: utils.Run, w
     return PosteriorDataset(dataset.cases, means, stds)
 
 
-def measure_scale(encoder: LatentEncoder, dataset: Dataset, run: utils.Run) -> float:
+def measure_scale(encoder: LatentEncoder, dataset: Dataset, run: Run) -> float:
     """The scale factor over the whole training set, the same on every rank.
 
     Where volumes change from epoch to epoch, those of epoch 0 are measured.
@@ -90,7 +92,7 @@ def measure_scale(encoder: LatentEncoder, dataset: Dataset, run: utils.Run) -> f
 
 
 @torch.no_grad()
-def posterior_of(batch: dict, encoder: LatentEncoder, run: utils.Run) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior_of(batch: dict, encoder: LatentEncoder, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept, or encoded now."""
     if "mean" in batch:
         return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
@@ -117,7 +119,7 @@ def diffusion_loss(
     z0: torch.Tensor,
     noise: torch.Tensor,
     t: torch.Tensor,
-    run: utils.Run,
+    run: Run,
 ) -> torch.Tensor:
     """Mean squared error of the prediction at z_t, for latents and noise (B, c, d, h, w) and times (B,)."""
     with run.autocast():
@@ -138,7 +140,7 @@ def validate(
     process: NoiseProcess,
     times: int,
     seed: int,
-    run: utils.Run,
+    run: Run,
 ) -> float:
     """Mean loss over the held-out volumes at fixed noise and evenly spread times, each rank its share."""
     unet.eval()
@@ -163,7 +165,7 @@ def draw_samples(
     process: NoiseProcess,
     shape: Sequence[int],
     steps: int,
-    run: utils.Run,
+    run: Run,
 ) -> torch.Tensor:
     """Volumes (n, C, D, H, W) of the fixed seeds, one by one, on the CPU."""
     unet.eval()
@@ -177,7 +179,7 @@ def draw_samples(
     return torch.cat(volumes)
 
 
-def load_autoencoder(path: Path, config: dict, run: utils.Run) -> LatentEncoder:
+def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share."""
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("config", config)
@@ -223,13 +225,14 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a checkpoint."""
-        load_weights(self.unet, state["model"], "diffusion_def")
-        self.stepper.load_state_dict(state["stepper"])
+        where = str(state["path"])
+        load_weights(self.unet, state["model"], where)
+        self.stepper.load_state_dict(state["stepper"], where)
         if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
+            load_weights(self.ema, state["ema"], f"{where}: ema")
 
 
-def build_learner(config: dict, compiled: bool, run: utils.Run) -> Learner:
+def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     """The diffusion network on the device, wrapped, with its optimiser."""
     section = config["diffusion_train"]
     unet = utils.prepare_network(utils.define_network(config, "diffusion_def"), section, run)
@@ -264,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: data
     train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
-    _, size = utils.patch_sizes(config, [*train_cases, *val_cases])
+    _, size, _ = utils.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = utils.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(train_cases, preprocessing, size, False, section["augment"], **common)
@@ -276,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder_hash = weights_hash(encoder.autoencoder.state_dict())
     if resumed and resumed.get("autoencoder") != autoencoder_hash:
         raise UserError(
-            f"{files.last}: was trained on the latents of another autoencoder than {autoencoder_path}. Name "
-            "that one by --autoencoder, or start over with --fresh."
+            f"{resumed['path']}: was trained on the latents of another autoencoder than {autoencoder_path}. "
+            "Name that one by --autoencoder, or start over with --fresh."
         )
     val_set = encode_all(encoder, val_set, run, "encode held-out")
     if not train_set.is_random:
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learner = build_learner(config, section["compile"] if args.compile is None else args.compile, run)
     workers = None if train_set.is_random else 0  # latents in memory need no workers
     loader = utils.make_loader(train_set, section, config, run, workers)
-    training = utils.Training(
+    training = Training(
         "diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed
     )
     count = sum(p.numel() for p in learner.unet.parameters())

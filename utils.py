@@ -8,14 +8,12 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import os
+import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,14 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from jsonschema import Draft202012Validator, validators
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from ldm import UserError
-from ldm.checkpoints import StageFiles, load_training_checkpoint, save_checkpoint, written_whole
+from ldm import UserError, brief
+from ldm.checkpoints import StageFiles, load_training_checkpoint, written_whole
 from ldm.checks import check_cases, check_headers
 from ldm.datasets import (
     Case,
@@ -39,28 +35,31 @@ from ldm.datasets import (
     find_cases,
     read_json,
     split_cases,
-    stream,
     volume_size,
 )
 from ldm.download import fetch_task01
-from ldm.logs import TrainLog, read_log, write_log
+from ldm.logs import read_log, write_log
 from ldm.networks import (
     NETWORKS,
     SCHEDULERS,
     add_checkpointing,
     check_definition,
-    check_divisible,
+    check_networks,
+    check_size,
     downsampling,
     instantiate,
+    network_divisor,
     resolve_references,
 )
-from ldm.training import Clock, Means, Stepper, Watch, learning_rate
+from ldm.processes import CLEAN_UP, Run, leave_signals_to_the_main_process
+from ldm.schemas import StrictValidator
 from ldm.transforms import Preprocessing
 
 ROOT = Path(__file__).resolve().parent
 
 
-CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: process group, locks, signal handlers
+# What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
+LOST = re.compile(r"connection (was )?(closed|reset|refused)|socket|remote process exited", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- command line
@@ -73,8 +72,9 @@ def command(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None):
+        several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, None
         try:
-            return main(argv)
+            result = main(argv)
         except (UserError, OSError, FloatingPointError) as error:
             CLEAN_UP.close()
             if int(os.environ.get("LOCAL_RANK", 0)):
@@ -83,12 +83,28 @@ def command(main: Callable) -> Callable:
             if text.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
                 text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
             print(f"error: {text}", file=sys.stderr)
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+            code = 2 if isinstance(error, UserError) else 1
+        except RuntimeError as error:
+            if not (several and LOST.search(str(error))):
+                raise
+            print(f"error: another process of this run ended ({brief(error)}); it says why.", file=sys.stderr)
+            code = 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            code = 130
+        except SystemExit as leaving:
+            code = leaving.code or 0
         finally:
             CLEAN_UP.close()
+        if several and main.__module__ == "__main__":
+            # Gloo's threads outlive a process group that DDP has used. One that lets go of a tensor while the
+            # interpreter shuts down aborts the process (CPython before 3.14), so there is no shutting down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
+        if code is not None:
+            raise SystemExit(code)
+        return result
 
     return wrapper
 
@@ -150,19 +166,6 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- configuration
 
 
-def _is_integer(_, value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(_, value) -> bool:
-    return _is_integer(_, value) or isinstance(value, float) and math.isfinite(value)
-
-
-# JSON Schema takes 2.0 for an integer, which range() does not; Python's json reads NaN, which is no number.
-STRICT_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _is_integer, "number": _is_number})
-ConfigValidator = validators.extend(Draft202012Validator, type_checker=STRICT_TYPES)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """Read a training config: `--set` over the file over the schema's defaults; checked, references resolved.
 
@@ -172,9 +175,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     config = read_json(path, "config")
     for override in overrides:
         _apply_override(config, override)
+    return check_config(config, path)
+
+
+def check_config(config: dict, path: str | Path) -> dict:
+    """A config as it is used: checked, its references resolved, the schema's defaults filled in.
+
+    Args:
+        path: the file that it came from, for messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     schema = json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
-    config = resolve_references(config, config, "config")
-    error = min(ConfigValidator(schema).iter_errors(config), key=lambda e: len(e.absolute_path), default=None)
+    try:
+        config = resolve_references(config, config, "config")
+        errors = StrictValidator(schema).iter_errors(config)
+        error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+    except RecursionError:
+        raise UserError(f"{path}: lists within lists, or references to references, lead too deep.") from None
     if error is not None:
         raise UserError(f"{path}: {_explain(error)}")
     for section in ("autoencoder_train", "diffusion_train"):
@@ -194,6 +213,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
         raise UserError(f"{path}: give spacing or longest_side, not both.")
     if config["intensity"]["lower_percentile"] >= config["intensity"]["upper_percentile"]:
         raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
+    check_networks(config)
     return config
 
 
@@ -220,25 +240,48 @@ def _explain(error) -> str:
         key = next(key for key in error.instance if key not in known)
         near = difflib.get_close_matches(key, known, 1)
         hint = f" Did you mean {near[0]}?" if near else " docs/config.md lists the keys."
-        return f"unknown key {'.'.join(filter(None, [where, key]))}.{hint}"
+        return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
     if error.validator == "required":
         return f"{where or 'config'}: {error.message}."
     allowed = error.schema.get("description", "").split(". ")[0]
-    return f"{where}: {error.message}. ({allowed})"
+    return f"{where}: {brief(error.message)}. ({allowed})"
 
 
 def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
+    """Fill in what is left out; and make numbers floats, as torch takes 1.0 where it does not take 1."""
     for key, about in schema.get("properties", {}).items():
         if "$ref" in about:
             about = root["$defs"][about["$ref"].rpartition("/")[2]]
         if key not in section and "default" in about and not (key != "_target_" and "_target_" in section):
             section[key] = copy.deepcopy(about["default"])
-        if isinstance(section.get(key), dict):
-            _fill_defaults(section[key], about, root)
+        value = section.get(key)
+        if isinstance(value, dict):
+            _fill_defaults(value, about, root)
+        elif "number" in about.get("type", ()) and isinstance(value, int):
+            section[key] = float(value)
+        elif isinstance(value, list) and about.get("items", {}).get("type") == "number":
+            section[key] = [float(one) for one in value]
 
 
-PATHS = {"data_base_dir": None, "model_dir": None, "tfevent_path": None, "output_dir": None}
-OPTIONAL = {"resume_ckpt": None, "download_brats": False, "perceptual_weights": None, "cache_dir": None}
+PATH = {  # that every system takes; an empty one would be the working directory
+    "description": "a path, of names of up to 255 printable characters,",
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 1000,
+    "not": {"pattern": r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|[^/\\]{256}"},
+}
+PATH_OR_NONE = {"description": f"{PATH['description']} or null", "anyOf": [PATH, {"type": "null"}]}
+SOURCES = {"type": "array", "items": PATH, "minItems": 1}
+ENVIRONMENT = {  # those with a default may be left out
+    "data_base_dir": {"description": "a folder or a list of folders", "anyOf": [PATH, SOURCES]},
+    "model_dir": PATH,
+    "tfevent_path": PATH,
+    "output_dir": PATH,
+    "resume_ckpt": {"description": "bool", "type": "boolean", "default": None},
+    "download_brats": {"description": "bool", "type": "boolean", "default": False},
+    "perceptual_weights": {**PATH_OR_NONE, "default": None},
+    "cache_dir": {**PATH_OR_NONE, "default": None},
+}
 
 
 def load_environment(path: str | Path) -> dict:
@@ -246,91 +289,31 @@ def load_environment(path: str | Path) -> dict:
 
     Relative paths count from the working directory. `data_base_dir` may be a list of folders. Optional keys:
     `resume_ckpt`, `download_brats`, `perceptual_weights`, `cache_dir` (default `model_dir`/cache).
+
+    Raises:
+        UserError: an unknown or missing key, or a value that `ENVIRONMENT` does not allow; the key is named.
     """
     environment = read_json(path, "environment file")
-    known = PATHS | OPTIONAL
     for key, value in environment.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f"{path}: unknown key {key}.{f' Did you mean {near[0]}?' if near else ''}")
-        kinds = (bool,) if key in ("resume_ckpt", "download_brats") else (str,)
-        kinds += (list,) if key == "data_base_dir" else ()
-        kinds += (type(None),) if key in ("perceptual_weights", "cache_dir") else ()
-        if not isinstance(value, kinds):
-            raise UserError(
-                f"{path}: {key} is {value!r}; {' or '.join(kind.__name__ for kind in kinds)} is due."
-            )
-    base = environment.get("data_base_dir")
-    if isinstance(base, list) and not (base and all(isinstance(one, str) for one in base)):
-        raise UserError(f"{path}: data_base_dir is {base!r}; a folder or a list of folders is due.")
-    for key in PATHS:
-        if key not in environment:
+        if key not in ENVIRONMENT:
+            near = difflib.get_close_matches(key, ENVIRONMENT, 1)
+            raise UserError(f"{path}: unknown key {brief(key)}.{f' Did you mean {near[0]}?' if near else ''}")
+        if not StrictValidator(ENVIRONMENT[key]).is_valid(value):
+            due = ENVIRONMENT[key]["description"]
+            raise UserError(f"{path}: {key} is {brief(repr(value))}; {due} is due.")
+    for key, about in ENVIRONMENT.items():
+        if "default" not in about and key not in environment:
             raise UserError(f"{path}: {key} is missing. config/environment.json.example shows the keys.")
-    environment = OPTIONAL | environment
+    environment = {key: about.get("default") for key, about in ENVIRONMENT.items()} | environment
     for key in ("model_dir", "tfevent_path", "output_dir"):
         environment[key] = Path(environment[key])
+    base = environment["data_base_dir"]
     environment["data_base_dir"] = [Path(one) for one in base] if isinstance(base, list) else Path(base)
     environment["cache_dir"] = Path(environment["cache_dir"] or environment["model_dir"] / "cache")
     return environment
 
 
 # ---------------------------------------------------------------- processes and devices
-
-
-@dataclass
-class Run:
-    """This process among the others, and the device it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    amp_dtype: torch.dtype | None = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
-        return self.rank == 0
-
-    def autocast(self):
-        """Mixed precision, or nothing where it is off."""
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-    def say(self, text: str) -> None:
-        """Print once, whatever the number of processes, without breaking a progress bar."""
-        if self.is_main:
-            tqdm.write(text)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks."""
-        if self.world_size > 1:
-            tensor = tensor.to(self.device) if dist.get_backend() == "nccl" else tensor.cpu()
-            dist.all_reduce(tensor)
-        return tensor.cpu()
-
-    def gather(self, value) -> list:
-        """A plain value of every rank, in the order of ranks."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def from_main(self, make: Callable):
-        """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
-        result = error = None
-        if self.is_main:
-            try:
-                result = make()
-            except (UserError, OSError) as caught:
-                error = caught
-        if self.world_size > 1:
-            box = [result, isinstance(error, UserError), str(error) if error else None]
-            dist.broadcast_object_list(box)
-            if not self.is_main and box[2] is not None:
-                error = (UserError if box[1] else OSError)(box[2])
-            result = box[0]
-        if error:
-            raise error
-        return result
 
 
 def start(args: argparse.Namespace, section: dict | None = None) -> Run:
@@ -367,12 +350,15 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         device = torch.device("cpu")
+    patient = None
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         CLEAN_UP.callback(dist.destroy_process_group)
+        # A download, a check of all voxels or a slow disk may take longer than a step ever should.
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else section.get("amp", True) if section else True
-    return Run(rank, world_size, device, amp_dtype(device) if amp else None)
+    return Run(rank, world_size, device, amp_dtype(device) if amp else None, patient)
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
@@ -492,27 +478,24 @@ def preprocessing_of(config: dict) -> Preprocessing:
     )
 
 
-def network_divisor(config: dict) -> int:
-    """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
-    divisor = downsampling(config["autoencoder_def"])
-    return divisor * downsampling(config["diffusion_def"]) if "diffusion_def" in config else divisor
-
-
-def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int]]:
-    """Sizes in voxels of the autoencoder's training patches, and of the volumes that stage 2 encodes.
+def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
+    """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
+    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
 
     Raises:
         UserError: a size that the networks cannot take; the nearest that they can are named.
     """
-    auto, diffusion = config["autoencoder_train"]["patch_size"], config["diffusion_train"]["patch_size"]
-    whole = (
-        volume_size(cases, config["spacing"], network_divisor(config)) if not (auto and diffusion) else None
-    )
-    if auto:
-        check_divisible(auto, downsampling(config["autoencoder_def"]), "autoencoder_train.patch_size")
-    if diffusion:
-        check_divisible(diffusion, network_divisor(config), "diffusion_train.patch_size")
-    return auto or whole, diffusion or whole
+    first, second = config["autoencoder_train"], config["diffusion_train"]
+    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    if not (patch and volume):
+        whole = volume_size(cases, config["spacing"], network_divisor(config))
+        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
+        patch, volume = patch or whole, volume or whole
+    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
+    check_size(volume, network_divisor(config), "diffusion_train.patch_size")
+    check_size(patch, factor, "autoencoder_train.patch_size")
+    check_size(shown, factor, "autoencoder_train.val_patch_size")
+    return patch, volume, shown
 
 
 def warn_of_padding(cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], run: Run) -> None:
@@ -545,30 +528,6 @@ def make_loader(
         pin_memory=run.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
-
-
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """SIGTERM and Ctrl-C wait; processes that start meanwhile begin with them waiting. Not on Windows."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """A loader process outlives a signal to the whole group for a while, or the main one would have no batch
-    to end its step with. It ends with the main one, or 20 s after it was told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no one sends it SIGTERM
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 # ---------------------------------------------------------------- networks
@@ -645,7 +604,7 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
 
     def choose() -> Path | None:
         if args.resume:
-            found["content"] = load_training_checkpoint(args.resume)
+            found["content"] = load_training_checkpoint(args.resume, files.name)
             if files.present() and args.resume.resolve() != files.last.resolve():
                 run.say(f"what is in {files.last.parent} is copied to {set_aside(environment, stage, True)}")
             return args.resume
@@ -663,7 +622,7 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
     path = run.from_main(choose)
     if path is None:
         return None
-    return found["content"] if run.is_main else load_training_checkpoint(path)
+    return found["content"] if run.is_main else load_training_checkpoint(path, files.name)
 
 
 STAGE_FILES = {
@@ -699,276 +658,6 @@ def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
     return old
 
 
-class Interruption:
-    """SIGTERM and Ctrl-C: what is unsaved is saved first, then the script ends with the shell's exit code for
-    that signal (143, 130)."""
-
-    def __init__(self):
-        self.signal, self.unsaved, self.process = None, False, os.getpid()
-        for number in STOPPING:
-            CLEAN_UP.callback(signal.signal, number, signal.signal(number, self._note))
-
-    def _note(self, number: int, frame) -> None:
-        if os.getpid() != self.process:  # a loader process, forked with this handler
-            return
-        self.signal = signal.Signals(number)
-        if not self.unsaved:
-            self.leave()
-
-    def leave(self) -> None:
-        """End the script; the same command goes on."""
-        name = self.signal.name if self.signal else "a signal to another process"
-        print(f"stopped by {name}; all is saved, and the same command goes on", file=sys.stderr)
-        raise SystemExit(128 + (self.signal or signal.SIGTERM))
-
-
-# ---------------------------------------------------------------- training
-
-
-class Training:
-    """The bookkeeping of a training run in either stage: where it is, what the ranks agree on, what is saved
-    and logged. The script holds the loop:
-
-        for epoch in training.epochs():
-            for number, batch, last in training.batches():
-                ...                                        # forward and backward
-                training.step(terms, batch, last, steppers)
-            if training.end_epoch():
-                ...                                        # validate
-                training.keep(score, scores)
-
-    Whatever happens next is a function of (seed, epoch, batch, rank) and of what is saved here, so that a run
-    that was killed at any moment and one that never was write the same weights and the same log.
-
-    Args:
-        stage: `autoencoder` or `diffusion`; its section of the config is `stage`_train.
-        learner: the networks; has `shown` (the weights to keep), `state_dict()`, `load_state_dict(state)` and
-            `update_average()`.
-        loader: of `make_loader`.
-        files: the stage's checkpoints.
-        facts: what goes into each checkpoint besides, `config` among it.
-        better: `better(score, best)`, such as `operator.gt`.
-        resumed: of `starting_point`.
-    """
-
-    def __init__(
-        self,
-        stage: str,
-        learner,
-        loader: DataLoader,
-        files: StageFiles,
-        facts: dict,
-        better: Callable[[float, float], bool],
-        environment: dict,
-        run: Run,
-        resumed: dict | None,
-    ):
-        self.stage, self.learner, self.loader, self.files = stage, learner, loader, files
-        self.facts, self.better, self.run = facts, better, run
-        self.section, self.seed = facts["config"][f"{stage}_train"], facts["config"]["seed"]
-        self.epoch, self.batch, step, sums = self._position(resumed)
-        self.means, self.done = Means(sums), False
-        seconds, masked = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
-        if resumed:
-            try:
-                learner.load_state_dict(resumed)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                raise UserError(
-                    f"{files.last}: its optimiser or averages do not fit this config ({error}). Go on with "
-                    "the config that it was trained with, or start over with --fresh."
-                ) from None
-            run.say(
-                f"resumed in epoch {self.epoch} after {self.batch} of its {len(loader)} batches, step {step}"
-            )
-        self.best = run.from_main(files.best_score)
-        steps_per_epoch = len(loader) // self.section["accumulate_steps"]
-        self.clock = Clock(self.section, steps_per_epoch, step, seconds)
-        self.watch = Watch(
-            run.world_size,
-            run.gather,
-            self.section["max_nonfinite_steps"],
-            seconds,
-            masked,
-            learner.update_average,
-            run.say,
-        )
-        if self.progress >= 1:
-            run.say(f"{stage}: trained to the end already; raise max_epochs or max_minutes to go on.")
-        self.log = None
-        if run.is_main:
-            write_resolved(facts["config"], environment["model_dir"] / f"config_{stage}.json")
-            path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
-            self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
-        self.bar = progress_bar(run, stage, self.clock.total_steps)
-        self.bar.update(step)
-        self.accumulated, self.names = 0.0, []  # loss and cases of the step under way
-        self.interruption = Interruption()
-
-    def _position(self, resumed: dict | None) -> tuple[int, int, int, dict]:
-        """Epoch, batches of it that are done, optimiser steps, and the sums of its losses."""
-        if resumed is None:
-            return 0, 0, 0, {}
-        epoch, batch, step, sums = (resumed[key] for key in ("epoch", "batch", "step", "sums"))
-        before, now = resumed["batches_per_epoch"], len(self.loader)
-        if before != now:
-            epoch += batch == before
-            batch, step, sums = 0, epoch * (now // self.section["accumulate_steps"]), {}
-            self.run.say(f"an epoch had {before} batches before, it has {now} now: epoch {epoch} begins anew")
-        if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
-            epoch, batch = self.section["max_epochs"] - 1, now
-        # The sums are those of all ranks: the main one goes on with them.
-        return epoch, batch, step, sums if self.run.is_main else {k: 0 * v for k, v in sums.items()}
-
-    @property
-    def progress(self) -> float:
-        """Share of the training that is done, equal on all ranks."""
-        return self.clock.progress(self.watch.seconds)
-
-    def epochs(self) -> Iterator[int]:
-        """The epochs that are left, the one under way first."""
-        for epoch in range(self.epoch, self.section["max_epochs"]):
-            self.epoch = epoch
-            self.loader.batch_sampler.epoch, self.loader.batch_sampler.first = self.epoch, self.batch
-            yield self.epoch
-            if self.done:
-                return
-            self.batch, self.means = 0, Means({})
-
-    def batches(self) -> Iterator[tuple[int, dict, bool]]:
-        """What is left of the epoch: number, batch, and whether it is the last of those of one step."""
-        with signals_held_back():  # until the loader processes know what to do with them
-            loading = iter(self.loader)
-        for number, batch in enumerate(loading, self.batch):
-            self.interruption.unsaved = True
-            # For networks with dropout, which draw from torch's own generator.
-            torch.manual_seed(stream(self.seed, "dropout", self.epoch, number, self.run.rank).initial_seed())
-            last = (number + 1) % self.section["accumulate_steps"] == 0
-            yield number, batch, last
-            self.batch = number + 1
-            if not last:
-                continue
-            if self.progress >= 1:
-                return
-            alone = self.run.world_size == 1 and self.interruption.signal is not None  # no one to agree with
-            if (self.watch.stop or self.watch.save or alone) and self.batch < len(self.loader):
-                self.watch.read(all_steps=True)
-                self.save()
-
-    def step(
-        self, terms: dict[str, torch.Tensor], batch: dict, last: bool, steppers: Sequence[Stepper]
-    ) -> None:
-        """Take note of a batch's losses, whose gradients are there; after the last of a step, step."""
-        self.means.add(terms)
-        self.accumulated = self.accumulated + torch.stack([v.detach().float() for v in terms.values()]).sum()
-        self.names += [self.loader.dataset.cases[i].name for i in batch["index"]]
-        if not last:
-            return
-        finite = torch.stack([stepper.clip() for stepper in steppers]).all()
-        asked, due = self.interruption.signal is not None, self.run.is_main and self.clock.save_due
-        masked = self.watch.cast(
-            self.accumulated, finite, asked, due, self.clock.seconds, self.clock.step, self.names
-        )
-        self.watch.read()
-        self.accumulated, self.names = 0.0, []
-        rate = learning_rate(self.section, self.run.world_size, self.progress, self.clock.step, self.epoch)
-        for stepper in steppers:
-            stepper.step(rate, masked)
-        self.clock.step += 1
-        if self.log and self.clock.step % 10 == 0:
-            numbers = {
-                "lr": rate,
-                "grad_norm": steppers[0].norm,
-                "memory_gb": peak_memory_gb(self.run.device),
-            }
-            self.log.scalars(self.clock.step, {**{k: v.detach() for k, v in terms.items()}, **numbers})
-            fill_bar(self.bar, self.clock, loss=terms["loss"].item())
-
-    def end_epoch(self) -> bool:
-        """Save where it is time, write the epoch's line; whether it is an epoch to validate.
-
-        What follows until the next epoch can be done again from what is saved here.
-        """
-        self.watch.read(all_steps=True)
-        self.done = self.progress >= 1 or self.epoch + 1 == self.section["max_epochs"]
-        validate = self.done or self.epoch % self.section["val_interval"] == 0
-        self.batch = len(self.loader)  # the clock may have ended it early
-        if self.interruption.unsaved and (validate or self.watch.stop or self.watch.save):
-            self.save()
-        totals = self.means.totals(self.run.sum)
-        means = {k: float(total / count) for k, (total, count) in totals.items() if count}
-        if self.log:
-            rate = self.learner.steppers[0].optimizer.param_groups[0]["lr"]
-            skipped = {"masked_steps": self.watch.masked} if self.watch.masked else {}
-            seconds = self.clock.seconds
-            self.log.record(
-                step=self.clock.step, epoch=self.epoch, seconds=seconds, lr=rate, **skipped, **means
-            )
-        return validate
-
-    def save(self) -> None:
-        """Save what the run needs to go on from the end of this step; leave, if a signal asked for it."""
-        sums, seconds = self.means.totals(self.run.sum), self.clock.seconds
-
-        def write():
-            state = {"sums": sums, "seconds": seconds, "masked": self.watch.masked, "lines": self.log.lines}
-            self.files.save_last({**self.facts, **self._where(), **state, **self.learner.state_dict()})
-
-        self.run.from_main(write)  # no rank goes on, or leaves, before it is written
-        self.clock.saved_at, self.watch.save, self.interruption.unsaved = seconds, False, False
-        if any(self.run.gather(self.watch.stop or self.interruption.signal is not None)):
-            self.interruption.leave()
-
-    def _where(self) -> dict:
-        where = {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step}
-        return {**where, "batches_per_epoch": len(self.loader)}
-
-    def keep(self, score: float, scores: dict[str, float]) -> None:
-        """Log the validation of this epoch, and keep the weights if they are the best so far.
-
-        Raises:
-            FloatingPointError: the score is not finite.
-        """
-        if not math.isfinite(score):
-            raise FloatingPointError(
-                f"validation gives {score} in epoch {self.epoch}. What to do: docs/NaN_FIX_GUIDE.md"
-            )
-        if self.log:
-            self.log.record(
-                step=self.clock.step,
-                epoch=self.epoch,
-                **{f"val_{key}": value for key, value in scores.items()},
-            )
-        if self.best is None or self.better(score, self.best):
-            self.best = score
-            content = {**self.facts, **self._where(), "best": score, "validation": scores}
-            shown = self.learner.shown
-            self.run.from_main(
-                lambda: save_checkpoint(self.files.best, {**content, "model": shown.state_dict()})
-            )
-
-    def close(self) -> None:
-        """Finish bar and log."""
-        self.bar.close()
-        if self.log:
-            self.log.close()
-
-
-def progress_bar(run: Run, what: str, total: int | None = None, items=None, unit: str = "step") -> tqdm:
-    """A bar with the time left, on the main process."""
-    return tqdm(
-        items, total=total, desc=what, unit=unit, disable=not run.is_main, dynamic_ncols=True, mininterval=0.5
-    )
-
-
-def fill_bar(bar: tqdm, clock: Clock, **numbers: float) -> None:
-    """Advance the bar to the clock's step; a run that the clock will end has its length estimated as it
-    goes."""
-    if clock.limit and (progress := clock.seconds / clock.limit) > clock.step / clock.total_steps:
-        bar.total = max(clock.step, round(clock.step / progress))
-    bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()}, refresh=False)
-    bar.update(clock.step - bar.n)
-
-
 @contextlib.contextmanager
 def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], bool]]:
     """Profile a few steps; the trace goes to `folder/trace_rankN.json`. Yields what to call after each step,
@@ -994,22 +683,3 @@ def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], boo
 
         yield after_step
     run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of the GPU since the start, or of this process on a CPU, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
-
-
-def write_resolved(config: dict, path: Path) -> None:
-    """Write the config as it is used: defaults filled in, references resolved."""
-    with written_whole(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())

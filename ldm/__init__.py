@@ -13,3 +13,11 @@ class UserError(ValueError):
     Scripts end on it with the message and exit code 2, never with a traceback. Whatever else is raised is a
     defect of the program and keeps its traceback.
     """
+
+
+def brief(value: object, most: int = 200) -> str:
+    """What a message shows of a value or of another's message: one line, its middle left out where it is
+    long."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

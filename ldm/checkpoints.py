@@ -1,7 +1,7 @@
 """Write and read checkpoints: whole or not there, and never code."""
 
 import hashlib
-import math
+import json
 import os
 import uuid
 import zipfile
@@ -11,15 +11,129 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from jsonschema import validators
 
-from ldm import UserError
+from ldm import UserError, brief
+from ldm.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
-TRAINING_KEYS = {  # what both stages go on from, besides the networks' own
-    **dict.fromkeys(("epoch", "batch", "step", "batches_per_epoch", "masked", "lines"), int),
-    "seconds": float,
-    **dict.fromkeys(("sums", "config", "model", "stepper"), dict),
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+
+def _is_dense(_, value) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _is_floats(_, value) -> bool:
+    return _is_dense(_, value) and value.is_floating_point()
+
+
+def _is_sum(_, value) -> bool:
+    return _is_floats(_, value) and value.shape == (2,) and bool(value.isfinite().all())
+
+
+def _is_plain_object(_, value) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict)
+
+
+def _is_interval(_, value) -> bool:
+    number = StrictValidator({"type": "number"}).is_valid
+    return isinstance(value, list) and len(value) == 2 and all(map(number, value)) and value[0] < value[1]
+
+
+def _is_array(_, value) -> bool:
+    return isinstance(value, list | tuple)
+
+
+TYPES = {
+    "array": _is_array,
+    "dense tensor": _is_dense,
+    "dense tensor of floats": _is_floats,
+    "sum and count": _is_sum,
+    "plain object": _is_plain_object,
+    "interval": _is_interval,
 }
+Validator = validators.extend(StrictValidator, type_checker=StrictValidator.TYPE_CHECKER.redefine_many(TYPES))
+
+WEIGHTS = {  # a state dict
+    "type": "object",
+    "minProperties": 1,
+    "propertyNames": {"type": "string"},
+    "additionalProperties": {"type": "dense tensor"},
+}
+WEIGHTS_OR_NONE = {**WEIGHTS, "type": ["object", "null"]}
+FLOATS = {"type": "dense tensor of floats"}
+AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
+COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
+SCALE_FACTOR = {"type": "number", "minimum": 1e-9, "maximum": 1e9}  # 1 / std of latents, with room to spare
+
+
+def _array(items: dict, count: int) -> dict:
+    return {"type": "array", "items": items, "minItems": count, "maxItems": count}
+
+
+def _stepper(state: dict, **more) -> dict:
+    """What `ldm.training.Stepper` saves; whether it fits the parameters is checked there."""
+    adam = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS)
+    optimizer = fields(
+        state={"type": "object", "additionalProperties": adam, **state},
+        param_groups=_array(fields(lr=AMOUNT, betas=_array(AMOUNT, 2)), 1),
+    )
+    factors = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), POSITIVE)
+    scaling = fields(**factors, growth_interval=SIZE, _growth_tracker=COUNT)
+    scaler = {"type": "object", "anyOf": [{"maxProperties": 0}, scaling]}
+    return {**fields(optimizer=optimizer, scaler=scaler), **more}
+
+
+COUNTS = ("epoch", "batch", "step", "batches_per_epoch", "masked", "lines")
+ENTRIES = {  # of a checkpoint of this project: what each is, in those that have it
+    "format": SIZE,
+    "model": WEIGHTS,
+    "config": {"type": "plain object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
+    # how far it was trained
+    **dict.fromkeys(COUNTS, COUNT),
+    "seconds": AMOUNT,
+    "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},
+    # what the next step follows from; a discriminator makes its first after the warm-up
+    "stepper": _stepper({"minProperties": 1}),
+    "ema": WEIGHTS_OR_NONE,
+    "discriminator": WEIGHTS_OR_NONE,
+    "discriminator_stepper": _stepper({}, type=["object", "null"]),
+    # how good it is
+    "best": {"type": "number"},
+    "validation": {"type": "object", "properties": {"power": {"type": "number"}}},
+    # what the weights of a diffusion model mean nothing without
+    "scale_factor": SCALE_FACTOR,
+    "autoencoder": {"type": "string"},  # `weights_hash`
+    "latent_shape": _array(SIZE, 4),
+    "geometry": fields(
+        spacing=_array(POSITIVE, 3),
+        size=_array(SIZE, 3),
+        limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
+    ),
+}
+CHECKPOINT = Validator(
+    {
+        "type": "object",
+        "properties": ENTRIES,
+        "required": ["format", "model", "config"],
+        "dependentRequired": {"scale_factor": ["autoencoder", "latent_shape", "geometry"]},
+    }
+)
+TO_GO_ON = (*COUNTS, "seconds", "sums", "stepper", "ema")
+TO_GO_ON_FROM = {  # what the newest checkpoint of each stage holds, and the best need not
+    "autoencoder": (*TO_GO_ON, "discriminator", "discriminator_stepper"),
+    "diffusion_unet": (*TO_GO_ON, "scale_factor"),
+}
+
+
+# ---------------------------------------------------------------- files
 
 
 @contextmanager
@@ -79,6 +193,7 @@ class StageFiles:
     """
 
     def __init__(self, model_dir: Path, name: str):
+        self.name = name
         self.best, self.last, self.prev = (model_dir / f"{name}{role}.pt" for role in ("", "_last", "_prev"))
         self.last_is_good = True
 
@@ -97,7 +212,7 @@ class StageFiles:
             if not path.exists():  # also between the two renames of a save
                 continue
             try:
-                content = load_training_checkpoint(path)
+                content = load_training_checkpoint(path, self.name)
             except UserError as error:
                 faults.append(str(error))
                 self.last_is_good = False
@@ -130,21 +245,24 @@ class StageFiles:
             return None
 
 
-def load_training_checkpoint(path: Path) -> dict:
-    """Read a checkpoint that a training can go on from. UserError also where it holds no such thing."""
+def load_training_checkpoint(path: Path, name: str) -> dict:
+    """Read a checkpoint that a training can go on from, and put its `path` among the entries.
+
+    Args:
+        name: of the network that is trained, as `StageFiles` has it.
+
+    Raises:
+        UserError: as `load_checkpoint`, and where an entry is missing.
+    """
     content = load_checkpoint(path)
     if "stepper" not in content:
         raise UserError(
             f"{path}: holds weights but no optimiser, so a training cannot go on from it. Name a *_last.pt."
         )
-    for key, kind in TRAINING_KEYS.items():
-        value = content.get(key)
-        number = kind in (int, float)
-        if not isinstance(value, kind) or number and (value is True or not 0 <= value < math.inf):
-            raise UserError(f"{path}: {key} is missing or wrong; a training cannot go on from it.")
-    if not all(isinstance(v, torch.Tensor) and v.shape == (2,) for v in content["sums"].values()):
-        raise UserError(f"{path}: sums is wrong; a training cannot go on from it.")
-    return content
+    for key in TO_GO_ON_FROM[name]:
+        if key not in content:
+            raise UserError(f"{path}: {key} is missing; the training of {name} cannot go on from it.")
+    return {**content, "path": path}
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -155,7 +273,8 @@ def load_checkpoint(path: Path) -> dict:
 
     Raises:
         UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do),
-            holding more than tensors and plain values, or of a later format.
+            holding more than tensors and plain values, of a later format, or with an entry that is not what
+            `ENTRIES` says.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint.")
@@ -171,28 +290,18 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
         raise UserError(
-            f"{path}: not a checkpoint of tensors, or damaged ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:120]})."
+            f"{path}: not a checkpoint of tensors, or damaged ({type(error).__name__}: {brief(error)})."
         ) from None
     if isinstance(content, dict) and "format" in content:
-        if not isinstance(content["format"], int) or not _is_state_dict(content.get("model")):
-            raise UserError(f"{path}: not a checkpoint of this project: no format number, or no weights.")
-        if content["format"] > FORMAT:
-            raise UserError(
-                f"{path}: written by a later version of this project (format {content['format']})."
-            )
+        version = content["format"]
+        if StrictValidator(SIZE).is_valid(version) and version > FORMAT:
+            raise UserError(f"{path}: written by a later version of this project (format {brief(version)}).")
+        if what := fault(CHECKPOINT, content):
+            raise UserError(f"{path}: an entry is not what it should be: {what}. Use another checkpoint.")
         return content
     for key in ("state_dict", "model"):  # MONAI's and others' habits
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not _is_state_dict(content):
+    if not Validator(WEIGHTS).is_valid(content):
         raise UserError(f"{path}: holds neither a checkpoint of this project nor a state dict.")
     return {"model": content}
-
-
-def _is_state_dict(content) -> bool:
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in content.items())
-    )

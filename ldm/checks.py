@@ -5,6 +5,7 @@ A problem is a row for a table: which case, which file, why. Nothing here raises
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from ldm import UserError
 from ldm.datasets import Case, read_json
-from ldm.transforms import channel_count, intensity_range, open_image, read_image, voxels_of
+from ldm.transforms import channel_count, intensity_range, label_fault, open_image, read_image, voxels_of
 
 CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that are the same may lie
 
@@ -203,7 +204,7 @@ def check_voxels(
     if labels and case.label:
         try:
             label = np.asanyarray(read_image(case.label).dataobj)
-            fault = _label_fault(label, expected)
+            fault = label_fault(label) or _unexpected(label, expected)
         except UserError as error:
             fault = _without_name(error, case.label)
         problems += [Problem(case.name, case.label, fault)] if fault else []
@@ -223,14 +224,8 @@ def _voxel_fault(voxels: np.ndarray, percentiles: tuple[float, float]) -> str | 
     return None
 
 
-def _label_fault(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
-    """What is wrong with the values of a label; an empty one is fine."""
-    if bad := label.size - np.count_nonzero(np.isfinite(label)):
-        return f"label has {bad} NaN or infinite voxels"
-    if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
-        return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
-    if label.min() < 0 or label.max() > 255:
-        return f"label has values from {label.min():g} to {label.max():g}; 0 to 255 is due"
+def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
+    """Which values of a label, all from 0 to 255, dataset.json does not name; an empty label is fine."""
     counts = np.bincount(label.astype(np.uint8).ravel())
     unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
     if unexpected:
@@ -246,7 +241,7 @@ def label_values(dataset_json: Path) -> frozenset[int] | None:
     labels = read_json(dataset_json).get("labels")
     if not isinstance(labels, dict) or not labels:
         return None
-    if all(key.isdigit() for key in labels):  # Decathlon: {"1": "edema"}
+    if all(re.fullmatch("[0-9]{1,3}", key) for key in labels):  # Decathlon: {"1": "edema"}
         return frozenset(map(int, labels))
     values = [value for one in labels.values() for value in (one if isinstance(one, list) else [one])]
     return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ldm import UserError
+from ldm import UserError, brief
 from ldm.checkpoints import written_whole
 from ldm.transforms import Preprocessing, augmentation, fit, ras_geometry
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 LABEL_SUFFIXES = ("_dseg", "_seg", "_label", "_mask")
 LABEL_FOLDERS = {"derivatives", "labels", "labelstr", "labelsts", "masks"}
+LEFT_BEHIND = 24 * 3600  # seconds without a change, after which no one is writing a volume any more
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,29 @@ def _find_in(source: Path, pattern: str | None) -> tuple[list[Case], list[Case]]
     return _from_plain_folder(source, pattern), []
 
 
+def parse_json(text: str) -> object:
+    """Parse JSON, strictly. Raises ValueError: not JSON, nested too deep, or a key twice in an object."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        content = {}
+        for key, value in pairs:
+            if key in content:  # json would let the last one win in silence
+                raise ValueError(f"the key {brief(repr(key))} is there twice")
+            content[key] = value
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("lists or objects within each other lead too deep") from None
+
+
 def read_json(path: str | Path, what: str = "") -> dict:
     """Read a JSON object. Raises UserError that names the file, after `what` it is."""
     path = Path(path)
     where = f"{what} {path}".strip()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
@@ -121,8 +140,10 @@ def _listed(entries: list, root: Path, where: str) -> list[Case]:
         names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise UserError(f'{where}: "image" of entry {number} should be a file name or a list of them.')
+        if not isinstance(entry.get("label"), str | None):
+            raise UserError(f'{where}: "label" of entry {number} should be a file name.')
         images = tuple(root / name for name in names)
-        label = root / entry["label"] if isinstance(entry.get("label"), str) else None
+        label = root / entry["label"] if entry.get("label") is not None else None
         name = str(entry.get("name", _stem(images[0])))
         others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
         cases.append(Case(name, images, label, str(entry.get("subject", _subject_of(name))), others))
@@ -151,9 +172,10 @@ def _from_dataset_json(root: Path) -> tuple[list[Case], list[Case]]:
     content = read_json(path)
     if isinstance(content.get("training"), list):  # Medical Segmentation Decathlon
         return _listed(content["training"], root, str(path)), []
-    if not isinstance(content.get("channel_names"), dict):
+    if not isinstance(content.get("channel_names"), dict) or not content["channel_names"]:
         raise UserError(
-            f'{path}: has neither a list "training" (Decathlon) nor an object "channel_names" (nnU-Net).'
+            f'{path}: has neither a list "training" (Decathlon) nor an object "channel_names" (nnU-Net) that '
+            "names a channel."
         )
     ending = content.get("file_ending", ".nii.gz")
     if ending not in IMAGE_SUFFIXES:
@@ -176,9 +198,16 @@ def _subject_of(name: str) -> str:
 
 
 def _from_plain_folder(root: Path, pattern: str | None) -> list[Case]:
+    try:
+        found = sorted(root.glob(pattern or "**/*"))
+    except (NotImplementedError, ValueError, IndexError):  # absolute, "**a", "."; pathlib's own words differ
+        raise UserError(
+            f"data.pattern is {brief(repr(pattern))}, no pattern of files below a folder; one such as "
+            '"**/*_T1w.nii.gz" is due.'
+        ) from None
     paths = [
         path
-        for path in sorted(root.glob(pattern or "**/*"))
+        for path in found
         if path.name.endswith(IMAGE_SUFFIXES)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
@@ -218,12 +247,21 @@ def _participants(path: Path) -> dict[str, dict]:
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+            # Strict, since a quotation mark that is not closed would swallow the rows after it.
+            rows = list(csv.DictReader(file, delimiter="\t", strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a tab-separated table in UTF-8 ({error}).") from None
     if rows and "participant_id" not in rows[0]:
         raise UserError(f"{path}: has no column participant_id.")
-    return {row["participant_id"]: row for row in rows}
+    subjects = {}
+    for row in rows:
+        subject = row["participant_id"]
+        if None in row:
+            raise UserError(f"{path}: the row of {brief(subject)} has more fields than there are columns.")
+        if subject in subjects:
+            raise UserError(f"{path}: {brief(subject)} is there twice. Every subject needs one row.")
+        subjects[subject] = row
+    return subjects
 
 
 def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
@@ -302,6 +340,8 @@ class VolumeDataset(Dataset):
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
         self.cache_dir = cache_dir
         self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
+        if self.cached:
+            _clear_left_behind(cache_dir)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -354,6 +394,17 @@ class VolumeDataset(Dataset):
                 )
             image = self.augmentation(volume, label, rng)
         return {"image": image, "epoch": epoch, "index": i}
+
+
+def _clear_left_behind(cache_dir: Path) -> None:
+    """Delete what a killed process had begun to write. Runs share the folder, so what was changed of late may
+    be another's that is at work."""
+    for part in cache_dir.glob(".*.npy.*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                part.unlink()
+        except FileNotFoundError:
+            continue  # it was another run's, which ended it, or it was deleted by one
 
 
 class EpochSampler(Sampler):

@@ -50,12 +50,15 @@ class NoiseProcess:
                 instantiate(section, SCHEDULERS, "NoiseScheduler"), section["_target_"]
             )
         steps, prediction = section["num_train_timesteps"], section["prediction_type"]
-        if section["schedule"] == "rectified_flow":
-            return cls(None, "velocity", steps)
-        if prediction == "velocity":
+        is_flow = section["schedule"] == "rectified_flow"
+        prediction = prediction or ("velocity" if is_flow else "epsilon")
+        if (prediction == "velocity") != is_flow:
             raise UserError(
-                "NoiseScheduler.prediction_type: velocity goes with schedule rectified_flow only."
+                f"NoiseScheduler: prediction_type {prediction} does not go with schedule "
+                f"{section['schedule']}; velocity and rectified_flow go with each other only."
             )
+        if is_flow:
+            return cls(None, prediction, steps)
         betas = (
             {}
             if section["schedule"] == "cosine"

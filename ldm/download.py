@@ -10,9 +10,11 @@ and nothing of these after a success. One process at a time: under torchrun, cal
 others wait.
 """
 
+import errno
 import hashlib
 import http.client
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -24,7 +26,8 @@ from urllib.request import Request, urlopen
 from monai.apps import DecathlonDataset
 from tqdm import tqdm
 
-from ldm import UserError
+from ldm import UserError, brief
+from ldm.datasets import parse_json
 
 TASK = "Task01_BrainTumour"
 ATTEMPTS = 5
@@ -32,6 +35,8 @@ PAUSE = 1.0  # seconds before the second attempt, doubled before each further on
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 GB = 1e9
+# What a system says of names and lengths in an archive that it cannot take; of its own it says others.
+FAULTS = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class DownloadError(OSError):
@@ -114,20 +119,21 @@ def find_gap(folder: Path) -> str | None:
     if not description.is_file():
         return "it holds no dataset.json"
     try:
-        dataset = json.loads(description.read_text(encoding="utf-8"))
+        dataset = parse_json(description.read_text(encoding="utf-8"))
         # The Decathlon lists training cases as {"image": ..., "label": ...} and test cases as bare names.
         training = [name for case in dataset["training"] for name in (case["image"], case["label"])]
         test = [case["image"] if isinstance(case, dict) else case for case in dataset.get("test", [])]
         paths = {name: folder / name for name in training + test}
     except (ValueError, KeyError, TypeError) as error:
-        return f"its dataset.json cannot be read as the Decathlon's ({type(error).__name__}: {error})"
+        return f"its dataset.json cannot be read as the Decathlon's ({type(error).__name__}: {brief(error)})"
     if not training:
         return "its dataset.json names no training cases"
-    missing = [name for name, path in paths.items() if not (path.is_file() and path.stat().st_size)]
+    # Path.is_file would raise OSError for a name that is too long.
+    missing = [name for name, path in paths.items() if not (os.path.isfile(path) and path.stat().st_size)]
     if missing:
         return (
             f"{len(missing)} of the {len(paths)} files that its dataset.json names are missing or empty, "
-            f"{missing[0]} the first"
+            f"{brief(missing[0])} the first"
         )
     return None
 
@@ -303,9 +309,8 @@ def unpack(archive: Path, folder: Path) -> None:
             members = tar.getmembers()
             for member in members:
                 if fault := _fault(member):
-                    raise RefusedArchive(
-                        f"{archive.name} is refused: {member.name!r} {fault}. Nothing was unpacked."
-                    )
+                    name = brief(repr(member.name))
+                    raise RefusedArchive(f"{archive.name} is refused: {name} {fault}. Nothing was unpacked.")
             members = [m for m in members if not any(p.startswith("._") for p in PurePosixPath(m.name).parts)]
             _require_space(folder.parent, 0, sum(member.size for member in members))
             tar.extractall(scratch, members=tqdm(members, desc="Unpacking", unit="file"), filter="data")
@@ -314,8 +319,11 @@ def unpack(archive: Path, folder: Path) -> None:
         if folder.exists():
             folder.rmdir()  # an empty one: Windows renames to a free name only
         (scratch / TASK).rename(folder)
-    except tarfile.TarError as error:
-        raise RefusedArchive(f"{archive.name} is refused: not a whole, safe tar ({error}).") from error
+    except (tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FAULTS:
+            raise
+        reason = brief(error)
+        raise RefusedArchive(f"{archive.name} is refused: not a whole, safe tar ({reason}).") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -100,7 +100,8 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
                     *zip(*points, strict=True), label="held out" if key.startswith("val") else "training"
                 )
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
-        axis.legend(frameon=False)
+        if axis.lines:  # an epoch without a finite batch has no loss
+            axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,49 +1,66 @@
 """Build the networks that a config names, check what they can take, and load weights of any origin into
 them."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
-from collections.abc import Sequence
+import itertools
+import math
+import typing
+from collections.abc import Iterator, Sequence
 
 import torch
 from monai.utils import IgniteInfo
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from ldm import UserError
+from ldm import UserError, brief
+from ldm.transforms import MOST_VOXELS
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
 SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
+MOST = 65_536  # of channels, blocks or steps that an argument of a network counts
+MOST_DOWNSAMPLING = 256
+MOST_VALUES = 10**6  # in a config
 
 
-def resolve_references(section, config: dict, where: str, seen: tuple[str, ...] = ()):
+def resolve_references(section, config: dict, where: str):
     """Replace each `"@name"` (or `"$@name"`) in a section by the config's value of that name.
 
     Nested names are written `@section::key`. No other `$` expression is evaluated: a config is data.
+
+    Raises:
+        UserError: a reference to nothing, to itself, or to more values than any config needs.
     """
-    if isinstance(section, dict):
-        return {
-            key: resolve_references(value, config, f"{where}.{key}", seen) for key, value in section.items()
-        }
-    if isinstance(section, list):
-        return [resolve_references(value, config, where, seen) for value in section]
-    if not isinstance(section, str) or not section.startswith(("@", "$")):
-        return section
-    name = section.removeprefix("$")
-    if not name.startswith("@"):
-        raise UserError(
-            f"{where}: {section!r} is an expression. A config is data: write the value itself, or @name."
-        )
-    name = name[1:].replace("#", "::")
-    if name in seen:
-        raise UserError(f"{where}: the reference @{name} leads back to itself.")
-    value = config
-    for part in name.split("::"):
-        if not isinstance(value, dict) or part not in value:
-            raise UserError(f"{where}: @{name} refers to a key that the config does not have.")
-        value = value[part]
-    return resolve_references(value, config, where, (*seen, name))
+    count = itertools.count()
+
+    def resolved(value, where: str, seen: tuple[str, ...]):
+        if next(count) > MOST_VALUES:  # each reference to a list of two references doubles it
+            raise UserError(f"{where}: references to references make more than {MOST_VALUES} values.")
+        if isinstance(value, dict):
+            return {key: resolved(one, f"{where}.{key}", seen) for key, one in value.items()}
+        if isinstance(value, list):
+            return [resolved(one, where, seen) for one in value]
+        if not isinstance(value, str) or not value.startswith(("@", "$")):
+            return value
+        name = value.removeprefix("$")
+        if not name.startswith("@"):
+            raise UserError(
+                f"{where}: {value!r} is an expression. A config is data: write the value itself, or @name."
+            )
+        name = name[1:].replace("#", "::")
+        if name in seen:
+            raise UserError(f"{where}: the reference @{name} leads back to itself.")
+        found = config
+        for part in name.split("::"):
+            if not isinstance(found, dict) or part not in found:
+                raise UserError(f"{where}: @{name} refers to a key that the config does not have.")
+            found = found[part]
+        return resolved(found, where, (*seen, name))
+
+    return resolved(section, where, ())
 
 
 def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Module]:
@@ -72,16 +89,51 @@ def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Mod
 
 
 def check_definition(definition: dict, packages: Sequence[str], where: str) -> type[nn.Module]:
-    """The class that a section's `_target_` names. Raises UserError also for an argument it does not have."""
+    """The class that a section's `_target_` names.
+
+    Raises:
+        UserError: it is none of these packages; or an argument that it does not have, of another type than
+            it declares, or beyond what any network counts.
+    """
     cls = named_class(definition["_target_"], packages, where)
-    signature = inspect.signature(cls)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(cls.__init__)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in definition.keys() - {"_target_"}:
-        if key not in signature.parameters and not takes_any:
-            near = difflib.get_close_matches(key, signature.parameters, 1)
+        if key not in parameters and not takes_any:
+            near = difflib.get_close_matches(key, parameters, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
+        value, default = definition[key], parameters[key].default if key in parameters else None
+        if value is default is None:  # where an int is declared, at times
+            continue
+        if any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
+            raise UserError(f"{where}.{key}: {brief(value)} is not from 0 to {MOST}.")
+        if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
+            kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")
+            raise UserError(f"{where}.{key}: {brief(value)} is not of type {kind}.")
     return cls
+
+
+def _leaves(value) -> Iterator:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        yield value
+    else:
+        for one in inner:
+            yield from _leaves(one)
+
+
+def _tuples(value):
+    """JSON has lists where some arguments are declared as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_a(value, kind) -> bool:
+    try:
+        check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return True
 
 
 def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Module:
@@ -91,20 +143,86 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
     arguments = {key: value for key, value in definition.items() if key != "_target_"}
     try:
         return cls(**arguments)
-    except (TypeError, ValueError, AssertionError, NotImplementedError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: {cls.__name__} refuses these arguments: {error}") from None
+    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+        raise UserError(f"{where}: {cls.__name__} refuses these arguments: {brief(error)}") from None
+
+
+def check_networks(config: dict) -> None:
+    """See that the networks a config defines can be built, and fit its images and each other.
+
+    They are built on torch's meta device, where tensors have shapes and no values, and are given a small
+    volume: that takes a tenth of a second and no memory, whatever their size.
+
+    Raises:
+        UserError: what does not fit is named.
+    """
+    if "autoencoder_def" not in config:
+        return
+    for key in ("autoencoder_def", "diffusion_def"):
+        if key in config and downsampling(config[key]) > MOST_DOWNSAMPLING:
+            raise UserError(f"{key}: {len(_levels(config[key]))} levels are too many.")
+    side, dimensions = 2 * network_divisor(config), config["spatial_dims"]
+    with torch.device("meta"), torch.no_grad():
+        images = torch.empty(1, config["image_channels"], *[side] * dimensions)
+        autoencoder = _checked_layers(config, "autoencoder_def")
+        with _explained("autoencoder_def", "as an autoencoder", images):
+            latents = autoencoder.encode(images)[0]
+            reconstruction = autoencoder.decode(latents)
+        _check_same("autoencoder_def: it reconstructs", reconstruction, "images", images)
+        if "diffusion_def" not in config:
+            return
+        unet = _checked_layers(config, "diffusion_def")
+        with _explained("diffusion_def", "with the autoencoder's latents", latents):
+            output = unet(latents, timesteps=torch.zeros(1))
+        _check_same("diffusion_def: it predicts", output, "latents", latents)
+
+
+def _checked_layers(config: dict, key: str) -> nn.Module:
+    network = instantiate(config[key], NETWORKS, key)
+    empty = next((name for name, weight in network.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise UserError(f"{key}: {empty} has no weights. An argument is 0 where a number of channels is due.")
+    return network.eval()
+
+
+@contextlib.contextmanager
+def _explained(key: str, use: str, given: torch.Tensor) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+        shape = " x ".join(map(str, given.shape))
+        raise UserError(f"{key}: it cannot be used {use} ({shape}): {brief(error)}") from None
+
+
+def _check_same(what: str, made: torch.Tensor, of: str, given: torch.Tensor) -> None:
+    if made.shape != given.shape:
+        made, given = (" x ".join(map(str, tensor.shape)) for tensor in (made, given))
+        raise UserError(f"{what} {made} from {of} of {given}. In and out should be of one size.")
+
+
+def _levels(definition: dict) -> list:
+    levels = definition.get("channels", definition.get("num_channels"))
+    if not isinstance(levels, list) or not levels:
+        raise UserError(f"{definition['_target_']}: `channels` should list the channels of each level.")
+    return levels
 
 
 def downsampling(definition: dict) -> int:
     """Factor between a network's finest and coarsest grid: 2 for each level after the first."""
-    channels = definition.get("channels", definition.get("num_channels"))
-    if not isinstance(channels, list) or not channels:
-        raise UserError(f"{definition['_target_']}: `channels` should list the channels of each level.")
-    return 2 ** (len(channels) - 1)
+    return 2 ** (len(_levels(definition)) - 1)
 
 
-def check_divisible(size: Sequence[int], divisor: int, where: str) -> None:
-    """Raise UserError with the nearest sizes that fit, unless `divisor` divides each side."""
+def network_divisor(config: dict) -> int:
+    """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
+    divisor = downsampling(config["autoencoder_def"])
+    return divisor * downsampling(config["diffusion_def"]) if "diffusion_def" in config else divisor
+
+
+def check_size(size: Sequence[int], divisor: int, where: str) -> None:
+    """Raise UserError unless `divisor` divides each side, with the nearest sizes that it does divide; or for
+    more voxels than there may be."""
+    if math.prod(size) > MOST_VOXELS:
+        raise UserError(f"{where}: {list(size)} are more than {MOST_VOXELS} voxels.")
     if any(side % divisor for side in size):
         near = [
             sorted({max(divisor, side // divisor * divisor), -(-side // divisor) * divisor}) for side in size
@@ -161,24 +279,34 @@ def load_weights(network: nn.Module, state: dict, where: str) -> None:
     `out_proj` becomes the identity, which is what the weights were trained with.
 
     Raises:
-        UserError: names or shapes that do not fit the network; the first few are named.
+        UserError: names, shapes or types that do not fit the network, or values that are not finite; the
+            first of each kind is named.
     """
     state = plain_names(dict(state))
     own = network.state_dict()
     if set(state) != set(own):
         state = _translated(state, own)
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [name for name in set(own) & set(state) if own[name].shape != state[name].shape]
-    if missing or extra or shapes:
-        what = [
-            f"{len(names)} {kind} ({names[0]})"
-            for names, kind in (
-                (missing, "missing"),
-                (extra, "unknown"),
-                (sorted(shapes), "of another shape"),
-            )
-            if names
-        ]
+    both = sorted(set(own) & set(state))
+    shapes = [name for name in both if own[name].shape != state[name].shape]
+    kinds = [name for name in both if own[name].is_floating_point() != state[name].is_floating_point()]
+    wild = [
+        name
+        for name in both
+        if name not in {*shapes, *kinds} and not state[name].to(own[name].dtype).isfinite().all()
+    ]
+    what = [
+        f"{len(names)} {kind} ({names[0]})"
+        for names, kind in (
+            (missing, "missing"),
+            (extra, "unknown"),
+            (shapes, "of another shape"),
+            (kinds, "of another type"),
+            (wild, "not finite"),
+        )
+        if names
+    ]
+    if what:
         raise UserError(f"{where}: weights do not fit the network in the config: {', '.join(what)}.")
     network.load_state_dict(state)
 

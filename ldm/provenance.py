@@ -8,52 +8,44 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from jsonschema import Draft4Validator, Draft202012Validator, validators
-from jsonschema.exceptions import best_match
-
-from ldm import UserError
-from ldm.checkpoints import written_whole
+from ldm import UserError, brief
+from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, written_whole
 from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
+from ldm.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
 LAST_SEED = 2**63 - 1
+MOST_STEPS = 10**6
 CHECKPOINTS = ("autoencoder", "unet")
 PACKAGES = ("torch", "monai", "monai-generative", "nibabel", "numpy")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _object(**properties) -> dict:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
+TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-POSITIVE = {"type": "number", "exclusiveMinimum": 0}
-SCHEMA = _object(
+SCHEMA = fields(
     seed=SEED,
     batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `same_request`
     sampler={"enum": list(SAMPLERS)},
-    steps=COUNT,
-    scale_factor=POSITIVE,
+    steps={**SIZE, "maximum": MOST_STEPS},
+    scale_factor=SCALE_FACTOR,
     precision={"enum": list(PRECISIONS)},
     compile={"type": "boolean"},
     device={"enum": ["cpu", "cuda"]},
     hardware=TEXT,
-    threads={**COUNT, "maximum": 4096},  # of the CPU: sums are split among them, and rounded accordingly
-    autoencoder=_object(path=TEXT, sha256=HASH),
-    unet=_object(path=TEXT, sha256=HASH),
+    threads={**SIZE, "maximum": 4096},  # of the CPU: sums are split among them, and rounded accordingly
+    autoencoder=fields(path=TEXT, sha256=HASH),
+    unet=fields(path=TEXT, sha256=HASH),
     config_sha256=HASH,
     config={"type": "object"},  # as it was resolved
     versions={"type": "object"},
-    volume=_object(
-        sha256=HASH, shape={"type": "array", "items": COUNT}, spacing={"type": "array", "items": POSITIVE}
+    volume=fields(
+        sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
     ),
 )
-# As draft 4 had it, 2.0 is no integer; range() says so too.
-Validator = validators.extend(Draft202012Validator, type_checker=Draft4Validator.TYPE_CHECKER)
 
 
 def sha256_of(path: Path) -> str:
@@ -103,18 +95,17 @@ def read_record(path: Path) -> dict:
 
     Raises:
         UserError: not there, no JSON, of a later format, a key missing or wrong, or a config that was edited.
+            Whether the config is one is not checked here.
     """
     record = read_json(path, "record")
-    if not isinstance(record.get("format"), int):
+    if not StrictValidator(SIZE).is_valid(record.get("format")):
         raise UserError(f"record {path}: format: missing, so this is not the record of a volume.")
     if record["format"] > FORMAT:
         raise UserError(
-            f"record {path}: written by a later version of this project (format {record['format']})."
+            f"record {path}: written by a later version of this project (format {brief(record['format'])})."
         )
-    error = best_match(Validator(SCHEMA).iter_errors(record))
-    if error is not None:
-        where = ".".join(map(str, error.absolute_path))
-        raise UserError(f"record {path}: {where or 'record'}: {error.message[:120]}.")
+    if what := fault(StrictValidator(SCHEMA), record):
+        raise UserError(f"record {path}: {what}.")
     if record["seed"] not in record["batch"]:
         raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
     if config_hash(record["config"]) != record["config_sha256"]:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ldm import UserError
+
 
 class Clock:
     """How far a training run is: by its epochs, or by the clock where `max_minutes` is set.
@@ -112,11 +114,36 @@ class Stepper:
         """State of optimiser and scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take up the state of a checkpoint."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict, where: str) -> None:
+        """Take up the state of a checkpoint: moments, scale and the last learning rate. The optimiser's
+        options are those of the config.
+
+        Raises:
+            UserError: the state is not one of these parameters; `where` names it.
+        """
+        moments, (group,) = (state["optimizer"][key] for key in ("state", "param_groups"))
+        # A parameter that no loss depends on has no state; one more, or another shape, is of other networks.
+        parameters = dict(enumerate(self.parameters))
+        if not all(i in parameters and _fits(adam, parameters[i]) for i, adam in moments.items()):
+            raise UserError(
+                f"{where}: the state of its optimiser does not fit the network in the config. Go on with the "
+                "config that it was trained with, or start over with --fresh."
+            )
+        (options,) = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _fits(adam: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
+    """Whether this is Adam's state of such a parameter. The fused kernels do not ask, and read beyond it."""
+    step, mean, square = (adam[key] for key in ("step", "exp_avg", "exp_avg_sq"))
+    return (
+        step.shape == ()
+        and mean.shape == square.shape == parameter.shape
+        and all(bool(tensor.isfinite().all()) for tensor in (step, mean, square))
+        and bool((square >= 0).all() and step >= 0)
+    )
 
 
 def make_ema(network: nn.Module, decay: float) -> AveragedModel | None:

@@ -8,6 +8,7 @@ inference build the way from `Preprocessing` alone.
 """
 
 import gzip
+import io
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ from ldm import UserError
 RAS = axcodes2ornt("RAS")
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
+FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
+MGH_TAGS = 2**24  # bytes that may follow the voxels of an MGH file; in NIfTI nothing follows them
+CHUNK = 2**20
 MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
 
 
@@ -51,8 +55,9 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
         raise UserError(f"{path}: cannot be read: it is not there. Is the data set unpacked whole?")
     try:
         image = nib.load(path)
-        with nib.openers.ImageOpener(path) as file:  # `image.header` has forgotten its scaling
-            stored = image.header_class.from_fileobj(file) if isinstance(image, nib.Nifti1Image) else None
+        with nib.openers.ImageOpener(path) as file:  # `image.header` is mended, and has no scaling
+            is_nifti = isinstance(image, nib.Nifti1Image)
+            stored = image.header_class.from_fileobj(file, check=False) if is_nifti else None
     except Exception as error:  # nibabel raises whatever a damaged or foreign file provokes
         raise UserError(f"{path}: cannot be read as an image ({error}).") from None
     if not isinstance(image, (nib.Nifti1Image, nib.MGHImage)):
@@ -65,6 +70,16 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
         raise UserError(f"{path}: its voxels are {kind}; one real number each is due. Convert it.")
     if stored is not None and np.isinf(stored["scl_slope"]):  # nibabel takes it for "unscaled"
         raise UserError(f"{path}: its intensity scaling is infinite; the header is damaged.")
+    if stored is not None and image.header["sform_code"] == 0:
+        # nibabel mends what is stored: a voxel size of 0 is taken for 1 mm, a code that is none for "no
+        # affine", which mirrors the volume.
+        if image.header["qform_code"] == 0 and (stored["qform_code"] != 0 or stored["sform_code"] != 0):
+            raise UserError(
+                f"{path}: its qform_code {stored['qform_code']} and sform_code {stored['sform_code']} do not "
+                "say where it lies; the header is damaged."
+            )
+        if (stored["pixdim"][1:4] == 0).any():
+            raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Mend the header.")
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     sizes = nib.affines.voxel_sizes(image.affine)
@@ -75,6 +90,8 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
         )
     if (sizes * shape[:3]).max() > LARGEST_VIEW:
         raise UserError(f"{path}: covers {_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
+    if (distance := np.abs(image.affine[:3, 3]).max()) > FARTHEST:
+        raise UserError(f"{path}: lies {distance:.3g} mm from the scanner's origin; the header is damaged.")
     if not _is_compressed(path):
         _check_length(path, image, Path(path).stat().st_size)
     return image
@@ -93,11 +110,14 @@ def read_image(path: Path) -> nib.spatialimages.SpatialImage:
     if not _is_compressed(path):
         return image
     try:
-        content = gzip.decompress(Path(path).read_bytes())
+        content, most = io.BytesIO(), _length_due(image)[1]
+        with gzip.open(path) as file:  # to its end, where the checksum is, but little further than it may be
+            while content.tell() <= most and (chunk := file.read(CHUNK)):
+                content.write(chunk)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: its voxels cannot be read ({error}). Is the file whole?") from None
-    _check_length(path, image, len(content))
-    return type(image).from_bytes(content)
+    _check_length(path, image, content.tell())
+    return type(image).from_bytes(content.getvalue())
 
 
 def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
@@ -125,14 +145,30 @@ def _is_compressed(path: Path) -> bool:
     return str(path).lower().endswith((".gz", ".mgz"))
 
 
-def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) -> None:
+def _length_due(image: nib.spatialimages.SpatialImage) -> tuple[int, int]:
+    """The least and the most bytes that a file with this header holds, unpacked."""
     due = image.dataobj.offset + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
-    # In NIfTI nothing follows the voxels: more of them than the header tells of is a damaged header.
-    if held < due or held > due and isinstance(image, nib.Nifti1Image):
+    return due, due + (MGH_TAGS if isinstance(image, nib.MGHImage) else 0)
+
+
+def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) -> None:
+    due, most = _length_due(image)
+    if not due <= held <= most:
         hint = "Is the file whole?" if held < due else "The header is damaged."
         raise UserError(
             f"{path}: its voxels cannot be read ({held} bytes where the header asks for {due}). {hint}"
         )
+
+
+def label_fault(label: np.ndarray) -> str | None:
+    """What is wrong with the stored values of a label, or None: whole numbers from 0 to 255 are due."""
+    if bad := label.size - np.count_nonzero(np.isfinite(label)):
+        return f"label has {bad} NaN or infinite voxels"
+    if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
+        return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
+    if label.min() < 0 or label.max() > 255:
+        return f"label has values from {label.min():g} to {label.max():g}; 0 to 255 is due"
+    return None
 
 
 def _times(numbers: Sequence[float]) -> str:
@@ -236,8 +272,15 @@ class Preprocessing:
         return intensity_range(self.read(images), self.lower, self.upper)
 
     def label(self, path: Path) -> np.ndarray:
-        """The label on the same grid: (1, D, H, W), uint8."""
-        return _resample(path, read_image(path), 0, self.spacing, nearest=True)[None].astype(np.uint8)
+        """The label on the same grid: (1, D, H, W), uint8.
+
+        Raises:
+            UserError: as `read_image`, and for values that are no whole numbers from 0 to 255.
+        """
+        image = read_image(path)
+        if fault := label_fault(np.asanyarray(image.dataobj)):
+            raise UserError(f"{path}: {fault}.")
+        return _resample(path, image, 0, self.spacing, nearest=True)[None].astype(np.uint8)
 
 
 def _resample(

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,3 +281,15 @@ def assert_weights_close(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
     assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() < 2e-3
+
+
+def leave_after(work, *args) -> None:
+    """Do the work of a rank, and leave with its exit code, as `utils.command` does and for its reason."""
+    code = 0
+    try:
+        work(*args)
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,8 +1,10 @@
 """Cases found in every layout, split by subject, and served: the same whoever asks, in whatever order."""
 
 import json
+import os
 import pickle
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from ldm.datasets import (
     stream,
     volume_size,
 )
+from ldm.processes import Run
 from ldm.transforms import Preprocessing, augmentation
 
 VOXELS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -301,7 +304,7 @@ def test_split_is_seeded_and_disjoint():
 
 @pytest.fixture
 def run():
-    return utils.Run(0, 1, torch.device("cpu"))
+    return Run(0, 1, torch.device("cpu"))
 
 
 def prepare(root: Path, model_dir: Path, run):
@@ -544,6 +547,20 @@ def test_interrupted_write_leaves_nothing_to_be_read(cases, tmp_path, monkeypatc
     monkeypatch.undo()
     assert seen == [] and list((tmp_path / "cache").iterdir()) == []
     assert dataset.volume(0).tobytes() == VolumeDataset(cases, PREPROCESSING, (8, 8, 8)).volume(0).tobytes()
+
+
+def test_what_a_killed_write_left_in_the_cache_is_cleared_and_no_write_that_is_under_way(cases, tmp_path):
+    cache = {"cache_dir": tmp_path / "cache", "cache_rate": 1.0}
+    first = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), **cache)
+    first.volume(0)
+    kept = next((tmp_path / "cache").iterdir())
+    left, written = (kept.with_name(f".{kept.name}.{digit * 32}.part") for digit in "01")
+    for part in (left, written):
+        part.write_bytes(b"half a volume")
+    for path in (kept, left):
+        os.utime(path, (time.time() - 10**6,) * 2)
+    VolumeDataset(cases, PREPROCESSING, (8, 8, 8), **cache)
+    assert set((tmp_path / "cache").iterdir()) == {kept, written}
 
 
 # ---- crops

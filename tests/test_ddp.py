@@ -63,6 +63,7 @@ torch.save([network.state_dict() for network in built], folder / f"weights_{rank
 inference.main(sys.argv[split + 1 :])
 dist.barrier()  # a rank that leaves while the other still talks to it may abort
 destroy()
+os._exit(0)  # as `utils.command` does
 """
 
 

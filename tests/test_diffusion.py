@@ -42,7 +42,7 @@ def discrete(prediction: str = "epsilon", **changes) -> NoiseProcess:
 
 def flow(steps: int = 1000) -> NoiseProcess:
     return NoiseProcess.from_config(
-        {"schedule": "rectified_flow", "num_train_timesteps": steps, "prediction_type": "epsilon"}
+        {"schedule": "rectified_flow", "num_train_timesteps": steps, "prediction_type": None}
     )
 
 
@@ -370,5 +370,5 @@ def test_cosine_schedule_is_the_published_one():
 
 
 def test_schedule_and_prediction_that_do_not_go_together():
-    with pytest.raises(UserError, match="velocity goes with schedule rectified_flow only"):
+    with pytest.raises(UserError, match="velocity does not go with schedule scaled_linear_beta"):
         discrete("velocity")

@@ -229,6 +229,8 @@ def test_networks_are_only_read(done, model):
         ("--seed", 2**63),
         ("--scale-factor", 0.0),
         ("--scale-factor", "nan"),
+        ("--scale-factor", 1e30),
+        ("--steps", 10**7),
     ],
 )
 def test_numbers_that_make_no_sense(model, option, value):
@@ -310,6 +312,23 @@ def test_bare_state_dicts_without_a_size(bare, missing):
     message = bare.refused(inference, *bare_argv(bare), "--scale-factor", "0.9", "--set", f"{missing}=null")
     assert missing in message
     assert not bare.output_dir.exists()
+
+
+def test_bare_state_dicts_of_a_size_that_does_not_fit(bare):
+    """Multiples of 4: two levels in each network."""
+    odd = ("--set", "diffusion_train.patch_size=[12,18,8]")
+    message = bare.refused(inference, *bare_argv(bare), "--scale-factor", "0.9", *odd)
+    assert "diffusion_train.patch_size" in message and "12 x 16 or 20 x 8" in message
+    assert not bare.output_dir.exists()
+
+
+def test_a_volume_that_is_not_finite_is_not_written(bare):
+    """Each weight is finite, and what comes of them is not."""
+    path = bare.folder / "model_autoencoder.pt"
+    torch.save({name: weight * 1e30 for name, weight in torch.load(path).items()}, path)
+    message = bare.refused(inference, *bare_argv(bare), "--scale-factor", "0.9", code=1)
+    assert "seed 0 is not finite" in message and "docs/NaN_FIX_GUIDE.md" in message
+    assert not list(bare.output_dir.glob("*.nii.gz")) and not list(bare.output_dir.glob("*.json"))
 
 
 def test_bare_state_dicts_of_another_network(bare):

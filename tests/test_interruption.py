@@ -22,8 +22,10 @@ from filelock import FileLock, Timeout
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm.bookkeeping import Training
 from ldm.checkpoints import load_checkpoint
 from ldm.logs import TrainLog
+from ldm.processes import Interruption
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals between processes, and file size limits")
 STAGE = {train_autoencoder: "autoencoder", train_diffusion: "diffusion"}
@@ -89,7 +91,7 @@ def checkpoints(project: Project) -> dict[str, str]:
 def released(project: Project) -> None:
     """Nothing is left of a run that ended: no lock, no part of a file, no signal handler."""
     with contextlib.suppress(AttributeError):
-        assert not isinstance(signal.getsignal(signal.SIGTERM).__self__, utils.Interruption)
+        assert not isinstance(signal.getsignal(signal.SIGTERM).__self__, Interruption)
     with FileLock(project.model_dir / ".lock").acquire(timeout=0):
         pass
     assert not list(project.folder.rglob("*.part"))
@@ -134,7 +136,7 @@ MOMENTS = {  # before which call of what, and the steps that are saved then
     "in the save": (torch, "save", 1, {4}),
     "in the save of the best": (torch, "save", 2, {4}),
     "in a line of the log": (TrainLog, "record", 2, {4}),
-    "before the first step": (utils.Training, "epochs", 1, set()),
+    "before the first step": (Training, "epochs", 1, set()),
     "after the last": (TrainLog, "close", 1, {8}),
 }
 
@@ -178,7 +180,7 @@ def test_promise_9_signal_after_signal(whole, tmp_path):
                 stopped_by(number, project, train_diffusion, torch.optim.Adam, "step", 1),
                 pytest.MonkeyPatch.context() as patch,
             ):
-                before_call(patch, utils.Training, "step", 1, partial(signal.raise_signal, number))
+                before_call(patch, Training, "step", 1, partial(signal.raise_signal, number))
                 project.run(train_diffusion, "--no-amp")
         except pytest.fail.Exception:  # the run came to its end
             break
@@ -200,11 +202,12 @@ def test_promise_9_one_process_leaves_after_the_step_under_way(whole, tmp_path):
 WORKER = """
 import sys
 
+import chain
 import test_interruption
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    test_interruption.worker(sys.argv[1:split], sys.argv[split + 1 :])
+    chain.leave_after(test_interruption.worker, sys.argv[1:split], sys.argv[split + 1 :])
 """
 
 
@@ -216,15 +219,15 @@ def worker(undisturbed: list[str], disturbed: list[str]) -> None:
     dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
     train_autoencoder.main(undisturbed)
     asked = []
-    note = utils.Interruption._note
-    utils.Interruption._note = lambda self, *args: (asked.append(1), note(self, *args))
+    note = Interruption._note
+    Interruption._note = lambda self, *args: (asked.append(1), note(self, *args))
 
     def wait():
         deadline = time.monotonic() + 300
         while not asked and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    before_call(pytest.MonkeyPatch(), utils.Training, "step", 8, wait)
+    before_call(pytest.MonkeyPatch(), Training, "step", 8, wait)
     train_autoencoder.main(disturbed)
 
 
@@ -321,7 +324,7 @@ def test_a_rank_that_waits_with_its_message_obeys_the_next_signal(monkeypatch):
 
     @utils.command
     def main(argv=None):
-        interruption = utils.Interruption()
+        interruption = Interruption()
         interruption.unsaved = True
         raise FloatingPointError("step 1: the loss is not finite")
 

@@ -20,6 +20,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -196,10 +197,6 @@ def train_with(project: Project, config, script=train_autoencoder) -> End:
 # ---------------------------------------------------------------- configs: the file
 
 TEXT = json.dumps(QUICK)
-DEEP = "RecursionError: ldm/datasets.py read_json, ldm/networks.py resolve_references"
-TWICE = "the last of two equal keys wins in silence: ldm/datasets.py read_json"
-BOMB = "references are resolved before anything is checked, and multiply: ldm/networks.py resolve_references"
-LONG = "the message holds the value whole: utils._explain"
 
 
 def with_text(old: str, new: str) -> bytes:
@@ -234,19 +231,17 @@ CONFIG_FILES = [
     row("binary", bytes(range(256)), "config.json"),
     row("python", b"{'channel': 0, **others}", "config.json"),
     row("yaml", b"channel: 0\nspacing: [1, 1, 1]\n", "config.json"),
-    row("nested 100000 deep", b"[" * 100_000 + b"]" * 100_000, "config.json", flaw=DEEP),
-    row("objects 100000 deep", b'{"a":' * 100_000, "config.json", flaw=DEEP),
-    row("value nested 900 deep", in_network(norm_eps=json.loads("[" * 900 + "]" * 900)), "norm", flaw=DEEP),
-    row("key twice", with_text('"channel": 0', '"channel": 1, "channel": 0'), "channel", flaw=TWICE),
-    row("section twice", with_text('"data"', '"data": {"num_workers": 1}, "data"'), "data", flaw=TWICE),
+    row("nested 100000 deep", b"[" * 100_000 + b"]" * 100_000, "config.json"),
+    row("objects 100000 deep", b'{"a":' * 100_000, "config.json"),
+    row("value nested 900 deep", in_network(norm_eps=json.loads("[" * 900 + "]" * 900)), "too deep"),
+    row("key twice", with_text('"channel": 0', '"channel": 1, "channel": 0'), "channel"),
+    row("section twice", with_text('"data"', '"data": {"num_workers": 1}, "data"'), "data"),
     row("integer of 5000 digits", with_text('"channel": 0', f'"channel": {"1" * 5000}'), "config.json"),
-    row("integer of 4000 digits", with_text('"channel": 0', f'"channel": {"1" * 4000}'), "chan", flaw=LONG),
+    row("integer of 4000 digits", with_text('"channel": 0', f'"channel": {"1" * 4000}'), "chan"),
     row("1e999", with_text('"channel": 0', '"channel": 1e999'), "channel"),
-    row("list of 100000", with_text(json.dumps([*SPACING]), json.dumps([1] * 100_000)), "spac", flaw=LONG),
-    row("key of 100000 letters", with_text('"channel"', f'"{"k" * 100_000}"'), "config.json", flaw=LONG),
-    row(
-        "lines in a key", with_text('"channel"', r'"a\n\n\n\nb"'), "config.json", flaw="a key is printed raw"
-    ),
+    row("list of 100000", with_text(json.dumps([*SPACING]), json.dumps([1] * 100_000)), "spac"),
+    row("key of 100000 letters", with_text('"channel"', f'"{"k" * 100_000}"'), "config.json"),
+    row("lines in a key", with_text('"channel"', r'"a\n\n\n\nb"'), "config.json"),
     row("half a surrogate pair as a key", with_text('"channel"', r'"\ud800"'), "config.json"),
     row("half a surrogate pair", with_text('"channel": 0', r'"channel": "\ud800"'), "channel"),
     row("reference to nothing", with_text('"channel": 0', '"channel": "@"'), "config.channel"),
@@ -258,15 +253,12 @@ CONFIG_FILES = [
     row(
         "chain of 2000 references",
         json.dumps({**QUICK, **{f"x{i}": f"@x{i + 1}" for i in range(2000)}, "x2000": 1}).encode(),
-        "x",
-        flaw=DEEP,
+        "too deep",
     ),
     row(
         "references that double 60 times",
         json.dumps({**QUICK, **{f"x{i}": [f"@x{i + 1}"] * 2 for i in range(60)}, "x60": 1}).encode(),
         "x",
-        flaw=BOMB,
-        run=False,
     ),
     row("expression", with_text('"channel": 0', '"channel": "$__import__(\'os\').getcwd()"'), "expression"),
     row("expression of a reference", with_text('"channel": 0', '"channel": "$@seed + 1"'), "@seed + 1"),
@@ -358,59 +350,52 @@ def test_a_value_of_another_type(model, path, about):
         refused(train_with(model, put(QUICK, path, value), script), path.rpartition(".")[2], code=2)
 
 
-BOUND = "no upper bound: config/schema.json needs a `maximum`"
-MEMORY = "out of memory while building is a traceback in training: utils.command, ldm/networks.instantiate"
-FIT = "sizes beyond memory reach ResizeWithPadOrCrop: utils.patch_sizes needs a bound as MOST_VOXELS"
-ARGUMENT = "arguments of a network are not checked for type or sign: ldm/networks.check_definition"
-WHOLE = "integers where torch wants floats: utils.load_config should make numbers floats"
-PAIR = "networks that do not fit each other are found in the first step: utils.load_config"
-BUILD = "ldm/networks.instantiate lets other errors pass: RuntimeError, IndexError, OptionalImportError"
 
 VALUES = [
     # numbers that no machine can hold or finish
     row("channel", "channel", 10**9),
     row("image_channels", "image_channels", 10**9),
-    row("latent_channels", "latent_channels", 10**12, flaw=MEMORY),
+    row("latent_channels", "latent_channels", 10**12),
     row("longest_side", "longest_side", 10**9),
-    row("seed", "seed", HUGE, flaw=BOUND),
-    row("batch", "autoencoder_train.batch_size", 10**9, flaw=BOUND, run=False),
-    row("batch of stage 2", "diffusion_train.batch_size", 10**9, flaw=BOUND, run=False),
-    row("accumulate", "autoencoder_train.accumulate_steps", 10**9, flaw=BOUND, run=False),
-    row("accumulate more", "autoencoder_train.accumulate_steps", HUGE, flaw=BOUND),
-    row("workers", "data.num_workers", 10**6, flaw=BOUND, run=False),
-    row("val_times", "diffusion_train.val_times", 10**12, flaw=BOUND),
-    row("val_times more", "diffusion_train.val_times", HUGE, flaw=BOUND),
-    row("timesteps", "NoiseScheduler.num_train_timesteps", HUGE, flaw=BOUND),
-    row("timesteps of betas", "NoiseScheduler", {"num_train_timesteps": 10**12}, flaw=BOUND),
-    row("patch of 1e6", "autoencoder_train.patch_size", [10**6] * 3, flaw=FIT),
-    row("patch of 1e30", "autoencoder_train.patch_size", [HUGE] * 3, flaw=FIT),
-    row("patch to validate", "autoencoder_train.val_patch_size", [2 * 10**6] * 3, flaw=FIT),
-    row("patch of stage 2", "diffusion_train.patch_size", [4 * 10**6] * 3, flaw=FIT),
+    row("seed", "seed", HUGE),
+    row("batch", "autoencoder_train.batch_size", 10**9),
+    row("batch of stage 2", "diffusion_train.batch_size", 10**9),
+    row("accumulate", "autoencoder_train.accumulate_steps", 10**9),
+    row("accumulate more", "autoencoder_train.accumulate_steps", HUGE),
+    row("workers", "data.num_workers", 10**6),
+    row("val_times", "diffusion_train.val_times", 10**12),
+    row("val_times more", "diffusion_train.val_times", HUGE),
+    row("timesteps", "NoiseScheduler.num_train_timesteps", HUGE),
+    row("timesteps of betas", "NoiseScheduler", {"num_train_timesteps": 10**12}),
+    row("patch of 1e6", "autoencoder_train.patch_size", [10**6] * 3),
+    row("patch of 1e30", "autoencoder_train.patch_size", [HUGE] * 3),
+    row("patch to validate", "autoencoder_train.val_patch_size", [2 * 10**6] * 3),
+    row("patch of stage 2", "diffusion_train.patch_size", [4 * 10**6] * 3),
     row("spacing of 1e-9", "spacing", [1e-9] * 3),
     row("spacing of 1e-300", "spacing", [1e-300, 2, 2]),
     row("spacing of 1e9", "spacing", [1e9] * 3),
-    row("spacing of 1e30", "spacing", [HUGE] * 3, flaw=WHOLE),
-    row("judge", "autoencoder_train.discriminator.channels", 10**10, flaw=MEMORY),
-    row("weight of 1e30", "autoencoder_train.kl_weight", HUGE, flaw=WHOLE),
-    row("gradient weight of 1e30", "autoencoder_train.gradient_weight", HUGE, flaw=WHOLE),
-    row("std of 1e30", "autoencoder_train.initial_posterior_std", HUGE, flaw=WHOLE),
+    row("spacing of 1e30", "spacing", [HUGE] * 3),
+    row("judge", "autoencoder_train.discriminator.channels", 10**10),
+    row("weight of 1e30", "autoencoder_train.kl_weight", HUGE),
+    row("gradient weight of 1e30", "autoencoder_train.gradient_weight", HUGE),
+    row("std of 1e30", "autoencoder_train.initial_posterior_std", HUGE),
     row("rate of 1e9", "autoencoder_train.lr", 1e9),
     row("rate of 1e300", "autoencoder_train.lr", 1e300),
     row("levels", "autoencoder_def.channels", [8] * 64),
-    row("levels of the unet", "diffusion_def.channels", [8] * 64, flaw=FIT),
-    row("channels", "autoencoder_def.channels", [8, 10**9], flaw=MEMORY),
-    row("channels of the unet", "diffusion_def.channels", [10**9] * 2, flaw=MEMORY),
-    row("blocks", "autoencoder_def.num_res_blocks", 10**9, flaw=ARGUMENT, run=False),
-    row("blocks of the unet", "diffusion_def.num_res_blocks", 10**9, flaw=ARGUMENT, run=False),
+    row("levels of the unet", "diffusion_def.channels", [8] * 64),
+    row("channels", "autoencoder_def.channels", [8, 10**9]),
+    row("channels of the unet", "diffusion_def.channels", [10**9] * 2),
+    row("blocks", "autoencoder_def.num_res_blocks", 10**9),
+    row("blocks of the unet", "diffusion_def.num_res_blocks", 10**9),
     row("groups", "autoencoder_def.norm_num_groups", 10**9),
     row("heads", "diffusion_def.num_head_channels", 10**9),
-    row("classes", "diffusion_def.num_class_embeds", 10**10, flaw=MEMORY),
+    row("classes", "diffusion_def.num_class_embeds", 10**10),
     # too little
     row("patch of 1", "autoencoder_train.patch_size", [1, 1, 1]),
     row("patch of 2", "autoencoder_train.patch_size", [2, 2, 2]),
     row("patch of 6", "diffusion_train.patch_size", [6, 8, 10]),
-    row("patch to validate of 1", "autoencoder_train.val_patch_size", [1, 1, 1], flaw=PAIR),
-    row("patch to validate of 7", "autoencoder_train.val_patch_size", [3, 5, 7], flaw=PAIR),
+    row("patch to validate of 1", "autoencoder_train.val_patch_size", [1, 1, 1]),
+    row("patch to validate of 7", "autoencoder_train.val_patch_size", [3, 5, 7]),
     row("two of three sides", "autoencoder_train.patch_size", [8, 8]),
     row("no channels", "channel", []),
     row("a channel twice", "channel", [0, 0]),
@@ -422,52 +407,49 @@ VALUES = [
         "epsilon of straight paths",
         "NoiseScheduler",
         {"schedule": "rectified_flow", "prediction_type": "epsilon"},
-        flaw="prediction_type is passed over in silence: ldm/diffusion.py from_config",
     ),
     row("both spacings", "longest_side", 16),
     row("perceptual weights missing", "autoencoder_train.perceptual_weight", 1),
-    row("integer betas", "autoencoder_train.adam_betas", [0, 0], flaw=WHOLE),
     # arguments of the networks
-    row("0 input channels", "autoencoder_def.in_channels", 0, flaw=ARGUMENT),
-    row("-1 input channels", "autoencoder_def.in_channels", -1, flaw=BUILD),
-    row("2 input channels", "autoencoder_def.in_channels", 2, flaw=PAIR),
-    row("2 output channels", "autoencoder_def.out_channels", 2, flaw=PAIR),
-    row("2 dimensions", "autoencoder_def.spatial_dims", 2, flaw=PAIR),
-    row("-1 dimensions", "autoencoder_def.spatial_dims", -1, flaw=ARGUMENT),
-    row("1e9 dimensions", "autoencoder_def.spatial_dims", 10**9, flaw=BUILD),
-    row("4 latent channels in one place", "autoencoder_def.latent_channels", 4, flaw=PAIR),
-    row("0 latent channels", "autoencoder_def.latent_channels", 0, flaw=ARGUMENT),
-    row("channels 0", "autoencoder_def.channels", [0, 0], flaw=ARGUMENT),
-    row("channels below 0", "autoencoder_def.channels", [-8, -16], flaw=BUILD),
+    row("0 input channels", "autoencoder_def.in_channels", 0),
+    row("-1 input channels", "autoencoder_def.in_channels", -1),
+    row("2 input channels", "autoencoder_def.in_channels", 2),
+    row("2 output channels", "autoencoder_def.out_channels", 2),
+    row("2 dimensions", "autoencoder_def.spatial_dims", 2),
+    row("-1 dimensions", "autoencoder_def.spatial_dims", -1),
+    row("1e9 dimensions", "autoencoder_def.spatial_dims", 10**9),
+    row("4 latent channels in one place", "autoencoder_def.latent_channels", 4),
+    row("0 latent channels", "autoencoder_def.latent_channels", 0),
+    row("channels 0", "autoencoder_def.channels", [0, 0]),
+    row("channels below 0", "autoencoder_def.channels", [-8, -16]),
     row("no levels", "autoencoder_def.channels", []),
     row("one level of two", "autoencoder_def.channels", [8]),
     row("channels as text", "autoencoder_def.channels", "ab"),
     row("channels as fractions", "autoencoder_def.channels", [8.0, 16.0]),
-    row("0 blocks", "autoencoder_def.num_res_blocks", 0, flaw=ARGUMENT),
-    row("blocks below 0", "autoencoder_def.num_res_blocks", [1, -1], flaw=ARGUMENT),
+    row("0 blocks", "autoencoder_def.num_res_blocks", 0),
+    row("blocks below 0", "autoencoder_def.num_res_blocks", [1, -1]),
     row("blocks as text", "autoencoder_def.num_res_blocks", "ab"),
-    row("eps as text", "autoencoder_def.norm_eps", "small", flaw=ARGUMENT),
+    row("eps as text", "autoencoder_def.norm_eps", "small"),
     row("eps NaN", "autoencoder_def.norm_eps", NAN),
-    row("groups below 0", "autoencoder_def.norm_num_groups", -1, flaw=ARGUMENT),
-    row("half a group", "autoencoder_def.norm_num_groups", 0.5, flaw=ARGUMENT),
+    row("groups below 0", "autoencoder_def.norm_num_groups", -1),
+    row("half a group", "autoencoder_def.norm_num_groups", 0.5),
     row("0 groups", "autoencoder_def.norm_num_groups", 0),
-    row("'false' for false", "autoencoder_def.with_encoder_nonlocal_attn", "false", flaw=ARGUMENT),
-    row("attention as text", "autoencoder_def.attention_levels", "ab", flaw=ARGUMENT),
+    row("'false' for false", "autoencoder_def.with_encoder_nonlocal_attn", "false"),
+    row("attention as text", "autoencoder_def.attention_levels", "ab"),
     row("an argument that is none", "autoencoder_def.chanels", [8, 16]),
-    row("no autoencoder", "autoencoder_def", QUICK["diffusion_def"], flaw=PAIR),
+    row("no autoencoder", "autoencoder_def", QUICK["diffusion_def"]),
     row(
         "a class that needs another package",
         "autoencoder_def",
         {"_target_": "monai.networks.nets.TorchVisionFCModel", "channels": [8, 16]},
-        flaw=BUILD,
     ),
-    row("4 input channels of the unet", "diffusion_def.in_channels", 4, flaw=PAIR),
-    row("4 output channels of the unet", "diffusion_def.out_channels", 4, flaw=PAIR),
-    row("2 dimensions of the unet", "diffusion_def.spatial_dims", 2, flaw=PAIR),
-    row("classes without labels", "diffusion_def.num_class_embeds", 3, flaw=PAIR),
+    row("4 input channels of the unet", "diffusion_def.in_channels", 4),
+    row("4 output channels of the unet", "diffusion_def.out_channels", 4),
+    row("2 dimensions of the unet", "diffusion_def.spatial_dims", 2),
+    row("classes without labels", "diffusion_def.num_class_embeds", 3),
     row("conditioning without", "diffusion_def.with_conditioning", True),
-    row("conditioning as text", "diffusion_def.with_conditioning", "no", flaw=ARGUMENT),
-    row("heads below 0", "diffusion_def.num_head_channels", -1, flaw=ARGUMENT),
+    row("conditioning as text", "diffusion_def.with_conditioning", "no"),
+    row("heads below 0", "diffusion_def.num_head_channels", -1),
     row("0 heads", "diffusion_def.num_head_channels", 0),
     row("7 heads", "diffusion_def.num_head_channels", [0, 7]),
     row("dropout as text", "diffusion_def.dropout_cattn", "x"),
@@ -485,14 +467,20 @@ def test_a_value_that_cannot_be(model, path, value):
     assert script is train_diffusion or not (model.model_dir / "autoencoder.pt").exists()
 
 
-GLOB = "what pathlib raises for a pattern that it cannot take: ldm/datasets.py _from_plain_folder"
+def test_whole_numbers_do_where_fractions_are_due(project):
+    config = put(QUICK, "autoencoder_train.adam_betas", [0, 0])
+    assert train_with(project, put(config, "autoencoder_train.gradient_weight", 1)).code == 0
+    trained_well(project, "autoencoder")
+
+
 PATTERNS = [
     row("nothing", "nothing", None),
     row("outside", "../*", None),
     row("bracket", "scan_[0", None),
     row("nul", "\0", None),
-    row("absolute", "/tmp/*", "pattern", flaw=GLOB),
-    row("itself", ".", "pattern", flaw=GLOB),
+    row("absolute", "/tmp/*", "pattern"),
+    row("itself", ".", "pattern"),
+    row("stars in a name", "**_T1w", "pattern" if sys.version_info < (3, 13) else None),
 ]
 DATA_PATTERNS = table("patterns", PATTERNS)
 
@@ -552,12 +540,6 @@ EXAMPLES = dict(
 )
 
 
-def without_networks(config: dict) -> bool:
-    """Whether it leaves alone what rows of `VALUES` show to be flawed."""
-    same = all(config.get(key) == QUICK[key] for key in ("autoencoder_def", "diffusion_def"))
-    return same and "1000000000000000000" not in json.dumps(config) and "latent_channels" in config
-
-
 def is_quick(config: dict) -> bool:
     """Whether what it asks for is done in a second: the defaults are not."""
     sections = [config.get(key) for key in ("autoencoder_train", "diffusion_train", "data")]
@@ -578,7 +560,7 @@ def test_any_config(done, tmp_path, script):
     @settings(max_examples=60, **EXAMPLES)
     @given(mutated(QUICK))
     def check(config):
-        assume(without_networks(config) and is_quick(config))
+        assume(is_quick(config))
         folder = tmp_path / str(len(ends))
         project = copy_of(done, folder, *names)
         project.config_file.write_text(json.dumps(config))
@@ -601,34 +583,33 @@ def same_sample(done: Project, project: Project) -> None:
     np.testing.assert_allclose(ours, first, atol=1e-4 * np.ptp(first))
 
 
-@pytest.mark.xfail(reason=ARGUMENT, strict=True)
 def test_any_arguments_of_a_network(done, tmp_path):
     ends = []
 
-    @settings(max_examples=40, **EXAMPLES)
+    @settings(max_examples=80, **EXAMPLES)
     @given(mutated(QUICK["autoencoder_def"], 1))
     def check(definition):
-        assume("1000000000000000000" not in json.dumps(definition))  # would not end: rows of `VALUES`
         folder = tmp_path / str(len(ends))
         ends.append(train_with(copy_of(done, folder), {**QUICK, "autoencoder_def": definition}).code)
+        shutil.rmtree(folder)
 
     check()
+    assert ends.count(2) > 30
+    TABLES["networks by mutation"] = len(ends)
 
 
 # ---------------------------------------------------------------- environment files
 
-PATH = "a path that no system takes is a traceback: utils.load_environment should refuse NUL and surrogates"
-EMPTY = "an empty path is the working directory, in silence: utils.load_environment"
 FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")
 
 ENVIRONMENTS = [
     *(row(f"{key} {value!r}", {key: value}, key) for key in FOLDERS for value in (3, True, [], {}, ["a"])),
     *(row(f"{key} null", {key: None}, key) for key in FOLDERS[:3]),
-    *(row(f"{key} nul", {key: "a\0b"}, key, flaw=PATH) for key in FOLDERS),
-    *(row(f"{key} surrogate", {key: "\ud800"}, key, flaw=PATH) for key in FOLDERS),
-    row("data_base_dir empty", {"data_base_dir": ""}, "data_base_dir"),
-    row("model_dir empty", {"model_dir": ""}, "model_dir", flaw=EMPTY),
-    *(row(f"{key} long", {key: "x" * 3000}, "x", flaw=LONG) for key in ("data_base_dir", "model_dir")),
+    *(row(f"{key} nul", {key: "a\0b"}, key) for key in FOLDERS),
+    *(row(f"{key} surrogate", {key: "\ud800"}, key) for key in FOLDERS),
+    *(row(f"{key} empty", {key: ""}, key) for key in ("data_base_dir", *FOLDERS)),
+    *(row(f"{key} long", {key: "x" * 3000}, key) for key in ("data_base_dir", "model_dir")),
+    *(row(f"{key} long in all", {key: "x/" * 1500}, key) for key in ("data_base_dir", "model_dir")),
     *(row(f"{key} a file", {key: "FILE"}, "config.json") for key in ("data_base_dir", *FOLDERS)),
     *(row(f"{key} in a file", {key: "FILE/x"}, "config.json") for key in ("data_base_dir", *FOLDERS)),
     *(row(f"data {v!r}", {"data_base_dir": v}, "data_base_dir") for v in (3, None, [], {}, ["a", 3])),
@@ -662,8 +643,6 @@ def test_any_environment(done, tmp_path, monkeypatch):
     @settings(max_examples=25, **EXAMPLES)
     @given(mutated(whole))
     def check(content):
-        texts = [value for value in content.values() if isinstance(value, str)]
-        assume(all(text and text.isprintable() for text in texts))  # rows of `ENVIRONMENTS`
         folder = tmp_path / str(len(ends))
         project = copy_of(done, folder)
         monkeypatch.chdir(folder)
@@ -768,10 +747,6 @@ def test_a_header_whose_damage_does_not_matter_reads_the_same(done, tmp_path, en
     trained_well(project, "autoencoder")
 
 
-FAR = "an origin of 1e30 mm collapses the volume to one voxel: ldm/transforms.open_image"
-ZERO = "a voxel size of 0 is read as 1 mm: ldm/transforms.open_image (the stored pixdim)"
-CODE = "a qform_code that is none mirrors the volume: ldm/transforms.open_image (the stored codes)"
-
 BAD_HEADERS = [  # field, value, index, whether there is an sform, why
     *(row(f"dim[0] {v}", "dim", v, 0, True, r"shape \(|vox offset") for v in (-1, 0, 1, 2, 5, 7, 8, 32767)),
     *(
@@ -797,7 +772,7 @@ BAD_HEADERS = [  # field, value, index, whether there is an sform, why
         for v in (NAN, INF, 0, 1e-30, 1e30)
     ),
     *(row(f"srow_{a}[3] {v}", f"srow_{a}", v, 3, True, "not inv") for a in "xyz" for v in (NAN, INF)),
-    *(row(f"srow_{a}[3] 1e30", f"srow_{a}", 1e30, 3, True, "", flaw=FAR) for a in "xyz"),
+    *(row(f"srow_{a}[3] 1e30", f"srow_{a}", 1e30, 3, True, "origin") for a in "xyz"),
     *(
         row(f"magic {v!r}", "magic", v, None, True, "cannot be read as an image")
         for v in (b"", b"n+2", b"n+9", b"xxxx", b"n+1x", b"\xff" * 4)
@@ -808,14 +783,14 @@ BAD_HEADERS = [  # field, value, index, whether there is an sform, why
         for v in (NAN, INF, 2, 1e30)
     ),
     *(row(f"qoffset_{a} {v}", f"qoffset_{a}", v, None, False, "not inv") for a in "xyz" for v in (NAN, INF)),
-    *(row(f"qoffset_{a} 1e30", f"qoffset_{a}", 1e30, None, False, "", flaw=FAR) for a in "xyz"),
+    *(row(f"qoffset_{a} 1e30", f"qoffset_{a}", 1e30, None, False, "origin") for a in "xyz"),
     *(
         row(f"pixdim[{i}] {v}", "pixdim", v, i, False, "not invertible|its voxels are")
         for i in (1, 2, 3)
         for v in (NAN, INF, 1e-30, 1e30)
     ),
-    *(row(f"pixdim[{i}] 0", "pixdim", 0, i, False, "", flaw=ZERO) for i in (1, 2, 3)),
-    *(row(f"qform_code {v}", "qform_code", v, None, False, "", flaw=CODE) for v in (-1, 99, 32767)),
+    *(row(f"pixdim[{i}] 0", "pixdim", 0, i, False, "its voxels are") for i in (1, 2, 3)),
+    *(row(f"qform_code {v}", "qform_code", v, None, False, "qform_code") for v in (-1, 99, 32767)),
 ]
 
 
@@ -969,7 +944,6 @@ def label_of(values: np.ndarray, affine: np.ndarray = AFFINE) -> bytes:
 
 
 MASK = (scan(9) > 200).astype(np.float32)
-UNREAD = "training takes a label's values as they come, and casts them to uint8: ldm/transforms.py label"
 
 LABELS = [
     row("empty file", b"", "cannot be read"),
@@ -985,11 +959,11 @@ LABELS = [
     row("complex", label_of(MASK.astype(np.complex64)), "complex"),
     row("affine", with_field(LABEL, "srow_x", NAN, 0), "affine"),
     row("scaling", with_field(LABEL, "scl_slope", INF), "scaling"),
-    row("NaN", label_of(np.where(MASK > 0, NAN, MASK)), "NaN", flaw=UNREAD),
-    row("infinite", label_of(np.where(MASK > 0, INF, MASK)), "NaN|inf", flaw=UNREAD),
-    row("fractions", label_of(MASK / 2), "whole", flaw=UNREAD),
-    row("below 0", label_of(-MASK), "0 to 255", flaw=UNREAD),
-    row("256", label_of((MASK * 256).astype(np.int16)), "0 to 255", flaw=UNREAD),
+    row("NaN", label_of(np.where(MASK > 0, NAN, MASK)), "NaN"),
+    row("infinite", label_of(np.where(MASK > 0, INF, MASK)), "NaN|inf"),
+    row("fractions", label_of(MASK / 2), "whole"),
+    row("below 0", label_of(-MASK), "0 to 255"),
+    row("256", label_of((MASK * 256).astype(np.int16)), "0 to 255"),
 ]
 
 
@@ -1017,7 +991,6 @@ def test_a_label_that_no_one_asks_for_keeps_no_one_from_training(project):
 # ---------------------------------------------------------------- lists of cases
 
 SCANS = [{"image": f"imagesTr/scan_{i}.nii.gz"} for i in range(4)]
-NOT_A_PATH = '"label" that is no file name is taken for none: ldm/datasets.py _listed'
 
 
 def first(**entry) -> dict:
@@ -1031,8 +1004,8 @@ CASES = [  # what the file holds, and what the error names
     row("utf-16", json.dumps({"training": SCANS}).encode("utf-16"), "JSON"),
     row("binary", b"\x80\xff\x00", "JSON"),
     row("byte-order mark", b"\xef\xbb\xbf{}", "JSON"),
-    row("deep", b"[" * 100_000, "JSON", flaw=DEEP),
-    row("twice", b'{"training": [], ' + json.dumps({"training": SCANS}).encode()[1:], "training", flaw=TWICE),
+    row("deep", b"[" * 100_000, "JSON"),
+    row("twice", b'{"training": [], ' + json.dumps({"training": SCANS}).encode()[1:], "the key 'training'"),
     *(row(f"training {v!r}", {"training": v}, "training") for v in (None, "x", 3, {"a": 1}, [])),
     row("no training", {"numTraining": 4}, "training"),
     *(row(f"entry {v!r}", {"training": [v, *SCANS]}, "entry 0") for v in (None, 3, [], {}, [["a"]])),
@@ -1044,13 +1017,13 @@ CASES = [  # what the file holds, and what the error names
     row("image with half a surrogate pair", first(image="\ud800"), "is not there"),
     row("image no image", first(image="dataset.json"), "dataset.json"),
     row("label nowhere", first(label="nowhere.nii.gz"), "nowhere.nii.gz"),
-    *(row(f"label {v!r}", first(label=v), "label", flaw=NOT_A_PATH) for v in (3, ["a"], {}, True)),
+    *(row(f"label {v!r}", first(label=v), "label") for v in (3, ["a"], {}, True)),
     row("a case twice", {"training": SCANS + SCANS[:1]}, "scan_0"),
     row("a name twice", {"training": [{**one, "name": "same"} for one in SCANS]}, "same"),
 ]
 FOLDER = [
     *(row(f"channel_names {v!r}", {"channel_names": v}, "channel_names") for v in (None, [], "x", 3)),
-    row("no channels", {"channel_names": {}}, "channel", flaw="IndexError: ldm/checks.py check_header"),
+    row("no channels", {"channel_names": {}}, "channel"),
     *(
         row(f"file_ending {v!r}", {"channel_names": {"0": "T1"}, "file_ending": v}, "file_ending")
         for v in (3, [".nii"], ".png", None, "")
@@ -1096,7 +1069,8 @@ def test_validation_cases_that_are_wrong(project, value):
 
 LABEL_NAMES = [
     *(row(repr(v), v) for v in (None, [], "x", {}, {"a": 1.5}, {"a": [[1]]}, {"-1": "x"}, {"a": None})),
-    row("digits that are none", {"\u00b2": "x"}, flaw="ValueError: ldm/checks.py label_values, isdigit"),
+    row("digits that are none", {"\u00b2": "x"}),
+    row("5000 digits", {"1" * 5000: "x"}),
 ]
 
 
@@ -1123,24 +1097,13 @@ PARTICIPANTS = [  # content, what the error names; None: fine
     row("binary", b"\xff\xfe\x00", "UTF-8"),
     row("utf-16", "participant_id\tage\nsub-0\t3\n".encode("utf-16"), "UTF-8"),
     row("field of 200000 letters", b"participant_id\tage\nsub-0\t" + b"x" * 200_000, "table"),
-    row(
-        "a subject twice",
-        b"participant_id\tage\nsub-0\t3\nsub-0\t4\n",
-        "sub-0",
-        flaw="the last row wins in silence: ldm/datasets.py _participants",
-    ),
+    row("a subject twice", b"participant_id\tage\nsub-0\t3\nsub-0\t4\n", "sub-0"),
     row(
         "a quotation mark that is not closed",
         b'participant_id\tage\nsub-0\t"3\nsub-1\t4\nsub-2\t5\n',
-        "participants.tsv",
-        flaw="it swallows the rows after it: ldm/datasets.py _participants, csv.QUOTE_NONE",
+        "table",
     ),
-    row(
-        "more fields than columns",
-        b"participant_id\tage\nsub-0\t3\t4\t5\n",
-        "participants.tsv",
-        flaw="they go to a column None: ldm/datasets.py _participants",
-    ),
+    row("more fields than columns", b"participant_id\tage\nsub-0\t3\t4\t5\n", "columns"),
 ]
 
 
@@ -1161,14 +1124,6 @@ def test_a_table_of_participants(project, content, named):
 # ---------------------------------------------------------------- checkpoints: the content
 
 DELETED = object()
-ENTRY = "ldm/checkpoints.load_checkpoint does not say what a checkpoint's entries are"
-SAMPLE = "inference.load_networks takes what the checkpoint says unchecked"
-CRASH = "the fused optimiser reads beyond a state of another shape: ldm/training.Stepper.load_state_dict"
-STATE = "an optimiser's state is taken unchecked: ldm/training.Stepper.load_state_dict"
-DTYPE = "weights that are no floats are cast in silence: ldm/networks.load_weights"
-NAMED = "names model_dir's file, not the one that --resume named: utils.Training"
-SPARSE = "load_state_dict raises RuntimeError: ldm/networks.load_weights"
-FINITE = "what is not finite is written: inference.draw"
 
 
 def altered(source: Path, target: Path, path: tuple, value) -> Path:
@@ -1208,28 +1163,28 @@ RESUMED = [  # path, value: of autoencoder_last.pt and diffusion_unet_last.pt
     *(row(f"config {v!r}", ("config",), v) for v in ("x", None, [], 3)),
     *(row(f"model {v!r}", ("model",), v) for v in ("x", None, [], {}, {"a": 3}, {3: torch.ones(1)})),
     *(row(f"stepper {v!r}", ("stepper",), v) for v in ("x", None, [])),
-    *(row(f"ema {v!r}", ("ema",), v, flaw=NAMED) for v in ("x", [], {"a": 1})),
-    row("no ema", ("ema",), DELETED, flaw=NAMED),
-    row("nothing in the stepper", ("stepper",), {}, flaw=NAMED),
+    *(row(f"ema {v!r}", ("ema",), v) for v in ("x", [], {"a": 1})),
+    row("no ema", ("ema",), DELETED),
+    row("nothing in the stepper", ("stepper",), {}),
     row("weights NaN", ("model",), weight(lambda w: w * NAN)),
     row("weights infinite", ("model",), weight(lambda w: w + INF)),
-    row("weight of another shape", ("model",), weight(lambda w: w[:1]), flaw=NAMED),
-    row("weight sparse", ("model",), weight(lambda w: w.to_sparse()), flaw=NAMED),
-    row("weight more", ("model", "more"), torch.ones(1), flaw=NAMED),
-    row("weights of integers", ("model",), weight(lambda w: w.int()), flaw=DTYPE),
-    row("weights complex", ("model",), weight(lambda w: w.to(torch.complex64)), flaw=DTYPE),
-    row("no state of the optimiser", ("stepper", "optimizer", "state"), {}, flaw=STATE),
-    row("no groups", ("stepper", "optimizer", "param_groups"), [], flaw=NAMED),
-    row("no optimiser", ("stepper", "optimizer"), DELETED, flaw=NAMED),
-    row("no mean", (*ADAM, "exp_avg"), DELETED, flaw=STATE),
-    row("mean as text", (*ADAM, "exp_avg"), "x", flaw=STATE),
-    row("mean of another shape", (*ADAM, "exp_avg"), torch.zeros(2, 2), flaw=CRASH, run=False),
-    row("square of another shape", (*ADAM, "exp_avg_sq"), torch.zeros(2, 2), flaw=CRASH, run=False),
+    row("weight of another shape", ("model",), weight(lambda w: w[:1])),
+    row("weight sparse", ("model",), weight(lambda w: w.to_sparse())),
+    row("weight more", ("model", "more"), torch.ones(1)),
+    row("weights of integers", ("model",), weight(lambda w: w.int())),
+    row("weights complex", ("model",), weight(lambda w: w.to(torch.complex64))),
+    row("no state of the optimiser", ("stepper", "optimizer", "state"), {}),
+    row("no groups", ("stepper", "optimizer", "param_groups"), []),
+    row("no optimiser", ("stepper", "optimizer"), DELETED),
+    row("no mean", (*ADAM, "exp_avg"), DELETED),
+    row("mean as text", (*ADAM, "exp_avg"), "x"),
+    row("mean of another shape", (*ADAM, "exp_avg"), torch.zeros(2, 2)),
+    row("square of another shape", (*ADAM, "exp_avg_sq"), torch.zeros(2, 2)),
     row("mean NaN", (*ADAM, "exp_avg"), lambda t: t * NAN),
     row("square below 0", (*ADAM, "exp_avg_sq"), lambda t: -1 - t),
-    row("steps of several", (*ADAM, "step"), torch.zeros(2, 2), flaw=STATE),
-    row("one beta", (*GROUP, "betas"), [1], flaw=STATE),
-    row("rate as text", (*GROUP, "lr"), "x", flaw=STATE),
+    row("steps of several", (*ADAM, "step"), torch.zeros(2, 2)),
+    row("one beta", (*GROUP, "betas"), [1]),
+    row("rate as text", (*GROUP, "lr"), "x"),
 ]
 
 
@@ -1250,16 +1205,16 @@ def test_a_checkpoint_to_go_on_from_that_is_wrong(models, script, path, value):
 AUTOENCODERS = [  # of autoencoder.pt, through stage 2 and through inference
     *(row(f"format {v!r}", ("format",), v) for v in ("1", None, [], 2, torch.ones(2))),
     *(row(f"model {v!r}", ("model",), v) for v in (DELETED, "x", None, [], {}, {"a": 3}, torch.ones(2))),
-    *(row(f"config {v!r}", ("config",), v, flaw=ENTRY) for v in ("x", None, [], 3, {})),
-    row("no definition", ("config", "autoencoder_def"), DELETED, flaw=ENTRY),
+    *(row(f"config {v!r}", ("config",), v) for v in ("x", None, [], 3, {})),
+    row("no definition", ("config", "autoencoder_def"), DELETED),
     row("another definition", ("config", "autoencoder_def"), {}),
     row("weight of another shape", ("model",), weight(lambda w: w[:1])),
-    row("weight sparse", ("model",), weight(lambda w: w.to_sparse()), flaw=SPARSE),
+    row("weight sparse", ("model",), weight(lambda w: w.to_sparse())),
     row("weight more", ("model", "more"), torch.ones(1)),
     row("weights NaN", ("model",), weight(lambda w: w * NAN)),
     row("weights infinite", ("model",), weight(lambda w: w + INF)),
-    row("weights of integers", ("model",), weight(lambda w: w.int()), flaw=DTYPE),
-    row("weights complex", ("model",), weight(lambda w: w.to(torch.complex64)), flaw=DTYPE),
+    row("weights of integers", ("model",), weight(lambda w: w.int())),
+    row("weights complex", ("model",), weight(lambda w: w.to(torch.complex64))),
 ]
 
 
@@ -1276,24 +1231,24 @@ THREE = ([], [1], [1, 2], [0, 0, 0], [NAN] * 3, ["a"] * 3, "x", None, DELETED)
 UNETS = [  # of diffusion_unet.pt, through inference
     *(row(f"format {v!r}", ("format",), v) for v in ("1", None, [], 2, torch.ones(2))),
     *(row(f"model {v!r}", ("model",), v) for v in (DELETED, "x", None, [], {}, {"a": 3})),
-    *(row(f"config {v!r}", ("config",), v, flaw=ENTRY) for v in ("x", None, [], 3, {})),
-    *(row(f"factor {v!r}", ("scale_factor",), v, flaw=SAMPLE) for v in ("x", [], 0, -1, NAN, INF, HUGE)),
+    *(row(f"config {v!r}", ("config",), v) for v in ("x", None, [], 3, {})),
+    *(row(f"factor {v!r}", ("scale_factor",), v) for v in ("x", [], 0, -1, NAN, INF, HUGE)),
     row("no factor", ("scale_factor",), DELETED),
-    *(row(f"geometry {v!r}", ("geometry",), v, flaw=SAMPLE) for v in ("x", None, [], 3, {})),
-    *(row(f"spacing {v!r}", ("geometry", "spacing"), v, flaw=SAMPLE) for v in THREE),
-    row("spacing mirrored", ("geometry", "spacing"), [-1, 2, 2], flaw=SAMPLE),
-    *(row(f"size {v!r}", ("geometry", "size"), v, flaw=SAMPLE) for v in THREE),
-    *(row(f"limits {v!r}", ("geometry", "limits"), v, flaw=SAMPLE) for v in (*THREE, [[1, 0]], [[NAN, 1]])),
+    *(row(f"geometry {v!r}", ("geometry",), v) for v in ("x", None, [], 3, {})),
+    *(row(f"spacing {v!r}", ("geometry", "spacing"), v) for v in THREE),
+    row("spacing mirrored", ("geometry", "spacing"), [-1, 2, 2]),
+    *(row(f"size {v!r}", ("geometry", "size"), v) for v in THREE),
+    *(row(f"limits {v!r}", ("geometry", "limits"), v) for v in (*THREE, [[1, 0]], [[NAN, 1]])),
     *(
-        row(f"latent_shape {v!r}", ("latent_shape",), v, flaw=SAMPLE)
+        row(f"latent_shape {v!r}", ("latent_shape",), v)
         for v in ("x", None, [], [3], [3, 8, 10], [4, 8, 10, 6], [3, 0, 8, 8], [3, 7, 9, 5], [3, 2, 2, 2])
     ),
     row("latents too many", ("latent_shape",), [3, 10**4, 10**4, 10**4]),
     row("weight of another shape", ("model",), weight(lambda w: w[:1])),
     row("weight more", ("model", "more"), torch.ones(1)),
-    row("weights NaN", ("model",), weight(lambda w: w * NAN), flaw=FINITE),
-    row("weights infinite", ("model",), weight(lambda w: w + INF), flaw=FINITE),
-    row("weights of integers", ("model",), weight(lambda w: w.int()), flaw=DTYPE),
+    row("weights NaN", ("model",), weight(lambda w: w * NAN)),
+    row("weights infinite", ("model",), weight(lambda w: w + INF)),
+    row("weights of integers", ("model",), weight(lambda w: w.int())),
 ]
 
 
@@ -1338,7 +1293,7 @@ def with_member(name: str) -> Callable[[bytes], bytes]:
 
 
 DAMAGE = [
-    row("empty", lambda c: b"", flaw="IndexError of an error without words: ldm/checkpoints.load_checkpoint"),
+    row("empty", lambda c: b""),
     *(row(f"cut at {n}", lambda c, n=n: c[:n]) for n in (1, 4, 100)),
     *(row(f"cut at {s:.0%}", lambda c, s=s: c[: int(s * len(c))]) for s in (0.1, 0.25, 0.5, 0.75, 0.99)),
     row("cut by 1", lambda c: c[:-1]),
@@ -1414,7 +1369,6 @@ def sample(done, tmp_path) -> tuple[Path, dict]:
     return path, json.loads(path.read_text())
 
 
-NUMBER = "NaN and Infinity pass for numbers: ldm/provenance.py Validator"
 RECORDS = [
     row("another definition", "config", lambda c: {**c, "autoencoder_def": {}}),
     row("no unet", "config", lambda c: {k: v for k, v in c.items() if k != "diffusion_def"}),
@@ -1426,10 +1380,10 @@ RECORDS = [
     row("no batch", "batch", lambda b: []),
     row("steps of 0", "steps", lambda s: 0),
     row("steps beyond all memory", "steps", lambda s: 10**15),
-    row("steps beyond 64 bits", "steps", lambda s: HUGE, flaw="no upper bound: ldm/provenance.py SCHEMA"),
+    row("steps beyond 64 bits", "steps", lambda s: HUGE),
     row("a factor of 0", "scale_factor", lambda s: 0),
-    row("a factor NaN", "scale_factor", lambda s: NAN, flaw=NUMBER),
-    row("a factor infinite", "scale_factor", lambda s: INF, flaw=NUMBER),
+    row("a factor NaN", "scale_factor", lambda s: NAN),
+    row("a factor infinite", "scale_factor", lambda s: INF),
     row("no threads", "threads", lambda t: 0),
     row("a million threads", "threads", lambda t: 10**6),
     row("a format to come", "format", lambda f: 2),
@@ -1499,7 +1453,6 @@ PAIR_OF_FILES = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
 WHOLE_SET = described([PAIR_OF_FILES])
 
 
-OS = "an OSError that the archive caused passes for one of the disk: ldm/download.unpack"
 ARCHIVES = [
     row("gzip", gzip.compress(archive(WHOLE_SET))),
     row("xz", lzma.compress(archive(WHOLE_SET))),
@@ -1507,20 +1460,16 @@ ARCHIVES = [
     row("headers overwritten", archive(WHOLE_SET)[:100] + b"x" * 300 + archive(WHOLE_SET)[400:]),
     row("zeros", bytes(10240)),
     row("cut in a file", archive(WHOLE_SET)[:1500]),
-    row("a file larger than all disks", archive(WHOLE_SET, sizes={"labelsTr/a.nii.gz": 10**15}), flaw=OS),
+    row("a file larger than all disks", archive(WHOLE_SET, sizes={"labelsTr/a.nii.gz": 10**15})),
     row("dataset.json a folder", archive({"dataset.json/x": b"a"})),
     row("dataset.json empty", archive({**WHOLE_SET, "dataset.json": b""})),
     row("dataset.json a list", archive({**WHOLE_SET, "dataset.json": b"[]"})),
-    row(
-        "dataset.json deep",
-        archive({**WHOLE_SET, "dataset.json": b"[" * 10**5}),
-        flaw="ldm/download.find_gap",
-    ),
-    row("a folder where a file is due", archive({**WHOLE_SET, "imagesTr/a.nii.gz/x": b"a"}), flaw=OS),
+    row("dataset.json deep", archive({**WHOLE_SET, "dataset.json": b"[" * 10**5})),
+    row("a folder where a file is due", archive({**WHOLE_SET, "imagesTr/a.nii.gz/x": b"a"})),
     *(row(f"training {v!r}", archive(described(v))) for v in (None, 3, "x", {}, [None], [3], [[]], ["a"])),
     *(
         row(f"image {v!r}", archive(described([{**PAIR_OF_FILES, "image": v}])))
-        for v in (None, 3, [], {}, "", "imagesTr", "../outside", "a\0b")
+        for v in (None, 3, [], {}, "", "imagesTr", "../outside", "a\0b", "long" * 100)
     ),
     *(row(f"test {v!r}", archive(described([PAIR_OF_FILES], test=v))) for v in (None, 3, [3], [{}], ["x"])),
 ]

@@ -12,7 +12,7 @@ from ldm.networks import (
     NETWORKS,
     add_checkpointing,
     check_discriminator_size,
-    check_divisible,
+    check_size,
     downsampling,
     instantiate,
     load_weights,
@@ -217,9 +217,9 @@ def test_checkpointing_changes_no_number(package, name, arguments):
 
 
 def test_nearest_sizes_are_named():
-    check_divisible([16, 32, 48], 16, "here")
+    check_size([16, 32, 48], 16, "here")
     with pytest.raises(UserError, match=r"here: \[30, 32, 3\] .* multiples of 8: 24 or 32 x 32 x 8\."):
-        check_divisible([30, 32, 3], 8, "here")
+        check_size([30, 32, 3], 8, "here")
 
 
 def test_downsampling():

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train_autoencoder
 import train_diffusion
-import utils
+from ldm.bookkeeping import Training
 from ldm.training import Means, Stepper, Watch
 
 NAN = math.nan
@@ -107,7 +107,7 @@ def planted(script, source: str, *numbers: int):
         averages.append(real_ema(*args))
         return averages[-1]
 
-    averages, real_note, real_ema = [], utils.Training.step, script.make_ema
+    averages, real_note, real_ema = [], Training.step, script.make_ema
     with pytest.MonkeyPatch.context() as patch:
         if script is train_diffusion:
             real_loss = train_diffusion.diffusion_loss
@@ -121,7 +121,7 @@ def planted(script, source: str, *numbers: int):
             patch.setattr(train_autoencoder, "discriminator_loss", discriminator_loss)
         patch.setattr(Stepper, "backward", backward)
         patch.setattr(Stepper, "step", step)
-        patch.setattr(utils.Training, "step", note_cases)
+        patch.setattr(Training, "step", note_cases)
         patch.setattr(script, "make_ema", make_ema)
         yield seen
         seen["averages"].append([average.state_dict() for average in averages])
@@ -307,7 +307,7 @@ def test_the_decision_is_read_a_step_later(project, monkeypatch):
     note(Watch, "cast", "cast")
     note(train_diffusion.Learner, "update_average", "average")
     note(Stepper, "step", "step")
-    note(utils.Training, "end_epoch", "end")
+    note(Training, "end_epoch", "end")
     project.run(train_diffusion, "--no-amp")
     # The end of epoch 0, at which the checkpoint stands, comes again first.
     assert order == ["end", "cast", "step"] + ["cast", "average", "step"] * 3 + ["end", "average"]
@@ -446,9 +446,10 @@ WORKER = """
 import os
 import sys
 
+import chain
 import test_nonfinite
 
-test_nonfinite.worker(sys.argv[1], int(os.environ["RANK"]), sys.argv[2:])
+chain.leave_after(test_nonfinite.worker, sys.argv[1], int(os.environ["RANK"]), sys.argv[2:])
 """
 
 
@@ -475,8 +476,8 @@ def worker(folder: str, rank: int, argv: list[str]) -> None:
             torch.save(held, os.path.join(folder, f"held_{rank}.pt"))
             raise
 
-    real, real_read = utils.Training.step, Watch.read
-    utils.Training.step, Watch.read = step, read
+    real, real_read = Training.step, Watch.read
+    Training.step, Watch.read = step, read
     number = 3 if rank else 0  # there is no batch 0
     with planted(train_autoencoder, "gradient", number) as seen:
         train_autoencoder.main(argv)

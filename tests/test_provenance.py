@@ -21,6 +21,7 @@ from torch.distributed.run import parse_args
 import inference
 import utils
 from ldm import provenance
+from ldm.processes import Run
 
 DRAW = ("--num", "3", "--steps", "4", "--batch-size", "2")  # seeds 0 and 1 share a batch
 
@@ -332,8 +333,10 @@ def test_a_record_that_lacks_a_key_is_refused(drawn, key):
         ({"batch": [1, "2"]}, "batch.1"),
         ({"sampler": "heun"}, "sampler"),
         ({"steps": 0}, "steps"),
+        ({"steps": 10**7}, "steps"),
         ({"steps": True}, "steps"),
         ({"scale_factor": 0}, "scale_factor"),
+        ({"scale_factor": 1e30}, "scale_factor"),
         ({"precision": "float8"}, "precision"),
         ({"device": "tpu"}, "device"),
         ({"threads": 10**9}, "threads"),
@@ -361,7 +364,7 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content):
 
 
 def test_one_volume_is_not_made_by_several_processes(drawn, monkeypatch):
-    monkeypatch.setattr(utils, "start", lambda args: utils.Run(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(utils, "start", lambda args: Run(1, 2, torch.device("cpu")))
     assert "without torchrun" in refused(drawn)
 
 
@@ -370,6 +373,14 @@ def test_a_config_that_was_edited_is_refused(drawn):
     config["NoiseScheduler"]["num_train_timesteps"] = 500
     rewrite(drawn, config=config)
     assert "config: was changed" in refused(drawn)
+
+
+@pytest.mark.parametrize("config", [{}, {"autoencoder_def": {}}, {"autoencoder_def": "os.system"}])
+def test_the_config_of_a_record_is_checked_as_any_config_is(drawn, config):
+    """Though its hash is right, and whatever the checkpoints say of theirs."""
+    rewrite(drawn, config=config, config_sha256=provenance.config_hash(config))
+    message = refused(drawn)
+    assert str(drawn) in message and "autoencoder_def" in message
 
 
 # ---------------------------------------------------------------- the same command again

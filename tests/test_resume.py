@@ -9,7 +9,9 @@ from chain import Project, copy_of, differences, fingerprint
 
 import train_autoencoder
 import train_diffusion
+from ldm import UserError
 from ldm.checkpoints import StageFiles, load_checkpoint, save_checkpoint, weights_hash
+from ldm.training import Stepper
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
@@ -114,6 +116,37 @@ def test_fewer_epochs_than_were_trained_leave_nothing_to_do(whole, tmp_path, scr
     assert "trained to the end already" in said
     for name in names[:2]:
         assert not differences(project.checkpoint(name)["model"], whole.checkpoint(name)["model"])
+
+
+def test_the_options_of_the_optimiser_are_those_of_the_config(whole, tmp_path):
+    """As are learning rate and clipping: the checkpoint brings the moments, and no more."""
+    project = copy_of(whole, tmp_path / "again", "autoencoder.pt", *UNET, "split.json", "train_log.jsonl")
+    given = {"adam_betas": [0.5, 0.75], "max_epochs": 5}
+    project.change(diffusion_train=project.config["diffusion_train"] | given)
+    project.run(train_diffusion, "--no-amp")
+    state = project.checkpoint("diffusion_unet_last.pt")["stepper"]["optimizer"]
+    assert state["param_groups"][0]["betas"] == (0.5, 0.75) and state["state"][0]["step"] == 20
+
+
+def test_the_state_of_an_optimiser_fits_its_parameters():
+    """A parameter that no loss depends on has none, and is no fault."""
+    section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
+
+    def stepper(*sides: int) -> Stepper:
+        return Stepper(torch.nn.ParameterList(torch.ones(side) for side in sides), section, None)
+
+    one = stepper(2, 3, 4)
+    one.backward(one.parameters[0].sum() + one.parameters[2].sum())
+    one.clip()
+    one.step(1e-2, torch.zeros(()))
+    state = one.state_dict()
+    other = stepper(2, 3, 4)
+    other.load_state_dict(state, "last.pt")
+    assert sorted(state["optimizer"]["state"]) == [0, 2]
+    assert not differences(other.state_dict()["optimizer"]["state"], state["optimizer"]["state"])
+    for sides in ((2, 3, 5), (2, 3), (4, 3, 2)):
+        with pytest.raises(UserError, match=r"last\.pt: the state of its optimiser does not fit"):
+            stepper(*sides).load_state_dict(state, "last.pt")
 
 
 # ---------------------------------------------------------------- what a start begins from
@@ -275,8 +308,9 @@ def test_the_hash_of_weights_is_of_names_types_shapes_and_values():
 
 def test_a_save_keeps_the_one_before_and_leaves_no_part(tmp_path):
     files = StageFiles(tmp_path, "autoencoder")
+    config = dict.fromkeys(("autoencoder_def", "channel", "spacing", "intensity"))
     for step in (1, 2, 3):
-        files.save_last({"step": step, "model": {"weight": torch.zeros(1)}})
+        files.save_last({"step": step, "model": {"weight": torch.zeros(1)}, "config": config})
     assert load_checkpoint(files.last)["step"] == 3 and load_checkpoint(files.prev)["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder_last.pt", "autoencoder_prev.pt"]
 

@@ -1,5 +1,6 @@
 """From a file to a normalised volume: orientation, resampling, channels, units, and files that are bad."""
 
+import gzip
 import itertools
 import struct
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from ldm import UserError
 from ldm.transforms import (
+    CHUNK,
+    MGH_TAGS,
     Preprocessing,
     augmentation,
     fit,
@@ -19,6 +22,7 @@ from ldm.transforms import (
     intensity_range,
     open_image,
     ras_geometry,
+    read_image,
     to_unit_range,
 )
 
@@ -308,6 +312,26 @@ def test_damaged_file_is_read_or_refused(tmp_path_factory, write_image, name):
             assert str(path) in str(error)
 
     damage()
+
+
+@pytest.mark.parametrize("name, more", [("a.nii.gz", 0), ("a.mgz", MGH_TAGS)])
+def test_no_more_is_unpacked_than_the_header_tells_of(tmp_path, write_image, monkeypatch, name, more):
+    """A bomb: a small file that unpacks to a hundred times what memory may hold."""
+    path = write_image(tmp_path / name, np.random.default_rng(0).random((12, 12, 12), np.float32))
+    read_image(path)
+    with gzip.open(path, "ab") as file:
+        file.write(bytes(2 * MGH_TAGS + 20 * CHUNK))
+    read, unpacked = gzip.GzipFile.read, []
+
+    def counted(file, size=-1):
+        content = read(file, size)
+        unpacked.append(len(content))
+        return content
+
+    monkeypatch.setattr(gzip.GzipFile, "read", counted)
+    with pytest.raises(UserError, match="its voxels cannot be read .* The header is damaged"):
+        read_image(path)
+    assert sum(unpacked) <= more + 2 * CHUNK
 
 
 ODD = {  # what becomes of each file, read as an image: None, or a part of the message

@@ -1,0 +1,276 @@
+"""The bookkeeping of a training run: where it is, what is saved and logged, what the ranks agree on."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.checkpoints import StageFiles, save_checkpoint, written_whole
+from ldm.datasets import stream
+from ldm.logs import TrainLog
+from ldm.processes import CLEAN_UP, Interruption, Run, signals_held_back
+from ldm.training import Clock, Means, Stepper, Watch, learning_rate
+
+
+class Training:
+    """The bookkeeping of a training run in either stage: where it is, what the ranks agree on, what is saved
+    and logged. The script holds the loop:
+
+        for epoch in training.epochs():
+            for number, batch, last in training.batches():
+                ...                                        # forward and backward
+                training.step(terms, batch, last, steppers)
+            if training.end_epoch():
+                ...                                        # validate
+                training.keep(score, scores)
+
+    Whatever happens next is a function of (seed, epoch, batch, rank) and of what is saved here, so that a run
+    that was killed at any moment and one that never was write the same weights and the same log.
+
+    Args:
+        stage: `autoencoder` or `diffusion`; its section of the config is `stage`_train.
+        learner: the networks; has `shown` (the weights to keep), `state_dict()`, `load_state_dict(state)` and
+            `update_average()`.
+        loader: of `make_loader`.
+        files: the stage's checkpoints.
+        facts: what goes into each checkpoint besides, `config` among it.
+        better: `better(score, best)`, such as `operator.gt`.
+        resumed: of `starting_point`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        learner,
+        loader: DataLoader,
+        files: StageFiles,
+        facts: dict,
+        better: Callable[[float, float], bool],
+        environment: dict,
+        run: Run,
+        resumed: dict | None,
+    ):
+        self.stage, self.learner, self.loader, self.files = stage, learner, loader, files
+        self.facts, self.better, self.run = facts, better, run
+        self.section, self.seed = facts["config"][f"{stage}_train"], facts["config"]["seed"]
+        self.epoch, self.batch, step, sums = self._position(resumed)
+        self.means, self.done = Means(sums), False
+        seconds, masked = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
+        if resumed:
+            learner.load_state_dict(resumed)
+            run.say(
+                f"resumed in epoch {self.epoch} after {self.batch} of its {len(loader)} batches, step {step}"
+            )
+        self.best = run.from_main(files.best_score)
+        steps_per_epoch = len(loader) // self.section["accumulate_steps"]
+        self.clock = Clock(self.section, steps_per_epoch, step, seconds)
+        self.watch = Watch(
+            run.world_size,
+            run.gather,
+            self.section["max_nonfinite_steps"],
+            seconds,
+            masked,
+            learner.update_average,
+            run.say,
+        )
+        if self.progress >= 1:
+            run.say(f"{stage}: trained to the end already; raise max_epochs or max_minutes to go on.")
+        self.log = None
+        if run.is_main:
+            write_resolved(facts["config"], environment["model_dir"] / f"config_{stage}.json")
+            path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
+            self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
+        self.bar = progress_bar(run, stage, self.clock.total_steps)
+        self.bar.update(step)
+        self.accumulated, self.names = 0.0, []  # loss and cases of the step under way
+        self.interruption = Interruption()
+
+    def _position(self, resumed: dict | None) -> tuple[int, int, int, dict]:
+        """Epoch, batches of it that are done, optimiser steps, and the sums of its losses."""
+        if resumed is None:
+            return 0, 0, 0, {}
+        epoch, batch, step, sums = (resumed[key] for key in ("epoch", "batch", "step", "sums"))
+        before, now = resumed["batches_per_epoch"], len(self.loader)
+        if before != now:
+            epoch += batch == before
+            batch, step, sums = 0, epoch * (now // self.section["accumulate_steps"]), {}
+            self.run.say(f"an epoch had {before} batches before, it has {now} now: epoch {epoch} begins anew")
+        if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
+            epoch, batch = self.section["max_epochs"] - 1, now
+        # The sums are those of all ranks: the main one goes on with them.
+        return epoch, batch, step, sums if self.run.is_main else {k: 0 * v for k, v in sums.items()}
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, equal on all ranks."""
+        return self.clock.progress(self.watch.seconds)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, the one under way first."""
+        for epoch in range(self.epoch, self.section["max_epochs"]):
+            self.epoch = epoch
+            self.loader.batch_sampler.epoch, self.loader.batch_sampler.first = self.epoch, self.batch
+            yield self.epoch
+            if self.done:
+                return
+            self.batch, self.means = 0, Means({})
+
+    def batches(self) -> Iterator[tuple[int, dict, bool]]:
+        """What is left of the epoch: number, batch, and whether it is the last of those of one step."""
+        with signals_held_back():  # until the loader processes know what to do with them
+            loading = iter(self.loader)
+        for number, batch in enumerate(loading, self.batch):
+            self.interruption.unsaved = True
+            # For networks with dropout, which draw from torch's own generator.
+            torch.manual_seed(stream(self.seed, "dropout", self.epoch, number, self.run.rank).initial_seed())
+            last = (number + 1) % self.section["accumulate_steps"] == 0
+            yield number, batch, last
+            self.batch = number + 1
+            if not last:
+                continue
+            if self.progress >= 1:
+                return
+            alone = self.run.world_size == 1 and self.interruption.signal is not None  # no one to agree with
+            if (self.watch.stop or self.watch.save or alone) and self.batch < len(self.loader):
+                self.watch.read(all_steps=True)
+                self.save()
+
+    def step(
+        self, terms: dict[str, torch.Tensor], batch: dict, last: bool, steppers: Sequence[Stepper]
+    ) -> None:
+        """Take note of a batch's losses, whose gradients are there; after the last of a step, step."""
+        self.means.add(terms)
+        self.accumulated = self.accumulated + torch.stack([v.detach().float() for v in terms.values()]).sum()
+        self.names += [self.loader.dataset.cases[i].name for i in batch["index"]]
+        if not last:
+            return
+        finite = torch.stack([stepper.clip() for stepper in steppers]).all()
+        asked, due = self.interruption.signal is not None, self.run.is_main and self.clock.save_due
+        masked = self.watch.cast(
+            self.accumulated, finite, asked, due, self.clock.seconds, self.clock.step, self.names
+        )
+        self.watch.read()
+        self.accumulated, self.names = 0.0, []
+        rate = learning_rate(self.section, self.run.world_size, self.progress, self.clock.step, self.epoch)
+        for stepper in steppers:
+            stepper.step(rate, masked)
+        self.clock.step += 1
+        if self.log and self.clock.step % 10 == 0:
+            numbers = {
+                "lr": rate,
+                "grad_norm": steppers[0].norm,
+                "memory_gb": peak_memory_gb(self.run.device),
+            }
+            self.log.scalars(self.clock.step, {**{k: v.detach() for k, v in terms.items()}, **numbers})
+            fill_bar(self.bar, self.clock, loss=terms["loss"].item())
+
+    def end_epoch(self) -> bool:
+        """Save where it is time, write the epoch's line; whether it is an epoch to validate.
+
+        What follows until the next epoch can be done again from what is saved here.
+        """
+        self.watch.read(all_steps=True)
+        self.done = self.progress >= 1 or self.epoch + 1 == self.section["max_epochs"]
+        validate = self.done or self.epoch % self.section["val_interval"] == 0
+        self.batch = len(self.loader)  # the clock may have ended it early
+        if self.interruption.unsaved and (validate or self.watch.stop or self.watch.save):
+            self.save()
+        totals = self.means.totals(self.run.sum)
+        means = {k: float(total / count) for k, (total, count) in totals.items() if count}
+        if self.log:
+            rate = self.learner.steppers[0].optimizer.param_groups[0]["lr"]
+            skipped = {"masked_steps": self.watch.masked} if self.watch.masked else {}
+            seconds = self.clock.seconds
+            self.log.record(
+                step=self.clock.step, epoch=self.epoch, seconds=seconds, lr=rate, **skipped, **means
+            )
+        return validate
+
+    def save(self) -> None:
+        """Save what the run needs to go on from the end of this step; leave, if a signal asked for it."""
+        sums, seconds = self.means.totals(self.run.sum), self.clock.seconds
+
+        def write():
+            state = {"sums": sums, "seconds": seconds, "masked": self.watch.masked, "lines": self.log.lines}
+            self.files.save_last({**self.facts, **self._where(), **state, **self.learner.state_dict()})
+
+        self.run.from_main(write)  # no rank goes on, or leaves, before it is written
+        self.clock.saved_at, self.watch.save, self.interruption.unsaved = seconds, False, False
+        if any(self.run.gather(self.watch.stop or self.interruption.signal is not None)):
+            self.interruption.leave()
+
+    def _where(self) -> dict:
+        where = {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step}
+        return {**where, "batches_per_epoch": len(self.loader)}
+
+    def keep(self, score: float, scores: dict[str, float]) -> None:
+        """Log the validation of this epoch, and keep the weights if they are the best so far.
+
+        Raises:
+            FloatingPointError: the score is not finite.
+        """
+        if not math.isfinite(score):
+            raise FloatingPointError(
+                f"validation gives {score} in epoch {self.epoch}. What to do: docs/NaN_FIX_GUIDE.md"
+            )
+        if self.log:
+            self.log.record(
+                step=self.clock.step,
+                epoch=self.epoch,
+                **{f"val_{key}": value for key, value in scores.items()},
+            )
+        if self.best is None or self.better(score, self.best):
+            self.best = score
+            content = {**self.facts, **self._where(), "best": score, "validation": scores}
+            shown = self.learner.shown
+            self.run.from_main(
+                lambda: save_checkpoint(self.files.best, {**content, "model": shown.state_dict()})
+            )
+
+    def close(self) -> None:
+        """Finish bar and log."""
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+
+def progress_bar(run: Run, what: str, total: int | None = None, items=None, unit: str = "step") -> tqdm:
+    """A bar with the time left, on the main process; closed before an error is told."""
+    bar = tqdm(
+        items, total=total, desc=what, unit=unit, disable=not run.is_main, dynamic_ncols=True, mininterval=0.5
+    )
+    CLEAN_UP.callback(bar.close)
+    return bar
+
+
+def fill_bar(bar: tqdm, clock: Clock, **numbers: float) -> None:
+    """Advance the bar to the clock's step; a run that the clock will end has its length estimated as it
+    goes."""
+    if clock.limit and (progress := clock.seconds / clock.limit) > clock.step / clock.total_steps:
+        bar.total = max(clock.step, round(clock.step / progress))
+    bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()}, refresh=False)
+    bar.update(clock.step - bar.n)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of the GPU since the start, or of this process on a CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
+
+
+def write_resolved(config: dict, path: Path) -> None:
+    """Write the config as it is used: defaults filled in, references resolved."""
+    with written_whole(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())

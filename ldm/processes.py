@@ -1,0 +1,121 @@
+"""This process among the others: who it is, what they agree on, and the signals that stop them."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ldm import UserError
+
+CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: process group, locks, signal handlers, bars
+
+
+@dataclass
+class Run:
+    """This process among the others, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    patient: dist.ProcessGroup | None = None  # for what one process does while the others wait
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Mixed precision, or nothing where it is off."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def say(self, text: str) -> None:
+        """Print once, whatever the number of processes, without breaking a progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device) if dist.get_backend() == "nccl" else tensor.cpu()
+            dist.all_reduce(tensor)
+        return tensor.cpu()
+
+    def gather(self, value) -> list:
+        """A plain value of every rank, in the order of ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def from_main(self, make: Callable):
+        """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = make()
+            except (UserError, OSError) as caught:
+                error = caught
+        if self.world_size > 1:
+            box = [result, isinstance(error, UserError), str(error) if error else None]
+            dist.broadcast_object_list(box, group=self.patient)
+            if not self.is_main and box[2] is not None:
+                error = (UserError if box[1] else OSError)(box[2])
+            result = box[0]
+        if error:
+            raise error
+        return result
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait; processes that start meanwhile begin with them waiting. Not on Windows."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """A loader process outlives a signal to the whole group for a while, or the main one would have no batch
+    to end its step with. It ends with the main one, or 20 s after it was told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no one sends it SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+class Interruption:
+    """SIGTERM and Ctrl-C: what is unsaved is saved first, then the script ends with the shell's exit code for
+    that signal (143, 130)."""
+
+    def __init__(self):
+        self.signal, self.unsaved, self.process = None, False, os.getpid()
+        for number in STOPPING:
+            CLEAN_UP.callback(signal.signal, number, signal.signal(number, self._note))
+
+    def _note(self, number: int, frame) -> None:
+        if os.getpid() != self.process:  # a loader process, forked with this handler
+            return
+        self.signal = signal.Signals(number)
+        if not self.unsaved:
+            self.leave()
+
+    def leave(self) -> None:
+        """End the script; the same command goes on."""
+        name = self.signal.name if self.signal else "a signal to another process"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"stopped by {name}; all is saved, and the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
