@@ -124,7 +124,16 @@ class Training:
         """What is left of the epoch: number, batch, and whether it is the last of those of one step."""
         with signals_held_back():  # until the loader processes know what to do with them
             loading = iter(self.loader)
-        for number, batch in enumerate(loading, self.batch):
+        try:
+            yield from self._steps(enumerate(loading, self.batch))
+        finally:
+            # An error of theirs holds the iterator in a cycle, and what collects that closes their queues
+            # before they are told to end: they would be waited for.
+            if self.loader.num_workers:
+                loading._shutdown_workers()
+
+    def _steps(self, numbered: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict, bool]]:
+        for number, batch in numbered:
             self.interruption.unsaved = True
             # For networks with dropout, which draw from torch's own generator.
             torch.manual_seed(stream(self.seed, "dropout", self.epoch, number, self.run.rank).initial_seed())

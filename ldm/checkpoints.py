@@ -1,5 +1,6 @@
 """Write and read checkpoints: whole or not there, and never code."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from ldm import UserError, brief
 from ldm.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 # ---------------------------------------------------------------- what a checkpoint holds
@@ -142,6 +144,9 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
     A killed or failed write leaves what was there, and no other process sees half a file. What was at `path`
     before becomes `keep`, where one is named.
+
+    Raises:
+        OSError: the disk failed or is full; the file is named.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -153,6 +158,11 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
+    except OSError as error:
+        remedy = " Free space, and the same command goes on." if error.errno in NO_SPACE else ""
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}). What was there is as it was.{remedy}"
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -161,18 +171,14 @@ def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None
     """Write a checkpoint, whole or not at all; the one before becomes `keep`.
 
     Raises:
-        OSError: the disk failed or is full; what was there is as it was.
+        OSError: as `written_whole`.
     """
-    try:
-        with written_whole(path, keep) as file:
+    with written_whole(path, keep) as file:
+        try:
             torch.save({"format": FORMAT, **content}, file)
-    except RuntimeError as error:  # what torch's zip writer makes of a full disk
-        reason = str(error.__cause__ or error.__context__ or error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}). The one before is as it was.") from None
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}). The one before is as it was."
-        ) from None
+        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(brief(error)) from None
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:

@@ -159,18 +159,12 @@ def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
     origin.
 
     Raises:
-        OSError: the disk failed or is full; what was written before is whole.
+        OSError: as `written_whole`.
     """
-    try:
-        if record:
-            write_record(record_path(path), record)
-        with written_whole(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}).\n"
-            "The volumes before it are whole; the same command again goes on."
-        ) from None
+    if record:
+        write_record(record_path(path), record)
+    with written_whole(path) as file:
+        file.write(content)
 
 
 def record_path(path: Path) -> Path:

@@ -3,8 +3,7 @@ traceback, no hang, no wrong result in silence.
 
 One table a kind of input: configs, environment files, images, labels, lists of cases, checkpoints, records of
 samples, archives, and the odd files that scanners left. Each row goes through a script's `main(argv)`, and
-`end_of` asserts of all of them how a script may end. A row with a `flaw` is a defect that is known and not
-mended.
+`end_of` asserts of all of them how a script may end.
 """
 
 import contextlib
@@ -48,11 +47,9 @@ NAN, INF, HUGE = math.nan, math.inf, 10**30
 TABLES = {}  # kind of input: how many
 
 
-def row(name: str, *values, flaw: str | None = None, run: bool = True):
-    """A row of a table. `flaw`: why it does not end well yet. `run`: whether it can be run at all; what would
-    hang, exhaust the machine or end the interpreter cannot."""
-    marks = [pytest.mark.xfail(reason=flaw, strict=True, run=run)] if flaw else []
-    return pytest.param(*values, id=name, marks=marks)
+def row(name: str, *values):
+    """A row of a table."""
+    return pytest.param(*values, id=name)
 
 
 def table(kind: str, rows: list, each: int = 1) -> list:
@@ -348,7 +345,6 @@ def test_a_value_of_another_type(model, path, about):
         wrong = [value for value in wrong if "enum" in about or value not in allowed.get(kind, ())]
     for value in [*wrong, -1, "@seed::x"]:
         refused(train_with(model, put(QUICK, path, value), script), path.rpartition(".")[2], code=2)
-
 
 
 VALUES = [
