@@ -1,7 +1,7 @@
 """Generate volumes with trained networks: one NIfTI a sample, named by its seed, and a picture of them.
 
     python inference.py -c config/config_train_16g.json -e config/environment.json --num 8
-    python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler ddim
+    python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler unipc
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -41,7 +41,7 @@ import utils
 from ldm import UserError, figures, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
-from ldm.diffusion import NoiseProcess, choose_sampler, sample_latents
+from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
 from ldm.networks import check_size, downsampling, load_weights, network_divisor
@@ -49,7 +49,6 @@ from ldm.processes import Run
 from ldm.schemas import StrictValidator
 from ldm.transforms import from_unit_range, to_unit_range
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "euler": 30}  # None: all of the training's
 SHOWN = 8  # volumes in the picture
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
@@ -65,8 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-n", "--num", type=int, default=1, help="how many volumes")
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
     add("--batch-size", type=int, default=1, help="volumes at a time")
-    add("--steps", type=int, default=None, help="sampling steps; default: ddim 50, euler 30, ddpm all")
-    add("--sampler", default=None, help="ddpm or ddim, euler for rectified flow; default: ddim or euler")
+    defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
+    add("--steps", type=int, default=None, help=f"sampling steps; default: {defaults}")
+    add("--sampler", default=None, help="default: heun for rectified flow, else dpmpp_2m")
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
@@ -413,8 +413,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     process, geometry = networks.process, networks.geometry
 
     # Step 2: what to draw, and what of it is there already
-    sampler = choose_sampler(args.sampler, process).__name__.removeprefix("sample_")
-    steps = args.steps or DEFAULT_STEPS[sampler] or process.num_train_timesteps
+    sampler = choose_sampler(args.sampler, process)
+    steps = args.steps or SAMPLERS[sampler].steps or process.num_train_timesteps
     request = {
         "sampler": sampler,
         "steps": steps,

@@ -56,7 +56,7 @@ def main(argv=None):
         common += ["--set", override]
     step(python, "train_autoencoder.py", *common)
     step(python, "train_diffusion.py", *common)
-    step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "100")
+    step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")
 
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     print(f"\nDone in {minutes} min {seconds} s.")

@@ -9,6 +9,8 @@ float64 and from the definitions of the processes, and the samplers have to foll
 """
 
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +18,7 @@ import torch
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 
 from ldm import UserError
-from ldm.diffusion import (
-    SAMPLERS,
-    NoiseProcess,
-    choose_sampler,
-    sample_ddim,
-    sample_ddpm,
-    sample_euler,
-    sample_latents,
-)
+from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 
 MEAN, VARIANCE = 0.3, 0.5**2
 LINEAR = {
@@ -47,11 +41,36 @@ def flow(steps: int = 1000) -> NoiseProcess:
 
 
 @functools.cache
+def log_table() -> np.ndarray:
+    """log a^2 of the scaled linear schedule at t = -1 .. 999, as MONAI has it: rounded to float32."""
+    scheduler = DDPMScheduler(1000, schedule="scaled_linear_beta", beta_start=0.0015, beta_end=0.0195)
+    return np.log(np.concatenate([[1.0], scheduler.alphas_cumprod.double().numpy()]))
+
+
+@functools.cache
 def levels_of_table(t: float) -> tuple[float, float]:
-    """a and s at a time of the scaled linear schedule, from its definition; the clean end at -1."""
-    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
-    squared = np.prod(1 - betas[: int(t) + 1])
+    """a and s at a time, whole or not; the clean end at -1."""
+    squared = np.exp(np.interp(t, np.arange(-1, 1000), log_table()))
     return float(squared**0.5), float((1 - squared) ** 0.5)
+
+
+@functools.cache
+def half_log_snr(t: float) -> float:
+    a, s = levels_of_table(t)
+    return float(np.log(a / s))
+
+
+@functools.cache
+def even_in_log_snr(steps: int) -> list[float]:
+    """Times from 999 to 0 with log(a / s) evenly between, by bisection; and the clean end."""
+    times = []
+    for wanted in np.linspace(half_log_snr(999), half_log_snr(0), steps):
+        low, high = 0.0, 999.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if half_log_snr(middle) > wanted else (low, middle)
+        times.append((low + high) / 2)
+    return [*times, -1]
 
 
 def levels_of_line(t: float) -> tuple[float, float]:
@@ -148,43 +167,169 @@ def test_ddpm_follows_its_recursion_with_the_same_noise(prediction, steps):
     assert (found - x).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("steps", [7, 30])  # times that are no integers
-def test_euler_follows_its_recursion(steps):
-    process = flow()
-    found = sample_latents(best_model(process), process, (2, 3, 3, 3), [4, 5], steps)
+def pndm_recursion(x, times):
+    """DDIM's step with a mean of the last four noises, by Adams and Bashforth's weights; the last is DDIM's
+    own."""
+    weights = {1: [1], 2: [1.5, -0.5], 3: np.array([23, -16, 5]) / 12, 4: np.array([55, -59, 37, -9]) / 24}
+    noises = []
+    for t, nxt in zip(times[:-1], times[1:], strict=True):
+        (a, s), (a_next, s_next) = levels_of_table(t), levels_of_table(nxt)
+        noises = [conditional_means(x, a, s)[1], *noises][:4]
+        mean = noises[0] if nxt < 0 else sum(w * n for w, n in zip(weights[len(noises)], noises, strict=True))
+        x = a_next * (x - s * mean) / a + s_next * mean
+    return x
+
+
+def multistep_recursion(x, times, corrected: bool):
+    """Lu et al., 2022b, algorithm 2; corrected, Zhao et al., 2023, algorithm 5, its linear system solved as
+    it stands in equation 9."""
+    z0s, lambdas, end = [], [], None
+    for t, nxt in zip(times[:-1], times[1:], strict=True):
+        a, s = levels_of_table(t)
+        z0 = conditional_means(x, a, s)[0]
+        if corrected and end is not None:
+            x = end(z0)
+        z0s, lambdas = [*z0s, z0], [*lambdas, np.log(a / s)]
+        if nxt < 0:
+            return z0
+        a_next, s_next = levels_of_table(nxt)
+        h = np.log(a_next / s_next) - lambdas[-1]
+        r = (lambdas[-1] - lambdas[-2]) / h if len(z0s) > 1 else None
+        mean = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * z0s[-2] if r else z0
+        base = s_next / s * x
+
+        def end(z0_next, base=base, h=h, r=r, a_next=a_next, now=z0, was=z0s[-2] if r else None):
+            phi = [np.expm1(-h)]  # B(h), then h phi_2, h phi_3 of -h
+            phi.append(phi[0] / -h - 1)
+            phi.append(phi[1] / -h - 1 / 2)
+            nodes = [1.0] if r is None else [-r, 1.0]
+            differences = [z0_next - now] if r is None else [(was - now) / -r, z0_next - now]
+            right = [phi[1] / phi[0], 2 * phi[2] / phi[0]][: len(nodes)]
+            system = [[node**k for node in nodes] for k in range(len(nodes))]
+            weights = [0.5] if r is None else np.linalg.solve(system, right)
+            correction = sum(w * d for w, d in zip(weights, differences, strict=True))
+            return base - a_next * phi[0] * (now + correction)
+
+        x = base - a_next * np.expm1(-h) * mean
+    return x
+
+
+@pytest.mark.parametrize("prediction", DISCRETE)
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("name", ["pndm", "dpmpp_2m", "unipc"])
+def test_multistep_solvers_follow_their_recursions(name, steps, prediction):
+    process = discrete(prediction)
     x, _ = start([4, 5], (2, 3, 3, 3))
-    for i in range(steps):
-        z0, noise = conditional_means(x, *levels_of_line(1000 * (1 - i / steps)))
-        x = x + (z0 - noise) / steps
-    assert (found - x).abs().max() < 1e-5
+    times = process.sampling_times(steps, SAMPLERS[name].even)
+    found = SAMPLERS[name].solve(best_model(process), process, x, times, None)
+    if name == "pndm":
+        expected = pndm_recursion(x, [*np.linspace(999, 0, steps), -1])
+    else:
+        expected = multistep_recursion(x, even_in_log_snr(steps), name == "unipc")
+    assert (found - expected).abs().max() < 1e-5
+    inexact = sample_latents(best_model(process), process, (2, 3, 3, 3), [4, 5], 30, name)  # float32
+    assert inexact.std() == pytest.approx(0.5, rel=0.2)
 
 
-def moments_of_map(sample, process, steps):
-    """Mean and std that a deterministic sampler makes of N(0, 1), from its images of 0 and 1."""
-    zero, one = (
-        sample(best_model(process), process, torch.tensor([[0.0], [1.0]]).double(), steps).flatten().tolist()
+@pytest.mark.parametrize("steps", [7, 30])  # times that are no integers
+def test_euler_and_heun_follow_their_recursions(steps):
+    process = flow()
+    by_euler, by_heun = (
+        sample_latents(best_model(process), process, (2, 3, 3, 3), [4, 5], steps, name)
+        for name in ("euler", "heun")
     )
-    return zero, abs(one - zero)
+
+    def velocity(x, i):
+        z0, noise = conditional_means(x, *levels_of_line(1000 * (1 - i / steps)))
+        return z0 - noise
+
+    x, _ = start([4, 5], (2, 3, 3, 3))
+    y = x
+    for i in range(steps):
+        x = x + velocity(x, i) / steps
+        slope = velocity(y, i)
+        if i + 1 < steps:
+            slope = (slope + velocity(y + slope / steps, i + 1)) / 2
+        y = y + slope / steps
+    assert (by_euler - x).abs().max() < 1e-5 and (by_heun - y).abs().max() < 1e-5
+
+
+def image_of(name: str, process: NoiseProcess, times: torch.Tensor) -> tuple[float, float]:
+    """Where a deterministic sampler takes 0 and 1, in float64."""
+    x = torch.tensor([[0.0], [1.0]]).double()
+    zero, one = SAMPLERS[name].solve(best_model(process), process, x, times, None).flatten().tolist()
+    return zero, one
+
+
+def moments_of(name: str, steps: int) -> tuple[float, float]:
+    """Mean and std that it makes of N(0, 1)."""
+    process = flow() if SAMPLERS[name].for_flow else discrete()
+    zero, one = image_of(name, process, process.sampling_times(steps, SAMPLERS[name].even))
+    return zero, one - zero
+
+
+ORDERS = [("ddim", 1), ("dpmpp_2m", 2), ("unipc", 3), ("euler", 1), ("heun", 2)]
+
+
+@pytest.mark.parametrize("name, order", ORDERS)
+def test_the_error_falls_at_the_order_of_the_solver(name, order):
+    """Against the exact solution at a time before the clean end, where lambda is finite:
+    x(t') = a' m + sqrt(a'^2 v + s'^2) / sqrt(a^2 v + s^2) (x(t) - a m)."""
+    process = flow() if SAMPLERS[name].for_flow else discrete()
+    levels = levels_of_line if process.is_flow else levels_of_table
+    errors = []
+    for steps in (40, 80, 160):
+        if SAMPLERS[name].even == "log_snr":
+            times = process.sampling_times(steps + 1, "log_snr")[:-1]
+        else:
+            times = torch.linspace(*((1000, 100) if process.is_flow else (999, 50)), steps + 1).double()
+        (a, s), (b, r) = levels(times[0].item()), levels(times[-1].item())
+        due = b * MEAN + ((b * b * VARIANCE + r * r) / (a * a * VARIANCE + s * s)) ** 0.5 * (1 - a * MEAN)
+        errors.append(abs(image_of(name, process, times)[1] - due))
+    rates = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert rates == pytest.approx([order, order], abs=0.15), (errors, rates)
+
+
+def test_pndm_is_of_second_order_at_least():
+    errors = [abs(moments_of("pndm", steps)[1] - moments_of("pndm", 1000)[1]) for steps in (20, 40, 80)]
+    assert np.log2(errors[0] / errors[1]) > 1 and np.log2(errors[1] / errors[2]) > 1
+
+
+@pytest.mark.parametrize("name", [None, "unipc"])
+@pytest.mark.parametrize("for_flow", [True, False])
+def test_the_defaults_come_within_one_percent_of_the_true_spread(name, for_flow):
+    process = flow() if for_flow else discrete()
+    name = choose_sampler(name if not for_flow else None, process)
+    mean, std = moments_of(name, SAMPLERS[name].steps)
+    assert std == pytest.approx(0.5, rel=0.01) and mean == pytest.approx(MEAN, abs=0.003)
 
 
 def test_many_steps_give_the_data_back():
-    # DDIM's last step takes the conditional mean at s = 0.039, whose std is 0.4985, and steps are finite.
-    for prediction in DISCRETE:
-        mean, std = moments_of_map(sample_ddim, discrete(prediction), 1000)
-        assert mean == pytest.approx(0.3, abs=0.005) and std == pytest.approx(0.5, abs=0.005)
-    mean, std = moments_of_map(sample_euler, flow(), 1000)
-    assert mean == pytest.approx(0.3, abs=1e-3) and std == pytest.approx(0.5, abs=1e-3)
-    errors = [abs(moments_of_map(sample_euler, flow(), steps)[1] - 0.5) for steps in (25, 50, 100)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(
-        2, rel=0.1
-    )
+    # The last step of a discrete schedule takes the conditional mean at s = 0.039, whose std is 0.4985.
+    for name in ("ddim", "pndm", "dpmpp_2m", "unipc"):
+        mean, std = moments_of(name, 1000)
+        assert mean == pytest.approx(0.3, abs=0.005) and std == pytest.approx(0.4985, abs=0.004)
+    for name in ("euler", "heun"):
+        mean, std = moments_of(name, 1000)
+        assert mean == pytest.approx(0.3, abs=1e-3) and std == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_table_of_the_docs():
+    """docs/PERFORMANCE.md shows the std that each makes where 0.5 is true."""
+    text = (Path(__file__).resolve().parents[1] / "docs/PERFORMANCE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*?\|((?: [0-9.]+ \|)+)$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == set(SAMPLERS) - {"ddpm"}
+    for name, cells in rows:
+        shown = [float(cell) for cell in cells.split("|")[-5:-1]]
+        assert shown == pytest.approx([moments_of(name, steps)[1] for steps in (10, 25, 50, 100)], abs=1e-4)
 
 
 @pytest.mark.parametrize("prediction", DISCRETE)
 def test_ddpm_gives_the_data_back(prediction):
     process = discrete(prediction)
     x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
-    drawn = sample_ddpm(best_model(process), process, x, 1000, [torch.Generator().manual_seed(1)])
+    times, streams = process.sampling_times(1000), [torch.Generator().manual_seed(1)]
+    drawn = SAMPLERS["ddpm"].solve(best_model(process), process, x, times, streams)
     # Five standard errors of 20 000 draws, and 0.003 for the finite steps.
     assert drawn.mean() == pytest.approx(MEAN, abs=5 * 0.5 / 20_000**0.5 + 0.003)
     assert drawn.std() == pytest.approx(0.5, abs=5 * 0.5 / 40_000**0.5 + 0.003)
@@ -195,9 +340,9 @@ def per_sample_model(x, t):
     return torch.sin(3 * x) * 0.5 + t.to(x).reshape(-1, 1, 1) / 1000
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_is_a_function_of_its_seed(sampler):
-    process = flow() if sampler == "euler" else discrete()
+    process = flow() if SAMPLERS[sampler].for_flow else discrete()
 
     def draw(*seeds):
         return sample_latents(per_sample_model, process, (3, 5), seeds, 6, sampler)
@@ -213,10 +358,17 @@ def test_a_sample_is_a_function_of_its_seed(sampler):
 
 
 def test_model_is_told_the_times_of_its_process():
-    for process, times in ((discrete(), TEN[:-1]), (flow(), [1000 * (1 - i / 10) for i in range(10)])):
+    line, even = [1000 * (1 - i / 10) for i in range(10)], even_in_log_snr(10)[:-1]
+    for process, name, times in (
+        (discrete(), "ddim", TEN[:-1]),
+        (discrete(), "dpmpp_2m", even),
+        (flow(), "euler", line),
+        (flow(), "heun", [line[i // 2 + i % 2] for i in range(19)]),  # the end of a step, then its beginning
+    ):
         told = []
-        sample_latents(lambda x, t, told=told: told.append(t.tolist()) or x * 0, process, (1,), [0, 1], 10)
-        assert np.allclose(told, [[t, t] for t in times])
+        model = lambda x, t, told=told: told.append(t.tolist()) or x * 0  # noqa: E731
+        sample_latents(model, process, (1,), [0, 1], 10, name)
+        assert np.allclose(told, [[t, t] for t in times], atol=1e-6), name
 
 
 def test_progress_wraps_the_steps():
@@ -230,9 +382,9 @@ def test_progress_wraps_the_steps():
 @pytest.mark.parametrize(
     "process, name, message",
     [
-        (discrete(), "euler", "trained with a beta schedule .epsilon.. Use ddim or ddpm"),
-        (flow(), "ddim", "trained with rectified flow. Use euler"),
-        (flow(), "ddpm", "trained with rectified flow. Use euler"),
+        (discrete(), "euler", "a beta schedule .epsilon.. Use dpmpp_2m or unipc or ddim or pndm or ddpm"),
+        (flow(), "ddim", "trained with rectified flow. Use heun or euler"),
+        (flow(), "unipc", "trained with rectified flow. Use heun or euler"),
         (flow(), "dpm++", "--sampler .* does not fit"),
     ],
 )
@@ -242,8 +394,8 @@ def test_sampler_that_does_not_fit(process, name, message):
 
 
 def test_default_sampler():
-    assert choose_sampler(None, flow()) is sample_euler is SAMPLERS["euler"]
-    assert choose_sampler(None, discrete()) is sample_ddim is SAMPLERS["ddim"]
+    assert choose_sampler(None, flow()) == "heun" and choose_sampler("euler", flow()) == "euler"
+    assert choose_sampler(None, discrete()) == "dpmpp_2m"
 
 
 def test_more_steps_than_times():
@@ -255,13 +407,20 @@ def test_more_steps_than_times():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
-def test_times_are_as_even_as_they_can_be(steps):
+def test_times_are_even(steps):
     for process, first, last in ((discrete(), 999, 0), (flow(), 1000, 1000 / steps)):
         times = process.sampling_times(steps)
-        even = np.linspace(first, last, steps)  # integers, where the network knows no others
-        assert np.abs(times[:-1].numpy() - even).max() <= (1e-9 if process.is_flow else 0.5)
+        assert np.abs(times[:-1].numpy() - np.linspace(first, last, steps)).max() < 1e-9
         assert len(times) == steps + 1 and (times.diff() < 0).all()
-        assert sample_latents(best_model(process), process, (4,), [0], steps).isfinite().all()
+    times = discrete().sampling_times(steps, "log_snr")
+    assert np.abs(times.numpy() - even_in_log_snr(steps)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_finite(name, steps):
+    process = flow() if SAMPLERS[name].for_flow else discrete()
+    assert sample_latents(best_model(process), process, (4,), [0], steps, name).isfinite().all()
 
 
 # ---- the process

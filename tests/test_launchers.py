@@ -227,7 +227,7 @@ def test_demo_from_nothing_and_once_more(project):
     stages = [
         ["train_autoencoder.py", *common],
         ["train_diffusion.py", *common],
-        ["inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "100"],
+        ["inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50"],
     ]
     assert calls[2:] == [simulate, *stages]
     assert {call["folder"] for call in project.calls[2:]} == {str(project.folder)}
