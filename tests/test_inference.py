@@ -111,9 +111,9 @@ def test_a_sampler_that_does_not_fit_rectified_flow(model, sampler):
 
 
 def test_default_steps(model, discrete):
-    assert "sample (30 steps)" in stderr_of(model)
+    assert "sample (25 steps)" in stderr_of(model)
     discrete.set_environment(output_dir=str(discrete.folder / "default"))
-    assert "sample (50 steps)" in stderr_of(discrete)
+    assert "sample (30 steps)" in stderr_of(discrete)
 
 
 def stderr_of(project: Project) -> str:
@@ -283,7 +283,7 @@ def bare(done, tmp_path) -> Project:
 
 def bare_argv(project: Project) -> list[str]:
     files = ("--autoencoder", project.folder / "model_autoencoder.pt", "--unet", project.folder / "model.pt")
-    return [*map(str, files), "--steps", "3"]
+    return [*map(str, files), "--steps", "3", "--sampler", "euler"]
 
 
 def test_bare_state_dicts_with_a_scale_factor(bare):
