@@ -28,7 +28,6 @@ import hashlib
 import io
 import math
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ from ldm.transforms import from_unit_range, to_unit_range
 
 SHOWN = 8  # volumes in the picture
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
-NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- command line
@@ -285,7 +283,7 @@ def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, others are bare
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+        if isinstance(error, RuntimeError) and not utils.NO_MEMORY.search(str(error)):
             raise
         raise OSError(f"out of memory: {what}.\nTry {remedy}.") from None
 

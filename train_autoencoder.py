@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         resumed,
     )
+    if training.progress < 1:
+        utils.keep_pair(environment, files.best, run)
     count = sum(p.numel() for p in autoencoder.parameters())
     run.say(
         f"autoencoder: {count / 1e6:.1f} M parameters, patches {patch_size}, validation on {val_size}, "

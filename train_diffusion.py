@@ -120,11 +120,17 @@ def diffusion_loss(
     noise: torch.Tensor,
     t: torch.Tensor,
     run: Run,
+    min_snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the prediction at z_t, for latents and noise (B, c, d, h, w) and times (B,)."""
+    """Mean squared error of the prediction at z_t, for latents and noise (B, c, d, h, w) and times (B,);
+    weighted by time where `min_snr_gamma` is given."""
     with run.autocast():
         output = unet(process.add_noise(z0, noise, t), timesteps=t)
-    return nn.functional.mse_loss(output.float(), process.target(z0, noise, t))
+    target = process.target(z0, noise, t)
+    if min_snr_gamma is None:
+        return nn.functional.mse_loss(output.float(), target)
+    errors = (output.float() - target).square().flatten(1).mean(1)
+    return (process.min_snr_weight(t, min_snr_gamma) * errors).mean()
 
 
 def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
@@ -323,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 z0 = encoder.draw(*posterior_of(batch, encoder, run), eps)
                 t = process.draw_times(uniform, section["timestep_sampling"])
                 with learner.stepper.accumulating(last):
-                    loss = diffusion_loss(learner.wrapped, process, z0, noise, t, run)
+                    loss = diffusion_loss(
+                        learner.wrapped, process, z0, noise, t, run, section["min_snr_gamma"]
+                    )
                     learner.stepper.backward(loss)
                 training.step({"loss": loss}, batch, last, learner.steppers)
                 if last and after_step():

@@ -26,13 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief
-from ldm.checkpoints import StageFiles, load_training_checkpoint, written_whole
+from ldm.checkpoints import (
+    StageFiles,
+    load_checkpoint,
+    load_training_checkpoint,
+    weights_hash,
+    written_whole,
+)
 from ldm.checks import check_cases, check_headers
 from ldm.datasets import (
     Case,
     EpochSampler,
     choose_spacing,
     find_cases,
+    parse_json,
     read_json,
     split_cases,
     volume_size,
@@ -59,7 +66,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 # What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
-LOST = re.compile(r"connection (was )?(closed|reset|refused)|socket|remote process exited", re.IGNORECASE)
+LOST = re.compile("connection (was )?(closed|reset|refused)|remote process exited|timed out", re.IGNORECASE)
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- command line
@@ -67,28 +75,26 @@ LOST = re.compile(r"connection (was )?(closed|reset|refused)|socket|remote proce
 
 def command(main: Callable) -> Callable:
     """Let a script's `main(argv=None)` end on a UserError with its message and exit code 2, as argparse does;
-    on a failure of the disk, the network or the numbers with exit code 1; on Ctrl-C with 130, as a shell
-    does."""
+    on a failure of the disk, the network, the memory or the numbers, or of another process, with its message
+    and exit code 1; on Ctrl-C with 130, as a shell does. What else is raised keeps its traceback."""
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None):
-        several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, None
+        message, code = None, None
         try:
             result = main(argv)
         except (UserError, OSError, FloatingPointError) as error:
-            CLEAN_UP.close()
-            if int(os.environ.get("LOCAL_RANK", 0)):
-                time.sleep(10)  # where all ranks fail alike, torchrun ends this one before it says so again
-            text = str(error)
-            if text.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
-                text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
-            print(f"error: {text}", file=sys.stderr)
-            code = 2 if isinstance(error, UserError) else 1
-        except RuntimeError as error:
-            if not (several and LOST.search(str(error))):
-                raise
-            print(f"error: another process of this run ended ({brief(error)}); it says why.", file=sys.stderr)
+            message, code = str(error), 2 if isinstance(error, UserError) else 1
+            if message.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
+                message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        except (RuntimeError, MemoryError) as error:
             code = 1
+            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+                message = f"out of memory ({brief(error)}). What to change: docs/TROUBLESHOOTING.md"
+            elif dist.is_initialized() and LOST.search(str(error)):
+                message = f"another process of this run ended or hangs ({brief(error)}); it says why."
+            else:
+                raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130
@@ -96,12 +102,21 @@ def command(main: Callable) -> Callable:
             code = leaving.code or 0
         finally:
             CLEAN_UP.close()
-        if several and main.__module__ == "__main__":
-            # Gloo's threads outlive a process group that DDP has used. One that lets go of a tensor while the
-            # interpreter shuts down aborts the process (CPython before 3.14), so there is no shutting down.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code or 0)
+        if message and int(os.environ.get("LOCAL_RANK", 0)):
+            # Where all ranks fail alike, torchrun ends this one before it says so again. Until then it stays
+            # in its group: the others would be told of a lost connection before they hear the reason.
+            time.sleep(10)
+        if message:
+            print(f"error: {message}", file=sys.stderr)
+        if dist.is_initialized():
+            if not code:
+                dist.destroy_process_group()  # on a failure the others may not come to it
+            if main.__module__ == "__main__":
+                # Gloo's threads outlive a group that DDP has used. One that lets go of a tensor while the
+                # interpreter shuts down aborts the process (CPython before 3.14): there is no shutting down.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code or 0)
         if code is not None:
             raise SystemExit(code)
         return result
@@ -222,7 +237,7 @@ def _apply_override(config: dict, override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: should be key=value, such as autoencoder_train.lr=8e-5.")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = text  # a bare word is a string
     *sections, last = key.split(".")
@@ -287,7 +302,8 @@ ENVIRONMENT = {  # those with a default may be left out
 def load_environment(path: str | Path) -> dict:
     """Read an environment file: where data are and results go.
 
-    Relative paths count from the working directory. `data_base_dir` may be a list of folders. Optional keys:
+    Relative paths count from the working directory; `~` is the home folder.
+    `data_base_dir` may be a list of folders. Optional keys:
     `resume_ckpt`, `download_brats`, `perceptual_weights`, `cache_dir` (default `model_dir`/cache).
 
     Raises:
@@ -306,10 +322,14 @@ def load_environment(path: str | Path) -> dict:
             raise UserError(f"{path}: {key} is missing. config/environment.json.example shows the keys.")
     environment = {key: about.get("default") for key, about in ENVIRONMENT.items()} | environment
     for key in ("model_dir", "tfevent_path", "output_dir"):
-        environment[key] = Path(environment[key])
+        environment[key] = Path(environment[key]).expanduser()
     base = environment["data_base_dir"]
-    environment["data_base_dir"] = [Path(one) for one in base] if isinstance(base, list) else Path(base)
-    environment["cache_dir"] = Path(environment["cache_dir"] or environment["model_dir"] / "cache")
+    folders = [Path(one).expanduser() for one in (base if isinstance(base, list) else [base])]
+    environment["data_base_dir"] = folders if isinstance(base, list) else folders[0]
+    if environment["perceptual_weights"]:
+        environment["perceptual_weights"] = os.path.expanduser(environment["perceptual_weights"])
+    cache = environment["cache_dir"]
+    environment["cache_dir"] = Path(cache).expanduser() if cache else environment["model_dir"] / "cache"
     return environment
 
 
@@ -334,8 +354,8 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         )
         raise UserError(f"-g {args.gpus}, but {under}. Start it as:\n  {line}")
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {kind}: cpu or cuda is due.")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise UserError(f"--device {kind}: cpu, cuda or cuda:N is due.")
     if kind.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(
@@ -352,9 +372,14 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         device = torch.device("cpu")
     patient = None
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        CLEAN_UP.callback(dist.destroy_process_group)
+        # With gloo beside NCCL, so that the group of the patient finds all connections made.
+        on_gpus = device.type == "cuda" and dist.is_nccl_available()
+        backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        try:
+            dist.init_process_group(backends, timeout=timedelta(minutes=30))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise OSError(f"the processes do not find each other at {where} ({brief(error)}).") from None
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else section.get("amp", True) if section else True
@@ -433,7 +458,8 @@ def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool) -> 
     if skip:
         listed = [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems]
         model_dir.mkdir(parents=True, exist_ok=True)
-        (model_dir / "skipped.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        with written_whole(model_dir / "skipped.json") as file:
+            file.write((json.dumps(listed, indent=2) + "\n").encode())
     return bad
 
 
@@ -541,7 +567,7 @@ def define_network(config: dict, key: str) -> nn.Module:
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:
-    """Gradient checkpointing -> SyncBatchNorm -> compile -> DDP. The parameters stay those of `network`."""
+    """Compile -> DDP, after `prepare_network`. The parameters stay those of `network`."""
     if compiled:
         network = torch.compile(network)
     if run.world_size > 1:
@@ -625,6 +651,21 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
     return found["content"] if run.is_main else load_training_checkpoint(path, files.name)
 
 
+def keep_pair(environment: dict, best: Path, run: Run) -> None:
+    """Before stage 1 goes on, copy its best weights to `old-N` if a diffusion model was trained on them: it
+    is of no use without them, and they may be replaced."""
+    unet = environment["model_dir"] / "diffusion_unet.pt"
+
+    def copy():
+        if not (unet.is_file() and best.is_file()):
+            return
+        if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
+            old = set_aside(environment, "autoencoder", copy=True)
+            run.say(f"{unet} was trained on {best}, which may now be replaced: a copy of both is in {old}")
+
+    run.from_main(copy)
+
+
 STAGE_FILES = {
     "autoencoder": ("*.pt", "*.json", "samples"),  # a diffusion model goes with its autoencoder
     "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples"),
@@ -682,4 +723,9 @@ def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], boo
             return profile.step_num >= wait + warmup + active
 
         yield after_step
+    if profile.step_num < wait + warmup + active:
+        raise UserError(
+            f"--profile: only {profile.step_num} steps were left, {wait + warmup + active} are due. Raise "
+            "max_epochs."
+        )
     run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")

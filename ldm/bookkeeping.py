@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm.checkpoints import StageFiles, save_checkpoint, written_whole
+from ldm.checkpoints import DIVISION, StageFiles, save_checkpoint, written_whole
 from ldm.datasets import stream
 from ldm.logs import TrainLog
 from ldm.processes import CLEAN_UP, Interruption, Run, signals_held_back
@@ -95,15 +95,23 @@ class Training:
         if resumed is None:
             return 0, 0, 0, {}
         epoch, batch, step, sums = (resumed[key] for key in ("epoch", "batch", "step", "sums"))
-        before, now = resumed["batches_per_epoch"], len(self.loader)
+        before, now = {key: resumed[key] for key in DIVISION}, self._division()
         if before != now:
-            epoch += batch == before
-            batch, step, sums = 0, epoch * (now // self.section["accumulate_steps"]), {}
-            self.run.say(f"an epoch had {before} batches before, it has {now} now: epoch {epoch} begins anew")
+            epoch += batch == before["batches_per_epoch"]
+            batch, step, sums = 0, epoch * (now["batches_per_epoch"] // now["accumulate_steps"]), {}
+            changed = [key for key in DIVISION if before[key] != now[key]]
+            changes = ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed)
+            self.run.say(f"{changes}: epoch {epoch} begins anew")
         if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
-            epoch, batch = self.section["max_epochs"] - 1, now
+            epoch, batch = self.section["max_epochs"] - 1, now["batches_per_epoch"]
         # The sums are those of all ranks: the main one goes on with them.
         return epoch, batch, step, sums if self.run.is_main else {k: 0 * v for k, v in sums.items()}
+
+    def _division(self) -> dict[str, int]:
+        """What tells which cases a batch and a step of an epoch hold, whatever the number of processes."""
+        cases = self.section["batch_size"] * self.run.world_size
+        values = len(self.loader), cases, self.section["accumulate_steps"]
+        return dict(zip(DIVISION, values, strict=True))
 
     @property
     def progress(self) -> float:
@@ -214,8 +222,7 @@ class Training:
             self.interruption.leave()
 
     def _where(self) -> dict:
-        where = {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step}
-        return {**where, "batches_per_epoch": len(self.loader)}
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._division()}
 
     def keep(self, score: float, scores: dict[str, float]) -> None:
         """Log the validation of this epoch, and keep the weights if they are the best so far.

@@ -93,7 +93,8 @@ def _stepper(state: dict, **more) -> dict:
     return {**fields(optimizer=optimizer, scaler=scaler), **more}
 
 
-COUNTS = ("epoch", "batch", "step", "batches_per_epoch", "masked", "lines")
+DIVISION = ("batches_per_epoch", "cases_per_batch", "accumulate_steps")
+COUNTS = ("epoch", "batch", "step", "masked", "lines", *DIVISION)
 ENTRIES = {  # of a checkpoint of this project: what each is, in those that have it
     "format": SIZE,
     "model": WEIGHTS,
@@ -159,6 +160,8 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
             os.replace(path, keep)
         os.replace(part, path)
     except OSError as error:
+        if keep and not path.exists() and keep.exists():
+            os.replace(keep, path)
         remedy = " Free space, and the same command goes on." if error.errno in NO_SPACE else ""
         raise OSError(
             f"{path} could not be written ({error.strerror or error}). What was there is as it was.{remedy}"
@@ -244,11 +247,21 @@ class StageFiles:
         self.last_is_good = True
 
     def best_score(self) -> float | None:
-        """The score of the best file, or None where there is none that can be read."""
-        try:
-            return load_checkpoint(self.best)["best"]
-        except (UserError, KeyError):
+        """The score of the best file, or None where there is none.
+
+        Raises:
+            UserError: it is there and cannot be read: what is not known to be worse is not replaced.
+        """
+        if not self.best.exists():
             return None
+        remedy = "Move it away to go on without it: the next validation is the best then."
+        try:
+            content = load_checkpoint(self.best)
+        except UserError as error:
+            raise UserError(f"{error}\n{remedy}") from None
+        if "best" not in content:
+            raise UserError(f"{self.best}: holds no score, so it is not one of this training. {remedy}")
+        return content["best"]
 
 
 def load_training_checkpoint(path: Path, name: str) -> dict:

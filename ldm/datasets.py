@@ -369,8 +369,9 @@ class VolumeDataset(Dataset):
         key = hashlib.sha256(repr((kind, facts, self.preprocessing.key)).encode()).hexdigest()[:32]
         path = self.cache_dir / f"{key}.npy"
         if not path.is_file():
+            volume = make(case)
             with written_whole(path) as file:
-                np.save(file, make(case))
+                np.save(file, volume)
         try:
             return np.load(path, mmap_mode="c")  # writable, as torch wants it, but never written
         except (OSError, ValueError) as error:

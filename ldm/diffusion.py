@@ -29,14 +29,22 @@ class NoiseProcess:
         alphas_cumprod: a^2 at t = 0 .. T-1, (T,), or None for the straight paths of rectified flow.
         prediction: "epsilon", "v_prediction", "sample", or "velocity" with rectified flow.
         num_train_timesteps: T; with rectified flow only the scale of the time that the network sees.
+        shift: of rectified flow: times t/T become shift t / (1 + (shift - 1) t), in training and sampling
+            (Esser et al., 2024, eq. 23); above 1 spends more of them on noise, as large volumes need.
 
     Raises:
         UserError: signal or noise level 0 at a time that is trained on.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor | None, prediction: str, num_train_timesteps: int):
+    def __init__(
+        self,
+        alphas_cumprod: torch.Tensor | None,
+        prediction: str,
+        num_train_timesteps: int,
+        shift: float = 1.0,
+    ):
         self.alphas_cumprod = None if alphas_cumprod is None else alphas_cumprod.double()
-        self.prediction, self.num_train_timesteps = prediction, num_train_timesteps
+        self.prediction, self.num_train_timesteps, self.shift = prediction, num_train_timesteps, shift
         if not self.is_flow and not ((self.alphas_cumprod > 0) & (self.alphas_cumprod < 1)).all():
             raise UserError(
                 f"NoiseScheduler: over {num_train_timesteps} steps this schedule leaves no signal, or adds "
@@ -62,14 +70,26 @@ class NoiseProcess:
                 f"{section['schedule']}; velocity and rectified_flow go with each other only."
             )
         if is_flow:
-            return cls(None, prediction, steps)
+            if section["zero_terminal_snr"]:
+                raise UserError("NoiseScheduler.zero_terminal_snr: rectified_flow ends in noise as it is.")
+            return cls(None, prediction, steps, section["shift"])
+        if section["shift"] != 1:
+            raise UserError("NoiseScheduler.shift: goes with schedule rectified_flow only.")
         betas = (
             {}
             if section["schedule"] == "cosine"
             else {key: section[key] for key in ("beta_start", "beta_end")}
         )
         scheduler = DDPMScheduler(steps, schedule=section["schedule"], **betas)
-        return cls(scheduler.alphas_cumprod, prediction, steps)
+        alphas_cumprod = scheduler.alphas_cumprod.double()
+        if section["zero_terminal_snr"]:
+            if prediction == "epsilon":
+                raise UserError(
+                    "NoiseScheduler.zero_terminal_snr: with prediction_type epsilon the network would be "
+                    "asked for what it is given. Use v_prediction or sample."
+                )
+            alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
+        return cls(alphas_cumprod, prediction, steps)
 
     @classmethod
     def _from_scheduler(cls, scheduler: nn.Module, target: str) -> "NoiseProcess":
@@ -110,8 +130,12 @@ class NoiseProcess:
         """Training times of draws from U[0, 1): integers 0 .. T-1, or reals in (0, T] with rectified flow."""
         if sampling == "logit_normal":  # Esser et al., 2024, eq. 19
             uniform = torch.special.expit(torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)))
-        t = uniform.double() * self.num_train_timesteps
-        return (self.num_train_timesteps - t).float() if self.is_flow else t.long()
+        if self.is_flow:
+            return (self.num_train_timesteps * self._shifted(1 - uniform.double())).float()
+        return (uniform.double() * self.num_train_timesteps).long()
+
+    def _shifted(self, share: torch.Tensor) -> torch.Tensor:
+        return self.shift * share / (1 + (self.shift - 1) * share)
 
     def add_noise(self, z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """z_t of clean latents (B, c, d, h, w) at times (B,)."""
@@ -128,6 +152,15 @@ class NoiseProcess:
             return z0 - noise
         a, s = self._broadcast(t, z0)
         return a * noise - s * z0  # v_prediction, Salimans & Ho, 2022
+
+    def min_snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Weight of the squared error of the prediction at times (B,), with which the error of z_0 has weight
+        min(SNR, gamma) (Hang et al., 2023, eq. 8), float32."""
+        a, s = self.levels(t)
+        snr = (a / s) ** 2
+        # How much larger the squared error of the prediction is than that of z_0.
+        larger = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1, "velocity": 1 / s**2}
+        return (snr.clamp(max=gamma) / larger[self.prediction]).float()
 
     def clean_and_noise(self, output: torch.Tensor, zt: torch.Tensor, t: torch.Tensor):
         """The estimates of z_0 and of the noise that a prediction at z_t amounts to."""
@@ -152,7 +185,8 @@ class NoiseProcess:
                 rounded, which would cost a solver its order.
         """
         if self.is_flow:
-            return torch.linspace(self.num_train_timesteps, 0, steps + 1, dtype=torch.float64)
+            shares = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            return self.num_train_timesteps * self._shifted(shares)
         if steps > self.num_train_timesteps:
             raise UserError(
                 f"--steps {steps}: the model was trained with {self.num_train_timesteps} time steps."
@@ -166,6 +200,14 @@ class NoiseProcess:
             logs = self._log_squared_signal()[1:]
             times = torch.from_numpy(np.interp(log, logs.flip(0), grid.flip(0)))
         return torch.cat([times, times.new_full((1,), -1)])
+
+
+def _to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Move a schedule's a so that the last is 0 and the first as it was (Lin et al., 2024, alg. 1). For 0
+    stands half of the one before it, so that log(a / s) is finite."""
+    a = alphas_cumprod.sqrt()
+    a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+    return torch.cat([a[:-1], a[-2:-1] / 2]).square()
 
 
 def _noise_like(x: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:

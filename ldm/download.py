@@ -78,7 +78,7 @@ def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | N
     if not re.fullmatch("[0-9a-f]{32}", md5):
         raise UserError(f"md5: {md5!r} is not an MD5; give its 32 hexadecimal digits")
 
-    base = Path(data_base_dir).expanduser().resolve()
+    base = Path(data_base_dir).resolve()
     folder = base if base.name == TASK or (base / "dataset.json").is_file() else base / TASK
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

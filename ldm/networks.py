@@ -106,7 +106,7 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
         value, default = definition[key], parameters[key].default if key in parameters else None
         if value is default is None:  # where an int is declared, at times
             continue
-        if any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
+        if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
             raise UserError(f"{where}.{key}: {brief(value)} is not from 0 to {MOST}.")
         if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
             kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")

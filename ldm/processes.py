@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm import UserError
 
-CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: process group, locks, signal handlers, bars
+CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
 
 
 @dataclass
@@ -41,11 +41,11 @@ class Run:
             tqdm.write(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks."""
+        """Sum over the ranks, on the CPU; the others may be long in coming."""
+        tensor = tensor.cpu()
         if self.world_size > 1:
-            tensor = tensor.to(self.device) if dist.get_backend() == "nccl" else tensor.cpu()
-            dist.all_reduce(tensor)
-        return tensor.cpu()
+            dist.all_reduce(tensor, group=self.patient)
+        return tensor
 
     def gather(self, value) -> list:
         """A plain value of every rank, in the order of ranks."""

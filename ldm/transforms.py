@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import monai
 import nibabel as nib
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ LARGEST_VIEW = 5000.0  # mm along a side
 FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
 MGH_TAGS = 2**24  # bytes that may follow the voxels of an MGH file; in NIfTI nothing follows them
 CHUNK = 2**20
+RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
 MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
 
 
@@ -227,7 +229,7 @@ class Preprocessing:
     @property
     def key(self) -> str:
         """What the result depends on besides the files."""
-        return repr(self)
+        return f"{self!r} {RESAMPLING} MONAI {monai.__version__}"
 
     def read(self, images: Sequence[Path]) -> np.ndarray:
         """The resampled volume in the file's own units, (C, D, H, W).

@@ -224,7 +224,7 @@ def test_promise_6_plain_and_ddp_checkpoints_load_each_other(alone, together, tm
     names = set(alone.checkpoint("autoencoder_last.pt")["model"])
     longer = ("--set", "autoencoder_train.max_epochs={}")
     said = plain.run(train_autoencoder, *RUN, *SINGLE, longer[0], longer[1].format(4))
-    assert "an epoch had 2 batches before, it has 4 now: epoch 3 begins anew" in said
+    assert "batches_per_epoch 2 before, 4 now, cases_per_batch 2 before, 1 now: epoch 3 begins anew" in said
     last = plain.checkpoint("autoencoder_last.pt")
     assert set(last["model"]) == names and last["epoch"] == 3
     script = ["train_autoencoder.py", *plain.argv(*RUN, *SINGLE, longer[0], longer[1].format(5))]

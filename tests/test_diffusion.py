@@ -26,18 +26,19 @@ LINEAR = {
     "schedule": "scaled_linear_beta",
     "beta_start": 0.0015,
     "beta_end": 0.0195,
+    "zero_terminal_snr": False,
+    "shift": 1.0,
 }
 DISCRETE = ("epsilon", "v_prediction", "sample")
 
 
-def discrete(prediction: str = "epsilon", **changes) -> NoiseProcess:
+def discrete(prediction: str | None = "epsilon", **changes) -> NoiseProcess:
     return NoiseProcess.from_config(LINEAR | {"prediction_type": prediction} | changes)
 
 
-def flow(steps: int = 1000) -> NoiseProcess:
-    return NoiseProcess.from_config(
-        {"schedule": "rectified_flow", "num_train_timesteps": steps, "prediction_type": None}
-    )
+def flow(steps: int = 1000, shift: float = 1.0) -> NoiseProcess:
+    changes = {"num_train_timesteps": steps, "shift": shift}
+    return discrete(None, schedule="rectified_flow", **changes)
 
 
 @functools.cache
@@ -531,3 +532,82 @@ def test_cosine_schedule_is_the_published_one():
 def test_schedule_and_prediction_that_do_not_go_together():
     with pytest.raises(UserError, match="velocity does not go with schedule scaled_linear_beta"):
         discrete("velocity")
+
+
+# ---- what a config may add
+
+
+def test_shifted_times_of_rectified_flow():
+    """Noise level s becomes k s / (1 + (k - 1) s), in sampling and in training; the ends stay."""
+    process, share = flow(shift=3.0), np.linspace(1, 0, 9)
+    due = 1000 * 3 * share / (1 + 2 * share)
+    assert process.sampling_times(8).numpy() == pytest.approx(due) and due[4] == 750
+    uniform = torch.tensor([0.0, 0.25, 0.5])
+    assert process.draw_times(uniform).tolist() == pytest.approx([1000, 900, 750])
+    zero, one = image_of("heun", process, process.sampling_times(100))
+    assert zero == pytest.approx(MEAN, abs=1e-3) and one - zero == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_zero_terminal_snr(prediction):
+    process, plain = discrete(prediction, zero_terminal_snr=True), discrete(prediction)
+    a, s = process.levels(torch.tensor([999, 998, 0]))
+    assert a[0].item() == pytest.approx(a[1].item() / 2) and a[0] < 1e-4
+    assert a[2].item() == pytest.approx(plain.levels(torch.tensor(0))[0].item())
+    assert s[0].item() == pytest.approx(1)
+    # Lin et al., 2024: a is moved and stretched.
+    signal = plain.alphas_cumprod.sqrt()
+    due = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1]))[:-1]
+    assert (process.alphas_cumprod.sqrt()[:-1] - due).abs().max() < 1e-12
+    model = gaussian_model(process)
+    for name in ("ddim", "dpmpp_2m", "unipc"):
+        x, times = torch.tensor([[0.0], [1.0]]).double(), process.sampling_times(200, SAMPLERS[name].even)
+        zero, one = SAMPLERS[name].solve(model, process, x, times, None).flatten().tolist()
+        assert zero == pytest.approx(MEAN, abs=5e-3) and one - zero == pytest.approx(0.4985, abs=0.01), name
+
+
+def gaussian_model(process: NoiseProcess):
+    """`best_model` by the process's own levels."""
+
+    def model(x, t):
+        a, s = (level.reshape(-1, 1) for level in process.levels(t.double()))
+        z0, noise = conditional_means(x, a, s)
+        return {"sample": z0, "v_prediction": a * noise - s * z0}[process.prediction]
+
+    return model
+
+
+@pytest.mark.parametrize("prediction", [*DISCRETE, "velocity"])
+def test_min_snr_weighs_the_error_of_the_clean_latents(prediction):
+    """An error e of z_0 in the prediction at z_t gives a loss of min(SNR, gamma) e^2."""
+    process = flow() if prediction == "velocity" else discrete(prediction)
+    t = torch.tensor([20, 200, 500, 900])
+    a, s = (level.reshape(-1, 1) for level in process.levels(t))
+    z0, noise = torch.randn(2, 4, 1, generator=torch.Generator().manual_seed(0)).double()
+    wrong_z0, wrong_noise = z0 + 0.1, noise - 0.1 * a / s  # the same z_t
+    kinds = {
+        "epsilon": noise - wrong_noise,
+        "sample": z0 - wrong_z0,
+        "v_prediction": a * (noise - wrong_noise) - s * (z0 - wrong_z0),
+        "velocity": (z0 - wrong_z0) - (noise - wrong_noise),
+    }
+    loss = process.min_snr_weight(t, 5.0) * kinds[prediction].square()[:, 0]
+    due = 0.01 * ((a / s) ** 2).clamp(max=5.0)[:, 0]
+    assert loss.tolist() == pytest.approx(due.tolist(), rel=1e-5)
+    assert due[0] == pytest.approx(0.05) and due[-1] < 0.05  # above and below gamma
+
+
+STRAIGHT = {"schedule": "rectified_flow", "prediction_type": None}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"zero_terminal_snr": True}, "zero_terminal_snr: with prediction_type epsilon"),
+        ({"shift": 2.0}, "shift: goes with schedule rectified_flow only"),
+        (STRAIGHT | {"zero_terminal_snr": True}, "rectified_flow ends in noise as it is"),
+    ],
+)
+def test_additions_that_do_not_go_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        NoiseProcess.from_config(LINEAR | {"prediction_type": "epsilon"} | changes)

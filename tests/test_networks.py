@@ -136,7 +136,8 @@ def test_scheduler_of_monai_generative():
         process = NoiseProcess.from_config(target | section)
         assert torch.allclose(process.alphas_cumprod, torch.cumprod(1 - betas, 0), rtol=1e-5)
         assert process.prediction == prediction and process.num_train_timesteps == 100
-        own = NoiseProcess.from_config(section | {"prediction_type": prediction})
+        plain = {"zero_terminal_snr": False, "shift": 1.0}
+        own = NoiseProcess.from_config(section | plain | {"prediction_type": prediction})
         assert torch.equal(own.alphas_cumprod, process.alphas_cumprod)
 
 

@@ -654,6 +654,12 @@ def test_profile_writes_a_trace_and_ends(encoded, script):
     assert not list(encoded.model_dir.glob("*_last.pt"))
 
 
+def test_profile_of_too_few_steps_is_told(encoded):
+    few = ("--set", "diffusion_train.max_epochs=1")
+    message = encoded.refused(train_diffusion, "--no-amp", "--profile", *few)
+    assert "--profile: only" in message and "Raise max_epochs" in message
+
+
 # ---------------------------------------------------------------- wrong usage
 
 
