@@ -256,6 +256,29 @@ def test_two_processes_draw_the_samples_of_one(alone, together):
         assert (drawn / name).read_bytes() == (alone.output_dir / name).read_bytes()
 
 
+FAILING = """
+import os
+import sys
+
+source = open("inference.py", encoding="utf-8").read()
+if os.environ["RANK"] == "1":
+    source = source.replace("volumes = draw(", "raise FloatingPointError('this is why'); (")
+sys.argv[0] = "inference.py"
+exec(compile(source, "inference.py", "exec"))
+"""
+
+
+def test_the_reason_of_the_process_that_failed_is_told(alone, tmp_path):
+    """Though the other one, which waits for it, notices too; and no traceback covers it."""
+    drawn = copy_of(alone, tmp_path / "drawn", "autoencoder.pt", "diffusion_unet.pt")
+    (tmp_path / "worker.py").write_text(FAILING)
+    argv = drawn.argv("-n", "4", "--batch-size", "1", "--steps", "2", *RUN[1:])
+    process = launch([*TORCHRUN, "--standalone", "--nproc_per_node=2", tmp_path / "worker.py", *argv])
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 1 and printed.count("error: this is why") == 1, printed
+    assert "FloatingPointError" not in printed, printed
+
+
 def test_a_mistake_under_the_printed_torchrun_line_is_told_once(alone, monkeypatch):
     """The line that `-g 2` prints starts two processes; they refuse to go on from nowhere."""
     argv = ["train_autoencoder.py", *alone.argv("-g", "2", *RUN, "--resume", "nowhere.pt")]
