@@ -128,13 +128,11 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
     """The arguments that all training and inference scripts take."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-c", "--config-file", default=str(ROOT / "config/config_train_32g.json"), help="what to train: JSON")
-    add(
-        "-e",
-        "--environment-file",
-        default=str(ROOT / "config/environment.json"),
-        help="where things are: JSON",
-    )
+    for letter, name, file, what in (
+        ("-c", "--config-file", "config/config_train_32g.json", "what to train"),
+        ("-e", "--environment-file", "config/environment.json", "where things are"),
+    ):
+        add(letter, name, default=str(ROOT / file), help=f"{what}: JSON; default: {file}")
     add("-g", "--gpus", type=int, default=None, help="processes on this machine; checked against torchrun's")
     add(
         "--set",
@@ -190,7 +188,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     config = read_json(path, "config")
     for override in overrides:
         _apply_override(config, override)
-    return check_config(config, path)
+    return check_config(config, f"{path} with --set" if overrides else path)
 
 
 def check_config(config: dict, path: str | Path) -> dict:
@@ -254,7 +252,8 @@ def _explain(error) -> str:
         known = error.schema["properties"]
         key = next(key for key in error.instance if key not in known)
         near = difflib.get_close_matches(key, known, 1)
-        hint = f" Did you mean {near[0]}?" if near else " docs/config.md lists the keys."
+        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
+        hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
         return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
     if error.validator == "required":
         return f"{where or 'config'}: {error.message}."

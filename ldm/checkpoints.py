@@ -309,7 +309,8 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
         raise UserError(
-            f"{path}: not a checkpoint of tensors, or damaged ({type(error).__name__}: {brief(error)})."
+            f"{path}: not a checkpoint of tensors, or damaged ({type(error).__name__}: {brief(error)}). Copy "
+            "it again, or use another."
         ) from None
     if isinstance(content, dict) and "format" in content:
         version = content["format"]

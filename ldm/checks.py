@@ -105,7 +105,7 @@ def check_header(
         return problems, 0
     count = len(case.images) if several else channel_count(opened[first])
     if channels is not None and max(channels) >= count:
-        note(first, f"has {count} channel(s), `channel` in the config asks for number {max(channels)}")
+        note(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
 
 
@@ -154,10 +154,12 @@ def check_cases(
     # would first spend seconds on importing torch.
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16)) as pool:
         readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
+    problems += [problem for reading in readings for problem in reading.problems]
+    bad = {problem.case for problem in problems}
     first: dict[str, Path] = {}
     for case, reading in zip(cases, readings, strict=True):
-        problems += reading.problems
-        for file, digest in reading.digests.items():
+        # A twin of what is left out for another reason is no twin.
+        for file, digest in reading.digests.items() if case.name not in bad else ():
             if (other := first.setdefault(digest, file)) != file:
                 reason = f"the same voxels as {other.name}: the split may put one on each side. Delete one"
                 problems.append(Problem(case.name, file, reason))

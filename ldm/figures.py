@@ -96,9 +96,8 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
                 (entry["step"], entry[key]) for entry in records if entry["stage"] == stage and key in entry
             ]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label="held out" if key.startswith("val") else "training"
-                )
+                label, marker = "held out" if key.startswith("val") else "training", "o" * (len(points) == 1)
+                axis.plot(*zip(*points, strict=True), marker or "-", label=label)
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
         if axis.lines:  # an epoch without a finite batch has no loss
             axis.legend(frameon=False)

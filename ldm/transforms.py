@@ -130,7 +130,7 @@ def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -
     """
     if channel >= channel_count(image):
         raise UserError(
-            f"{path}: has {channel_count(image)} channel(s), `channel` in the config asks for number "
+            f"{path}: has {channel_count(image)} channel(s); `channel`, counted from 0, asks for number "
             f"{channel}."
         )
     stored = image.dataobj if len(image.shape) == 3 else image.dataobj[..., channel]

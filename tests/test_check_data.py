@@ -282,7 +282,7 @@ def test_channels_that_are_asked_for(tmp_path):
     assert check_voxels(case, channels=[0]).intensities == (voxels[..., 0].min(), voxels[..., 0].max())
     assert len(check_voxels(case, channels=[2, 0]).problems) == 1
     problems, _ = check_cases([case], channels=[0, 3])
-    assert [p.reason for p in problems] == ["has 3 channel(s), `channel` in the config asks for number 3"]
+    assert [p.reason for p in problems] == ["has 3 channel(s); `channel` asks for number 3, counted from 0"]
 
 
 def test_files_of_a_case_lie_on_one_grid(tmp_path):
