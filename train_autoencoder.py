@@ -293,8 +293,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         resumed,
     )
-    if training.progress < 1:
-        utils.keep_pair(environment, files.best, run)
     count = sum(p.numel() for p in autoencoder.parameters())
     run.say(
         f"autoencoder: {count / 1e6:.1f} M parameters, patches {patch_size}, validation on {val_size}, "
@@ -317,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.profile or not training.end_epoch():
                 continue
             scores, pairs = validate(LatentEncoder(networks.shown), val_set, run)
+            if training.is_best(scores["psnr"]):
+                utils.keep_pair(environment, files.best, run)
             training.keep(scores["psnr"], scores)
             training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
             if run.is_main:

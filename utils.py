@@ -651,8 +651,8 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
 
 
 def keep_pair(environment: dict, best: Path, run: Run) -> None:
-    """Before stage 1 goes on, copy its best weights to `old-N` if a diffusion model was trained on them: it
-    is of no use without them, and they may be replaced."""
+    """Before stage 1's best weights are replaced, copy them to `old-N` if a diffusion model was trained on
+    them: it is of no use without them."""
     unet = environment["model_dir"] / "diffusion_unet.pt"
 
     def copy():
@@ -660,7 +660,7 @@ def keep_pair(environment: dict, best: Path, run: Run) -> None:
             return
         if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
             old = set_aside(environment, "autoencoder", copy=True)
-            run.say(f"{unet} was trained on {best}, which may now be replaced: a copy of both is in {old}")
+            run.say(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
 
     run.from_main(copy)
 

@@ -224,6 +224,10 @@ class Training:
     def _where(self) -> dict:
         return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._division()}
 
+    def is_best(self, score: float) -> bool:
+        """Whether no validation before had a better score."""
+        return self.best is None or self.better(score, self.best)
+
     def keep(self, score: float, scores: dict[str, float]) -> None:
         """Log the validation of this epoch, and keep the weights if they are the best so far.
 
@@ -240,7 +244,7 @@ class Training:
                 epoch=self.epoch,
                 **{f"val_{key}": value for key, value in scores.items()},
             )
-        if self.best is None or self.better(score, self.best):
+        if self.is_best(score):
             self.best = score
             content = {**self.facts, **self._where(), "best": score, "validation": scores}
             shown = self.learner.shown

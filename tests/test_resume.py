@@ -124,14 +124,18 @@ def test_going_on_with_stage_1_keeps_the_pair_that_belongs_together(whole, tmp_p
     """The diffusion model would be of no use without the autoencoder that it was trained on."""
     names = (*AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
     project = copy_of(whole, tmp_path / "again", *names)
-    assert "is in" not in project.run(train_autoencoder, "--no-amp")  # nothing is left to train
-    assert not (project.model_dir / "old-1").exists()
-    longer = ("--set", f"autoencoder_train.max_epochs={whole.checkpoint('autoencoder_last.pt')['epoch'] + 2}")
+    old, epochs = project.model_dir / "old-1", whole.checkpoint("autoencoder_last.pt")["epoch"] + 1
+    longer = ("--set", f"autoencoder_train.max_epochs={epochs + 1}")
+    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": 99.0})
+    assert "is in" not in project.run(train_autoencoder, "--no-amp", *longer)  # it stays the best
+    assert not old.exists()
+    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": -9.0})
+    longer = ("--set", f"autoencoder_train.max_epochs={epochs + 3}")
     said = project.run(train_autoencoder, "--no-amp", *longer)
-    old = project.model_dir / "old-1"
-    assert f"a copy of both is in {old}" in said
+    assert said.count("a copy of both is in") == 1 and f"a copy of both is in {old}" in said
     for name in ("autoencoder.pt", "diffusion_unet.pt"):
-        assert (old / name).read_bytes() == (whole.model_dir / name).read_bytes()
+        kept = torch.load(old / name, weights_only=True)["model"]
+        assert not differences(kept, whole.checkpoint(name)["model"])
 
 
 def test_promise_5_a_best_that_cannot_be_read_is_not_replaced(whole, tmp_path):
