@@ -155,7 +155,7 @@ def load_networks(
         ("diffusion_def", unet_state, unet_path),
         ("NoiseScheduler", unet_state, unet_path),
     ):
-        if "config" in checkpoint and checkpoint["config"].get(key) != config.get(key):
+        if "config" in checkpoint and utils.completed(checkpoint["config"]).get(key) != config.get(key):
             raise UserError(
                 f"{path}: was trained with another {key} than {source} has. Use the config it "
                 "was trained with; config_*.json beside the checkpoint is a copy."

@@ -188,7 +188,7 @@ def draw_samples(
 def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share."""
     checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("config", config)
+    trained = utils.completed(checkpoint.get("config", config))
     for key in ("autoencoder_def", "channel", "spacing", "intensity"):
         if trained[key] != config[key]:
             raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")

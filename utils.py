@@ -200,7 +200,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     Raises:
         UserError: as `load_config`.
     """
-    schema = json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
+    schema = _schema()
     try:
         config = resolve_references(config, config, "config")
         errors = StrictValidator(schema).iter_errors(config)
@@ -228,6 +228,17 @@ def check_config(config: dict, path: str | Path) -> dict:
         raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
     check_networks(config)
     return config
+
+
+def completed(config: dict) -> dict:
+    """A resolved config from a checkpoint, with the defaults of the keys that it does not know yet."""
+    schema, config = _schema(), copy.deepcopy(config)
+    _fill_defaults(config, schema, schema)
+    return config
+
+
+def _schema() -> dict:
+    return json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
 
 
 def _apply_override(config: dict, override: str) -> None:
