@@ -610,7 +610,7 @@ ENVIRONMENTS = [
     *(row(f"{key} in a file", {key: "FILE/x"}, "config.json") for key in ("data_base_dir", *FOLDERS)),
     *(row(f"data {v!r}", {"data_base_dir": v}, "data_base_dir") for v in (3, None, [], {}, ["a", 3])),
     row("data twice", {"data_base_dir": ["DATA", "DATA"]}, "there twice"),
-    row("data nowhere", {"data_base_dir": "~/nowhere"}, "~/nowhere"),
+    row("data nowhere", {"data_base_dir": "~/nowhere"}, "nowhere: no such data folder"),
     *(row(f"resume_ckpt {v!r}", {"resume_ckpt": v}, "resume_ckpt") for v in ("true", 1, None, "last.pt")),
     *(row(f"download_brats {v!r}", {"download_brats": v}, "download_brats") for v in ("no", 0, None)),
     *(row(f"weights {v!r}", {"perceptual_weights": v}, "perceptual_weights") for v in (3, [], True)),
