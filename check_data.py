@@ -59,8 +59,7 @@ def main(argv=None):
     pattern, how = None, {}
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
-        pattern, channel = config["data"]["pattern"], config["channel"]
-        how["channels"] = channel if isinstance(channel, list) else [channel]
+        pattern, how["channels"] = config["data"]["pattern"], utils.channels_of(config)
         intensity = config["intensity"]
         how["percentiles"] = (intensity["lower_percentile"], intensity["upper_percentile"])
 

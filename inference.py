@@ -150,16 +150,17 @@ def load_networks(
         UserError: files, config and each other do not fit.
     """
     autoencoder_state, unet_state = load_checkpoint(autoencoder_path), load_checkpoint(unet_path)
-    for key, checkpoint, path in (
-        ("autoencoder_def", autoencoder_state, autoencoder_path),
-        ("diffusion_def", unet_state, unet_path),
-        ("NoiseScheduler", unet_state, unet_path),
+    for checkpoint, path, keys in (
+        (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
+        (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),
     ):
-        if "config" in checkpoint and utils.completed(checkpoint["config"]).get(key) != config.get(key):
-            raise UserError(
-                f"{path}: was trained with another {key} than {source} has. Use the config it "
-                "was trained with; config_*.json beside the checkpoint is a copy."
-            )
+        trained = utils.completed(checkpoint.get("config", config))
+        for key in keys:
+            if trained.get(key) != config.get(key):
+                raise UserError(
+                    f"{path}: was trained with another {key} than {source} has. Use the config it "
+                    "was trained with; config_*.json beside the checkpoint is a copy."
+                )
     autoencoder = utils.define_network(config, "autoencoder_def")
     load_weights(autoencoder, autoencoder_state["model"], str(autoencoder_path))
     unet = utils.define_network(config, "diffusion_def")

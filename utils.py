@@ -31,7 +31,7 @@ from ldm.checkpoints import (
     load_checkpoint,
     load_training_checkpoint,
     weights_hash,
-    written_whole,
+    write_json,
 )
 from ldm.checks import check_cases, check_headers
 from ldm.datasets import (
@@ -312,9 +312,9 @@ ENVIRONMENT = {  # those with a default may be left out
 def load_environment(path: str | Path) -> dict:
     """Read an environment file: where data are and results go.
 
-    Relative paths count from the working directory; `~` is the home folder.
-    `data_base_dir` may be a list of folders. Optional keys:
-    `resume_ckpt`, `download_brats`, `perceptual_weights`, `cache_dir` (default `model_dir`/cache).
+    Relative paths count from the working directory; `~` is the home folder. `data_base_dir` may be a list of
+    folders. Optional keys: `resume_ckpt`, `download_brats`, `perceptual_weights`, `cache_dir` (default
+    `model_dir`/cache).
 
     Raises:
         UserError: an unknown or missing key, or a value that `ENVIRONMENT` does not allow; the key is named.
@@ -467,9 +467,7 @@ def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool) -> 
         )
     if skip:
         listed = [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems]
-        model_dir.mkdir(parents=True, exist_ok=True)
-        with written_whole(model_dir / "skipped.json") as file:
-            file.write((json.dumps(listed, indent=2) + "\n").encode())
+        write_json(model_dir / "skipped.json", listed)
     return bad
 
 
@@ -490,10 +488,8 @@ def _write_split(cases: list[Case], validation: list[Case], config: dict, model_
         if validation
         else split_cases(cases, config["data"]["val_fraction"], config["seed"])
     )
-    model_dir.mkdir(parents=True, exist_ok=True)
     split = {"training": [case.name for case in train], "validation": [case.name for case in val]}
-    with written_whole(path) as file:
-        file.write((json.dumps(split, indent=2) + "\n").encode())
+    write_json(path, split)
     return train, val
 
 

@@ -1,16 +1,14 @@
 """The bookkeeping of a training run: where it is, what is saved and logged, what the ranks agree on."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm.checkpoints import DIVISION, StageFiles, save_checkpoint, written_whole
+from ldm.checkpoints import DIVISION, StageFiles, save_checkpoint, write_json
 from ldm.datasets import stream
 from ldm.logs import TrainLog
 from ldm.processes import CLEAN_UP, Interruption, Run, signals_held_back
@@ -82,7 +80,7 @@ class Training:
             run.say(f"{stage}: trained to the end already; raise max_epochs or max_minutes to go on.")
         self.log = None
         if run.is_main:
-            write_resolved(facts["config"], environment["model_dir"] / f"config_{stage}.json")
+            write_json(environment["model_dir"] / f"config_{stage}.json", facts["config"])
             path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
             self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
         self.bar = progress_bar(run, stage, self.clock.total_steps)
@@ -288,9 +286,3 @@ def peak_memory_gb(device: torch.device) -> float:
     return (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     )
-
-
-def write_resolved(config: dict, path: Path) -> None:
-    """Write the config as it is used: defaults filled in, references resolved."""
-    with written_whole(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())

@@ -170,6 +170,12 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict | list) -> None:
+    """Write JSON as `written_whole` writes."""
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
 def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None:
     """Write a checkpoint, whole or not at all; the one before becomes `keep`.
 
@@ -210,11 +216,11 @@ class StageFiles:
         """Those that are there."""
         return [path for path in (self.best, self.last, self.prev) if path.exists()]
 
-    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-        """The newest good checkpoint to go on from and its content, or None where there is no file at all.
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict]:
+        """The newest good checkpoint to go on from and its content, where one is `present`.
 
         Raises:
-            UserError: there are files, but none to go on from.
+            UserError: there is none to go on from.
         """
         faults = []
         for path in (self.last, self.prev):
@@ -234,12 +240,10 @@ class StageFiles:
                 f"{' '.join(faults)}\nNo good checkpoint is left to go on from; --fresh starts over, and "
                 "keeps what is there in old-N."
             )
-        if self.best.exists():
-            raise UserError(
-                f"{self.best} is there, but neither {self.last.name} nor {self.prev.name} to go on from. "
-                "--fresh starts over, and keeps it in old-N; or choose another model_dir."
-            )
-        return None
+        raise UserError(
+            f"{self.best} is there, but neither {self.last.name} nor {self.prev.name} to go on from. "
+            "--fresh starts over, and keeps it in old-N; or choose another model_dir."
+        )
 
     def save_last(self, content: dict) -> None:
         """Write the newest; the good one before it is kept."""

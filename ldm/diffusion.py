@@ -50,6 +50,10 @@ class NoiseProcess:
                 f"NoiseScheduler: over {num_train_timesteps} steps this schedule leaves no signal, or adds "
                 "no noise. Change num_train_timesteps or the betas."
             )
+        if not self.is_flow:
+            # log a^2 at t = -1 .. T-1, between which it is interpolated, as Lu et al., 2022, do: (T + 1,)
+            logs = self.alphas_cumprod.log()
+            self.log_squared_signal = torch.cat([logs.new_zeros(1), logs])
 
     @classmethod
     def from_config(cls, section: dict) -> "NoiseProcess":
@@ -111,15 +115,11 @@ class NoiseProcess:
         if self.is_flow:
             s = t.double() / self.num_train_timesteps
             return 1 - s, s
-        logs = self._log_squared_signal().to(t.device)
+        logs = self.log_squared_signal.to(t.device)
         place = (t.double() + 1).clamp(0, self.num_train_timesteps)  # index 0 is t = -1
         below = place.long().clamp(max=self.num_train_timesteps - 1)
         log = torch.lerp(logs[below], logs[below + 1], place - below)
         return (log / 2).exp(), (-torch.expm1(log)).sqrt()
-
-    def _log_squared_signal(self) -> torch.Tensor:
-        """log a^2 at t = -1 .. T-1, between which it is interpolated, as Lu et al., 2022, do: (T + 1,)."""
-        return torch.cat([self.alphas_cumprod.new_zeros(1), self.alphas_cumprod.log()])
 
     def log_snr(self, t: torch.Tensor) -> torch.Tensor:
         """lambda = log(a / s) at times t, in float64; infinite at the clean end."""
@@ -197,7 +197,7 @@ class NoiseProcess:
             known = self.log_snr(grid)  # falls as t grows
             wanted = torch.linspace(known[-1], known[0], steps, dtype=torch.float64)
             log = -torch.log1p((-2 * wanted).exp())  # of a^2 = 1 / (1 + e^(-2 lambda))
-            logs = self._log_squared_signal()[1:]
+            logs = self.log_squared_signal[1:]
             times = torch.from_numpy(np.interp(log, logs.flip(0), grid.flip(0)))
         return torch.cat([times, times.new_full((1,), -1)])
 
@@ -292,10 +292,10 @@ def _multistep(model: Model, process: NoiseProcess, x, times, progress, correcte
             x = correct(z0)
         if not s_next:
             return z0  # h is infinite
-        here = math.log(a / s) if a else -math.inf
+        here = math.log(a / s)
         h = math.log(a_next / s_next) - here
         back, slope = None, 0.0  # where the one before lies, if this step is 0 .. 1
-        if before and math.isfinite(before[0]):
+        if before:
             back = (before[0] - here) / h
             slope = (before[1] - z0) / back
         start, gain = s_next / s * x, -a_next * math.expm1(-h)

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ldm import UserError, brief
-from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, written_whole
+from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, write_json, written_whole
 from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
 from ldm.schemas import StrictValidator, fault, fields
@@ -86,8 +86,7 @@ def _commit() -> str | None:
 
 def write_record(path: Path, record: dict) -> None:
     """Write a record, whole or not at all."""
-    with written_whole(path) as file:
-        file.write((json.dumps({"format": FORMAT, **record}, indent=2) + "\n").encode())
+    write_json(path, {"format": FORMAT, **record})
 
 
 def read_record(path: Path) -> dict:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import train_autoencoder
 import utils
 from ldm import UserError
-from ldm.bookkeeping import write_resolved
+from ldm.checkpoints import write_json
 from ldm.diffusion import NoiseProcess
 from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
 
@@ -165,7 +165,7 @@ def test_shipped_configs_are_all_here():
 
 def test_resolved_config_reads_back_as_itself(load, tmp_path):
     config = load(tutorial())
-    write_resolved(config, tmp_path / "resolved.json")
+    write_json(tmp_path / "resolved.json", config)
     assert utils.load_config(tmp_path / "resolved.json") == config
 
 
