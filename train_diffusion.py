@@ -4,9 +4,11 @@
     torchrun --standalone --nproc_per_node=8 train_diffusion.py -c config/config_train_multigpu.json \\
         -e config/environment.json -g 8
 
-Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume is encoded once; without augmentation
-its posterior is kept in memory, and each step draws latents from it. The scale factor, 1 / std of the latents
-of the whole training set, is measured once, printed, and stored with the weights.
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume, and each of its versions where
+`augment.versions` says how many there are, is encoded once; the posteriors are kept in memory, and each step
+draws latents from them. With `latent_cache` they come from the disk, where cache_latents.py left them. The
+scale factor, 1 / std of the latents of the whole training set, is measured once, printed, and stored with the
+weights.
 
 Written to `model_dir`: `diffusion_unet.pt` (best loss on held-out volumes so far, averaged weights),
 `diffusion_unet_last.pt` (newest, with optimiser) and `diffusion_unet_prev.pt` (the one before it),
@@ -22,95 +24,144 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 import utils
-from ldm import UserError, figures
-from ldm.bookkeeping import Training, progress_bar
-from ldm.checkpoints import StageFiles, load_checkpoint, weights_hash
-from ldm.datasets import Case, VolumeDataset, stream
+from ldm import UserError, figures, latents
+from ldm.bookkeeping import Training
+from ldm.checkpoints import StageFiles, weights_hash
+from ldm.datasets import Case, VolumeDataset, stream, typical_limits
 from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
+from ldm.latents import Posteriors
 from ldm.logs import read_log
 from ldm.networks import load_weights
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
-from ldm.transforms import Preprocessing
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
-TYPICAL_CASES = 16
 
 
-class PosteriorDataset(Dataset):
-    """Posteriors of volumes that do not change from epoch to epoch, encoded once and kept in memory."""
+class WithChance(Dataset):
+    """A data set whose items also hold what chance decides about them: the posterior draw `eps` and the
+    `noise`, (c, d, h, w) each, and the `uniform` time. All are functions of (seed, epoch, case), drawn by the
+    loader's processes.
 
-    is_random = False
+    Args:
+        shape: of the latents, (c, d, h, w).
+    """
 
-    def __init__(self, cases: Sequence, means: torch.Tensor, stds: torch.Tensor):
-        self.cases, self.means, self.stds = cases, means, stds
+    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
 
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
-        return {"mean": self.means[i], "std": self.stds[i], "epoch": epoch, "index": i}
+        generator = stream(self.seed, "diffusion", epoch, self.cases[i].name)
+        eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        uniform = torch.rand((), generator=generator)
+        return {**self.dataset[key], "eps": eps, "noise": noise, "uniform": uniform}
 
 
-@torch.no_grad()
-def encode_all(encoder: LatentEncoder, dataset: VolumeDataset, run: Run, what: str) -> PosteriorDataset:
-    """Encode each volume once, each rank its share, and hand every rank all posteriors."""
-    mine = range(run.rank, len(dataset), run.world_size)
-    found = {}
-    for i in progress_bar(run, what, items=mine, unit="volume"):
-        with run.autocast():
-            mean, std = encoder.posterior(dataset[(0, i)]["image"][None].to(run.device))
-        found[i] = mean[0].cpu(), std[0].cpu()
-    everywhere = {i: posterior for part in run.gather(found) for i, posterior in part.items()}
-    means, stds = (torch.stack([everywhere[i][k] for i in range(len(dataset))]) for k in (0, 1))
-    return PosteriorDataset(dataset.cases, means, stds)
+@dataclass
+class Latents:
+    """What the diffusion model learns from.
+
+    `train` and `val` serve posteriors, `train` images where each epoch has versions of its own. `encoder` is
+    None where the posteriors come from a cache. `autoencoder` is the hash of its weights, `shape` that of the
+    latents, (c, d, h, w); `geometry` holds spacing, size and intensity limits of the volumes.
+    """
+
+    train: Posteriors | VolumeDataset
+    val: Posteriors
+    encoder: LatentEncoder | None
+    autoencoder: str
+    shape: list[int]
+    geometry: dict
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a loader has nothing to read or to make."""
+        return self.encoder is not None and isinstance(self.train, Posteriors)
 
 
-def measure_scale(encoder: LatentEncoder, dataset: Dataset, run: Run) -> float:
+def encode_data(
+    config: dict, environment: dict, autoencoder: Path, resumed: dict | None, skip_bad: bool, run: Run
+) -> Latents:
+    """Read and encode the data set."""
+    train, val = utils.volumes_to_encode(config, environment, run, skip_bad)
+    encoder, workers = utils.load_autoencoder(autoencoder, config, run), config["data"]["num_workers"]
+    weights = weights_hash(encoder.autoencoder.state_dict())
+    check_same(resumed, weights, autoencoder)
+    limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
+    geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
+    val = latents.encode_all(encoder, val, run, workers, "encode held-out")
+    if train.versions is not None:
+        train = latents.encode_all(encoder, train, run, workers, "encode training")
+    shape = list(val.entries[0].shape[2:])
+    return Latents(train, val, encoder, weights, shape, geometry)
+
+
+def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict | None, run: Run) -> Latents:
+    """Take the latents that cache_latents.py left; no image is opened and no autoencoder built.
+
+    Raises:
+        UserError: they are not those of this config, autoencoder and data.
+    """
+    folder, seed = environment["cache_dir"] / utils.LATENTS, config["seed"]
+    about = utils.what_latents_follow_from(config)
+    manifest = latents.open_cache(folder, about, autoencoder, run)
+    weights = manifest["autoencoder"]["weights"]
+    check_same(resumed, weights, autoencoder)
+    run.from_main(lambda: utils.check_cached_data(folder, manifest, config, environment, run))
+    config["spacing"], config["longest_side"] = manifest["geometry"]["spacing"], None
+    parts = [
+        Posteriors(
+            [Case(record["case"], ()) for record in manifest[part]],
+            [folder / record["entry"] for record in manifest[part]],
+            seed,
+        )
+        for part in ("training", "validation")
+    ]
+    return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
+
+
+def check_same(resumed: dict | None, weights: str, autoencoder: Path) -> None:
+    """Raise UserError unless a run goes on with latents of the autoencoder that it began with."""
+    if resumed and resumed.get("autoencoder") != weights:
+        raise UserError(
+            f"{resumed['path']}: was trained on the latents of another autoencoder than {autoencoder}. "
+            "Name that one by --autoencoder, or start over with --fresh."
+        )
+
+
+def measure_scale(source: Latents, run: Run) -> float:
     """The scale factor over the whole training set, the same on every rank.
 
     Where volumes change from epoch to epoch, those of epoch 0 are measured.
     """
     moments = LatentMoments()
-    for i in range(run.rank, len(dataset), run.world_size):
-        moments.add(
-            *posterior_of(
-                {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")},
-                encoder,
-                run,
-            )
-        )
+    for i in range(run.rank, len(source.train), run.world_size):
+        moments.add(*posterior_of(one_of(source.train, i), source.encoder, run))
     return moments.scale_factor(run.sum)
 
 
+def one_of(dataset: Dataset, i: int) -> dict:
+    """Case `i` in epoch 0, as a batch of one."""
+    return {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")}
+
+
 @torch.no_grad()
-def posterior_of(batch: dict, encoder: LatentEncoder, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior_of(batch: dict, encoder: LatentEncoder | None, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept, or encoded now."""
     if "mean" in batch:
         return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
     with run.autocast():
         return encoder.posterior(batch["image"].to(run.device, non_blocking=True))
-
-
-def draws(batch: dict, dataset: Dataset, shape: Sequence[int], seed: int) -> tuple[torch.Tensor, ...]:
-    """Posterior draw, noise (B, *shape) and uniform time (B,) of each case: functions of (seed, epoch,
-    case)."""
-    parts = []
-    for epoch, i in zip(batch["epoch"], batch["index"], strict=True):
-        generator = stream(seed, "diffusion", int(epoch), dataset.cases[i].name)
-        parts.append(
-            [torch.randn(tuple(shape), generator=generator) for _ in range(2)]
-            + [torch.rand((), generator=generator)]
-        )
-    return tuple(torch.stack(values) for values in zip(*parts, strict=True))
 
 
 def diffusion_loss(
@@ -133,16 +184,11 @@ def diffusion_loss(
     return (process.min_snr_weight(t, min_snr_gamma) * errors).mean()
 
 
-def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
-    """Median over some cases of the intensities that become 0 and 1, for each channel."""
-    return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()
-
-
 @torch.no_grad()
 def validate(
     unet: nn.Module,
-    encoder: LatentEncoder,
-    dataset: Dataset,
+    dataset: Posteriors,
+    scale_factor: float,
     process: NoiseProcess,
     times: int,
     seed: int,
@@ -152,9 +198,8 @@ def validate(
     unet.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for i in range(run.rank, len(dataset), run.world_size):
-        item = {key: value[None] for key, value in dataset[(0, i)].items() if key in ("image", "mean", "std")}
-        mean, _ = posterior_of(item, encoder, run)
-        z0 = (mean * encoder.scale_factor).expand(times, -1, -1, -1, -1)
+        mean, _ = posterior_of(one_of(dataset, i), None, run)
+        z0 = (mean * scale_factor).expand(times, -1, -1, -1, -1)
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(z0.shape, generator=generator).to(run.device)
         t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
@@ -183,18 +228,6 @@ def draw_samples(
             )
             volumes.append(encoder.decode(latents).cpu())
     return torch.cat(volumes)
-
-
-def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
-    """The frozen autoencoder of stage 1, checked against the config in what both stages share."""
-    checkpoint = load_checkpoint(path)
-    trained = utils.completed(checkpoint.get("config", config))
-    for key in ("autoencoder_def", "channel", "spacing", "intensity"):
-        if trained[key] != config[key]:
-            raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
-    autoencoder = utils.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, checkpoint["model"], str(path))
-    return LatentEncoder(autoencoder.to(run.device).eval().requires_grad_(False))
 
 
 @dataclass
@@ -260,59 +293,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
-    autoencoder_path = args.autoencoder or model_dir / "autoencoder.pt"
-    if not autoencoder_path.is_file():
-        raise UserError(
-            f"{autoencoder_path}: no trained autoencoder. Run train_autoencoder.py first, or name one by "
-            "--autoencoder."
-        )
+    autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
     resumed = utils.starting_point(args, environment, "diffusion", files, run)
-    torch.manual_seed(seed)  # the same initial weights on every rank
 
-    # Step 1: data
-    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
-    _, size, _ = utils.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing = utils.preprocessing_of(config)
-    common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
-    train_set = VolumeDataset(train_cases, preprocessing, size, False, section["augment"], **common)
-    val_set = VolumeDataset(val_cases, preprocessing, size, **common)
-    utils.warn_of_padding(train_cases, config["spacing"], size, run)
+    # Step 1: latents
+    if section["latent_cache"]:
+        source = read_cache(config, environment, autoencoder, resumed, run)
+    else:
+        source = encode_data(config, environment, autoencoder, resumed, args.skip_bad, run)
 
-    # Step 2: the frozen autoencoder, latents and their scale factor
-    encoder = load_autoencoder(autoencoder_path, config, run)
-    autoencoder_hash = weights_hash(encoder.autoencoder.state_dict())
-    if resumed and resumed.get("autoencoder") != autoencoder_hash:
-        raise UserError(
-            f"{resumed['path']}: was trained on the latents of another autoencoder than {autoencoder_path}. "
-            "Name that one by --autoencoder, or start over with --fresh."
-        )
-    val_set = encode_all(encoder, val_set, run, "encode held-out")
-    if not train_set.is_random:
-        train_set = encode_all(encoder, train_set, run, "encode training")
-    encoder.scale_factor = resumed["scale_factor"] if resumed else measure_scale(encoder, train_set, run)
-    latent_shape = list(val_set.means.shape[1:])
+    # Step 2: their scale factor
+    scale_factor = resumed["scale_factor"] if resumed else measure_scale(source, run)
     run.say(
-        f"scale factor {encoder.scale_factor:.6f} over {len(train_set)} training volumes, "
-        f"latents {latent_shape}"
+        f"scale factor {scale_factor:.6f} over {len(source.train)} training volumes, latents {source.shape}"
     )
-    limits = run.from_main(lambda: typical_limits(preprocessing, train_cases))
     facts = {  # what the weights mean nothing without
-        "scale_factor": encoder.scale_factor,
-        "autoencoder": autoencoder_hash,
-        "latent_shape": latent_shape,
-        "geometry": {"spacing": config["spacing"], "size": size, "limits": limits},
+        "scale_factor": scale_factor,
+        "autoencoder": source.autoencoder,
+        "latent_shape": source.shape,
+        "geometry": source.geometry,
         "config": config,
     }
+    often = section["sample_interval"]
+    if often and not autoencoder.is_file():
+        run.say(f"{autoencoder} is not there: no samples are drawn on the way")
+        often = 0
 
     # Step 3: the diffusion network, and where to go on
+    torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
     learner = build_learner(config, section["compile"] if args.compile is None else args.compile, run)
-    workers = None if train_set.is_random else 0  # latents in memory need no workers
-    loader = utils.make_loader(train_set, section, config, run, workers)
-    training = Training(
-        "diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed
-    )
+    # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
+    workers = 0 if source.in_memory and run.device.type == "cpu" else None
+    loader = utils.make_loader(WithChance(source.train, source.shape, seed), section, config, run, workers)
+    training = Training("diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed)
     count = sum(p.numel() for p in learner.unet.parameters())
     run.say(
         f"diffusion: {count / 1e6:.1f} M parameters, predicts {process.prediction}, "
@@ -324,9 +339,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for epoch in training.epochs():
             learner.unet.train()
             for _, batch, last in training.batches():
-                chance = draws(batch, train_set, latent_shape, seed)
-                eps, noise, uniform = (x.to(run.device, non_blocking=True) for x in chance)
-                z0 = encoder.draw(*posterior_of(batch, encoder, run), eps)
+                eps, noise, uniform = (
+                    batch[key].to(run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
+                )
+                mean, std = posterior_of(batch, source.encoder, run)
+                z0 = (mean + std * eps) * scale_factor
                 t = process.draw_times(uniform, section["timestep_sampling"])
                 with learner.stepper.accumulating(last):
                     loss = diffusion_loss(
@@ -339,14 +356,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.profile:
                 continue
             validate_now, shown = training.end_epoch(), learner.shown
-            often = section["sample_interval"]
             if run.is_main and often and (training.done or epoch % often == 0):
-                volumes = draw_samples(shown, encoder, process, latent_shape, section["sample_steps"], run)
+                decoder = source.encoder or utils.load_autoencoder(autoencoder, config, run)
+                decoder.scale_factor = scale_factor
+                volumes = draw_samples(shown, decoder, process, source.shape, section["sample_steps"], run)
                 picture = model_dir / "samples" / f"epoch_{epoch + 1:05d}.png"
                 figures.montage({"sample": list(volumes[:, 0])}, picture)
                 training.log.image("samples", figures.three_planes(volumes[0, 0]), training.clock.step)
             if validate_now:
-                score = validate(shown, encoder, val_set, process, section["val_times"], seed, run)
+                score = validate(shown, source.val, scale_factor, process, section["val_times"], seed, run)
                 training.keep(score, {"loss": score})
                 training.bar.set_description(f"diffusion, held-out loss {score:.4f}")
 

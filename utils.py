@@ -37,6 +37,7 @@ from ldm.checks import check_cases, check_headers
 from ldm.datasets import (
     Case,
     EpochSampler,
+    VolumeDataset,
     choose_spacing,
     find_cases,
     parse_json,
@@ -45,6 +46,8 @@ from ldm.datasets import (
     volume_size,
 )
 from ldm.download import fetch_task01
+from ldm.encoders import LatentEncoder
+from ldm.latents import check_data
 from ldm.logs import read_log, write_log
 from ldm.networks import (
     NETWORKS,
@@ -55,14 +58,17 @@ from ldm.networks import (
     check_size,
     downsampling,
     instantiate,
+    load_weights,
     network_divisor,
     resolve_references,
 )
 from ldm.processes import CLEAN_UP, Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator
-from ldm.transforms import Preprocessing
+from ldm.transforms import CODE, Preprocessing
 
 ROOT = Path(__file__).resolve().parent
+SPLIT = "split.json"
+LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
 
 
 # What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
@@ -472,7 +478,7 @@ def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool) -> 
 
 
 def _write_split(cases: list[Case], validation: list[Case], config: dict, model_dir: Path):
-    path = model_dir / "split.json"
+    path = model_dir / SPLIT
     by_name = {case.name: case for case in [*cases, *validation]}
     if path.is_file():
         split = read_json(path, "split")
@@ -540,6 +546,61 @@ def warn_of_padding(cases: Sequence[Case], spacing: Sequence[float], size: Seque
         )
 
 
+def volumes_to_encode(
+    config: dict, environment: dict, run: Run, skip_bad: bool
+) -> tuple[VolumeDataset, VolumeDataset]:
+    """The training and the held-out volumes of stage 2, as images."""
+    train_cases, val_cases = prepare_data(config, environment, run, skip_bad)
+    _, size, _ = patch_sizes(config, [*train_cases, *val_cases])
+    preprocessing, augment = preprocessing_of(config), config["diffusion_train"]["augment"]
+    cache_rate, seed = config["data"]["cache_rate"], config["seed"]
+    common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
+    warn_of_padding(train_cases, config["spacing"], size, run)
+    return (
+        VolumeDataset(train_cases, preprocessing, size, False, augment, **common),
+        VolumeDataset(val_cases, preprocessing, size, **common),
+    )
+
+
+def what_latents_follow_from(config: dict) -> dict:
+    """The keys of a config that the latents of stage 2 depend on, as the user wrote them; by them a cache
+    knows whether it is the right one. To be asked before `prepare_data` fixes the spacing."""
+    section, data = config["diffusion_train"], config["data"]
+    keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
+    return {
+        **{key: copy.deepcopy(config[key]) for key in keys},
+        "diffusion_train.patch_size": section["patch_size"],
+        "diffusion_train.augment": section["augment"],
+        "data.pattern": data["pattern"],
+        "data.val_fraction": data["val_fraction"],
+        "version of the transforms": CODE,
+    }
+
+
+def check_cached_data(folder: Path, manifest: dict, config: dict, environment: dict, run: Run) -> None:
+    """See that cached latents are of the data that are there, if they are, and of this `model_dir`'s split;
+    no image is opened.
+
+    Raises:
+        UserError: they are not.
+    """
+    base, path = environment["data_base_dir"], environment["model_dir"] / SPLIT
+    if all(one.exists() for one in (base if isinstance(base, list) else [base])):
+        cases, validation = find_cases(base, config["data"]["pattern"])
+        check_data(folder, manifest, [*cases, *validation])
+    else:
+        run.say(f"data: {base} is not there; the latents in {folder} stand for them")
+    parts = ("training", "validation")
+    split = {part: [record["case"] for record in manifest[part]] for part in parts}
+    if not path.is_file():
+        write_json(path, split)
+    elif {part: read_json(path, "split").get(part) for part in parts} != split:
+        raise UserError(
+            f"{path}: the latents in {folder} were made for another split. Make them anew by "
+            "cache_latents.py --fresh, or choose another cache_dir in the environment file."
+        )
+
+
 def make_loader(
     dataset: Dataset, section: dict, config: dict, run: Run, workers: int | None = None
 ) -> DataLoader:
@@ -559,6 +620,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=run.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
+        persistent_workers=workers > 0,
     )
 
 
@@ -570,6 +632,32 @@ def define_network(config: dict, key: str) -> nn.Module:
     if key not in config:
         raise UserError(f"{key}: missing from the config.")
     return instantiate(config[key], NETWORKS, key)
+
+
+def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool = True) -> Path:
+    """The file of stage 1's weights: `--autoencoder`, or the one in `model_dir`.
+
+    Raises:
+        UserError: it is `needed` and not there.
+    """
+    path = args.autoencoder or environment["model_dir"] / "autoencoder.pt"
+    if needed and not path.is_file():
+        raise UserError(
+            f"{path}: no trained autoencoder. Run train_autoencoder.py first, or name one by --autoencoder."
+        )
+    return path
+
+
+def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
+    """The frozen autoencoder of stage 1, checked against the config in what both stages share."""
+    checkpoint = load_checkpoint(path)
+    trained = completed(checkpoint.get("config", config))
+    for key in ("autoencoder_def", "channel", "spacing", "intensity"):
+        if trained[key] != config[key]:
+            raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
+    autoencoder = define_network(config, "autoencoder_def")
+    load_weights(autoencoder, checkpoint["model"], str(path))
+    return LatentEncoder(autoencoder.to(run.device).eval().requires_grad_(False))
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:

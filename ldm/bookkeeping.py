@@ -132,11 +132,12 @@ class Training:
             loading = iter(self.loader)
         try:
             yield from self._steps(enumerate(loading, self.batch))
-        finally:
+        except BaseException:
             # An error of theirs holds the iterator in a cycle, and what collects that closes their queues
             # before they are told to end: they would be waited for.
             if self.loader.num_workers:
                 loading._shutdown_workers()
+            raise
 
     def _steps(self, numbered: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict, bool]]:
         for number, batch in numbered:

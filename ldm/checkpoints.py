@@ -176,6 +176,12 @@ def write_json(path: Path, content: dict | list) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None:
     """Write a checkpoint, whole or not at all; the one before becomes `keep`.
 

@@ -25,6 +25,7 @@ from ldm.transforms import Preprocessing, augmentation, fit, ras_geometry
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 LABEL_SUFFIXES = ("_dseg", "_seg", "_label", "_mask")
 LABEL_FOLDERS = {"derivatives", "labels", "labelstr", "labelsts", "masks"}
+TYPICAL_CASES = 16
 LEFT_BEHIND = 24 * 3600  # seconds without a change, after which no one is writing a volume any more
 
 
@@ -309,11 +310,25 @@ def stream(seed: int, *what: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
+    """Median over some cases of the intensities that become 0 and 1, for each channel."""
+    return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()
+
+
+def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
+    """Which random version of a case an epoch has: one of its own, or each of so many in turn, from one on
+    that the case begins with."""
+    if versions is None:
+        return epoch
+    return (stream(seed, "version", case).initial_seed() + epoch) % versions
+
+
 class VolumeDataset(Dataset):
     """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked.
 
     An item is asked for by `(epoch, i)`, as `EpochSampler` does, and is `{"image": (C, D, H, W) float32,
-    "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case).
+    "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case), by way of the version
+    that the epoch has (`version_of`).
 
     Args:
         cases: what to serve.
@@ -339,6 +354,7 @@ class VolumeDataset(Dataset):
     ):
         self.cases, self.preprocessing, self.size, self.seed = list(cases), preprocessing, tuple(size), seed
         self.augmentation = augmentation(augment or {}, self.size, random_crop)
+        self._versions = augment.get("versions") if augment else None
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
         self.cache_dir = cache_dir
         self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
@@ -349,9 +365,9 @@ class VolumeDataset(Dataset):
         return len(self.cases)
 
     @property
-    def is_random(self) -> bool:
-        """Whether an item changes from epoch to epoch."""
-        return self.augmentation is not None
+    def versions(self) -> int | None:
+        """How many versions of a volume the epochs go through; None: each has one of its own."""
+        return 1 if self.augmentation is None else self._versions
 
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache where it is kept."""
@@ -383,20 +399,23 @@ class VolumeDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
+        image = self.image(i, version_of(self.seed, epoch, self.cases[i].name, self.versions))
+        return {"image": image, "epoch": epoch, "index": i}
+
+    def image(self, i: int, version: int) -> torch.Tensor:
+        """A version of case `i`, (C, *size) float32."""
         volume = self.volume(i)
         if self.augmentation is None:
-            image = torch.from_numpy(np.array(fit(volume, self.size)))
-        else:
-            rng = np.random.RandomState(
-                stream(self.seed, "augment", epoch, self.cases[i].name).initial_seed() % 2**32
+            return torch.from_numpy(np.array(fit(volume, self.size)))
+        rng = np.random.RandomState(
+            stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
+        )
+        label = self._label(i) if self.foreground else None
+        if label is not None and label.shape[1:] != volume.shape[1:]:
+            raise UserError(
+                f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
             )
-            label = self._label(i) if self.foreground else None
-            if label is not None and label.shape[1:] != volume.shape[1:]:
-                raise UserError(
-                    f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
-                )
-            image = self.augmentation(volume, label, rng)
-        return {"image": image, "epoch": epoch, "index": i}
+        return self.augmentation(volume, label, rng)
 
 
 def _clear_left_behind(cache_dir: Path) -> None:

@@ -36,10 +36,6 @@ class LatentEncoder(nn.Module):
         mean, std = self.autoencoder.encode(images)
         return mean.float(), std.float()
 
-    def draw(self, mean: torch.Tensor, std: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """Scaled latents of a posterior."""
-        return (mean + std * eps) * self._scale()
-
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, c, d, h, w) -> images (B, C, D, H, W), float32."""
         return self.autoencoder.decode(latents / self._scale()).float()

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ldm import UserError, brief
-from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, write_json, written_whole
+from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, sha256_of, write_json, written_whole
 from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
 from ldm.schemas import StrictValidator, fault, fields
@@ -46,12 +46,6 @@ SCHEMA = fields(
         sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
     ),
 )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def config_hash(config: dict) -> str:

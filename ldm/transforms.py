@@ -42,6 +42,7 @@ FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tell
 MGH_TAGS = 2**24  # bytes that may follow the voxels of an MGH file; in NIfTI nothing follows them
 CHUNK = 2**20
 RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
+CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # what makes a volume of a file
 MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
 
 
@@ -229,7 +230,7 @@ class Preprocessing:
     @property
     def key(self) -> str:
         """What the result depends on besides the files."""
-        return f"{self!r} {RESAMPLING} MONAI {monai.__version__}"
+        return f"{self!r} {CODE}"
 
     def read(self, images: Sequence[Path]) -> np.ndarray:
         """The resampled volume in the file's own units, (C, D, H, W).

@@ -27,6 +27,7 @@ from ldm.datasets import (
     find_cases,
     split_cases,
     stream,
+    version_of,
     volume_size,
 )
 from ldm.processes import Run
@@ -469,9 +470,20 @@ def test_items_change_with_epoch_seed_and_case(cases):
     images = [item["image"] for item in items]
     assert not any(torch.equal(images[i], images[j]) for i in range(4) for j in range(i))
     assert [(item["epoch"], item["index"]) for item in items] == [(0, 0), (1, 0), (0, 1), (0, 0)]
-    assert (
-        dataset.is_random and not VolumeDataset(twins, PREPROCESSING, (8, 8, 8), False, NO_AUGMENT).is_random
-    )
+    assert dataset.versions is None
+    assert VolumeDataset(twins, PREPROCESSING, (8, 8, 8), False, NO_AUGMENT).versions == 1
+
+
+def test_the_epochs_go_through_a_given_number_of_versions_in_turn(cases):
+    some = {**AUGMENT, "versions": 3}
+    dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), True, some, seed=3)
+    assert dataset.versions == 3
+    for i in range(2):
+        images = [dataset[(epoch, i)]["image"] for epoch in range(6)]
+        same = [[torch.equal(a, b) for b in images] for a in images]
+        assert same == [[(a - b) % 3 == 0 for b in range(6)] for a in range(6)]
+    firsts = {version_of(3, 0, f"case {i}", 3) for i in range(20)}
+    assert firsts == {0, 1, 2}  # not all cases begin with the same one
 
 
 def test_centre_crop_and_padding_keep_the_values_of_the_whole_volume(cases):

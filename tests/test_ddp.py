@@ -84,14 +84,14 @@ def one_step(config_file: Path, data: Path) -> dict:
         network = utils.wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
         loss = train_autoencoder.AutoencoderLoss(section, None)
-        for number, batch in enumerate(utils.make_loader(dataset, section, config, run)):
+        items = train_diffusion.WithChance(dataset, [3, 8, 10, 6], seed=0)
+        for number, batch in enumerate(utils.make_loader(items, section, config, run)):
             eps = train_autoencoder.posterior_noise(batch, dataset, [3, 8, 10, 6], seed=0)
             with stepper.accumulating(number + 1 == accumulate):
                 terms = loss(batch["image"], *network(batch["image"], eps), torch.Generator())
                 stepper.backward(terms["loss"])
             if number == 0:
-                draws = train_diffusion.draws(batch, dataset, [3, 8, 10, 6], seed=0)
-                found["draws"] = [eps, *draws]
+                found["draws"] = [eps, *(batch[key] for key in ("eps", "noise", "uniform"))]
             if number + 1 == accumulate:
                 break
         found[accumulate] = [p.grad.clone() for p in encoder.parameters()]

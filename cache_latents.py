@@ -1,0 +1,93 @@
+"""Encode a data set once, for trainings of stage 2 that then need neither images nor autoencoder.
+
+    python cache_latents.py -c config/config_train_16g.json -e config/environment.json
+    python train_diffusion.py -c config/config_train_16g.json -e config/environment.json \\
+        --set diffusion_train.latent_cache=true
+    torchrun --standalone --nproc_per_node=8 cache_latents.py -c CONFIG -e ENV -g 8
+
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`) and the data that stage 2 would read. Written to
+`cache_dir`/latents: for each volume, and for each of its `diffusion_train.augment.versions` random versions
+where it is augmented, the posterior's mean and standard deviation; and `manifest.json`, which tells what they
+follow from. A training that finds there another autoencoder, other transforms or other data is refused.
+
+The same command again goes on where it stopped, and makes anew what is damaged or whose files have changed.
+`--fresh` deletes the latents of another autoencoder or config first.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import utils
+from ldm import UserError, latents
+from ldm.checkpoints import sha256_of, weights_hash
+from ldm.datasets import find_cases, typical_limits
+
+
+@utils.command
+def main(argv: Sequence[str] | None = None) -> None:
+    # Step 0: configuration, processes, device
+    parser = utils.script_parser(__doc__)
+    add = parser.add_argument
+    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
+    add("--fresh", action="store_true", help="delete the latents that are there, and start over")
+    add("--skip-bad", action="store_true", help="read all data first, and leave bad cases out")
+    args = parser.parse_args(argv)
+    config = utils.load_config(args.config_file, args.set)
+    environment = utils.load_environment(args.environment_file)
+    section, workers = config["diffusion_train"], config["data"]["num_workers"]
+    run = utils.start(args, section)
+    path = utils.autoencoder_path(args, environment)
+    folder = environment["cache_dir"] / utils.LATENTS
+    about = utils.what_latents_follow_from(config)
+
+    # Step 1: data and autoencoder
+    train, val = utils.volumes_to_encode(config, environment, run, args.skip_bad)
+    if train.versions is None:
+        raise UserError(
+            "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "
+            "how many of each to encode, such as 4."
+        )
+    encoder = utils.load_autoencoder(path, config, run)
+    weights = weights_hash(encoder.autoencoder.state_dict())
+
+    # Step 2: what is there already, and the rest
+    utils.claim(folder, run)
+    run.from_main(
+        lambda: latents.begin(folder, about, {"weights": weights, "file": sha256_of(path)}, args.fresh)
+    )
+    key = repr((sorted(about.items()), weights, config["spacing"], train.size))
+    training, shape, made = latents.add(folder, encoder, train, run, workers, "encode training", key)
+    validation, _, made_too = latents.add(folder, encoder, val, run, workers, "encode held-out", key)
+
+    # Step 3: the manifest
+    def finish() -> int:
+        found = find_cases(environment["data_base_dir"], config["data"]["pattern"])
+        used = {case.name for case in [*train.cases, *val.cases]}
+        manifest = {
+            "about": about,
+            "autoencoder": {"weights": weights, "file": sha256_of(path)},
+            "versions": train.versions,
+            "latent_shape": shape[2:],
+            "geometry": {
+                "spacing": config["spacing"],
+                "size": list(train.size),
+                "limits": typical_limits(train.preprocessing, train.cases),
+            },
+            "training": training,
+            "validation": validation,
+            "left_out": [case.name for cases in found for case in cases if case.name not in used],
+        }
+        latents.complete(folder, manifest)
+        return sum((folder / record["entry"]).stat().st_size for record in [*training, *validation])
+
+    size = run.from_main(finish)
+    count, made = len(training) + len(validation), made + made_too
+    run.say(
+        f"latents of {len(training)} training volumes, {train.versions} version(s) each, and of "
+        f"{len(validation)} held-out ones: {made} encoded, {count - made} there from before, "
+        f"{size / 1e9:.2f} GB\n  {folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Posteriors of a data set: encoded once, kept in memory or in a folder that later trainings read instead of
+images.
+
+A cache is a folder with one `.npy` a case, (versions, 2, c, d, h, w) float32, mean before std, and a
+`manifest.json` that says what they follow from: the autoencoder, the way from file to volume, the data. An
+entry is named by the hash of all that, so that an interrupted cache goes on, and is read memory-mapped, so
+that all processes of a machine share one copy.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm import UserError, brief
+from ldm.bookkeeping import progress_bar
+from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_json, written_whole
+from ldm.datasets import Case, VolumeDataset, read_json, version_of
+from ldm.encoders import LatentEncoder
+from ldm.networks import plain_names
+from ldm.processes import Run, leave_signals_to_the_main_process
+from ldm.schemas import StrictValidator, fault, fields
+
+MANIFEST = "manifest.json"
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
+FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
+RECORDS = {"type": "array", "minItems": 1, "items": fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)}
+LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
+SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
+SPACING = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
+COMPLETE = StrictValidator(
+    fields(
+        about={"type": "object"},
+        autoencoder=fields(weights=TEXT, file=TEXT),
+        versions=COUNT,
+        latent_shape={"type": "array", "items": COUNT, "minItems": 4, "maxItems": 4},
+        geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),
+        training=RECORDS,
+        validation=RECORDS,
+        left_out={"type": "array", "items": TEXT},
+    )
+)
+
+
+class Posteriors(Dataset):
+    """Posterior mean and std of each version of each volume.
+
+    An item is asked for by `(epoch, i)` and is `{"mean", "std": (c, d, h, w) float32, "epoch": int, "index":
+    int}`, of the version that the epoch has of that case.
+
+    Args:
+        cases: what is served.
+        entries: of each case (versions, 2, c, d, h, w): a tensor, or the file that holds it.
+        seed: of the order of versions.
+    """
+
+    def __init__(self, cases: Sequence[Case], entries: Sequence[torch.Tensor | Path], seed: int):
+        self.cases, self.entries, self.seed = list(cases), entries, seed
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        entry = self.entries[i]
+        if isinstance(entry, Path):
+            entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
+        mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
+        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+
+
+class _Versions(Dataset):
+    """The versions of some volumes, one after the other."""
+
+    def __init__(self, volumes: VolumeDataset, cases: Iterable[int]):
+        self.volumes = volumes
+        self.pairs = [(i, version) for i in cases for version in range(volumes.versions)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, k: int) -> tuple[int, int, torch.Tensor]:
+        i, version = self.pairs[k]
+        return i, version, self.volumes.image(i, version)
+
+
+@torch.no_grad()
+def encode(
+    encoder: LatentEncoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Encode all versions of some volumes: index and (versions, 2, c, d, h, w) float32, on the CPU, of each.
+
+    Args:
+        workers: loader processes.
+        what: the name of the progress bar.
+    """
+    loader = DataLoader(
+        _Versions(volumes, cases),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=run.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    versions = []
+    for i, version, image in progress_bar(run, what, items=loader, unit="volume"):
+        with run.autocast():
+            mean, std = encoder.posterior(image[None].to(run.device, non_blocking=True))
+        versions.append(torch.stack([mean[0], std[0]]).cpu())
+        if version + 1 == volumes.versions:
+            yield i, torch.stack(versions)
+            versions = []
+
+
+def encode_all(
+    encoder: LatentEncoder, volumes: VolumeDataset, run: Run, workers: int, what: str
+) -> Posteriors:
+    """Encode each volume once, each rank its share, and hand every rank all posteriors."""
+    mine = range(run.rank, len(volumes), run.world_size)
+    found = dict(encode(encoder, volumes, mine, run, workers, what))
+    everywhere = {i: entry for part in run.gather(found) for i, entry in part.items()}
+    return Posteriors(volumes.cases, [everywhere[i] for i in range(len(volumes))], volumes.seed)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def begin(folder: Path, about: dict, autoencoder: dict, fresh: bool) -> None:
+    """See that what is in a cache's folder is of this autoencoder and these transforms, and note them there.
+
+    Args:
+        about: what the posteriors follow from, by the names that the user knows it by.
+        autoencoder: hashes of its `weights` and of its `file`.
+        fresh: delete what is there first.
+
+    Raises:
+        UserError: it is not; what differs is named.
+    """
+    path = folder / MANIFEST
+    if fresh:
+        for old in [path, *folder.glob("*.npy")]:
+            old.unlink(missing_ok=True)
+    if path.is_file():
+        _check_about(folder, read_json(path, "manifest"), about, autoencoder["weights"])
+    else:
+        write_json(path, {"about": about, "autoencoder": autoencoder})
+
+
+def add(
+    folder: Path, encoder: LatentEncoder, volumes: VolumeDataset, run: Run, workers: int, what: str, key: str
+) -> tuple[list[dict], list[int], int]:
+    """Encode into a cache what is not there yet, each rank its share.
+
+    Args:
+        key: hash of all that an entry follows from but its files.
+
+    Returns:
+        The manifest's records of all cases, the shape of an entry, and how many were made.
+    """
+    mine = range(run.rank, len(volumes), run.world_size)
+    known = {}
+    if (folder / MANIFEST).is_file():
+        manifest = read_json(folder / MANIFEST, "manifest")
+        known = {
+            record["entry"]: record["sha256"]
+            for part in ("training", "validation")
+            for record in manifest.get(part, [])
+        }
+    records, missing = {}, []
+    for i in mine:
+        case = volumes.cases[i]
+        files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in case.images]
+        facts = repr((key, case.name, [file["sha256"] for file in files]))
+        entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
+        path = folder / entry
+        digest = sha256_of(path) if path.is_file() else None
+        if digest is None or digest != known.get(entry, digest):
+            missing.append(i)
+        records[i] = {"case": case.name, "entry": entry, "sha256": digest, "files": files}
+    shape = None
+    for i, entry in encode(encoder, volumes, missing, run, workers, what):
+        path = folder / records[i]["entry"]
+        with written_whole(path) as file:
+            np.save(file, entry.numpy())
+        records[i]["sha256"] = sha256_of(path)
+    if records:
+        first = next(iter(records.values()))
+        shape = list(np.load(folder / first["entry"], mmap_mode="r").shape)
+    parts = run.gather((records, shape, len(missing)))
+    everywhere = {i: record for part, _, _ in parts for i, record in part.items()}
+    shape = next(shape for _, shape, _ in parts if shape)
+    return [everywhere[i] for i in range(len(volumes))], shape, sum(made for _, _, made in parts)
+
+
+def complete(folder: Path, manifest: dict) -> None:
+    """Write the manifest of a cache that is whole, and delete the entries that it does not name."""
+    write_json(folder / MANIFEST, manifest)
+    named = {record["entry"] for part in ("training", "validation") for record in manifest[part]}
+    for path in folder.glob("*.npy"):
+        if path.name not in named:
+            path.unlink()
+
+
+def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
+    """The manifest of a cache that is whole, of this autoencoder and these transforms, and undamaged; each
+    rank reads its share of the entries.
+
+    Args:
+        autoencoder: its file, which need not be there.
+
+    Raises:
+        UserError: no cache, an unfinished one, one of something else, or a damaged one.
+    """
+    again = "Run cache_latents.py with the same config and environment file"
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no cache of latents. {again} first, or set latent_cache to false.")
+    manifest = read_json(path, "manifest")
+    weights = manifest.get("autoencoder", {}).get("weights")
+    if autoencoder.is_file() and sha256_of(autoencoder) != manifest.get("autoencoder", {}).get("file"):
+        weights = weights_hash(plain_names(load_checkpoint(autoencoder)["model"]))
+    _check_about(folder, manifest, about, weights)
+    if "training" not in manifest:
+        raise UserError(f"{folder}: the cache is unfinished. {again}: it goes on where it stopped.")
+    if what := fault(COMPLETE, manifest):
+        raise UserError(f"{path}: {what}. {again} and --fresh.")
+    records = [*manifest["training"], *manifest["validation"]]
+    mine = records[run.rank :: run.world_size]
+    damaged = [one["entry"] for one in mine if not _is_whole(folder / one["entry"], one["sha256"])]
+    if damaged := [entry for part in run.gather(damaged) for entry in part]:
+        raise UserError(
+            f"{folder}: {len(damaged)} of {len(records)} entries are missing or damaged ({damaged[0]}). "
+            f"{again}: it makes them anew."
+        )
+    return manifest
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> None:
+    was, now = manifest.get("about", {}), json.loads(json.dumps(about))
+    key = next((key for key in now if was.get(key) != now[key]), None)
+    if key is not None:
+        pair = (brief(json.dumps(value)) for value in (was.get(key), now[key]))
+        what = "{} {}; here it is {}".format(key, *pair)
+    elif manifest.get("autoencoder", {}).get("weights") != weights:
+        what = "another autoencoder"
+    else:
+        return
+    raise UserError(
+        f"{folder}: the latents there were made with {what}. Make them anew by cache_latents.py --fresh, or "
+        "choose another cache_dir in the environment file."
+    )
+
+
+def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> None:
+    """See that a cache is of these cases, by their names and the sizes of their files; no image is opened.
+
+    Raises:
+        UserError: it is not.
+    """
+    records = [*manifest["training"], *manifest["validation"]]
+    due = {case.name: case for case in cases if case.name not in manifest["left_out"]}
+    names = {record["case"] for record in records}
+    other = sorted(names ^ due.keys())
+    if not other:
+        other = [
+            record["case"]
+            for record in records
+            if [path.stat().st_size if path.is_file() else None for path in due[record["case"]].images]
+            != [file["size"] for file in record["files"]]
+        ]
+    if other:
+        raise UserError(
+            f"{folder}: the latents there are of other data ({len(other)} case(s) differ, {other[0]}). Run "
+            "cache_latents.py again: it makes what changed."
+        )
