@@ -125,7 +125,7 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
             [folder / record["entry"] for record in manifest[part]],
             seed,
         )
-        for part in ("training", "validation")
+        for part in latents.PARTS
     ]
     return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
 

@@ -47,7 +47,7 @@ from ldm.datasets import (
 )
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
-from ldm.latents import check_data
+from ldm.latents import PARTS, check_data
 from ldm.logs import read_log, write_log
 from ldm.networks import (
     NETWORKS,
@@ -590,11 +590,10 @@ def check_cached_data(folder: Path, manifest: dict, config: dict, environment: d
         check_data(folder, manifest, [*cases, *validation])
     else:
         run.say(f"data: {base} is not there; the latents in {folder} stand for them")
-    parts = ("training", "validation")
-    split = {part: [record["case"] for record in manifest[part]] for part in parts}
+    split = {part: [record["case"] for record in manifest[part]] for part in PARTS}
     if not path.is_file():
         write_json(path, split)
-    elif {part: read_json(path, "split").get(part) for part in parts} != split:
+    elif {part: read_json(path, "split").get(part) for part in PARTS} != split:
         raise UserError(
             f"{path}: the latents in {folder} were made for another split. Make them anew by "
             "cache_latents.py --fresh, or choose another cache_dir in the environment file."

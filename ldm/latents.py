@@ -25,17 +25,18 @@ from ldm.networks import plain_names
 from ldm.processes import Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator, fault, fields
 
-MANIFEST = "manifest.json"
+MANIFEST, PARTS = "manifest.json", ("training", "validation")
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORDS = {"type": "array", "minItems": 1, "items": fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
 SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
 SPACING = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
+ABOUT = {"about": {"type": "object"}, "autoencoder": fields(weights=TEXT, file=TEXT)}
+BEGUN = StrictValidator(fields(**ABOUT))
 COMPLETE = StrictValidator(
     fields(
-        about={"type": "object"},
-        autoencoder=fields(weights=TEXT, file=TEXT),
+        **ABOUT,
         versions=COUNT,
         latent_shape={"type": "array", "items": COUNT, "minItems": 4, "maxItems": 4},
         geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),
@@ -144,7 +145,7 @@ def begin(folder: Path, about: dict, autoencoder: dict, fresh: bool) -> None:
         for old in [path, *folder.glob("*.npy")]:
             old.unlink(missing_ok=True)
     if path.is_file():
-        _check_about(folder, read_json(path, "manifest"), about, autoencoder["weights"])
+        _check_about(folder, _manifest(folder, BEGUN), about, autoencoder["weights"])
     else:
         write_json(path, {"about": about, "autoencoder": autoencoder})
 
@@ -161,14 +162,10 @@ def add(
         The manifest's records of all cases, the shape of an entry, and how many were made.
     """
     mine = range(run.rank, len(volumes), run.world_size)
-    known = {}
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST, "manifest")
-        known = {
-            record["entry"]: record["sha256"]
-            for part in ("training", "validation")
-            for record in manifest.get(part, [])
-        }
+    manifest = _manifest(folder, BEGUN)
+    if "training" in manifest:
+        manifest = _manifest(folder, COMPLETE)
+    known = {record["entry"]: record["sha256"] for part in PARTS for record in manifest.get(part, [])}
     records, missing = {}, []
     for i in mine:
         case = volumes.cases[i]
@@ -198,7 +195,7 @@ def add(
 def complete(folder: Path, manifest: dict) -> None:
     """Write the manifest of a cache that is whole, and delete the entries that it does not name."""
     write_json(folder / MANIFEST, manifest)
-    named = {record["entry"] for part in ("training", "validation") for record in manifest[part]}
+    named = {record["entry"] for part in PARTS for record in manifest[part]}
     for path in folder.glob("*.npy"):
         if path.name not in named:
             path.unlink()
@@ -218,16 +215,15 @@ def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: no cache of latents. {again} first, or set latent_cache to false.")
-    manifest = read_json(path, "manifest")
-    weights = manifest.get("autoencoder", {}).get("weights")
-    if autoencoder.is_file() and sha256_of(autoencoder) != manifest.get("autoencoder", {}).get("file"):
+    manifest = _manifest(folder, BEGUN)
+    weights = manifest["autoencoder"]["weights"]
+    if autoencoder.is_file() and sha256_of(autoencoder) != manifest["autoencoder"]["file"]:
         weights = weights_hash(plain_names(load_checkpoint(autoencoder)["model"]))
     _check_about(folder, manifest, about, weights)
     if "training" not in manifest:
         raise UserError(f"{folder}: the cache is unfinished. {again}: it goes on where it stopped.")
-    if what := fault(COMPLETE, manifest):
-        raise UserError(f"{path}: {what}. {again} and --fresh.")
-    records = [*manifest["training"], *manifest["validation"]]
+    manifest = _manifest(folder, COMPLETE)
+    records = [record for part in PARTS for record in manifest[part]]
     mine = records[run.rank :: run.world_size]
     damaged = [one["entry"] for one in mine if not _is_whole(folder / one["entry"], one["sha256"])]
     if damaged := [entry for part in run.gather(damaged) for entry in part]:
@@ -238,17 +234,24 @@ def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
     return manifest
 
 
+def _manifest(folder: Path, validator) -> dict:
+    manifest = read_json(folder / MANIFEST, "manifest")
+    if what := fault(validator, manifest):
+        raise UserError(f"{folder / MANIFEST}: {what}. Make the cache anew by cache_latents.py --fresh.")
+    return manifest
+
+
 def _is_whole(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
 
 
 def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> None:
-    was, now = manifest.get("about", {}), json.loads(json.dumps(about))
+    was, now = manifest["about"], json.loads(json.dumps(about))
     key = next((key for key in now if was.get(key) != now[key]), None)
     if key is not None:
         pair = (brief(json.dumps(value)) for value in (was.get(key), now[key]))
         what = "{} {}; here it is {}".format(key, *pair)
-    elif manifest.get("autoencoder", {}).get("weights") != weights:
+    elif manifest["autoencoder"]["weights"] != weights:
         what = "another autoencoder"
     else:
         return
@@ -264,7 +267,7 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> None:
     Raises:
         UserError: it is not.
     """
-    records = [*manifest["training"], *manifest["validation"]]
+    records = [record for part in PARTS for record in manifest[part]]
     due = {case.name: case for case in cases if case.name not in manifest["left_out"]}
     names = {record["case"] for record in records}
     other = sorted(names ^ due.keys())

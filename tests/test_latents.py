@@ -1,0 +1,272 @@
+"""The cache of latents: what it holds, that a training on it is the same to the bit, and what is refused."""
+
+import copy
+import json
+import shutil
+
+import chain
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from chain import Project, copy_of, differences, fingerprint
+from torch.utils.data import DataLoader
+
+import cache_latents
+import train_diffusion
+from ldm import latents
+from ldm.checkpoints import save_checkpoint
+from ldm.datasets import Case
+from ldm.latents import Posteriors
+
+CACHED = ("--no-amp", "--set", "diffusion_train.latent_cache=true")
+FLIPS = ("--set", 'diffusion_train.augment={"flip_axes": [0, 1], "versions": 3}')
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Project:
+    """The finished chain. Look, but do not touch."""
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def cached(done, tmp_path_factory) -> Project:
+    """The chain's autoencoder and a cache of its latents. Look, but do not touch."""
+    project = copy_of(done, tmp_path_factory.mktemp("cached"), "autoencoder.pt", "split.json")
+    project.printed["cache"] = project.run(cache_latents, "--no-amp")
+    return project
+
+
+@pytest.fixture
+def own(cached, tmp_path) -> Project:
+    """A copy of it to use."""
+    project = copy_of(cached, tmp_path / "own", "autoencoder.pt", "split.json")
+    shutil.copytree(folder_of(cached), folder_of(project))
+    return project
+
+
+def folder_of(project: Project):
+    return project.model_dir / "cache" / "latents"
+
+
+def manifest_of(project: Project) -> dict:
+    return json.loads((folder_of(project) / "manifest.json").read_text())
+
+
+def test_entries_hold_mean_and_std_of_the_posterior(cached):
+    autoencoder = cached.network("autoencoder_def", cached.checkpoint("autoencoder.pt")["model"])
+    manifest = manifest_of(cached)
+    assert [one["case"] for one in manifest["training"]] == cached.split()["training"]
+    assert [one["case"] for one in manifest["validation"]] == cached.split()["validation"]
+    for record in [*manifest["training"], *manifest["validation"]]:
+        entry = np.load(folder_of(cached) / record["entry"])
+        assert entry.shape == (1, 2, 3, 8, 10, 6) and entry.dtype == np.float32
+        with torch.no_grad():
+            posterior = autoencoder.encode(cached.normalised(record["case"]))
+        for kept, due in zip(entry[0], posterior, strict=True):
+            np.testing.assert_allclose(kept, due[0].numpy(), atol=1e-5)
+    assert manifest["latent_shape"] == [3, 8, 10, 6]
+    assert (
+        "4 training volumes, 1 version(s) each, and of 2 held-out ones: 6 encoded, 0 there"
+        in (cached.printed["cache"])
+    )
+
+
+def test_a_training_on_the_cache_is_the_same_to_the_bit(done, own):
+    own.run(train_diffusion, *CACHED)
+    for name in ("diffusion_unet.pt", "diffusion_unet_last.pt"):
+        apart = differences(own.checkpoint(name), done.checkpoint(name))
+        assert apart == [".config.diffusion_train.latent_cache"]
+
+
+def test_a_training_on_the_cache_needs_neither_images_nor_autoencoder(done, own):
+    (own.model_dir / "autoencoder.pt").unlink()
+    own.set_environment(data_base_dir=str(own.folder / "nowhere"))
+    own.config["diffusion_train"]["sample_interval"] = 5
+    own.change()
+    said = own.run(train_diffusion, *CACHED)
+    assert "nowhere is not there; the latents in" in said and "no samples are drawn on the way" in said
+    a, b = (one.checkpoint("diffusion_unet_last.pt") for one in (own, done))
+    assert not differences(a["model"], b["model"]) and a["geometry"] == b["geometry"]
+
+
+def test_samples_on_the_way_are_drawn_with_a_cache_too(own):
+    own.config["diffusion_train"] |= {"sample_interval": 5, "max_epochs": 1}
+    own.change()
+    own.run(train_diffusion, *CACHED)
+    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size
+
+
+def test_versions_are_the_augmented_volumes_and_a_training_on_them_is_the_same(done, tmp_path):
+    runs = {}
+    for name, flags in (("live", ("--no-amp",)), ("cached", CACHED)):
+        project = copy_of(done, tmp_path / name, "autoencoder.pt", "split.json")
+        if flags is CACHED:
+            assert "3 version(s) each" in project.run(cache_latents, "--no-amp", *FLIPS)
+        project.run(train_diffusion, *flags, *FLIPS, "--set", "diffusion_train.max_epochs=4")
+        runs[name] = project
+    a, b = (one.checkpoint("diffusion_unet_last.pt") for one in runs.values())
+    assert differences(a, b) == [".config.diffusion_train.latent_cache"]
+
+    autoencoder = done.network("autoencoder_def", done.checkpoint("autoencoder.pt")["model"])
+    folder, manifest, flipped = folder_of(runs["cached"]), manifest_of(runs["cached"]), 0
+    for record in manifest["training"]:
+        image = done.normalised(record["case"])
+        ways = [image, image.flip(2), image.flip(3), image.flip(2, 3)]
+        with torch.no_grad():
+            due = [autoencoder.encode(way)[0][0].numpy() for way in ways]
+        for mean, _ in np.load(folder / record["entry"]):
+            close = [np.abs(mean - one).max() < 1e-5 for one in due]
+            assert sum(close) == 1
+            flipped += not close[0]
+    assert 0 < flipped < 12
+    assert all(len(np.load(folder / record["entry"])) == 1 for record in manifest["validation"])
+
+
+def test_each_version_has_its_turn(tmp_path):
+    """Entries that tell their version, in memory and on disk, with and without loader processes."""
+    entry = torch.arange(3.0).reshape(3, 1, 1, 1, 1, 1).expand(3, 2, 1, 2, 2, 2).contiguous()
+    np.save(tmp_path / "entry.npy", entry.numpy())
+    cases = [Case("a", ()), Case("b", ())]
+    for entries in ([entry, entry], [tmp_path / "entry.npy"] * 2):
+        posteriors = Posteriors(cases, entries, seed=0)
+        for i in range(2):
+            seen = [posteriors[(epoch, i)]["mean"].unique().item() for epoch in range(6)]
+            assert seen[:3] == seen[3:] and sorted(seen[:3]) == [0, 1, 2]
+        keys = [[(epoch, 0), (epoch, 1)] for epoch in range(3)]
+        loaded = [list(DataLoader(posteriors, batch_sampler=keys, num_workers=n)) for n in (0, 1)]
+        for a, b in zip(*loaded, strict=True):
+            assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["std"], b["std"])
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
+    shutil.rmtree(folder_of(own))
+    real = latents.encode
+
+    def until_the_third(*args):
+        for k, one in enumerate(real(*args)):
+            if k == 2:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(latents, "encode", until_the_third)
+    with pytest.raises(SystemExit) as stop:
+        own.run(cache_latents, "--no-amp")
+    assert stop.value.code == 130
+    monkeypatch.undo()
+    assert "the cache is unfinished" in own.refused(train_diffusion, *CACHED)
+    assert "4 encoded, 2 there from before" in own.run(cache_latents, "--no-amp")
+    assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
+
+
+def test_a_finished_cache_is_left_as_it_is(own):
+    before = fingerprint(folder_of(own))
+    assert "0 encoded, 6 there from before" in own.run(cache_latents, "--no-amp")
+    assert fingerprint(folder_of(own)) == before
+
+
+@pytest.mark.parametrize("how", ["gone", "truncated", "bits"])
+def test_a_damaged_entry_is_found_and_made_anew(cached, own, how):
+    path = folder_of(own) / manifest_of(own)["training"][1]["entry"]
+    path.unlink() if how == "gone" else chain.damage(path, how)
+    message = own.refused(train_diffusion, *CACHED)
+    assert "1 of 6 entries are missing or damaged" in message and path.name in message
+    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
+
+
+# ---------------------------------------------------------------- a cache of something else
+
+
+def test_a_cache_of_another_autoencoder_is_refused(own):
+    content = own.checkpoint("autoencoder.pt")
+    save_checkpoint(own.model_dir / "autoencoder.pt", content)  # the same weights in other bytes
+    own.run(train_diffusion, *CACHED, "--set", "diffusion_train.max_epochs=1")
+    next(iter(content["model"].values())).mul_(1.01)
+    save_checkpoint(own.model_dir / "autoencoder.pt", content)
+    before = fingerprint(folder_of(own))
+    for script, flags in ((train_diffusion, (*CACHED, "--fresh")), (cache_latents, ("--no-amp",))):
+        message = own.refused(script, *flags)
+        assert "another autoencoder" in message and "cache_latents.py --fresh" in message
+    assert fingerprint(folder_of(own)) == before
+    assert "6 encoded, 0 there" in own.run(cache_latents, "--no-amp", "--fresh")
+    assert len(list(folder_of(own).glob("*.npy"))) == 6  # the old ones are gone
+    own.run(train_diffusion, *CACHED, "--fresh", "--set", "diffusion_train.max_epochs=1")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seed": 1}, "seed 0; here it is 1"),
+        ({"intensity.upper_percentile": 99}, "intensity"),
+        ({"diffusion_train.patch_size": [16, 20, 16]}, "diffusion_train.patch_size null"),
+        ({"diffusion_train.augment": {"flip_axes": [0], "versions": 2}}, "diffusion_train.augment"),
+        ({"data.val_fraction": 0.5}, "data.val_fraction"),
+    ],
+)
+def test_a_cache_of_other_transforms_is_refused(own, changes, named):
+    flags = [flag for key, value in changes.items() for flag in ("--set", f"{key}={json.dumps(value)}")]
+    message = own.refused(train_diffusion, *CACHED, *flags)
+    assert named in message and "cache_latents.py --fresh" in message
+
+
+def test_a_cache_of_other_data_is_refused_and_what_changed_is_made(own):
+    data = own.folder / "data"
+    shutil.copytree(own.data, data)
+    own.data = data
+    own.set_environment()
+    path = data / "imagesTr" / "scan_2.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) ** 2, image.affine), path)
+    assert "1 case(s) differ, scan_2" in own.refused(train_diffusion, *CACHED)
+    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    listed = json.loads((data / "dataset.json").read_text())
+    listed["training"].pop()
+    (data / "dataset.json").write_text(json.dumps(listed))
+    assert "1 case(s) differ, scan_5" in own.refused(train_diffusion, *CACHED)
+
+
+def test_a_cache_of_another_split_is_refused(own):
+    split = own.split()
+    split["training"][0], split["validation"][0] = split["validation"][0], split["training"][0]
+    (own.model_dir / "split.json").write_text(json.dumps(split))
+    assert "were made for another split" in own.refused(train_diffusion, *CACHED)
+
+
+def test_no_cache_is_an_error_that_names_the_script(done, tmp_path):
+    project = copy_of(done, tmp_path / "none", "autoencoder.pt", "split.json")
+    message = project.refused(train_diffusion, *CACHED)
+    assert "no cache of latents. Run cache_latents.py" in message
+
+
+def test_augmentation_without_end_cannot_be_cached(own):
+    augment = json.dumps({"flip_axes": [0]})
+    message = own.refused(cache_latents, "--set", f"diffusion_train.augment={augment}")
+    assert "augment.versions" in message
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        (("training",), []),
+        (("training",), "scan_0"),
+        (("training", 0, "entry"), 3),
+        (("versions",), 0),
+        (("latent_shape",), [3, 8]),
+        (("geometry", "limits"), None),
+        (("geometry", "spacing"), [1, 1, -1]),
+        (("autoencoder",), {}),
+        (("about",), None),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(own, key, value):
+    manifest = copy.deepcopy(manifest_of(own))
+    section = manifest
+    for part in key[:-1]:
+        section = section[part]
+    section[key[-1]] = value
+    (folder_of(own) / "manifest.json").write_text(json.dumps(manifest))
+    assert str(folder_of(own)) in own.refused(train_diffusion, *CACHED)
