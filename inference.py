@@ -181,8 +181,8 @@ def load_networks(
     if (was := [*unet_state.get("latent_shape", shape)]) != shape:
         raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
-        encoder = LatentEncoder(autoencoder.to(run.device).eval(), scale_factor)
-        unet = unet.to(run.device).eval()
+        encoder = LatentEncoder(utils.on_device(autoencoder, run).eval(), scale_factor)
+        unet = utils.on_device(unet, run).eval()
     return Networks(
         encoder,
         torch.compile(unet) if compiled else unet,

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 import torch
+from monai.networks.blocks import CrossAttentionBlock, SABlock
 from monai.utils import IgniteInfo
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -142,9 +143,10 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
     cls = check_definition(definition, packages, where)
     arguments = {key: value for key, value in definition.items() if key != "_target_"}
     try:
-        return cls(**arguments)
+        built = cls(**arguments)
     except Exception as error:  # whatever a class of another package raises, its arguments caused it
         raise UserError(f"{where}: {cls.__name__} refuses these arguments: {brief(error)}") from None
+    return fuse_attention(built) if packages is NETWORKS else built
 
 
 def check_networks(config: dict) -> None:
@@ -258,6 +260,17 @@ def add_checkpointing(network: nn.Module) -> None:
             blocks[i] = checkpoint_wrapper(block)
     if isinstance(getattr(network, "middle_block", None), nn.Module):
         network.middle_block = checkpoint_wrapper(network.middle_block)
+
+
+def fuse_attention(network: nn.Module) -> nn.Module:
+    """Let MONAI's attention blocks use torch's fused attention, in place: the same to rounding, without the
+    matrix of all pairs of voxels in memory. A block that needs the matrix is left as it is, as is one with
+    dropout, which MONAI passes to the fused kernels in evaluation too."""
+    for block in network.modules():
+        if isinstance(block, SABlock | CrossAttentionBlock):
+            plain = block.attention_dtype is None and not block.dropout_rate and not block.save_attn
+            block.use_flash_attention = plain and block.rel_positional_embedding is None
+    return network
 
 
 def plain_names(state: dict) -> dict:

@@ -130,6 +130,12 @@ class Stepper:
                 "config that it was trained with, or start over with --fresh."
             )
         (options,) = self.optimizer.state_dict()["param_groups"]
+        # The fused kernels walk through parameter and moments as they lie in memory, and do not ask whether
+        # they lie alike.
+        moments = {
+            i: {key: _laid_out_like(parameters[i], value) for key, value in adam.items()}
+            for i, adam in moments.items()
+        }
         self.optimizer.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -144,6 +150,12 @@ def _fits(adam: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
         and all(bool(tensor.isfinite().all()) for tensor in (step, mean, square))
         and bool((square >= 0).all() and step >= 0)
     )
+
+
+def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if value.shape != parameter.shape:
+        return value  # the count of steps
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def make_ema(network: nn.Module, decay: float) -> AveragedModel | None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from monai.networks.blocks import CrossAttentionBlock, SABlock
 from torch import nn
 
 from ldm import UserError
@@ -54,6 +55,40 @@ def build(package: str, name: str, arguments: dict, seed: int = 0) -> nn.Module:
         for parameter in network.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return network
+
+
+def attending(network: nn.Module) -> list[nn.Module]:
+    return [block for block in network.modules() if isinstance(block, SABlock | CrossAttentionBlock)]
+
+
+@pytest.mark.parametrize("arguments", [UNET, {**UNET, **CROSS}])
+def test_fused_attention_gives_what_the_matrix_gives(arguments):
+    network = build("monai", "DiffusionModelUNet", arguments)
+    x, t = numbers(2, 2, 4, 4, 4), torch.tensor([1.0, 500.0])
+    context = {"context": numbers(2, 1, 3)} if "with_conditioning" in arguments else {}
+    outputs = []
+    for fused in (True, False):
+        for block in attending(network):
+            assert block.use_flash_attention is (True if fused else block.use_flash_attention)
+            block.use_flash_attention = fused
+        outputs.append(network(x, timesteps=t, **context))
+        outputs[-1].square().sum().backward()
+        outputs.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        network.zero_grad()
+    assert attending(network)
+    torch.testing.assert_close(
+        outputs[0], outputs[2], rtol=1e-4, atol=1e-4 * float(outputs[2].detach().std())
+    )
+    torch.testing.assert_close(outputs[1], outputs[3], rtol=1e-3, atol=1e-4 * float(outputs[3].std()))
+
+
+def test_attention_with_dropout_is_not_fused():
+    """MONAI would pass the dropout to the fused kernels in evaluation too."""
+    network = build("monai", "DiffusionModelUNet", {**UNET, **CROSS, "dropout_cattn": 0.5})
+    assert {block.use_flash_attention for block in attending(network) if block.dropout_rate} == {False}
+    x, t, context = numbers(1, 2, 4, 4, 4), torch.tensor([1.0]), numbers(1, 1, 3)
+    a, b = (network(x, timesteps=t, context=context) for _ in range(2))
+    assert torch.equal(a, b)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A training that is stopped, killed, damaged or started again: promises 1 to 5 of docs/RELIABILITY.md."""
 
 import contextlib
+import copy
 
 import chain
 import pytest
@@ -190,6 +191,31 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     for sides in ((2, 3, 5), (2, 3), (4, 3, 2)):
         with pytest.raises(UserError, match=r"last\.pt: the state of its optimiser does not fit"):
             stepper(*sides).load_state_dict(state, "last.pt")
+
+
+def test_moments_are_laid_out_in_memory_as_the_parameters_are():
+    """A CPU keeps the channels last, a GPU does not; the fused kernels would mix up the voxels."""
+    section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
+    layouts, ends = (torch.channels_last_3d, torch.contiguous_format), []
+    start = torch.randn(4, 3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    for first in layouts:
+        for second in layouts:
+            state = weight = None
+            for step, layout in enumerate((first, second)):
+                weight = start if weight is None else weight
+                stepper = Stepper(torch.nn.ParameterList([weight.clone(memory_format=layout)]), section, None)
+                if state is not None:
+                    stepper.load_state_dict(state, "last.pt")
+                (weight,) = stepper.parameters
+                stepper.backward(
+                    (weight * torch.randn(start.shape, generator=torch.Generator().manual_seed(step))).sum()
+                )
+                stepper.clip()
+                stepper.step(1e-2, torch.zeros(()))
+                state, weight = copy.deepcopy(stepper.state_dict()), weight.detach()
+            ends.append(weight)
+    for end in ends:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what a start begins from
