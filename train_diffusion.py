@@ -196,16 +196,16 @@ def validate(
 ) -> float:
     """Mean loss over the held-out volumes at fixed noise and evenly spread times, each rank its share."""
     unet.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    losses = []
     for i in range(run.rank, len(dataset), run.world_size):
         mean, _ = posterior_of(one_of(dataset, i), None, run)
         z0 = (mean * scale_factor).expand(times, -1, -1, -1, -1)
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(z0.shape, generator=generator).to(run.device)
         t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
-        loss = diffusion_loss(unet, process, z0, noise, t, run)
-        sums += torch.tensor([loss.item(), 1.0], dtype=torch.float64)
-    total, count = run.sum(sums).tolist()
+        losses.append(diffusion_loss(unet, process, z0, noise, t, run))  # read when all are under way
+    total = sum(loss.double().item() for loss in losses)
+    total, count = run.sum(torch.tensor([total, len(losses)], dtype=torch.float64)).tolist()
     return total / count
 
 

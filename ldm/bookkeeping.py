@@ -86,6 +86,7 @@ class Training:
         self.bar = progress_bar(run, stage, self.clock.total_steps)
         self.bar.update(step)
         self.accumulated, self.names = 0.0, []  # loss and cases of the step under way
+        self.shown = None  # numbers on their way to the log, and their step
         self.interruption = Interruption()
 
     def _position(self, resumed: dict | None) -> tuple[int, int, int, dict]:
@@ -177,13 +178,20 @@ class Training:
             stepper.step(rate, masked)
         self.clock.step += 1
         if self.log and self.clock.step % 10 == 0:
-            numbers = {
-                "lr": rate,
-                "grad_norm": steppers[0].norm,
-                "memory_gb": peak_memory_gb(self.run.device),
-            }
-            self.log.scalars(self.clock.step, {**{k: v.detach() for k, v in terms.items()}, **numbers})
-            fill_bar(self.bar, self.clock, loss=terms["loss"].item())
+            self._show()
+            numbers = {name: value.detach().to("cpu", non_blocking=True) for name, value in terms.items()}
+            norm = steppers[0].norm.to("cpu", non_blocking=True)
+            self.shown = {**numbers, "lr": rate, "grad_norm": norm}, self.clock.step
+            fill_bar(self.bar, self.clock)
+
+    def _show(self) -> None:
+        """Log the numbers that were copied from the device at an earlier step: no one waits for them, since
+        `Watch.read` has seen a later step end."""
+        if self.shown:
+            numbers, step = self.shown
+            self.log.scalars(step, {**numbers, "memory_gb": peak_memory_gb(self.run.device)})
+            self.bar.set_postfix(loss=f"{numbers['loss'].item():.4g}", refresh=False)
+            self.shown = None
 
     def end_epoch(self) -> bool:
         """Save where it is time, write the epoch's line; whether it is an epoch to validate.
@@ -197,6 +205,8 @@ class Training:
         if self.interruption.unsaved and (validate or self.watch.stop or self.watch.save):
             self.save()
         totals = self.means.totals(self.run.sum)
+        if self.log:
+            self._show()
         means = {k: float(total / count) for k, (total, count) in totals.items() if count}
         if self.log:
             rate = self.learner.steppers[0].optimizer.param_groups[0]["lr"]
@@ -267,12 +277,11 @@ def progress_bar(run: Run, what: str, total: int | None = None, items=None, unit
     return bar
 
 
-def fill_bar(bar: tqdm, clock: Clock, **numbers: float) -> None:
+def fill_bar(bar: tqdm, clock: Clock) -> None:
     """Advance the bar to the clock's step; a run that the clock will end has its length estimated as it
     goes."""
     if clock.limit and (progress := clock.seconds / clock.limit) > clock.step / clock.total_steps:
         bar.total = max(clock.step, round(clock.step / progress))
-    bar.set_postfix({key: f"{value:.4g}" for key, value in numbers.items()}, refresh=False)
     bar.update(clock.step - bar.n)
 
 

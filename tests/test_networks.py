@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm import UserError
 from ldm.diffusion import NoiseProcess
+from ldm.encoders import LatentEncoder
 from ldm.networks import (
     NETWORKS,
     add_checkpointing,
@@ -80,6 +81,30 @@ def test_fused_attention_gives_what_the_matrix_gives(arguments):
         outputs[0], outputs[2], rtol=1e-4, atol=1e-4 * float(outputs[2].detach().std())
     )
     torch.testing.assert_close(outputs[1], outputs[3], rtol=1e-3, atol=1e-4 * float(outputs[3].std()))
+
+
+@pytest.mark.parametrize("name", ["DiffusionModelUNet", "AutoencoderKL"])
+def test_compiling_makes_one_graph_for_all_steps(name):
+    """No break in the graph, and no compiling again for other values, times or weights."""
+    torch._dynamo.reset()
+    arguments = UNET if name == "DiffusionModelUNet" else AUTOENCODER
+    network = build("monai", name, arguments).train()
+    add_checkpointing(network)
+    network = network if arguments is UNET else LatentEncoder(network)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    for step in range(3):
+        x = numbers(1, 2, 4, 4, 4, seed=step)
+        if arguments is UNET:
+            output = compiled(x, timesteps=torch.tensor([1.0 + step]))
+        else:
+            output, _, _ = compiled(numbers(1, 1, 8, 8, 8, seed=step), x)
+        output.sum().backward()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.sub_(0.1)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_attention_with_dropout_is_not_fused():
