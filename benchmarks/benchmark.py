@@ -302,6 +302,8 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
         train_autoencoder.main([*files, "--device", run.device.type, *settings])
         path = environment["model_dir"] / "autoencoder.pt"
     train, held_out = utils.prepare_data(config, environment, run)
+    if len(held_out) < 2:
+        raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
     _, size, _ = utils.patch_sizes(config, [*train, *held_out])
     encoder = train_diffusion.load_autoencoder(path, config, run)
     changing = VolumeDataset(

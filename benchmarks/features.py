@@ -98,10 +98,11 @@ class Distance:
     def interval(self, share: float = 0.9, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Where `share` of the distances lie when both sets are drawn anew from themselves."""
         low = (1 - share) / 2
-        return tuple(float(x) for x in np.quantile(self.bootstrap(draws, seed), [low, 1 - low]))
+        return tuple(float(x) for x in np.nanquantile(self.bootstrap(draws, seed), [low, 1 - low]))
 
     def bootstrap(self, draws: int = 1000, seed: int = 0) -> np.ndarray:
-        """Distances of sets drawn anew. A row is never paired with itself, however often it was drawn."""
+        """Distances of sets drawn anew. A row is never paired with itself, however often it was drawn; NaN
+        where one was drawn every time."""
         rng = np.random.default_rng(seed)
         # The second set first: two distances to the same set are drawn alike, and may be subtracted.
         second, first = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in self.sizes[::-1])
@@ -118,4 +119,5 @@ class Distance:
 def _mean_of_pairs(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
     kernel = kernel - np.diag(np.diag(kernel))
     sums = np.einsum("bi,ij,bj->b", weights, kernel, weights, optimize=True)
-    return sums / (weights.sum(1) ** 2 - np.square(weights).sum(1))
+    pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
+    return sums / np.where(pairs > 0, pairs, np.nan)

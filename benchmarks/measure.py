@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.bookkeeping import peak_memory_gb
 
+PROC = Path("/proc/self")  # of Linux
 LEAST = 0.5  # seconds that one timing lasts at least
 REFERENCE_FLAGS = (True, False, True, False)  # as the tutorial and torch set them; see `read_flags`
 FLOOR = 790e12  # FLOP/s that an H200-class GPU sustains in bf16 matrix products
@@ -124,14 +125,21 @@ def peak_on_cpu(build: Callable[..., Work], *arguments) -> float:
 
 def _peak(threads: int, build: Callable[..., Work], *arguments) -> float:
     torch.set_num_threads(threads)
-    forget = Path("/proc/self/clear_refs")  # of Linux; elsewhere what the imports needed is the least to see
-    if forget.exists():
+    if (forget := PROC / "clear_refs").exists():  # the imports' peak; elsewhere it is the least to be seen
         forget.write_text("5")
-    before = peak_memory_gb(torch.device("cpu"))
+    before = _high_water()
     work = build(*arguments)
     for _ in range(2):  # the second has the optimiser's state from the beginning
         work.seconds(torch.device("cpu"))
-    return (peak_memory_gb(torch.device("cpu")) - before) * 1e9
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """Bytes of this process at its peak. What getrusage says on Linux counts the process that started it."""
+    if (status := PROC / "status").exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024.0 * int(line.split()[1])
+    return 1e9 * peak_memory_gb(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- machine

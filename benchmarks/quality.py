@@ -219,7 +219,7 @@ def compare(
         distance = judged(draw(ours, samples, sampler, steps, plain))
         if steps == default:
             apart = distance.bootstrap() - end.bootstrap()
-            result["difference"] = np.quantile(apart, [0.05, 0.95]).tolist()
+            result["difference"] = np.nanquantile(apart, [0.05, 0.95]).tolist()
         call = functools.partial(draw, ours, 1, sampler, steps, plain)
         work = measure.Work(((call, 1),), flags["inference"])
         seconds = statistics.median(work.seconds(device) for _ in range(TIMED))
