@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=[*PARTS, "memory"], help="default: all; none with --quality")
     add("--rounds", type=int, default=5, help="of each side, in alternation")
     add("--reference-steps", type=int, default=None, help="of the 1000, timed; default: 20, on a GPU 100")
-    add("--quality", nargs="?", type=float, const=0.0, metavar="MINUTES", help="train both, this long each")
+    add("--quality", nargs="?", type=float, const=True, metavar="MINUTES", help="train both, this long each")
     add("--samples", type=int, default=24, help="volumes that --quality judges at a time")
     add("--autoencoder", type=Path, default=None, help="for --quality; default: trained first, by stage 1")
     add("--out", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")
@@ -236,8 +236,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is due.")
     if (args.reference_steps or 1) > reference.STEPS:
         raise UserError(f"--reference-steps {args.reference_steps}: there are {reference.STEPS}.")
-    if args.quality is not None and not 0 <= args.quality < math.inf:
+    if args.quality is not None and not 0 < args.quality < math.inf:
         raise UserError(f"--quality {args.quality}: minutes, more than 0, are due.")
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name a file.")
     if args.autoencoder and args.quality is None:
         raise UserError("--autoencoder: goes with --quality; speed does not depend on the weights.")
     if args.parts == ["memory"]:
@@ -316,7 +318,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
         kept,
         in_memory(held_out, config, size),
         changing if changing.is_random else kept,
-        args.quality or QUALITY_MINUTES[run.device.type],
+        QUALITY_MINUTES[run.device.type] if args.quality is True else args.quality,
         args.samples,
         args.reference_steps or REFERENCE_STEPS[run.device.type],
         flags,
@@ -330,10 +332,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = argparse.Namespace(device=args.device, gpus=None, amp=None)
     with measure.flags_kept():
         flags = {"reference": measure.REFERENCE_FLAGS}
-        inference.start(start)
-        flags["inference"] = measure.read_flags()
         run = utils.start(start)  # whether to use mixed precision, each section of the config says
         flags["ours"] = measure.read_flags()
+        inference.start(start)
+        flags["inference"] = measure.read_flags()
         config = read_config(args, run.device.type)
         report = {
             "command": shlex.join(["python", "-m", "benchmarks.benchmark", *(argv or sys.argv[1:])]),
@@ -344,10 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.say(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
         with tempfile.TemporaryDirectory() as folder:
             if any(part in args.parts for part in PARTS):
-                report["rows"] = measure_speed(args, config, Path(folder), flags, run)
+                report["rows"] = measure_speed(args, config, Path(folder, "speed"), flags, run)
                 print(f"\n{table(report['rows'])}\n")
             if args.quality is not None:
-                report["quality"] = measure_quality(args, config, Path(folder), flags, run)
+                report["quality"] = measure_quality(args, config, Path(folder, "quality"), flags, run)
                 print(f"\n{quality_report(report['quality'])}\n")
     if args.out:
         write_json(args.out, report)

@@ -190,6 +190,8 @@ def compare(
     result = {
         "minutes": minutes,
         "samples": samples,
+        "batch_size": config["diffusion_train"]["batch_size"],
+        "lr": config["diffusion_train"]["lr"],
         "training": len(train),
         "held_out": len(held_out),
         "floor": told(judged(train.images)),

@@ -45,6 +45,9 @@ def quality_report(result: dict) -> str:
         "published figures, nor between autoencoders.",
         f"Real against real, training against held-out: {shown_distance(result['floor'])}; reconstructions "
         f"of training volumes: {shown_distance(result['reconstructions'])}.",
+        f"Both train for {result['minutes']:g} minutes, batch {result['batch_size']}, learning rate "
+        f"{result['lr']:g}: the reference at that rate throughout, without average, its samples not clipped "
+        "to -1 .. 1; ours as the config says, encoding included.",
         "",
         "| share of the time | reference: s, steps | distance | ours: s, steps | distance |",
         "|---|---|---|---|---|",
