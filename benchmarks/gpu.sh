@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU, in under ten minutes: the tests marked gpu, memory and speed of the 16 GB config's
-# networks, and brains at 2 mm (OpenNeuro ds002748, skull-stripped, in the folder given).
+# Every figure that needs a GPU, in under ten minutes: the tests marked gpu, speed and memory beside the reference
+# recipe with the 32 GB config's networks, and brains at 2 mm (OpenNeuro ds002748, skull-stripped, in the folder
+# given).
 #
 #   benchmarks/gpu.sh DATA_DIR OUT_DIR
+#
+# Quality over time takes as long again, and is a call of its own:
+#
+#   python -m benchmarks.benchmark --quality 4 --data DATA_DIR --out OUT_DIR/quality.json
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 data=${1:?name the folder of the T1 brains} out=${2:?name a new folder for results}
 mkdir -p "$out"
 
 python -m pytest -q -m gpu
+python -m benchmarks.benchmark --rounds 3 --device cuda --out "$out/benchmark.json" | tee "$out/benchmark.md"
 python - "$data" "$out" <<'PYTHON'
 import json, sys
 data, out = sys.argv[1:]
@@ -16,6 +22,6 @@ places = {"data_base_dir": data, "model_dir": f"{out}/models", "tfevent_path": f
 open(f"{out}/environment.json", "w").write(json.dumps(places))
 PYTHON
 common=(-c config/config_t1_2mm.json -e "$out/environment.json" --device cuda --set data.num_workers=4)
-python train_autoencoder.py "${common[@]}" --set autoencoder_train.max_minutes=3
-python train_diffusion.py "${common[@]}" --set diffusion_train.max_minutes=4 --set diffusion_train.batch_size=8
+python train_autoencoder.py "${common[@]}" --set autoencoder_train.max_minutes=2
+python train_diffusion.py "${common[@]}" --set diffusion_train.max_minutes=3 --set diffusion_train.batch_size=8
 python inference.py "${common[@]}" --num 8 --batch-size 8

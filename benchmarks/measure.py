@@ -1,0 +1,178 @@
+"""Time in alternation, peak memory, arithmetic, and the machine they were measured on."""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import monai
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.bookkeeping import peak_memory_gb
+
+PROC = Path("/proc/self")  # of Linux
+LEAST = 0.5  # seconds that one timing lasts at least
+REFERENCE_FLAGS = (True, False, True, False)  # as the tutorial and torch set them; see `read_flags`
+FLOOR = 790e12  # FLOP/s that an H200-class GPU sustains in bf16 matrix products
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to measure.
+
+    Args:
+        parts: calls and how often each counts: 10 steps that stand for 1000 count 100 times.
+        flags: of torch.backends that it runs under, as `Flags.read` gives them.
+    """
+
+    parts: tuple[tuple[Callable[[], object], float], ...]
+    flags: tuple[bool, bool, bool, bool]
+
+    def seconds(self, device: torch.device) -> float:
+        """Time of all parts, from an idle device to an idle device."""
+        write_flags(self.flags)
+        total = 0.0
+        for call, count in self.parts:
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            total += count * (time.perf_counter() - start)
+        return total
+
+    def flops(self) -> float:
+        """Floating point operations of matrix products and convolutions, as torch counts them."""
+        write_flags(self.flags)
+        total = 0.0
+        with torch.compiler.set_stance("force_eager"):
+            for call, count in self.parts:
+                with FlopCounterMode(display=False) as counter:
+                    call()
+                total += count * counter.get_total_flops()
+        return total
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_flags() -> tuple[bool, bool, bool, bool]:
+    """cuDNN's benchmark and deterministic, TF32 of convolutions and of matrix products."""
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def write_flags(flags: tuple[bool, bool, bool, bool]) -> None:
+    """Set what `read_flags` reads."""
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+def alternate(works: dict[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each work in each round. The order turns from round to round, so that a machine that warms
+    up or slows down favours none."""
+    counts = {}
+    for name, work in works.items():
+        work.seconds(device)
+        counts[name] = max(1, round(LEAST / work.seconds(device)))
+    seconds = {name: [] for name in works}
+    for number in range(rounds):
+        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
+            times = [works[name].seconds(device) for _ in range(counts[name])]
+            seconds[name].append(statistics.fmean(times))
+    return seconds
+
+
+def ratio(reference: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Ratio of the medians, and least and largest ratio of a round."""
+    rounds = [a / b for a, b in zip(reference, ours, strict=True)]
+    return statistics.median(reference) / statistics.median(ours), min(rounds), max(rounds)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_on_gpu(build: Callable[[], Work], device: torch.device) -> tuple[Work, float]:
+    """A work, and the bytes that it needs at its peak above what was allocated before it was built."""
+    before = torch.cuda.memory_allocated(device)
+    work = build()
+    for warm in (True, False):  # cuDNN tries its kernels out in the first
+        if not warm:
+            torch.cuda.reset_peak_memory_stats(device)
+        work.seconds(device)
+    return work, torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_on_cpu(build: Callable[..., Work], *arguments) -> float:
+    """Bytes that a work needs at its peak, networks included, in a process of its own; NaN on Windows.
+
+    Args:
+        build: a function of a module, given `arguments`.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_peak, torch.get_num_threads(), build, *arguments).result()
+
+
+def _peak(threads: int, build: Callable[..., Work], *arguments) -> float:
+    torch.set_num_threads(threads)
+    if (forget := PROC / "clear_refs").exists():  # the imports' peak; elsewhere it is the least to be seen
+        forget.write_text("5")
+    before = _high_water()
+    work = build(*arguments)
+    for _ in range(2):  # the second has the optimiser's state from the beginning
+        work.seconds(torch.device("cpu"))
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """Bytes of this process at its peak. What getrusage says on Linux counts the process that started it."""
+    if (status := PROC / "status").exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024.0 * int(line.split()[1])
+    return 1e9 * peak_memory_gb(torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- machine
+
+
+def machine(device: torch.device) -> dict:
+    """What the figures depend on beside the code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    about = {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+    }
+    if device.type == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
+    return about
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+@contextlib.contextmanager
+def flags_kept() -> Iterator[None]:
+    """Leave torch's flags as they were."""
+    before = read_flags()
+    try:
+        yield
+    finally:
+        write_flags(before)

@@ -1,0 +1,348 @@
+"""The benchmark: both sides do the same work, its arithmetic is right, and its table has what was asked."""
+
+import contextlib
+import io
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from chain import Project, make_data
+from monai.networks.nets import AutoencoderKL
+from torch import nn
+
+import train_diffusion
+import utils
+from benchmarks import benchmark, measure, project, quality, reference, report
+from benchmarks.features import Distance, FeatureSpace, encoder_features, pooled
+from ldm.datasets import Case
+from ldm.encoders import LatentEncoder
+from ldm.networks import downsampling
+from ldm.processes import Run
+
+CPU = torch.device("cpu")
+RUN = Run(0, 1, CPU)
+
+
+@pytest.fixture
+def setting(tmp_path) -> Project:
+    """A config with beta schedules, so that both sides learn the same."""
+    made = Project(tmp_path / "bench", make_data(tmp_path / "data"))
+    made.change(NoiseScheduler={"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195})
+    return made
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def autoencoder_of(config: dict) -> nn.Module:
+    torch.manual_seed(0)
+    return utils.define_network(config, "autoencoder_def").eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- both sides do the same
+
+
+def test_the_reference_learns_the_noise_and_so_does_this_project(setting):
+    """The loss is the mean of (UNet(a z + s noise, t) - noise)^2 by hand, and `diffusion_loss` of it too."""
+    config = utils.load_config(setting.config_file)
+    autoencoder = autoencoder_of(config)
+    autoencoder.quant_conv_log_sigma.conv.bias.data.fill_(-50)  # posteriors without spread: both see one z
+    unet = utils.define_network(config, "diffusion_def")
+    for weight in unet.parameters():  # the last layer begins with zeros, which would learn nothing of z
+        weight.data = numbers(*weight.shape) * 0.1
+    images = numbers(2, 1, 16, 20, 12).abs()
+    stage = reference.Diffusion(autoencoder, unet, images, 1e-3, CPU)
+    noise, t = numbers(2, *stage.latent_shape, seed=1), torch.tensor([3, 700])
+    loss = stage.loss(images, noise, t)
+
+    z0 = autoencoder.encode(images)[0] * stage.scale_factor
+    assert z0.std().item() == pytest.approx(1, rel=1e-4)
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    squared = torch.cumprod(1 - betas, 0)[t].float().reshape(-1, 1, 1, 1, 1)
+    by_hand = (unet(squared.sqrt() * z0 + (1 - squared).sqrt() * noise, t) - noise).square().mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    ours = train_diffusion.diffusion_loss(unet, reference.noise_process(), z0, noise, t, RUN)
+    assert loss.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
+    """In fp32, from the same weights and with posteriors without spread, generator and discriminator have the
+    same gradients: Adam's first moment after a step is a tenth of them. The reference weights its
+    discriminator's loss by 0.01, which Adam undoes."""
+    section = setting.config["autoencoder_train"]
+    setting.change(autoencoder_train={**section, "lr_schedule": "constant", "clip_grad_norm": None})
+    config = utils.load_config(setting.config_file)
+    config["autoencoder_train"].update(reference.LOSS)
+    cases = [Case(str(i), ()) for i in range(2)]
+    data = benchmark.VolumesInMemory(cases, numbers(2, 1, 16, 20, 12).abs())
+    batch = {"image": data.images, "epoch": torch.zeros(2, dtype=int), "index": torch.arange(2)}
+    theirs, ours = reference.Autoencoder(config, CPU), project.Autoencoder(config, data, RUN)
+    before = autoencoder_of(config)
+    before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
+    for one in (theirs.autoencoder, ours.networks.encoder.autoencoder):
+        one.load_state_dict(before.state_dict())
+    theirs.discriminator.load_state_dict(ours.networks.judge.state_dict())
+    theirs.step(batch)
+    ours.step(batch)
+    mine = [stepper.optimizer for stepper in ours.networks.steppers]
+    for a, b, weight in zip(
+        (theirs.generator_optimizer, theirs.discriminator_optimizer), mine, (1, 0.01), strict=True
+    ):
+        first, second = (
+            torch.cat([one.state[p]["exp_avg"].flatten() for p in one.param_groups[0]["params"]])
+            for one in (a, b)
+        )
+        assert first.norm() > 1e-6
+        assert (first - weight * second).norm() < 1e-3 * first.norm()
+    moved = ours.networks.encoder.autoencoder.state_dict()
+    assert max((moved[name] - weight).abs().max() for name, weight in before.state_dict().items()) > 1e-3
+
+
+def test_the_references_samples_are_those_of_its_inferer(setting, monkeypatch):
+    """All steps and the decoding, against `LatentDiffusionInferer.sample` with the same draws."""
+    monkeypatch.setattr(reference, "STEPS", 20)
+    config = utils.load_config(setting.config_file)
+    autoencoder, unet = autoencoder_of(config), utils.define_network(config, "diffusion_def").eval()
+    shape, scale = (3, 8, 10, 6), 0.7
+    latents = reference.draw_latents(unet, shape, [5], 20, CPU)
+    inferer = reference.LatentDiffusionInferer(reference.noise_scheduler(), scale)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))[None]
+    torch.manual_seed(5)
+    due = inferer.sample(noise, autoencoder, unet, verbose=False)
+    torch.testing.assert_close(reference.decode(autoencoder, latents, scale), due)
+
+
+def test_the_average_and_the_clock_of_this_projects_side(setting):
+    """A step moves weights and average, and the clock counts what was trained, not what passed."""
+    setting.change(diffusion_train=setting.config["diffusion_train"] | {"max_minutes": 1.0})
+    config = utils.load_config(setting.config_file)
+    images = numbers(4, 1, 16, 20, 12).abs()
+    data = benchmark.VolumesInMemory([Case(str(i), ()) for i in range(4)], images)
+    encoder = LatentEncoder(autoencoder_of(config), 1.0)
+    posteriors = train_diffusion.encode_all(encoder, data, RUN, "encode")
+    weights = utils.define_network(config, "diffusion_def").state_dict()
+    stage = project.Diffusion(config, encoder, posteriors, RUN, weights)
+    assert downsampling(config["autoencoder_def"]) * stage.latent_shape[1] == 16
+    stage.resume_clock(45.0)
+    assert stage.clock.progress(stage.clock.seconds) == pytest.approx(0.75, abs=0.01)
+    stage.step(next(quality.endless(utils.make_loader(posteriors, stage.section, config, RUN, 0))))
+    (group,) = stage.learner.stepper.optimizer.param_groups
+    assert group["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 0.75)), rel=0.05)
+    name = "out.2.conv.weight"
+    for moved in (stage.learner.unet, stage.learner.ema.module):
+        assert not torch.equal(moved.state_dict()[name], weights[name])
+
+
+# ---------------------------------------------------------------- own-feature distance
+
+
+class Identity(nn.Module):
+    """An autoencoder that encodes to its input, with one block."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.encoder = nn.Module()
+        self.encoder.blocks = nn.ModuleList([nn.Identity()])
+
+    def encode(self, x):
+        return self.encoder.blocks[0](x), torch.ones_like(x)
+
+
+def test_pooled_means_and_deviations_of_cells():
+    activation = torch.zeros(1, 1, 4, 4, 4)
+    activation[..., :2, :2, :2] = 3.0
+    activation[..., 2:, 2:, 3] = 2.0  # half of the last cell
+    due = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert pooled(activation)[0].tolist() == pytest.approx(due, abs=1e-3)
+    groups = encoder_features(Identity(), activation)
+    assert [group[0].tolist() for group in groups] == [pytest.approx(due, abs=1e-3)] * 2
+
+
+def test_distance_by_hand():
+    """Of two and two numbers: the kernel is (x y + 1)^3, and no row is paired with itself."""
+    first, second = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [-1.0]])
+    across = ((0 * 2 + 1) ** 3 + (0 * -1 + 1) ** 3 + (1 * 2 + 1) ** 3 + (1 * -1 + 1) ** 3) / 4
+    due = (0 * 1 + 1) ** 3 + (2 * -1 + 1) ** 3 - 2 * across
+    assert Distance(first, second).value == pytest.approx(due)
+
+
+def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew():
+    first, second = numbers(40, 5).double(), numbers(40, 5, seed=1).double() + 0.5
+    drawn = Distance(first, second).bootstrap(2000)
+    assert drawn.mean() == pytest.approx(Distance(first, second).value, abs=0.1 * drawn.std())
+    fresh = [
+        Distance(numbers(40, 5, seed=i).double(), numbers(40, 5, seed=i + 1).double() + 0.5).value
+        for i in range(100, 500, 2)
+    ]
+    assert drawn.std() == pytest.approx(statistics.stdev(fresh), rel=0.5)
+    low, high = Distance(first, second).interval()
+    assert low < Distance(first, second).value < high
+
+
+def brains(count: int, seed: int) -> torch.Tensor:
+    """Textured ellipsoids of random sizes, (count, 1, 16, 16, 16)."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij")
+    radii = rng.uniform(0.7, 0.9, (count, 3))
+    inside = [sum((axis / r) ** 2 for axis, r in zip(axes, radius, strict=True)) < 1 for radius in radii]
+    return torch.tensor(np.stack(inside)[:, None] * rng.uniform(0.3, 1, (count, 1, 16, 16, 16))).float()
+
+
+def test_own_feature_distance_of_the_same_of_blurred_and_of_noise():
+    """Two halves of one set do not differ; blur moves away with every pass; noise is far away."""
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        3, 1, 1, 1, (8, 8), (False, False), 3, 4,
+        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+    )  # fmt: skip
+    space = FeatureSpace(autoencoder, brains(40, 0))
+    real = space(brains(40, 1))
+    assert real.square().mean().item() == pytest.approx(1, rel=0.3)
+    halves = Distance(space(brains(40, 2)), real)
+    assert halves.interval()[0] < 0 < halves.interval()[1]
+    blurred, distances = brains(40, 2), [halves.value]
+    for _ in range(3):
+        blurred = nn.functional.avg_pool3d(blurred, 3, 1, 1, count_include_pad=False)
+        distances.append(Distance(space(blurred), real).value)
+    assert distances == sorted(distances) and distances[1] > 10 * abs(halves.value)
+    noise = Distance(space(torch.rand(40, 1, 16, 16, 16)), real)
+    assert noise.interval()[0] > 100 * halves.interval()[1]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_alternation_turns_and_counts(monkeypatch):
+    """Both are timed in every round, first the one and then the other; parts count as often as they say."""
+    clock, calls = [0.0], []
+
+    def work(name: str, seconds: float) -> measure.Work:
+        def call():
+            calls.append(name)
+            clock[0] += seconds
+
+        return measure.Work(((call, 10.0), (call, 1.0)), measure.read_flags())
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    seconds = measure.alternate({"a": work("a", 1.0), "b": work("b", 0.5)}, 3, CPU)
+    assert seconds == {"a": [11.0] * 3, "b": [5.5] * 3}
+    assert "".join(calls[8::2]) == "abbaab"  # after two warm-up runs of two calls each
+    assert measure.ratio([2.0, 4.0, 9.0], [1.0, 4.0, 3.0]) == (4 / 3, 1.0, 3.0)
+
+
+def test_flops_of_a_convolution():
+    """2 x kernel x channels in x channels out x voxels, for each time that it counts."""
+    conv, x = nn.Conv3d(2, 3, 3, padding=1), torch.zeros(1, 2, 4, 4, 4)
+    work = measure.Work(((lambda: conv(x), 5.0),), measure.read_flags())
+    assert work.flops() == 5 * 2 * 27 * 2 * 3 * 64
+
+
+def hungry(megabytes: int) -> measure.Work:
+    return measure.Work(((lambda: torch.ones(megabytes * 250_000).sum(), 1),), measure.read_flags())
+
+
+def test_peak_memory_of_a_process():
+    assert measure._peak(1, hungry, 400) == pytest.approx(400e6, rel=0.1)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run_command(project_files: Project, *more) -> tuple[str, dict]:
+    out = project_files.folder / "figures.json"
+    argv = ["-c", str(project_files.config_file), "--data", str(project_files.data), "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        benchmark.main([*argv, "--out", str(out), *map(str, more)])
+    return printed.getvalue(), json.loads(out.read_text())
+
+
+def test_the_table_has_a_row_a_part_and_the_ratio_of_the_medians(setting, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST", 0.0)
+    text, figures = run_command(setting, "--parts", *benchmark.PARTS, "--rounds", 3, "--reference-steps", 2)
+    assert [row["part"] for row in figures["rows"]] == list(benchmark.PARTS)
+    for row in figures["rows"]:
+        times = [row[side]["seconds"] for side in report.SIDES]
+        assert [len(one) for one in times] == [3, 3]
+        assert row["ratio"] == pytest.approx(statistics.median(times[0]) / statistics.median(times[1]))
+        assert row["ratio_low"] <= max(a / b for a, b in zip(*times, strict=True)) == row["ratio_high"]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {report.NAMES[row['part']]} |")]
+        assert line.count("|") == 8 and f"| {row['ratio']:.2f} (" in line
+    assert figures["machine"]["torch"] == torch.__version__ and "2 of the reference's 1000" in text
+
+
+def test_memory_of_one_part(setting, monkeypatch):
+    monkeypatch.setattr(measure, "LEAST", 0.0)
+    text, figures = run_command(setting, "--parts", "decoding", "memory", "--rounds", 1)
+    (row,) = figures["rows"]
+    assert all(row[side]["peak_bytes"] > 0 for side in report.SIDES)
+    assert f"| {row['reference']['peak_bytes'] / 1e9:.3g} |" in text
+
+
+def test_quality_is_compared_over_time(setting, monkeypatch):
+    monkeypatch.setattr(reference, "STEPS", 4)
+    monkeypatch.setattr(project, "default_sampler", lambda process: ("dpmpp_2m", 4))
+    monkeypatch.setattr(quality, "SLICES", 4)
+    monkeypatch.setattr(quality, "MARKS", (1, 4))
+    monkeypatch.setattr(quality, "SAMPLER_STEPS", (1, 2))
+    monkeypatch.setattr(quality, "TIMED", 1)
+    text, figures = run_command(
+        setting, "--quality", 0.02, "--samples", 3, "--reference-steps", 2,
+        "--set", "autoencoder_train.max_epochs=1",
+    )  # fmt: skip
+    result = figures["quality"]
+    assert result["held_out"] == 2 and result["training"] == 4
+    for marks in result["marks"].values():
+        assert [mark["share"] for mark in marks] == [0.25, 1.0]
+        assert all(mark["low"] <= mark["high"] and mark["steps"] >= 0 for mark in marks)
+        assert marks[-1]["seconds"] >= 1.2  # 0.02 min, and no more than a step of it over
+    assert [one["steps"] for one in result["by_steps"]] == [1, 2, 4]
+    assert (
+        "batch 2, learning rate 0.002" in text
+        and "Real against real" in text
+        and text.count("\n| ours, dpmpp_2m") == 3
+    )
+
+
+def test_what_follows_from_the_figures():
+    """The earliest mark, and the fewest steps, that are no worse than the reference."""
+    result = {
+        "end": {"distance": 0.30, "seconds": 60.0},
+        "marks": {
+            "reference": [{"distance": 0.5}, {"distance": 0.25}],
+            "ours": [{"share": s, "distance": d} for s, d in ((0.1, 0.28), (0.3, 0.25), (1.0, 0.1))],
+        },
+        "by_steps": [
+            {"steps": n, "seconds": n / 10, "distance": d} for n, d in ((5, 0.4), (10, 0.3), (20, 0.2))
+        ],
+    }
+    assert quality.conclusions(result) == {"reached": 0.3, "speedup": 60.0, "speedup_steps": 10}
+    result["end"]["distance"] = result["marks"]["reference"][-1]["distance"] = 0.01
+    assert quality.conclusions(result) == {"reached": None, "speedup": None, "speedup_steps": None}
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--samples", "1"], "--samples 1: at least 2"),
+        (["--reference-steps", "1001"], "there are 1000"),
+        (["--quality", "-3"], "--quality -3.0: minutes"),
+        (["--quality", "0"], "--quality 0.0: minutes, more than 0"),
+        (["--out", "."], "--out .: is a folder"),
+        (["--quality", "nan"], "--quality nan: minutes"),
+        (["--autoencoder", "x.pt"], "goes with --quality"),
+        (["--parts", "speed"], "invalid choice: 'speed'"),
+        (["--set", "diffusion_train.lrr=1"], "Did you mean lr?"),
+        (["--data", "nowhere"], "nowhere: no such data folder"),
+    ],
+)
+def test_what_is_refused(setting, argv, said):
+    files = ["-c", str(setting.config_file), "--device", "cpu"]
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
+        benchmark.main([*files, *argv])
+    assert stop.value.code == 2 and said in err.getvalue() and "Traceback" not in err.getvalue()
