@@ -37,7 +37,6 @@ from torch.utils.data import Dataset
 import inference
 import simulate_brains
 import train_autoencoder
-import train_diffusion
 import utils
 from benchmarks import measure, project, quality, reference
 from benchmarks.report import NAMES, SIDES, quality_report, table
@@ -65,12 +64,16 @@ SIMULATED = 96  # subjects, for --quality
 
 
 class VolumesInMemory(Dataset):
-    """Volumes read once, as `VolumeDataset` serves them."""
+    """Volumes read once, as a `VolumeDataset` without augmentation serves them."""
 
-    is_random = False
+    versions, seed = 1, 0
 
     def __init__(self, cases: Sequence[Case], images: torch.Tensor):
         self.cases, self.images = cases, images
+
+    def image(self, i: int, version: int) -> torch.Tensor:
+        """Case `i`, (C, D, H, W)."""
+        return self.images[i]
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -124,10 +127,11 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
     torch.manual_seed(config["seed"])
     if part == "autoencoder":
         ours = functools.partial(project.Autoencoder, config, bench.patches, run)
-        stage = ours() if side == "ours" else reference.Autoencoder(config, run.device)
+        stage = ours() if side == "ours" else reference.Autoencoder(config, run)
         return training_work(bench, stage, bench.patches, "autoencoder_train", side)
-    unet = utils.define_network(config, "diffusion_def").to(run.device)
-    autoencoder = utils.define_network(config, "autoencoder_def").to(run.device).eval().requires_grad_(False)
+    define = reference.define_network if side == "reference" else project.define_network
+    unet = define(config, "diffusion_def", run)
+    autoencoder = define(config, "autoencoder_def", run).eval().requires_grad_(False)
     if part == "diffusion" and side == "reference":
         section = config["diffusion_train"]
         first = bench.volumes.images[: section["batch_size"]]
@@ -135,10 +139,8 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
         return training_work(bench, stage, bench.volumes, "diffusion_train", side)
     encoder = LatentEncoder(autoencoder, scale_factor=1.0)
     if part == "diffusion":
-        posteriors = train_diffusion.encode_all(encoder, bench.volumes, run, "encode")
-        encoder.scale_factor = train_diffusion.measure_scale(encoder, posteriors, run)
-        stage = project.Diffusion(config, encoder, posteriors, run, unet.state_dict())
-        return training_work(bench, stage, posteriors, "diffusion_train", side)
+        stage = project.Diffusion(config, encoder, bench.volumes, run, unet.state_dict())
+        return training_work(bench, stage, stage.dataset, "diffusion_train", side)
     factor = downsampling(config["autoencoder_def"])
     shape = [autoencoder.latent_channels, *(side // factor for side in bench.volumes.images.shape[2:])]
     latents = torch.randn(1, *shape).to(run.device)
@@ -307,7 +309,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
     _, size, _ = utils.patch_sizes(config, [*train, *held_out])
-    encoder = train_diffusion.load_autoencoder(path, config, run)
+    encoder = utils.load_autoencoder(path, config, run)
     changing = VolumeDataset(
         train, utils.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]
     )
@@ -317,7 +319,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
         encoder,
         kept,
         in_memory(held_out, config, size),
-        changing if changing.is_random else kept,
+        kept if changing.versions == 1 else changing,
         QUALITY_MINUTES[run.device.type] if args.quality is True else args.quality,
         args.samples,
         args.reference_steps or REFERENCE_STEPS[run.device.type],

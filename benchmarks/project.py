@@ -11,6 +11,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm import latents
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler
 from ldm.encoders import LatentEncoder
 from ldm.networks import downsampling
@@ -31,6 +32,11 @@ def optimise(learner, section: dict, clock: Clock, epoch: int) -> None:
         stepper.step(rate, masked)
     clock.step += 1
     learner.update_average()
+
+
+def define_network(config: dict, key: str, run: Run) -> nn.Module:
+    """A network as inference.py has it."""
+    return utils.on_device(utils.define_network(config, key), run)
 
 
 class Autoencoder:
@@ -66,33 +72,41 @@ class Autoencoder:
 
 
 class Diffusion:
-    """Stage 2 on latents in memory, or, where volumes change from epoch to epoch, encoded as they come.
+    """Stage 2 on latents in memory, or, where each epoch has versions of its own, encoded as they come.
+
+    Its batches are those of a loader of `dataset`.
 
     Args:
         config: resolved.
-        encoder: the frozen autoencoder with its scale factor.
-        dataset: of posteriors or of volumes.
+        encoder: the frozen autoencoder, whose scale factor is measured here.
+        volumes: what to encode.
         run: device and precision.
         weights: of the UNet, to begin with.
     """
 
-    def __init__(self, config: dict, encoder: LatentEncoder, dataset: Dataset, run: Run, weights: dict):
-        self.section, self.seed = config["diffusion_train"], config["seed"]
-        self.encoder, self.dataset, self.run = encoder, dataset, run_of(self.section, run)
-        first = {key: x[None] for key, x in dataset[(0, 0)].items() if key in ("image", "mean", "std")}
-        self.latent_shape = train_diffusion.posterior_of(first, encoder, self.run)[0].shape[1:]
+    def __init__(self, config: dict, encoder: LatentEncoder, volumes: Dataset, run: Run, weights: dict):
+        self.section, self.encoder = config["diffusion_train"], encoder
+        self.run = run = run_of(self.section, run)
+        kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
+        first = train_diffusion.posterior_of(train_diffusion.one_of(kept, 0), encoder, run)[0]
+        self.shape = list(first.shape[1:])
+        source = train_diffusion.Latents(kept, kept, encoder, "", self.shape, {})
+        encoder.scale_factor = train_diffusion.measure_scale(source, run)
+        self.dataset = train_diffusion.WithChance(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])
         self.learner = train_diffusion.build_learner(config, self.section["compile"], self.run)
         self.learner.unet.load_state_dict(weights)
         if self.learner.ema:
             self.learner.ema.module.load_state_dict(weights)
-        self.clock = Clock(self.section, len(dataset))
+        self.clock = Clock(self.section, len(volumes))
 
     def step(self, batch: dict) -> None:
         """One step on a batch of the dataset, as the loader makes it."""
-        chance = train_diffusion.draws(batch, self.dataset, self.latent_shape, self.seed)
-        eps, noise, uniform = (x.to(self.run.device, non_blocking=True) for x in chance)
-        z0 = self.encoder.draw(*train_diffusion.posterior_of(batch, self.encoder, self.run), eps)
+        eps, noise, uniform = (
+            batch[key].to(self.run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
+        )
+        mean, std = train_diffusion.posterior_of(batch, self.encoder, self.run)
+        z0 = (mean + std * eps) * self.encoder.scale_factor
         t = self.process.draw_times(uniform, self.section["timestep_sampling"])
         loss = train_diffusion.diffusion_loss(
             self.learner.wrapped, self.process, z0, noise, t, self.run, self.section["min_snr_gamma"]

@@ -20,7 +20,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import inference
-import train_diffusion
 import utils
 from benchmarks import measure, project, reference
 from benchmarks.features import Distance, FeatureSpace
@@ -112,7 +111,7 @@ def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: flo
     section, shape = {**config["diffusion_train"], "max_minutes": minutes}, train.images.shape[2:]
     config = {**config, "diffusion_train": section}
     torch.manual_seed(config["seed"])
-    unet = utils.define_network(config, "diffusion_def").to(run.device)
+    unet = reference.define_network(config, "diffusion_def", run)
     weights = copy.deepcopy(unet.state_dict())
 
     loader = utils.make_loader(train, section, config, run, workers=0)
@@ -132,13 +131,11 @@ def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: flo
     }
 
     start = time.monotonic()
-    posteriors = source if source.is_random else train_diffusion.encode_all(encoder, source, run, "encode")
-    encoder.scale_factor = train_diffusion.measure_scale(encoder, posteriors, run)
+    ours = project.Diffusion(config, encoder, source, run, weights)
     prepared = time.monotonic() - start
-    ours = project.Diffusion(config, encoder, posteriors, run, weights)
     arms["ours"] = Arm(
         ours.step,
-        endless(utils.make_loader(posteriors, section, config, run, None if source.is_random else 0)),
+        endless(utils.make_loader(ours.dataset, section, config, run, 0 if source.versions else None)),
         project.sampling_networks(encoder, ours.learner.shown, ours.process, latent_shape, shape),
         flags["ours"],
         ours.resume_clock,

@@ -17,6 +17,7 @@ from torch import nn
 
 import utils
 from ldm.diffusion import NoiseProcess
+from ldm.processes import Run
 
 STEPS = 1000
 NOISE = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -28,6 +29,16 @@ LOSS = {  # of stage 1, in the keys of `autoencoder_train`
     "adversarial_weight": 0.01,
 }
 ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
+
+
+def define_network(config: dict, key: str, run: Run) -> nn.Module:
+    """A network as its `_target_` makes it, which the tutorial's users get: attention by the matrix unless
+    the definition says otherwise."""
+    network, fused = utils.define_network(config, key), config[key].get("use_flash_attention", False)
+    for block in network.modules():
+        if hasattr(block, "use_flash_attention"):
+            block.use_flash_attention = fused
+    return network.to(run.device)
 
 
 def noise_scheduler() -> DDPMScheduler:
@@ -45,13 +56,13 @@ class Autoencoder:
 
     Args:
         config: its `autoencoder_def`, and of `autoencoder_train` the learning rate and the discriminator.
-        device: where to train.
+        run: where to train.
     """
 
-    def __init__(self, config: dict, device: torch.device):
+    def __init__(self, config: dict, run: Run):
         section = config["autoencoder_train"]
-        self.device = device
-        self.autoencoder = utils.define_network(config, "autoencoder_def").to(device).train()
+        self.device = device = run.device
+        self.autoencoder = define_network(config, "autoencoder_def", run).train()
         self.discriminator = PatchDiscriminator(
             spatial_dims=3, in_channels=config["image_channels"], out_channels=1, **section["discriminator"]
         ).to(device)

@@ -80,7 +80,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     cases = [Case(str(i), ()) for i in range(2)]
     data = benchmark.VolumesInMemory(cases, numbers(2, 1, 16, 20, 12).abs())
     batch = {"image": data.images, "epoch": torch.zeros(2, dtype=int), "index": torch.arange(2)}
-    theirs, ours = reference.Autoencoder(config, CPU), project.Autoencoder(config, data, RUN)
+    theirs, ours = reference.Autoencoder(config, RUN), project.Autoencoder(config, data, RUN)
     before = autoencoder_of(config)
     before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
     for one in (theirs.autoencoder, ours.networks.encoder.autoencoder):
@@ -123,13 +123,12 @@ def test_the_average_and_the_clock_of_this_projects_side(setting):
     images = numbers(4, 1, 16, 20, 12).abs()
     data = benchmark.VolumesInMemory([Case(str(i), ()) for i in range(4)], images)
     encoder = LatentEncoder(autoencoder_of(config), 1.0)
-    posteriors = train_diffusion.encode_all(encoder, data, RUN, "encode")
     weights = utils.define_network(config, "diffusion_def").state_dict()
-    stage = project.Diffusion(config, encoder, posteriors, RUN, weights)
-    assert downsampling(config["autoencoder_def"]) * stage.latent_shape[1] == 16
+    stage = project.Diffusion(config, encoder, data, RUN, weights)
+    assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16
     stage.resume_clock(45.0)
     assert stage.clock.progress(stage.clock.seconds) == pytest.approx(0.75, abs=0.01)
-    stage.step(next(quality.endless(utils.make_loader(posteriors, stage.section, config, RUN, 0))))
+    stage.step(next(quality.endless(utils.make_loader(stage.dataset, stage.section, config, RUN, 0))))
     (group,) = stage.learner.stepper.optimizer.param_groups
     assert group["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 0.75)), rel=0.05)
     name = "out.2.conv.weight"
