@@ -135,10 +135,6 @@ def _peak(threads: int, build: Callable[..., Work], *arguments) -> float:
 
 
 def _high_water() -> float:
-    """Bytes of this process at its peak. What getrusage says on Linux counts the process that started it."""
-    if (status := PROC / "status").exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return 1024.0 * int(line.split()[1])
     return 1e9 * peak_memory_gb(torch.device("cpu"))
 
 

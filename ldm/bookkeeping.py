@@ -1,8 +1,8 @@
 """The bookkeeping of a training run: where it is, what is saved and logged, what the ranks agree on."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,6 +13,8 @@ from ldm.datasets import stream
 from ldm.logs import TrainLog
 from ldm.processes import CLEAN_UP, Interruption, Run, signals_held_back
 from ldm.training import Clock, Means, Stepper, Watch, learning_rate
+
+STATUS = Path("/proc/self/status")  # of Linux
 
 
 class Training:
@@ -289,10 +291,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of the GPU since the start, or of this process on a CPU, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if STATUS.exists():  # on Linux, where getrusage counts the process that started this one too
+        (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e9
     try:
         import resource  # not on Windows
     except ImportError:
         return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on a Mac
