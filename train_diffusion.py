@@ -35,10 +35,11 @@ from ldm.datasets import Case, VolumeDataset, stream
 from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.logs import read_log
+from ldm.memory import Meter, take_steps
 from ldm.networks import load_weights
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
-from ldm.transforms import Preprocessing
+from ldm.transforms import Preprocessing, augmentation
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
 TYPICAL_CASES = 16
@@ -248,6 +249,42 @@ def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     )
 
 
+def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
+    """What takes memory in this stage: encoding a volume, a training step, drawing a sample, and the
+    validation of a volume. `sizes` are those of `utils.patch_sizes`."""
+    section, size = config["diffusion_train"], sizes[1]
+    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    with meter:
+        encoder = LatentEncoder(
+            utils.define_network(config, "autoencoder_def").eval().requires_grad_(False), 1.0
+        )
+        meter.hold("weights", encoder.to(run.device))
+        with meter.phase("encoding"):
+            image = torch.zeros(1, config["image_channels"], *size, device=run.device)
+            mean, std = posterior_of({"image": image}, encoder, run)
+        learner = build_learner(config, False, run)
+        meter.hold("weights", learner.unet)
+        meter.hold("averaged weights", learner.ema)
+        meter.hold_steppers(learner.steppers)
+        with meter.phase("training"):
+            batch = {"mean": mean, "std": std}
+            if augmentation(section["augment"], tuple(size), False) is not None:
+                batch = {"image": image}
+            batch = {key: x.expand(section["batch_size"], -1, -1, -1, -1).clone() for key, x in batch.items()}
+            noise = torch.zeros(section["batch_size"], *mean.shape[1:], device=run.device)
+            z0 = encoder.draw(*posterior_of(batch, encoder, run), torch.zeros_like(noise))
+            t = process.draw_times(torch.zeros(section["batch_size"], device=run.device))
+            loss = diffusion_loss(learner.wrapped, process, z0, noise, t, run, section["min_snr_gamma"])
+            learner.stepper.backward(loss)
+            take_steps(learner.steppers)
+        with torch.no_grad(), meter.phase("validation"):
+            z0, t = mean.expand(section["val_times"], -1, -1, -1, -1), torch.zeros(section["val_times"])
+            diffusion_loss(learner.shown, process, z0, torch.zeros_like(z0), t.to(run.device), run)
+        if section["sample_interval"]:
+            with torch.no_grad(), meter.phase("sampling"), run.autocast():
+                encoder.decode(learner.shown(mean, timesteps=t[:1].to(run.device)).float())
+
+
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration, processes, device
@@ -255,6 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
+    if args.dry_run:
+        return utils.tell_memory(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
     section, seed = config["diffusion_train"], config["seed"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
@@ -279,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_set = VolumeDataset(train_cases, preprocessing, size, False, section["augment"], **common)
     val_set = VolumeDataset(val_cases, preprocessing, size, **common)
     utils.warn_of_padding(train_cases, config["spacing"], size, run)
+
+    utils.refuse_what_cannot_fit(rehearse, config, "diffusion_train", [*train_cases, *val_cases], args, run)
 
     # Step 2: the frozen autoencoder, latents and their scale factor
     encoder = load_autoencoder(autoencoder_path, config, run)
@@ -310,9 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learner = build_learner(config, section["compile"] if args.compile is None else args.compile, run)
     workers = None if train_set.is_random else 0  # latents in memory need no workers
     loader = utils.make_loader(train_set, section, config, run, workers)
-    training = Training(
-        "diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed
-    )
+    training = Training("diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed)
     count = sum(p.numel() for p in learner.unet.parameters())
     run.say(
         f"diffusion: {count / 1e6:.1f} M parameters, predicts {process.prediction}, "
