@@ -16,7 +16,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import UserError, memory
-from ldm.memory import Forecast, Meter
+from ldm.memory import Forecast, Meter, highest
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 
@@ -200,7 +200,7 @@ def given(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
-def test_dry_run_needs_no_data_and_writes_nothing(given, script, monkeypatch):
+def test_dry_run_needs_no_data_and_writes_nothing(given, script, monkeypatch, without_savings):
     monkeypatch.chdir(given.parent)
     for device in ((), ("--device", "cpu")):
         told = dry(script, "-c", given, "-e", given.parent / "nowhere.json", *device)
@@ -209,14 +209,47 @@ def test_dry_run_needs_no_data_and_writes_nothing(given, script, monkeypatch):
     assert [path.name for path in given.parent.iterdir()] == ["config.json"]
 
 
+@pytest.fixture
+def without_savings(monkeypatch):
+    """Each is a prediction more."""
+    monkeypatch.setattr(Forecast, "savings", lambda self, config, now: {})
+
+
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
-def test_dry_run_takes_open_sizes_from_the_data(tmp_path, script):
+def test_dry_run_takes_open_sizes_from_the_data(tmp_path, script, without_savings):
     project = Project(tmp_path / "project", make_data(tmp_path / "data"))
     told = project.run(script, "--dry-run")
     assert "16 x 20 x 12" in told
     assert not project.model_dir.exists() and not project.output_dir.exists()
     project.set_environment(data_base_dir=str(tmp_path / "nothing"))
     assert "nothing" in project.refused(script, "--dry-run")
+
+
+def test_dry_run_tells_what_would_lower_the_peak(given):
+    told = dry(train_autoencoder, "-c", given, "-e", "nowhere.json", "--amp")
+    last = told.splitlines()[-1]
+    assert last.startswith("less by autoencoder_train.")
+    assert "autoencoder_train.gradient_checkpointing=true (0.0 GB)" in last
+
+
+GPU_SIZES = sorted(Path(utils.ROOT / "config").glob("config_train_*[0-9]g.json"))
+
+
+@pytest.mark.parametrize("path", GPU_SIZES, ids=lambda path: path.stem)
+def test_shipped_config_fits_its_name_with_a_tenth_to_spare(path):
+    # Without the perceptual network, whose packages not every machine has: it adds 0.2 GB to 32g's 21.1.
+    shipped = utils.load_config(path, ["autoencoder_train.perceptual_weight=0"])
+    sizes, limit = utils.patch_sizes(shipped, []), 0.9e9 * int(path.stem.split("_")[-1].removesuffix("g"))
+    for script, stage in ((train_autoencoder, "autoencoder_train"), (train_diffusion, "diffusion_train")):
+        peaks = Forecast(script.rehearse, stage, sizes, True, torch.bfloat16).peaks(shipped)
+        assert highest(peaks).total <= limit, (stage, memory.table(peaks))
+    meter = Meter(True)
+    inference.rehearse(shipped, sizes[1], 1, meter, CPU)
+    assert highest(meter.peaks).total <= limit, memory.table(meter.peaks)
+
+
+def test_there_are_configs_that_are_named_by_a_size():
+    assert [path.stem for path in GPU_SIZES] == [f"config_train_{n}g" for n in (16, 32, 80, 8)]
 
 
 def test_bad_device(given):
