@@ -9,6 +9,7 @@ data=${1:?name the folder of the T1 brains} out=${2:?name a new folder for resul
 mkdir -p "$out"
 
 python -m pytest -q -m gpu
+python benchmarks/memory.py | tee "$out/memory.md"  # predicted beside torch.cuda.max_memory_allocated
 python - "$data" "$out" <<'PYTHON'
 import json, sys
 data, out = sys.argv[1:]
