@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, figures, provenance
+from ldm import UserError, figures, memory, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
@@ -302,6 +302,52 @@ def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
         raise OSError(f"out of memory: {what}.\nTry {remedy}.") from None
 
 
+# ---------------------------------------------------------------- memory, told beforehand
+
+
+def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run) -> None:
+    """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
+    shape = [config["diffusion_def"]["out_channels"]]
+    shape += [side // downsampling(config["autoencoder_def"]) for side in size]
+    with meter, torch.no_grad(), run.autocast():
+        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
+        unet = utils.define_network(config, "diffusion_def").to(run.device).eval()
+        meter.hold("weights", encoder, unet)
+        latents = torch.zeros(batch, *shape, device=run.device)
+        with meter.phase("sampling"):
+            unet(latents, timesteps=torch.zeros(batch, device=run.device)).float()
+        with meter.phase("decoding"):
+            encoder.decode(latents)
+
+
+def tell_memory(args: argparse.Namespace, config: dict) -> None:
+    """The dry run: print the peaks by part, and what would lower them. Nothing is written."""
+    gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
+
+    def peaks(batch: int, amp: bool) -> dict[str, memory.Peak]:
+        meter, half = memory.Meter(gpu), utils.half_precision(gpu) if amp else None
+        rehearse(config, size, batch, meter, Run(0, 1, torch.device("cpu"), half))
+        return meter.peaks
+
+    batch, amp = args.batch_size, bool(args.amp)
+    found = peaks(batch, amp)
+    now = memory.highest(found).total
+    options = {"--batch-size 1": peaks(1, amp), "--amp": peaks(batch, True)}
+    lower = {words: total for words, p in options.items() if (total := memory.highest(p).total) < now}
+    lower = dict(sorted(lower.items(), key=lambda item: item[1]))
+    half = utils.half_precision(gpu) if amp else None
+    print(memory.report(found, lower, gpu, half, batch, size))
+
+
+def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
+    """Voxels of the volumes: by the config, else by the checkpoint, else by the data's headers."""
+    if not config["diffusion_train"]["patch_size"]:
+        path = args.unet or utils.load_environment(args.environment_file)["model_dir"] / "diffusion_unet.pt"
+        if path.is_file():
+            return geometry_of(load_checkpoint(path), config, path)["size"]
+    return utils.planned_sizes(config, args)[1]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -409,6 +455,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.reproduce:
         return reproduce(args)
     config = utils.load_config(args.config_file, args.set)
+    if args.dry_run:
+        return tell_memory(args, config)
     environment = utils.load_environment(args.environment_file)
     args.amp = bool(args.amp)
     run = start(args)

@@ -36,7 +36,8 @@ from ldm.datasets import VolumeDataset, stream
 from ldm.encoders import LatentEncoder, set_posterior_std
 from ldm.initialisation import start_as_block_transform
 from ldm.logs import read_log
-from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
+from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence
+from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
 from ldm.networks import check_discriminator_size, downsampling, load_weights
 from ldm.processes import Run
@@ -98,6 +99,14 @@ def discriminator_loss(
 
 
 @torch.no_grad()
+def judged_reconstruction(encoder: LatentEncoder, image: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict]:
+    """Of one volume (1, C, D, H, W): its reconstruction, and PSNR, SSIM and L1."""
+    with run.autocast():
+        reconstruction = encoder.reconstruct(image)
+    return reconstruction, reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+
+
+@torch.no_grad()
 def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, list]:
     """Reconstruct the held-out volumes, each rank its share.
 
@@ -109,9 +118,7 @@ def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[
     sums, pairs = torch.zeros(6, dtype=torch.float64), []
     for i in range(run.rank, len(dataset), run.world_size):
         image = dataset[(0, i)]["image"][None].to(run.device)
-        with run.autocast():
-            reconstruction = encoder.reconstruct(image)
-        numbers = reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+        reconstruction, numbers = judged_reconstruction(encoder, image, run)
         powers = band_power(reconstruction), band_power(image)
         values = [numbers["psnr"], numbers["ssim"], numbers["l1"], *powers, torch.ones(1)]
         sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -238,12 +245,44 @@ def train_batch(
     return {key: value.detach() for key, value in terms.items()}
 
 
+def latent_shape_of(config: dict, autoencoder: nn.Module, size: Sequence[int]) -> list[int]:
+    """(c, d, h, w) of the latents of volumes of this size in voxels."""
+    channels = config.get("latent_channels", autoencoder.latent_channels)
+    return [channels, *(side // downsampling(config["autoencoder_def"]) for side in size)]
+
+
+def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
+    """What takes memory in this stage: a training step with all terms of the loss, and the validation of a
+    volume. `sizes` are those of `utils.patch_sizes`."""
+    patch_size, _, val_size = sizes
+    batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
+    with meter:
+        autoencoder = utils.define_network(config, "autoencoder_def")
+        networks = build_networks(config, autoencoder, patch_size, UNTRAINED, False, run)
+        meter.hold("weights", networks.encoder, networks.criterion, networks.judge)
+        meter.hold("averaged weights", networks.ema)
+        meter.hold_steppers(networks.steppers)
+        with meter.phase("training"):
+            images = torch.zeros(batch_size, channels, *patch_size, device=run.device)
+            eps = torch.zeros(
+                batch_size, *latent_shape_of(config, autoencoder, patch_size), device=run.device
+            )
+            slices = stream(config["seed"], "slices")
+            train_batch(networks, images, eps, slices, networks.judge is not None, True, run)
+            take_steps(networks.steppers)
+        with meter.phase("validation"):
+            image = torch.zeros(1, channels, *val_size, device=run.device)
+            judged_reconstruction(LatentEncoder(networks.shown).eval(), image, run)
+
+
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration, processes, device
     parser = utils.training_parser(__doc__)
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
+    if args.dry_run:
+        return utils.tell_memory(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file)
     section, seed = config["autoencoder_train"], config["seed"]
     run = utils.start(args, section)
@@ -255,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: data
     train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
-    patch_size, _, val_size = utils.patch_sizes(config, [*train_cases, *val_cases])
+    patch_size, _, val_size = sizes = utils.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = utils.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
@@ -266,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     utils.warn_of_padding(train_cases, config["spacing"], patch_size, run)
 
     # Step 2: networks
+    utils.refuse_what_cannot_fit(rehearse, config, "autoencoder_train", sizes, args, run)
     autoencoder = utils.define_network(config, "autoencoder_def")
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
@@ -278,8 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = build_networks(
         config, autoencoder, patch_size, environment["perceptual_weights"], compiled, run
     )
-    latent_shape = [config.get("latent_channels", autoencoder.latent_channels)]
-    latent_shape += [side // downsampling(config["autoencoder_def"]) for side in patch_size]
+    latent_shape = latent_shape_of(config, autoencoder, patch_size)
 
     # Step 3: where to go on
     training = Training(

@@ -37,9 +37,11 @@ from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.logs import read_log
-from ldm.networks import load_weights
+from ldm.memory import Meter, take_steps
+from ldm.networks import downsampling, load_weights
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
+from ldm.transforms import augmentation
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
 
@@ -90,10 +92,9 @@ class Latents:
 
 
 def encode_data(
-    config: dict, environment: dict, autoencoder: Path, resumed: dict | None, skip_bad: bool, run: Run
+    config: dict, train: VolumeDataset, val: VolumeDataset, autoencoder: Path, resumed: dict | None, run: Run
 ) -> Latents:
-    """Read and encode the data set."""
-    train, val = utils.volumes_to_encode(config, environment, run, skip_bad)
+    """Encode the training and held-out volumes."""
     encoder, workers = utils.load_autoencoder(autoencoder, config, run), config["data"]["num_workers"]
     weights = weights_hash(encoder.autoencoder.state_dict())
     check_same(resumed, weights, autoencoder)
@@ -190,23 +191,25 @@ def validate(
     dataset: Posteriors,
     scale_factor: float,
     process: NoiseProcess,
-    times: int,
+    section: dict,
     seed: int,
     run: Run,
 ) -> float:
     """Mean loss over the held-out volumes at fixed noise and evenly spread times, each rank its share."""
+    times, batch_size = section["val_times"], section["batch_size"]
     unet.eval()
     losses = []
     for i in range(run.rank, len(dataset), run.world_size):
         mean, _ = posterior_of(one_of(dataset, i), None, run)
-        z0 = (mean * scale_factor).expand(times, -1, -1, -1, -1)
         generator = stream(seed, "validation", dataset.cases[i].name)
-        noise = torch.randn(z0.shape, generator=generator).to(run.device)
+        noise = torch.randn(times, *mean.shape[1:], generator=generator).to(run.device)
         t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
-        losses.append(diffusion_loss(unet, process, z0, noise, t, run))  # read when all are under way
+        for some, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
+            z0 = (mean * scale_factor).expand_as(some)
+            loss = diffusion_loss(unet, process, z0, some, at, run)
+            losses.append(loss * len(at) / times)  # read when all are under way
     total = sum(loss.double().item() for loss in losses)
-    total, count = run.sum(torch.tensor([total, len(losses)], dtype=torch.float64)).tolist()
-    return total / count
+    return run.sum(torch.tensor(total, dtype=torch.float64)).item() / len(dataset)
 
 
 @torch.no_grad()
@@ -281,6 +284,49 @@ def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     )
 
 
+def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
+    """What takes memory in this stage: encoding a volume (not with a cache), a training step, the validation
+    of a volume, drawing a sample. `sizes` are those of `utils.patch_sizes`."""
+    section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
+    process = NoiseProcess.from_config(config["NoiseScheduler"])
+
+    def define_encoder() -> LatentEncoder:
+        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def").eval().requires_grad_(False))
+        meter.hold("weights", encoder)
+        return encoder
+
+    with meter:
+        factor, channels = downsampling(config["autoencoder_def"]), config["diffusion_def"]["in_channels"]
+        noise = torch.zeros(count, channels, *(side // factor for side in size), device=run.device)
+        batch, encoder = {"mean": noise.clone(), "std": noise.clone()}, None
+        if not section["latent_cache"]:
+            encoder = define_encoder()
+            with meter.phase("encoding"):
+                image = torch.zeros(1, config["image_channels"], *size, device=run.device)
+                posterior_of({"image": image}, encoder, run)
+            endless = section["augment"]["versions"] is None
+            if endless and augmentation(section["augment"], tuple(size), False):
+                batch = {"image": image.expand(count, -1, -1, -1, -1).clone()}
+        learner = build_learner(config, False, run)
+        meter.hold("weights", learner.unet)
+        meter.hold("averaged weights", learner.ema)
+        meter.hold_steppers(learner.steppers)
+        with meter.phase("training"):
+            mean, std = posterior_of(batch, encoder, run)
+            z0, t = mean + std * noise, process.draw_times(torch.zeros(count, device=run.device))
+            loss = diffusion_loss(learner.wrapped, process, z0, noise, t, run, section["min_snr_gamma"])
+            learner.stepper.backward(loss)
+            take_steps(learner.steppers)
+        with torch.no_grad(), meter.phase("validation"):
+            some = min(count, section["val_times"])
+            diffusion_loss(learner.shown, process, z0[:some], noise[:some], t[:some], run)
+        if section["sample_interval"]:
+            with torch.no_grad(), meter.phase("sampling"), run.autocast():
+                encoder = encoder or define_encoder()
+                latents = learner.shown(mean[:1], timesteps=t[:1].to(run.device)).float()
+                encoder.autoencoder.decode(latents)
+
+
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration, processes, device
@@ -288,6 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
+    if args.dry_run:
+        return utils.tell_memory(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
     section, seed = config["diffusion_train"], config["seed"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
@@ -301,8 +349,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 1: latents
     if section["latent_cache"]:
         source = read_cache(config, environment, autoencoder, resumed, run)
+        size = source.geometry["size"]
     else:
-        source = encode_data(config, environment, autoencoder, resumed, args.skip_bad, run)
+        volumes = utils.volumes_to_encode(config, environment, run, args.skip_bad)
+        size = list(volumes[0].size)
+    utils.refuse_what_cannot_fit(rehearse, config, "diffusion_train", [size] * 3, args, run)
+    if not section["latent_cache"]:
+        source = encode_data(config, *volumes, autoencoder, resumed, run)
 
     # Step 2: their scale factor
     scale_factor = resumed["scale_factor"] if resumed else measure_scale(source, run)
@@ -364,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 figures.montage({"sample": list(volumes[:, 0])}, picture)
                 training.log.image("samples", figures.three_planes(volumes[0, 0]), training.clock.step)
             if validate_now:
-                score = validate(shown, source.val, scale_factor, process, section["val_times"], seed, run)
+                score = validate(shown, source.val, scale_factor, process, section, seed, run)
                 training.keep(score, {"loss": score})
                 training.bar.set_description(f"diffusion, held-out loss {score:.4f}")
 

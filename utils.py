@@ -8,6 +8,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief
+from ldm import UserError, brief, memory
 from ldm.checkpoints import (
     StageFiles,
     load_checkpoint,
@@ -49,6 +50,7 @@ from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
 from ldm.latents import PARTS, check_data
 from ldm.logs import read_log, write_log
+from ldm.losses import missing_package
 from ldm.networks import (
     NETWORKS,
     SCHEDULERS,
@@ -148,6 +150,11 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
         help="override a config key, such as diffusion_train.lr=1e-4",
     )
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="only tell the peak memory by part, for a GPU (or --device cpu), and what would lower it",
+    )
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
@@ -369,9 +376,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
             else "this is one process"
         )
         raise UserError(f"-g {args.gpus}, but {under}. Start it as:\n  {line}")
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
-        raise UserError(f"--device {kind}: cpu, cuda or cuda:N is due.")
+    kind = _device_name(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(
@@ -402,6 +407,12 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     return Run(rank, world_size, device, amp_dtype(device) if amp else None, patient)
 
 
+def _device_name(kind: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise UserError(f"--device {kind}: cpu, cuda or cuda:N is due.")
+    return kind
+
+
 def amp_dtype(device: torch.device) -> torch.dtype | None:
     """bf16 where the hardware computes in it, fp16 on other GPUs, None on a CPU without bf16 (it would be
     slower)."""
@@ -415,7 +426,7 @@ def amp_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def prepare_data(
-    config: dict, environment: dict, run: Run, skip_bad: bool = False
+    config: dict, environment: dict, run: Run, skip_bad: bool = False, write: bool = True
 ) -> tuple[list[Case], list[Case]]:
     """Find the cases and split them; the split is written to `model_dir/split.json` and read from there
     again.
@@ -425,24 +436,25 @@ def prepare_data(
     Args:
         skip_bad: read every voxel first, and leave out the cases that something is wrong with; they are
             listed in `model_dir/skipped.json`. Else only the headers are read, and one that is bad ends it.
+        write: else nothing is written or downloaded.
 
     Raises:
         UserError: no data, or something is wrong with them.
     """
     base, model_dir = environment["data_base_dir"], environment["model_dir"]
-    if environment["download_brats"]:
+    if environment["download_brats"] and write:
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
         run.from_main(lambda: fetch_task01(base) and None)
     cases, validation = find_cases(base, config["data"]["pattern"])
-    bad = run.from_main(lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad))
+    bad = run.from_main(lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad, write))
     named = bool(validation)
     cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
     if not cases or named and not validation:
         raise UserError(f"{base}: every {'validation' if cases else 'training'} case is bad.")
     if bad:
         run.say(f"data: {len(bad)} bad case(s) left out, listed in {model_dir / 'skipped.json'}")
-    train, val = run.from_main(lambda: _write_split(cases, validation, config, model_dir))
+    train, val = run.from_main(lambda: _split(cases, validation, config, model_dir, write))
     if {case.subject for case in train} == {case.subject for case in val}:
         run.say(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
@@ -454,7 +466,7 @@ def prepare_data(
     return train, val
 
 
-def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool) -> list[str]:
+def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool, write: bool) -> list[str]:
     """Names of the cases to leave out. Raises UserError where there are some and they may not be."""
     channels, intensity = channels_of(config), config["intensity"]
     stages = (config["autoencoder_train"], config["diffusion_train"])
@@ -471,13 +483,13 @@ def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool) -> 
             f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases are bad.\n"
             "check_data.py lists all. Mend or remove them, or train without them by --skip-bad."
         )
-    if skip:
+    if skip and write:
         listed = [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems]
         write_json(model_dir / "skipped.json", listed)
     return bad
 
 
-def _write_split(cases: list[Case], validation: list[Case], config: dict, model_dir: Path):
+def _split(cases: list[Case], validation: list[Case], config: dict, model_dir: Path, write: bool):
     path = model_dir / SPLIT
     by_name = {case.name: case for case in [*cases, *validation]}
     if path.is_file():
@@ -494,8 +506,9 @@ def _write_split(cases: list[Case], validation: list[Case], config: dict, model_
         if validation
         else split_cases(cases, config["data"]["val_fraction"], config["seed"])
     )
-    split = {"training": [case.name for case in train], "validation": [case.name for case in val]}
-    write_json(path, split)
+    if write:
+        split = {"training": [case.name for case in train], "validation": [case.name for case in val]}
+        write_json(path, split)
     return train, val
 
 
@@ -688,6 +701,95 @@ def on_device(network: nn.Module, run: Run) -> nn.Module:
     PERFORMANCE.md)."""
     last = torch.channels_last_3d if run.device.type == "cpu" else torch.preserve_format
     return network.to(run.device, memory_format=last)
+
+
+# ---------------------------------------------------------------- memory, told beforehand
+
+
+def planned(config: dict, stage: str, args: argparse.Namespace) -> dict:
+    """The config with what the command line says of mixed precision."""
+    config = copy.deepcopy(config)
+    if args.amp is not None:
+        config[stage]["amp"] = args.amp
+    return config
+
+
+def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
+    """As `patch_sizes`, for a dry run: by the config, or where it leaves them open by the data's headers."""
+    cases = []
+    if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
+        environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
+        skip = getattr(args, "skip_bad", False)
+        cases = itertools.chain(*prepare_data(config, environment, run, skip, write=False))
+    return patch_sizes(config, list(cases))
+
+
+def meant_for_gpu(args: argparse.Namespace) -> bool:
+    """Whether a dry run tells the memory of a GPU, as it does by default, or of this CPU."""
+    return _device_name(args.device or "cuda") != "cpu"
+
+
+def half_precision(gpu: bool) -> torch.dtype | None:
+    """What mixed precision would compute in on a GPU, or on this CPU."""
+    return torch.bfloat16 if gpu else amp_dtype(torch.device("cpu"))
+
+
+def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
+    """The dry run of a training script: print the peaks by part, and what would lower them. Nothing is
+    written."""
+    config = planned(config, stage, args)
+    section, gpu = config[stage], meant_for_gpu(args)
+    if section.get("perceptual_weight") and (missing := missing_package(section["perceptual_network"])):
+        print(f"not counted: the perceptual network. {missing}")
+        section["perceptual_weight"] = 0.0
+    sizes, ranks = planned_sizes(config, args), args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    forecast = memory.Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), ranks)
+    peaks = forecast.peaks(config)
+    lower = forecast.savings(config, memory.highest(peaks).total)
+    half = forecast.half if section["amp"] else None
+    print(memory.report(peaks, lower, gpu, half, section["batch_size"], sizes[stage == "diffusion_train"]))
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that are free for this process, and all that the GPU has; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, everything = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device), everything
+
+
+def refuse_what_cannot_fit(
+    rehearse: Callable, config: dict, stage: str, sizes: Sequence, args: argparse.Namespace, run: Run
+) -> None:
+    """On a GPU: warn where the predicted peak is more than there is.
+
+    Args:
+        sizes: as `patch_sizes` gives them.
+
+    Raises:
+        UserError: its tensors alone, without the libraries' workspace, are more than there is.
+    """
+    compiled = config[stage]["compile"] if args.compile is None else args.compile
+
+    def check() -> None:
+        free, everything = gpu_memory(run.device) or (math.inf, math.inf)
+        if free == math.inf:
+            return
+        wanted = planned(config, stage, args)
+        forecast = memory.Forecast(rehearse, stage, sizes, True, torch.bfloat16, run.world_size)
+        peak = memory.highest(forecast.peaks(wanted))
+        if peak.total <= free:
+            return
+        lower = memory.listed(forecast.savings(wanted, peak.total)) or "smaller networks"
+        told = (
+            f"{stage}: this takes about {peak.total / memory.GB:.1f} GB. Of the GPU's "
+            f"{everything / memory.GB:.1f} GB {free / memory.GB:.1f} are free.\nLess by {lower}"
+        )
+        if peak.tensors > free and not compiled:  # what is compiled may keep less
+            raise UserError(told)
+        run.say(f"warning: {told}")
+
+    run.from_main(check)
 
 
 # ---------------------------------------------------------------- where a training starts and stops

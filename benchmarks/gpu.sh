@@ -15,6 +15,7 @@ mkdir -p "$out"
 
 python -m pytest -q -m gpu
 python -m benchmarks.benchmark --rounds 3 --device cuda --out "$out/benchmark.json" | tee "$out/benchmark.md"
+python benchmarks/memory.py | tee "$out/memory.md"  # predicted beside torch.cuda.max_memory_allocated
 python - "$data" "$out" <<'PYTHON'
 import json, sys
 data, out = sys.argv[1:]

@@ -28,6 +28,9 @@ def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> to
     return sum(error.diff(dim=axis).abs().mean() for axis in (-3, -2, -1))
 
 
+UNTRAINED = object()  # in place of a file of weights: random ones, to count what the network takes
+
+
 class PerceptualLoss(nn.Module):
     """Distance of two volumes in the features of a frozen network, whose weights come from a local file.
 
@@ -37,7 +40,8 @@ class PerceptualLoss(nn.Module):
 
     Args:
         network: one of the names above.
-        weights: torchvision's weights of the 2D network, a whole LPIPS state dict, or MedicalNet's weights.
+        weights: torchvision's weights of the 2D network, a whole LPIPS state dict, or MedicalNet's weights;
+            or `UNTRAINED`.
         slice_ratio: share of the slices of each plane that are compared.
 
     Raises:
@@ -45,7 +49,7 @@ class PerceptualLoss(nn.Module):
             without.
     """
 
-    def __init__(self, network: str, weights: str | Path | None, slice_ratio: float = 0.2):
+    def __init__(self, network: str, weights: str | Path | object | None, slice_ratio: float = 0.2):
         super().__init__()
         without = "or set autoencoder_train.perceptual_weight to 0"
         self.slice_ratio, self.is_3d = slice_ratio, network.startswith("medicalnet")
@@ -56,7 +60,7 @@ class PerceptualLoss(nn.Module):
                 f'weights to a file and name it by "perceptual_weights" in the environment file, {without}.'
             )
         try:
-            state = load_checkpoint(Path(weights))["model"]
+            state = None if weights is UNTRAINED else load_checkpoint(Path(weights))["model"]
             build = _medicalnet if self.is_3d else _lpips
             self.network = build(network, state, str(weights))
         except UserError as error:
@@ -92,23 +96,37 @@ class PerceptualLoss(nn.Module):
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def _medicalnet(network: str, state: dict, where: str) -> nn.Module:
+def missing_package(network: str) -> str | None:
+    """What to install for a perceptual network that cannot be built here, or None."""
+    if network.startswith("medicalnet"):
+        return None
+    try:
+        import lpips  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        return (
+            f"The network '{network}' needs the packages lpips and torchvision ({error}). Install them (pip "
+            "install lpips), or choose a medicalnet network."
+        )
+    return None
+
+
+def _medicalnet(network: str, state: dict | None, where: str) -> nn.Module:
     build = resnet10 if network.endswith("resnet10") else resnet50
     model = build(spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False)
-    load_weights(model, state, where)
+    if state is not None:
+        load_weights(model, state, where)
     return model
 
 
-def _lpips(network: str, state: dict, where: str) -> nn.Module:
-    try:
-        from lpips import LPIPS  # needed only by who asks for it, since it brings torchvision along
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"the network '{network}' needs the packages lpips and torchvision ({error}). Install them (pip "
-            "install lpips), or choose a medicalnet network."
-        ) from None
+def _lpips(network: str, state: dict | None, where: str) -> nn.Module:
+    if missing := missing_package(network):
+        raise UserError(missing)
+    from lpips import LPIPS  # needed only by who asks for it, since it brings torchvision along
+
     # The linear layers come with the package; the trunk's weights from the file.
-    model = LPIPS(net=network, pnet_rand=True, pretrained=True, verbose=False)
+    model = LPIPS(net=network, pnet_rand=True, pretrained=state is not None, verbose=False)
+    if state is None:
+        return model
     state = plain_names(state)
     if any(name.startswith("features.") for name in state):
         # LPIPS cuts torchvision's `features` into slices and keeps each layer's number as its name.
