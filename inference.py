@@ -16,8 +16,8 @@ that are missing, another one is refused. (torchrun takes `--num` for an option 
 
 With `--max-memory GB` (of 10^9 bytes) volumes are decoded within so much memory of the device, the weights of
 both networks included: in slabs, with the statistics of the whole volume, so that they are the same volumes
-to rounding. The less there is, the longer it takes. What the UNet takes to sample is not limited by it, nor on
-a CPU what the program itself takes, about half a GB.
+to rounding. The less there is, the longer it takes. It limits neither what the UNet takes to sample nor, on
+a CPU, what the program itself takes, about half a GB.
 
 Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, the hashes of checkpoints and
 config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints

@@ -5,7 +5,8 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import UserError
-from ldm.slabs import Node, Rows, Sweep, Volume, leaf
+from ldm.slabs import HostRows, Lane, Node, Rows, Sweep
+from ldm.volumes import Volume, leaf
 
 MOST_ROWS = 32  # of a slab: more is no faster, and takes memory that rows could be kept in
+PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
+FLOPS_A_BYTE = (
+    16_000  # arithmetic in the time that a byte takes to host memory and back: 400 TFLOP/s, 25 GB/s
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Budget:
 
     total: float
     beside: int = 0
+    plans: dict = field(default_factory=dict, compare=False, repr=False)  # what was found for volumes before
 
 
 def decode_within(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> torch.Tensor:
@@ -46,13 +53,13 @@ def decode_within(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget)
     Raises:
         UserError: the budget is too small; the least that would do is named.
     """
-    return torch.cat([_within(autoencoder, autoencoder.decode, one[None], budget)[0] for one in latents])
+    return torch.cat([_within(autoencoder, "decode", one[None], budget)[0] for one in latents])
 
 
 def encode_within(autoencoder: nn.Module, images: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, ...]:
     """`autoencoder.encode`, likewise: (B, C, D, H, W), on any device -> what it returns, each of (B, c, d, h,
     w), on the CPU."""
-    parts = [_within(autoencoder, autoencoder.encode, one[None], budget) for one in images]
+    parts = [_within(autoencoder, "encode", one[None], budget) for one in images]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -61,23 +68,30 @@ def weights_bytes(network: nn.Module) -> int:
     return sum(one.nbytes for one in (*network.parameters(), *network.buffers()))
 
 
-def _within(
-    network: nn.Module, function: Callable, volume: torch.Tensor, budget: Budget
-) -> list[torch.Tensor]:
-    """What a function of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
-    device, weights = next(network.parameters()).device, weights_bytes(network)
-    room = budget.total - budget.beside - weights
-    if _plain_peak(function, volume, device) <= room:
+def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
+    """What a method of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
+    device, function = next(network.parameters()).device, getattr(network, method)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what sampling has left there
+    held = weights_bytes(network) + budget.beside
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    key = (method, volume.shape, volume.dtype, volume.device, autocast)
+    if key not in budget.plans:
+        plain = _plain_peak(function, volume, device)
+        with _sparing(network):
+            budget.plans[key] = plain, _least(function, volume, device)
+    plain, least = budget.plans[key]
+    room = PLANNED * (budget.total - held)
+    if plain <= room:
         results = function(volume.to(device))
         return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
+    if least > room:
+        due = math.ceil((least / PLANNED + held) / 1e6) / 1e3
+        raise UserError(
+            f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
+            f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."
+        )
     with _sparing(network):
-        least = _least(function, volume, device)
-        if least > room:
-            due = math.ceil((least + weights + budget.beside) / 1e6) / 1e3
-            raise UserError(
-                f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
-                f"{' x '.join(map(str, volume.shape[2:]))}: the least that would do is {due:.3f} GB."
-            )
         run = _Run(device, room, least)
         return run.results(function(Volume(leaf(run, volume))))
 
@@ -182,17 +196,17 @@ class _Run:
     """The sweeps of one volume through a network.
 
     Each group norm needs its whole input before anything of its output is known. That input is swept once
-    for the statistics. Where there is room the rows are kept for those who read them next; else they are
-    computed again whenever they are asked for.
+    for the statistics. Its rows are kept for what reads them next, on the device where there is room, or in
+    host memory if that is sooner than to compute them again; else they are computed again.
 
     Args:
         room: bytes for all but the weights.
-        reserve: bytes of it that are not to be filled by rows that are kept.
+        least: bytes of it that each sweep takes at least.
     """
 
     def __init__(self, device: torch.device, room: float, least: int):
         self.device, self.room, self.least = device, room, least
-        self.held = weakref.WeakSet()
+        self.held, self.lanes = weakref.WeakSet(), None
 
     def hold(self, rows: Rows) -> None:
         """Count these rows as long as they are there."""
@@ -210,23 +224,36 @@ class _Run:
             rows *= 2
         return rows
 
+    def place(self, node: Node, sweep: Sweep) -> Rows | HostRows | None:
+        """Where to keep the rows of a sweep; None: nowhere."""
+        size = node.row_bytes * node.depth
+        if node.rows is not None:  # they are there
+            return None
+        if size <= self.free - max(self.least, self.room / 3):
+            return Rows(self.device)
+        if (
+            self.device.type == "cpu"
+            or 2 * sweep.flops < FLOPS_A_BYTE * size
+            or size > free_host_memory() / 2
+        ):
+            return None
+        self.lanes = self.lanes or (Lane(self.device), Lane(self.device))
+        return HostRows(self.device, *self.lanes)
+
     def moments(self, node: Node, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of each group of channels, over the whole volume; the volume is kept, if
-        possible.
+        """Mean and variance of each group of channels, over the whole volume, whose rows may be kept.
 
         The moments of pieces are merged as Chan et al. (1979) do, which cancels nothing.
         """
-        sweep, kept = Sweep([node]), None
-        size = node.row_bytes * node.depth
-        if node.rows is None and size <= self.free - max(self.least, self.room / 3):
-            kept = Rows(self.device)
-        rows = self.thickness(sweep, self.free - size * bool(kept))
+        sweep = Sweep([node])
+        kept = self.place(node, sweep)
+        taken = 0 if kept is None or kept.hosted else node.row_bytes * node.depth
+        rows = self.thickness(sweep, self.free - taken)
         count, mean, squares = 0, 0.0, 0.0
         for a, b in sweep.slabs(rows):
-            if kept:
-                kept.append(a, node.gather(a, b, node.dtype))
+            slab = None if kept is None else node.gather(a, b, node.dtype)
             for p, q in node.pieces(a, b):
-                piece = kept.read(p, q) if kept else node.read(p, q)
+                piece = node.read(p, q) if slab is None else slab[:, :, p - a : q - a]
                 piece = piece.reshape(groups, -1)
                 exact = torch.float64 if piece.dtype == torch.float64 else torch.float32
                 variance, one = torch.var_mean(piece.to(exact), 1, correction=0)
@@ -234,7 +261,9 @@ class _Run:
                 apart, total = one - mean, count + n
                 squares = squares + variance * n + apart.square() * (count * n / total)
                 mean, count = mean + apart * (n / total), total
-        if kept:
+            if kept is not None:
+                kept.append(a, slab)
+        if kept is not None:
             self.hold(kept)
             node.store(kept)
         return mean, squares / count
@@ -256,6 +285,20 @@ class _Run:
                 for p, q in node.pieces(a, b):
                     result[:, :, p:q] = node.read(p, q)
         return results
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take; 0 where the system does not tell."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        limit, current = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - current)
+    return free
 
 
 def _nodes(volumes: Volume | Sequence[Volume], run) -> list[Node]:
