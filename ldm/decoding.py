@@ -86,7 +86,7 @@ def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budge
         results = function(volume.to(device))
         return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
     if least > room:
-        due = math.ceil((least / PLANNED + held) / 1e6) / 1e3
+        due = math.ceil((min(least, plain) / PLANNED + held) / 1e6) / 1e3
         raise UserError(
             f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
             f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."

@@ -176,9 +176,11 @@ def _pad(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
         return [(low, max(low + 1, min(depth, b - front)))]
 
     def compute(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
-        low, high = needs(a, b)[0]
-        ends = (low - (a - front), (b - front) - high)  # negative where that row is not asked for
-        return F.pad(tensors[0], (left, right, top, bottom, *ends), value=value)
+        start = a - front - needs(a, b)[0][0]
+        inside = tensors[0][:, :, max(start, 0) : max(start + b - a, 0)]
+        before = min(max(front - a, 0), b - a)
+        ends = (before, b - a - before - inside.shape[2])
+        return F.pad(inside, (left, right, top, bottom, *ends), value=value)
 
     size = (channels, depth + front + back, height + top + bottom, width + left + right)
     return Node(node.run, size, node.dtype, [node], needs=needs, compute=compute)
@@ -218,14 +220,16 @@ def _conv_transpose(func: Callable, args: Sequence, kwargs: dict) -> Node | None
     padding, extra = _triple(bound.get("padding", 0)), _triple(bound.get("output_padding", 0))
     groups, depth = bound.get("groups", 1), node.depth
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    behind = (max(extra[0], stride[0] - reach[0]), *extra[1:])  # rows that no input row reaches
 
     def needs(a: int, b: int) -> list[tuple[int, int]]:
-        low = min(max(0, -(-(a + padding[0] - reach[0] + 1) // stride[0])), depth - 1)
+        low = max(0, -(-(a + padding[0] - reach[0] + 1) // stride[0]))
+        low = min(low, (a + padding[0]) // stride[0], depth - 1)  # no row may reach this one
         return [(low, max(low + 1, min(depth, (b - 1 + padding[0]) // stride[0] + 1)))]
 
     def compute(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
         rows = torch.conv_transpose3d(
-            tensors[0], weight, bias, stride, (0, *padding[1:]), extra, groups, dilation
+            tensors[0], weight, bias, stride, (0, *padding[1:]), behind, groups, dilation
         )
         return rows.narrow(2, a + padding[0] - needs(a, b)[0][0] * stride[0], b - a)
 
