@@ -3,6 +3,7 @@
     python inference.py -c config/config_train_16g.json -e config/environment.json --num 8
     python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler unipc
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
+    python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
 
@@ -12,6 +13,11 @@ and `diffusion_unet.pt` of `model_dir`, or weights from elsewhere (bare state di
 their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was trained on, their
 intensities in the training set's typical range. No volume is overwritten: the same command again makes those
 that are missing, another one is refused. (torchrun takes `--num` for an option of its own; `-n` is the same.)
+
+With `--max-memory GB` (of 10^9 bytes) volumes are decoded within so much memory of the device, the weights of
+both networks included: in slabs, with the statistics of the whole volume, so that they are the same volumes
+to rounding. The less there is, the longer it takes. It limits neither what the UNet takes to sample nor, on
+a CPU, what the program itself takes, about half a GB.
 
 Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, the hashes of checkpoints and
 config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints
@@ -39,7 +45,8 @@ import torch
 import utils
 from ldm import UserError, figures, memory, provenance
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
+from ldm.checkpoints import POSITIVE, SCALE_FACTOR, load_checkpoint, weights_hash
+from ldm.decoding import Budget, weights_bytes
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
@@ -68,6 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
+    add("--max-memory", type=float, default=None, metavar="GB", help="decode within so much memory")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
     if args.reproduce:
@@ -88,6 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
             f"{SCALE_FACTOR['maximum']} is due."
         )
+    if args.max_memory is not None and not StrictValidator(POSITIVE).is_valid(args.max_memory):
+        raise UserError(f"--max-memory {args.max_memory}: a number of GB above 0 is due.")
     return args
 
 
@@ -138,6 +148,7 @@ def load_networks(
     source: str | Path,
     scale_factor: float | None,
     compiled: bool,
+    max_memory: float | None,
     run: Run,
 ) -> Networks:
     """Networks of a config with the weights of two checkpoints, on the device.
@@ -145,9 +156,10 @@ def load_networks(
     Args:
         source: the file that the config came from, for messages.
         scale_factor: wins over the checkpoint's.
+        max_memory: GB to decode in.
 
     Raises:
-        UserError: files, config and each other do not fit.
+        UserError: files, config and each other do not fit, or weights and `max_memory`.
     """
     autoencoder_state, unet_state = load_checkpoint(autoencoder_path), load_checkpoint(unet_path)
     for checkpoint, path, keys in (
@@ -181,8 +193,9 @@ def load_networks(
     if (was := [*unet_state.get("latent_shape", shape)]) != shape:
         raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
-        encoder = LatentEncoder(utils.on_device(autoencoder, run).eval(), scale_factor)
         unet = utils.on_device(unet, run).eval()
+        budget = Budget(max_memory * 1e9, beside=weights_bytes(unet)) if max_memory else None
+        encoder = LatentEncoder(utils.on_device(autoencoder, run).eval(), scale_factor, budget)
     return Networks(
         encoder,
         compile_for_sampling(unet, run) if compiled else unet,
@@ -401,7 +414,13 @@ def reproduce(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.set_num_threads(record["threads"])
     networks = load_networks(
-        *checkpoints, config, args.reproduce, record["scale_factor"], record["compile"], run
+        *checkpoints,
+        config,
+        args.reproduce,
+        record["scale_factor"],
+        record["compile"],
+        record.get("max_memory"),
+        run,
     )
 
     # Step 2: the same batch
@@ -468,7 +487,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
     networks = load_networks(
-        *checkpoints.values(), config, args.config_file, args.scale_factor, bool(args.compile), run
+        *checkpoints.values(),
+        config,
+        args.config_file,
+        args.scale_factor,
+        bool(args.compile),
+        args.max_memory,
+        run,
     )
     process, geometry = networks.process, networks.geometry
 
@@ -491,6 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config_sha256": provenance.config_hash(config),
         "config": config,
         "versions": provenance.versions(),
+        **({"max_memory": args.max_memory} if args.max_memory else {}),
     }
     seeds = list(range(args.seed, args.seed + args.num))
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ldm import UserError
+from ldm.decoding import Budget, decode_within, encode_within
 
 
 class LatentEncoder(nn.Module):
@@ -17,11 +18,15 @@ class LatentEncoder(nn.Module):
     Args:
         autoencoder: a network with `encode(x) -> (mean, std)` and `decode(z)`, such as AutoencoderKL.
         scale_factor: None until it is known; scaling without it is an error.
+        budget: memory within which `posterior` and `decode` compute, in slabs where it takes them, to the
+            same values but for rounding. None: as much as whole volumes take.
     """
 
-    def __init__(self, autoencoder: nn.Module, scale_factor: float | None = None):
+    def __init__(
+        self, autoencoder: nn.Module, scale_factor: float | None = None, budget: Budget | None = None
+    ):
         super().__init__()
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
+        self.autoencoder, self.scale_factor, self.budget = autoencoder, scale_factor, budget
 
     def forward(
         self, images: torch.Tensor, eps: torch.Tensor
@@ -32,13 +37,22 @@ class LatentEncoder(nn.Module):
         return self.autoencoder.decode(mean + std * eps), mean, std
 
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, D, H, W) -> mean and std of the posterior, unscaled, each (B, c, d, h, w) float32."""
-        mean, std = self.autoencoder.encode(images)
+        """(B, C, D, H, W) -> mean and std of the posterior, unscaled, each (B, c, d, h, w) float32.
+
+        With a budget the images may lie in host memory.
+        """
+        if self.budget:
+            mean, std = encode_within(self.autoencoder, images, self.budget)
+        else:
+            mean, std = self.autoencoder.encode(images)
         return mean.float(), std.float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, c, d, h, w) -> images (B, C, D, H, W), float32."""
-        return self.autoencoder.decode(latents / self._scale()).float()
+        """Scaled latents (B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
+        latents = latents / self._scale()
+        if self.budget:
+            return decode_within(self.autoencoder, latents, self.budget).float()
+        return self.autoencoder.decode(latents).float()
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """Decode the posterior mean: (B, C, D, H, W) -> the same, float32."""

@@ -46,6 +46,7 @@ SCHEMA = fields(
         sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
     ),
 )
+SCHEMA["properties"]["max_memory"] = POSITIVE  # in GB, of decoding; where there was no limit, there is no key
 
 
 def config_hash(config: dict) -> str:

