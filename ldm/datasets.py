@@ -80,9 +80,7 @@ def _find_in(source: Path, pattern: str | None) -> tuple[list[Case], list[Case]]
     if source.suffix == ".json":
         return _from_json_list(source)
     if not source.is_dir():
-        raise UserError(
-            f"{source}: no such data folder. Set `data_base_dir` in the environment file to one."
-        )
+        raise UserError(f"{source}: no such data folder. Set `data_base_dir` in the environment file to one.")
     if (source / "dataset.json").is_file():
         return _from_dataset_json(source)
     inside = sorted(path.parent for path in source.glob("*/dataset.json"))
