@@ -15,7 +15,7 @@ from torch import nn
 
 import train_diffusion
 import utils
-from benchmarks import benchmark, measure, project, quality, reference, report
+from benchmarks import benchmark, measure, project, quality, reference, report, scaling
 from benchmarks.features import Distance, FeatureSpace, encoder_features, pooled
 from ldm.datasets import Case
 from ldm.encoders import LatentEncoder
@@ -345,3 +345,23 @@ def test_what_is_refused(setting, argv, said):
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
         benchmark.main([*files, *argv])
     assert stop.value.code == 2 and said in err.getvalue() and "Traceback" not in err.getvalue()
+
+
+# ---------------------------------------------------------------- how cost grows
+
+
+def test_arithmetic_is_counted_by_hand_and_grows_with_the_volume(setting, capsys):
+    q = torch.zeros(1, 2, 6, 4)  # two heads, six voxels, four channels
+    products = 2 * 2 * (2 * 6 * 6 * 4)  # of queries and keys, and of weights and values
+    assert measure.count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == products
+    conv = nn.Conv3d(3, 5, 3, padding=1)
+    assert measure.count_flops(lambda: conv(torch.zeros(1, 3, 4, 4, 4))) == 2 * 4**3 * 3 * 5 * 27
+
+    setting.config["diffusion_def"]["attention_levels"] = [False, False]
+    setting.change()
+    scaling.main(["-c", str(setting.config_file), "--sizes", "16", "32"])
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    small, large = ([float(cell) for cell in row] for row in rows)
+    for a, b in zip(small[:4], large[:4], strict=True):
+        assert b / a == pytest.approx(8, rel=0.1)  # the UNet attends in its middle, which grows faster
+    assert large[4] > 4 * small[4] and large[5] > small[5]

@@ -509,7 +509,7 @@ def test_out_of_memory_names_only_what_would_help(model, monkeypatch):
 
 
 def test_out_of_memory_before_the_first_volume(model, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)
