@@ -323,8 +323,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         if section["sample_interval"]:
             with torch.no_grad(), meter.phase("sampling"), run.autocast():
                 encoder = encoder or define_encoder()
-                latents = learner.shown(mean[:1], timesteps=t[:1].to(run.device)).float()
-                encoder.autoencoder.decode(latents)
+                encoder.autoencoder.decode(learner.shown(mean[:1], timesteps=t[:1]).float())
 
 
 @utils.command

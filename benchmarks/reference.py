@@ -17,6 +17,7 @@ from torch import nn
 
 import utils
 from ldm.diffusion import NoiseProcess
+from ldm.networks import GroupNorm
 from ldm.processes import Run
 
 STEPS = 1000
@@ -33,11 +34,13 @@ ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
 
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
     """A network as its `_target_` makes it, which the tutorial's users get: attention by the matrix unless
-    the definition says otherwise."""
+    the definition says otherwise, group norm as autocast has it."""
     network, fused = utils.define_network(config, key), config[key].get("use_flash_attention", False)
-    for block in network.modules():
-        if hasattr(block, "use_flash_attention"):
-            block.use_flash_attention = fused
+    for module in network.modules():
+        if hasattr(module, "use_flash_attention"):
+            module.use_flash_attention = fused
+        if isinstance(module, GroupNorm):
+            module.__class__ = nn.GroupNorm
     return network.to(run.device)
 
 

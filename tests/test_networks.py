@@ -12,6 +12,7 @@ from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
 from ldm.networks import (
     NETWORKS,
+    GroupNorm,
     add_checkpointing,
     check_discriminator_size,
     check_size,
@@ -105,6 +106,23 @@ def test_compiling_makes_one_graph_for_all_steps(name):
             for parameter in network.parameters():
                 parameter.sub_(0.1)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["DiffusionModelUNet", "AutoencoderKL"])
+def test_group_norms_keep_half_precision_and_are_the_same_in_full(name):
+    network = build("monai", name, UNET if name == "DiffusionModelUNet" else AUTOENCODER)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms and all(type(module) is GroupNorm for module in norms)
+    x = 3 + 2 * numbers(2, 8, 4, 4, 4)
+    groups = x.reshape(2, 4, -1)
+    due = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+    due = due.reshape(x.shape) * norms[0].weight.reshape(1, 8, 1, 1, 1) + norms[0].bias.reshape(1, 8, 1, 1, 1)
+    torch.testing.assert_close(norms[0](x), due, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norms[0](x).dtype == torch.float32
+        half = norms[0](x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), due, rtol=0.02, atol=0.02)
 
 
 def test_attention_with_dropout_is_not_fused():
