@@ -4,11 +4,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from chain import Project, make_data, trained
+from chain import CONFIG, Project, make_data, trained
 
+import cache_latents
 import inference
 import train_autoencoder
 import train_diffusion
+from ldm.decoding import Budget, decode_within
+from ldm.networks import NETWORKS, instantiate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,3 +39,34 @@ def test_a_gpu_draws_the_sample_that_a_cpu_draws(tmp_path_factory, tmp_path):
         project.run(inference, "--num", "1", "--seed", "7", "--steps", "4", "--device", device, "--no-amp")
         images[device] = nib.load(tmp_path / device / "sample_000007.nii.gz").get_fdata()
     assert np.abs(images["cpu"] - images["cuda"]).max() < 1e-2 * np.ptp(images["cpu"])
+
+
+def test_a_training_on_cached_latents_and_compiled_samples(tmp_path):
+    project = Project(tmp_path / "chain", make_data(tmp_path / "data"))
+    for script in (train_autoencoder, cache_latents):
+        project.run(script, "--device", "cuda")
+    project.run(train_diffusion, "--device", "cuda", "--set", "diffusion_train.latent_cache=true")
+    images = {}
+    for flag in ("--no-compile", "--compile"):
+        project.set_environment(output_dir=str(tmp_path / flag))
+        project.run(inference, "--num", "1", "--steps", "4", "--device", "cuda", flag)
+        images[flag] = nib.load(tmp_path / flag / "sample_000000.nii.gz").get_fdata()
+    assert np.abs(images["--compile"] - images["--no-compile"]).max() < 1e-2 * np.ptp(images["--compile"])
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_decoding_in_slabs_keeps_within_the_memory_of_a_gpu(amp):
+    """A quarter of what the whole volume takes; what is kept on the host comes back as it went."""
+    torch.manual_seed(0)
+    definition = {**CONFIG["autoencoder_def"], "in_channels": 1, "out_channels": 1, "latent_channels": 3}
+    definition |= {"channels": [32, 64, 64], "attention_levels": [False] * 3, "norm_num_groups": 8}
+    network = instantiate(definition, NETWORKS, "here").cuda().eval()
+    latents = torch.randn(1, 3, 32, 32, 32, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        torch.cuda.reset_peak_memory_stats()
+        whole = network.decode(latents).float().cpu()
+        budget = 0.25 * torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        slabs = decode_within(network, latents, Budget(budget)).float()
+        assert torch.cuda.max_memory_allocated() <= budget
+    torch.testing.assert_close(slabs, whole, rtol=0, atol=(3e-2 if amp else 2e-3) * float(whole.std()))
