@@ -12,6 +12,7 @@ import pytest
 import torch
 from chain import ROOT, Project, copy_of
 
+import cache_latents
 import inference
 import train_autoencoder
 import train_diffusion
@@ -40,6 +41,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import cache_latents
 import inference
 import test_ddp
 import train_autoencoder
@@ -61,6 +63,7 @@ for name in ("LatentEncoder", "PatchDiscriminator"):
 train_autoencoder.main(sys.argv[3:split])
 torch.save([network.state_dict() for network in built], folder / f"weights_{rank}.pt")
 inference.main(sys.argv[split + 1 :])
+cache_latents.main([*sys.argv[split + 1 : split + 7], "--no-amp"])
 dist.barrier()  # a rank that leaves while the other still talks to it may abort
 destroy()
 os._exit(0)  # as `utils.command` does
@@ -254,6 +257,16 @@ def test_two_processes_draw_the_samples_of_one(alone, together):
     assert names == sorted([*records, *volumes, "samples.png"])
     for name in [*volumes, "samples.png"]:
         assert (drawn / name).read_bytes() == (alone.output_dir / name).read_bytes()
+
+
+def test_two_processes_cache_the_latents_of_one(alone, together):
+    folders = []
+    alone.run(cache_latents, "--no-amp")
+    for project in (alone.folder, together.folder.parent / "drawn"):
+        folder = project / "models" / "cache" / "latents"
+        assert len(list(folder.glob("*.npy"))) == 6
+        folders.append(chain.fingerprint(folder))
+    assert folders[0] == folders[1]
 
 
 FAILING = """
