@@ -138,9 +138,7 @@ def compare(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cases = (
-        [sys.argv[1:]] if sys.argv[1:] else map(str.split, ON_GPU if torch.cuda.is_available() else ON_CPU)
-    )
+    shipped = ON_GPU if torch.cuda.is_available() else ON_CPU
     print("| case | phase | tensors | with workspace | measured, GB | off |\n|---|---|---|---|---|---|")
     for case in [sys.argv[1:]] if sys.argv[1:] else map(str.split, shipped):
         compare(case)
