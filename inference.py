@@ -46,7 +46,7 @@ import utils
 from ldm import UserError, figures, memory, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import POSITIVE, SCALE_FACTOR, load_checkpoint, weights_hash
-from ldm.decoding import Budget, weights_bytes
+from ldm.decoding import Budget, decoding_peak, weights_bytes
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
@@ -334,22 +334,53 @@ def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter,
 
 
 def tell_memory(args: argparse.Namespace, config: dict) -> None:
-    """The dry run: print the peaks by part, and what would lower them. Nothing is written."""
+    """The dry run: print the peaks by part, and what would lower them. Nothing is written.
+
+    Raises:
+        UserError: volumes cannot be decoded within `--max-memory`.
+    """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
 
-    def peaks(batch: int, amp: bool) -> dict[str, memory.Peak]:
+    def peaks(batch: int, amp: bool, max_memory: float | None) -> dict[str, memory.Peak]:
         meter, half = memory.Meter(gpu), utils.half_precision(gpu) if amp else None
-        rehearse(config, size, batch, meter, Run(0, 1, torch.device("cpu"), half))
+        run = Run(0, 1, torch.device("cpu"), half)
+        rehearse(config, size, batch, meter, run)
+        if max_memory:
+            weights = meter.peaks["decoding"].parts["weights"]
+            meter.peaks["decoding"] = peak_within(max_memory, config, size, weights, run)
         return meter.peaks
 
-    batch, amp = args.batch_size, bool(args.amp)
-    found = peaks(batch, amp)
-    now = memory.highest(found).total
-    options = {"--batch-size 1": peaks(1, amp), "--amp": peaks(batch, True)}
-    lower = {words: total for words, p in options.items() if (total := memory.highest(p).total) < now}
-    lower = dict(sorted(lower.items(), key=lambda item: item[1]))
+    batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
     half = utils.half_precision(gpu) if amp else None
+    found = peaks(batch, amp, limit)
+    now, sampling = memory.highest(found).total, found["sampling"].total
+    options = {"--batch-size 1": (1, amp, limit)} if batch > 1 else {}
+    if not amp and utils.half_precision(gpu):
+        options["--amp"] = (batch, True, limit)
+    if not limit:  # what sampling takes anyway, of which decoding plans with 0.9
+        least = math.ceil(sampling / 1e8) / 10
+        options[f"--max-memory {least}"] = (batch, amp, least)
+    lower = {}
+    for words, option in options.items():
+        with contextlib.suppress(UserError):  # too little to decode in
+            lower[words] = memory.highest(peaks(*option)).total
+    lower = {words: total for words, total in sorted(lower.items(), key=lambda item: item[1]) if total < now}
     print(memory.report(found, lower, gpu, half, batch, size))
+    if limit and sampling > limit * memory.GB:
+        print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
+
+
+def peak_within(max_memory: float, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
+    """The peak of decoding a volume of `size` voxels within so many GB, `weights` bytes of both networks
+    included. Raises UserError where that is too little."""
+    autoencoder = utils.define_network(config, "autoencoder_def").eval()
+    sides = [side // downsampling(config["autoencoder_def"]) for side in size]
+    latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *sides)
+    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder))
+    with run.autocast():
+        most = decoding_peak(autoencoder, latents, budget)
+    parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}
+    return memory.Peak(parts)
 
 
 def planned_size(args: argparse.Namespace, config: dict) -> list[int]:

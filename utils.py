@@ -8,7 +8,6 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -736,7 +735,13 @@ def half_precision(gpu: bool) -> torch.dtype | None:
 
 def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
     """The dry run of a training script: print the peaks by part, and what would lower them. Nothing is
-    written."""
+    written.
+
+    Raises:
+        UserError: the command line also says where to start, or asks for a trace.
+    """
+    if others := [f"--{name}" for name in ("fresh", "resume", "profile") if getattr(args, name)]:
+        raise UserError(f"--dry-run: nothing is trained; leave out {', '.join(others)}.")
     config = planned(config, stage, args)
     section, gpu = config[stage], meant_for_gpu(args)
     if section.get("perceptual_weight") and (missing := missing_package(section["perceptual_network"])):
@@ -745,7 +750,7 @@ def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Nam
     sizes, ranks = planned_sizes(config, args), args.gpus or int(os.environ.get("WORLD_SIZE", 1))
     forecast = memory.Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), ranks)
     peaks = forecast.peaks(config)
-    lower = forecast.savings(config, memory.highest(peaks).total)
+    lower = forecast.savings(config, peaks)
     half = forecast.half if section["amp"] else None
     print(memory.report(peaks, lower, gpu, half, section["batch_size"], sizes[stage == "diffusion_train"]))
 
@@ -761,7 +766,7 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 def refuse_what_cannot_fit(
     rehearse: Callable, config: dict, stage: str, sizes: Sequence, args: argparse.Namespace, run: Run
 ) -> None:
-    """On a GPU: warn where the predicted peak is more than there is.
+    """On GPUs: warn where the predicted peak is more than there is on any.
 
     Args:
         sizes: as `patch_sizes` gives them.
@@ -770,17 +775,19 @@ def refuse_what_cannot_fit(
         UserError: its tensors alone, without the libraries' workspace, are more than there is.
     """
     compiled = config[stage]["compile"] if args.compile is None else args.compile
+    memories = run.gather(gpu_memory(run.device))
+    if None in memories:
+        return
+    free, everything = min(memories)
 
     def check() -> None:
-        free, everything = gpu_memory(run.device) or (math.inf, math.inf)
-        if free == math.inf:
-            return
         wanted = planned(config, stage, args)
         forecast = memory.Forecast(rehearse, stage, sizes, True, torch.bfloat16, run.world_size)
-        peak = memory.highest(forecast.peaks(wanted))
+        peaks = forecast.peaks(wanted)
+        peak = memory.highest(peaks)
         if peak.total <= free:
             return
-        lower = memory.listed(forecast.savings(wanted, peak.total)) or "smaller networks"
+        lower = memory.listed(forecast.savings(wanted, peaks)) or "smaller networks"
         told = (
             f"{stage}: this takes about {peak.total / memory.GB:.1f} GB. Of the GPU's "
             f"{everything / memory.GB:.1f} GB {free / memory.GB:.1f} are free.\nLess by {lower}"

@@ -3,14 +3,16 @@
     python benchmarks/memory.py                       # the cases below
     python benchmarks/memory.py autoencoder 1 96 96 96 --amp --config config/config_t1_2mm.json
 
-What is measured is what is predicted: the rehearsal of the script, once with values. Each case runs in a
-process of its own. On a GPU it is `torch.cuda.max_memory_allocated`, on a CPU the peak of the resident set
-less what it was before there was a network.
+What is measured is what is predicted: the rehearsal of the script, once with values. Prediction and
+measurement run in a process each. On a GPU it is `torch.cuda.max_memory_allocated`, on a CPU the peak of the
+resident set less what it was before there was a network; what the C library keeps of freed memory is given
+back before each phase.
 """
 
 import argparse
 import contextlib
-import subprocess
+import ctypes
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import train_autoencoder  # noqa: E402
 import train_diffusion  # noqa: E402
 import utils  # noqa: E402
-from ldm.memory import GB, Forecast, take_steps  # noqa: E402
+from ldm.memory import GB, Forecast, Peak, take_steps  # noqa: E402
 from ldm.processes import Run  # noqa: E402
 
 BRATS, SMALL = "config/config_train_16g.json", "config/config_t1_2mm.json"
@@ -47,6 +49,7 @@ class Ruler:
         self.device, self.peaks = device, {}
 
     def __enter__(self):
+        self._give_back()
         self.before = self._resident("VmRSS")
         return self
 
@@ -69,49 +72,73 @@ class Ruler:
             yield
             self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
         else:
+            self._give_back()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
             yield
             self.peaks[name] = self._resident("VmHWM") - self.before
+
+    def _give_back(self) -> None:
+        """glibc keeps freed memory, which the next phase would be charged with, or profit from."""
+        if self.device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _resident(self, key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
+class Case:
+    """One computation: a stage, its config and the precision, from words as of the command line."""
+
+    def __init__(self, argv: list[str]):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("stage", choices=["autoencoder", "diffusion"])
+        parser.add_argument("numbers", type=int, nargs=4, help="batch, and voxels along each axis")
+        parser.add_argument("--config", default=SMALL)
+        parser.add_argument("--amp", action="store_true")
+        args = parser.parse_args(argv)
+        batch, *size = args.numbers
+        self.stage = f"{args.stage}_train"
+        keys = {f"{self.stage}.batch_size": batch, f"{self.stage}.amp": "true" if args.amp else "false"}
+        keys |= {f"{one}_train.patch_size": size for one in ("autoencoder", "diffusion")}
+        keys |= {"autoencoder_train.perceptual_weight": 0}
+        self.config = utils.load_config(ROOT / args.config, [f"{key}={value}" for key, value in keys.items()])
+        self.sizes = utils.patch_sizes(self.config, [])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.half = utils.amp_dtype(self.device) if args.amp else None
+        self.rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse
+
+
+def predict(argv: list[str]) -> dict[str, Peak]:
+    """{phase: Peak}."""
+    case = Case(argv)
+    gpu = case.device.type == "cuda"
+    return Forecast(case.rehearse, case.stage, case.sizes, gpu, case.half).peaks(case.config)
+
+
+def measure(argv: list[str]) -> dict[str, int]:
+    """{phase: bytes}."""
+    case = Case(argv)
+    ruler = Ruler(case.device)
+    case.rehearse(case.config, case.sizes, ruler, Run(0, 1, case.device, case.half))
+    return ruler.peaks
+
+
 def compare(argv: list[str]) -> None:
-    """One case: a line of predicted and measured GB of each phase above 0.1 GB."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=["autoencoder", "diffusion"])
-    parser.add_argument("numbers", type=int, nargs=4, help="batch, and voxels along each axis")
-    parser.add_argument("--config", default=SMALL)
-    parser.add_argument("--amp", action="store_true")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, *size = args.numbers
-    stage = f"{args.stage}_train"
-    keys = {f"{stage}.batch_size": batch, f"{stage}.amp": "true" if args.amp else "false"}
-    keys |= {f"{one}_train.patch_size": size for one in ("autoencoder", "diffusion")}
-    keys |= {"autoencoder_train.perceptual_weight": 0, "diffusion_train.val_times": 1}
-    config = utils.load_config(ROOT / args.config, [f"{key}={value}" for key, value in keys.items()])
-    sizes = utils.patch_sizes(config, [])
-    half = utils.amp_dtype(device) if args.amp else None
-    rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse
-    predicted = Forecast(rehearse, stage, sizes, device.type == "cuda", half).peaks(config)
-    ruler = Ruler(device)
-    rehearse(config, sizes, ruler, Run(0, 1, device, half))
-    for phase, measured in ruler.peaks.items():
+    """Print a line of predicted and measured GB for each phase of a case."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        predicted, measured = pool.apply(predict, [argv]), pool.apply(measure, [argv])
+    for phase, found in measured.items():
         peak = predicted[phase]
         print(
             f"| {' '.join(argv)} | {phase} | {peak.tensors / GB:.2f} | {peak.total / GB:.2f} | "
-            f"{measured / GB:.2f} | {peak.total / measured - 1:+.0%} |",
+            f"{found / GB:.2f} | {peak.total / found - 1:+.0%} |",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        compare(sys.argv[1:])
-    else:
-        print("| case | phase | tensors | with workspace | measured, GB | off |\n|---|---|---|---|---|---|")
-        for case in ON_GPU if torch.cuda.is_available() else ON_CPU:
-            subprocess.run([sys.executable, __file__, *case.split()], check=True)
+    shipped = ON_GPU if torch.cuda.is_available() else ON_CPU
+    print("| case | phase | tensors | with workspace | measured, GB | off |\n|---|---|---|---|---|---|")
+    for case in [sys.argv[1:]] if sys.argv[1:] else map(str.split, shipped):
+        compare(case)

@@ -68,11 +68,34 @@ def weights_bytes(network: nn.Module) -> int:
     return sum(one.nbytes for one in (*network.parameters(), *network.buffers()))
 
 
+def decoding_peak(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> float:
+    """Bytes that `decode_within` takes at most, the weights and what is beside them included.
+
+    Raises:
+        UserError: as it does.
+    """
+    plain, _, room = _planned(autoencoder, "decode", latents[:1], budget)
+    return plain + weights_bytes(autoencoder) + budget.beside if plain <= room else budget.total
+
+
 def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
     """What a method of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
     device, function = next(network.parameters()).device, getattr(network, method)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what sampling has left there
+    plain, least, room = _planned(network, method, volume, budget)
+    if plain <= room:
+        results = function(volume.to(device))
+        return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
+    with _sparing(network):
+        run = _Run(device, room, least)
+        return run.results(function(Volume(leaf(run, volume))))
+
+
+def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> tuple[int, int, float]:
+    """Bytes beside the weights: of a whole (1, C, D, H, W) volume, the least that would do, and those that
+    there are. Raises UserError where there are less."""
+    device, function = next(network.parameters()).device, getattr(network, method)
     held = weights_bytes(network) + budget.beside
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     key = (method, volume.shape, volume.dtype, volume.device, autocast)
@@ -82,18 +105,13 @@ def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budge
             budget.plans[key] = plain, _least(function, volume, device)
     plain, least = budget.plans[key]
     room = PLANNED * (budget.total - held)
-    if plain <= room:
-        results = function(volume.to(device))
-        return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
-    if least > room:
+    if min(plain, least) > room:
         due = math.ceil((min(least, plain) / PLANNED + held) / 1e6) / 1e3
         raise UserError(
             f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
             f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."
         )
-    with _sparing(network):
-        run = _Run(device, room, least)
-        return run.results(function(Volume(leaf(run, volume))))
+    return plain, least, room
 
 
 # ---------------------------------------------------------------- what fits

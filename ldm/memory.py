@@ -277,31 +277,38 @@ class Forecast:
         self.rehearse(config, sizes, meter, run)
         return meter.peaks
 
-    def savings(self, config: dict, now: int) -> dict[str, int]:
+    def savings(self, config: dict, peaks: dict[str, Peak]) -> dict[str, int]:
         """{`key=value ...`: bytes of the peak with it}, the lowest first, of the changes that bring it below
-        `now`."""
-        found = {}
-        for change in self._changes(config):
+        that of `peaks`."""
+        found, now = {}, highest(peaks).total
+        for change in self._changes(config, max(peaks, key=lambda name: peaks[name].total)):
             changed = copy.deepcopy(config)
             changed[self.stage] |= change
             words = [f"{self.stage}.{key}={json.dumps(value)}" for key, value in change.items()]
             with contextlib.suppress(UserError):  # too small for a network
-                found[" ".join(words).replace(", ", ",")] = highest(self.peaks(changed))
-        lower = sorted(found.items(), key=lambda item: item[1].total)
-        return {words: peak.total for words, peak in lower if peak.total < now}
+                found[" ".join(words).replace(", ", ",")] = highest(self.peaks(changed)).total
+        lower = sorted(found.items(), key=lambda item: item[1])
+        return {words: total for words, total in lower if total < now}
 
-    def _changes(self, config: dict) -> list[dict]:
+    def _changes(self, config: dict, phase: str) -> list[dict]:
+        """Keys that may lower the peak of this phase."""
         section, (patch, volume, shown) = config[self.stage], self.sizes
         batch, steps, divisor = section["batch_size"], section["accumulate_steps"], network_divisor(config)
-        found = [{key: True} for key in ("gradient_checkpointing", "amp") if not section[key]]
-        if batch > 1:
+        first, found = self.stage == "autoencoder_train", []
+        if not section["amp"] and self.half:
+            found.append({"amp": True})
+        if phase == "training" and not section["gradient_checkpointing"]:
+            found.append({"gradient_checkpointing": True})
+        if batch > 1 and (phase == "training" or phase == "validation" and not first):
             found.append({"batch_size": 1, "accumulate_steps": batch * steps})
-        if section["ema_decay"]:
+        if section["ema_decay"] and phase != "encoding":
             found.append({"ema_decay": 0})
-        if self.stage == "autoencoder_train":
+        if phase == "sampling":
+            found.append({"sample_interval": 0})
+        if first and phase == "validation" and list(shown) != list(patch):
+            found.append({"val_patch_size": list(patch)})
+        if first:
             volume, divisor = patch, downsampling(config["autoencoder_def"])
-            if list(shown) != list(patch):
-                found.append({"val_patch_size": list(patch)})
         found.append({"patch_size": [max(divisor, side * 3 // 4 // divisor * divisor) for side in volume]})
         return found
 

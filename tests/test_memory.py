@@ -2,13 +2,18 @@
 refusal."""
 
 import contextlib
+import functools
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
-from chain import CONFIG, Project, make_data
+from chain import CONFIG, ROOT, Project, make_data
 from torch import nn
 
 import inference
@@ -233,19 +238,32 @@ def test_dry_run_tells_what_would_lower_the_peak(given):
 
 
 GPU_SIZES = sorted(Path(utils.ROOT / "config").glob("config_train_*[0-9]g.json"))
+RUNS = [("autoencoder_train", train_autoencoder), ("diffusion_train", train_diffusion), (None, inference)]
 
 
+@functools.cache
+def shipped_peak(stage: str | None, told: str) -> int:
+    """Bytes, once for all configs that are alike in what the prediction looks at, `told`."""
+    config, size = json.loads(told)
+    if stage:
+        forecast = Forecast(dict(RUNS)[stage].rehearse, stage, [size] * 3, True, torch.bfloat16)
+        return highest(forecast.peaks(config)).total
+    meter = Meter(True)
+    inference.rehearse(config, size, 1, meter, CPU)
+    return highest(meter.peaks).total
+
+
+@pytest.mark.parametrize("stage", dict(RUNS), ids=["autoencoder", "diffusion", "inference"])
 @pytest.mark.parametrize("path", GPU_SIZES, ids=lambda path: path.stem)
-def test_shipped_config_fits_its_name_with_a_tenth_to_spare(path):
+def test_shipped_config_fits_its_name_with_a_tenth_to_spare(path, stage):
     # Without the perceptual network, whose packages not every machine has: it adds 0.2 GB to 32g's 21.1.
     shipped = utils.load_config(path, ["autoencoder_train.perceptual_weight=0"])
-    sizes, limit = utils.patch_sizes(shipped, []), 0.9e9 * int(path.stem.split("_")[-1].removesuffix("g"))
-    for script, stage in ((train_autoencoder, "autoencoder_train"), (train_diffusion, "diffusion_train")):
-        peaks = Forecast(script.rehearse, stage, sizes, True, torch.bfloat16).peaks(shipped)
-        assert highest(peaks).total <= limit, (stage, memory.table(peaks))
-    meter = Meter(True)
-    inference.rehearse(shipped, sizes[1], 1, meter, CPU)
-    assert highest(meter.peaks).total <= limit, memory.table(meter.peaks)
+    size = shipped["diffusion_train"]["patch_size"]
+    for section in {"autoencoder_train", "diffusion_train"} - {stage}:
+        shipped[section] = {"patch_size": None, "val_patch_size": None}
+    shipped.get("autoencoder_train", {}).pop("max_epochs", None)
+    limit = 0.9e9 * int(path.stem.split("_")[-1].removesuffix("g"))
+    assert shipped_peak(stage, json.dumps([shipped, size], sort_keys=True)) <= limit
 
 
 def test_there_are_configs_that_are_named_by_a_size():
@@ -285,3 +303,176 @@ def test_what_fits_but_for_the_allowance_is_only_warned_of(tmp_path, monkeypatch
     monkeypatch.setattr(utils, "gpu_memory", lambda device: (150_000_000, 10**9))
     told = project.run(train_autoencoder, "--set", "autoencoder_train.max_epochs=1")
     assert "warning: autoencoder_train: this takes about 0.2 GB" in told
+
+
+# ---- what the dry run refuses, and needs not
+
+
+@pytest.mark.parametrize("other", ["--fresh", "--profile", "--resume=there.pt"])
+def test_dry_run_trains_nothing(given, other):
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
+        dry(train_diffusion, "-c", given, other)
+    assert stop.value.code == 2
+    assert err.getvalue() == f"error: --dry-run: nothing is trained; leave out {other.split('=')[0]}.\n"
+
+
+def test_latents_from_a_cache_need_neither_it_nor_an_encoder(given, without_savings):
+    argv = ["-c", given, "-e", "nowhere.json", "--set"]
+    assert "encoding" in dry(train_diffusion, *argv, "diffusion_train.latent_cache=false")
+    told = dry(train_diffusion, *argv, "diffusion_train.latent_cache=true")
+    assert "training" in told and "encoding" not in told
+
+
+def test_open_sizes_come_from_headers_alone(tmp_path, monkeypatch, without_savings):
+    project = Project(tmp_path / "project", make_data(tmp_path / "data"))
+
+    def read(*args, **kwargs):
+        raise AssertionError("voxels are read")
+
+    monkeypatch.setattr(nib.arrayproxy.ArrayProxy, "_get_unscaled", read)
+    with pytest.raises(AssertionError, match="voxels are read"):
+        project.image("scan_0")
+    assert "16 x 20 x 12" in project.run(train_autoencoder, "--dry-run")
+
+
+def peak_told(text: str, column: str) -> float:
+    """GB of a phase in what a dry run printed."""
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("GB "))
+    peaks = next(line for line in lines if line.startswith("peak"))
+    return float(peaks.split()[head.split().index(column)])
+
+
+def test_decoding_within_a_given_memory(given):
+    large = ["--set", "diffusion_train.patch_size=[96,96,96]", "-c", given, "--device", "cpu"]
+    free = dry(inference, *large)
+    whole, sampling = peak_told(free, "decoding"), peak_told(free, "sampling")
+    assert whole > 2 * sampling
+    assert "--max-memory" in free.splitlines()[-1]
+    enough = dry(inference, *large, "--max-memory", 2 * whole)
+    assert peak_told(enough, "decoding") == pytest.approx(whole, rel=0.15)
+    assert "holds for decoding" not in enough
+    within = dry(inference, *large, "--max-memory", whole / 2)
+    assert peak_told(within, "decoding") == pytest.approx(whole / 2, abs=0.01)
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
+        dry(inference, *large, "--max-memory", 0.001)
+    assert stop.value.code == 2 and "the least that would do is" in err.getvalue()
+
+
+@pytest.mark.parametrize(
+    "phase, due",
+    [
+        ("training", {"gradient_checkpointing", "batch_size", "ema_decay", "patch_size"}),
+        ("validation", {"batch_size", "ema_decay", "patch_size"}),
+        ("sampling", {"sample_interval", "ema_decay", "patch_size"}),
+        ("encoding", {"patch_size"}),
+    ],
+)
+def test_only_what_can_lower_a_phase_is_tried(monkeypatch, phase, due):
+    tried = []
+
+    def peaks(self, changed):
+        tried.append({key for key in section if changed["diffusion_train"][key] != section[key]})
+        return {phase: memory.Peak(dict.fromkeys(memory.PARTS, 0))}
+
+    monkeypatch.setattr(Forecast, "peaks", peaks)
+    now = config(diffusion_train__sample_interval=5)
+    section = now["diffusion_train"]
+    forecast = Forecast(train_diffusion.rehearse, "diffusion_train", SIZES, True, torch.bfloat16)
+    small = memory.Peak({**dict.fromkeys(memory.PARTS, 0), "weights": 1})
+    large = memory.Peak({**dict.fromkeys(memory.PARTS, 0), "weights": 2})
+    forecast.savings(now, {"another": small, phase: large})
+    assert {min(keys - {"accumulate_steps"}) for keys in tried} == due
+
+
+NETWORKS_ELSEWHERE = {
+    "maisi": (
+        {
+            "_target_": "monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi",
+            "num_channels": [8, 16],
+            "num_splits": 1,
+            "norm_float16": False,
+            "num_res_blocks": [1, 1],
+        },
+        {},
+    ),
+    "generative": (
+        {"_target_": "generative.networks.nets.AutoencoderKL", "num_channels": [8, 16]},
+        {"_target_": "generative.networks.nets.DiffusionModelUNet", "num_channels": [8, 16]},
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", NETWORKS_ELSEWHERE)
+def test_networks_of_other_packages(given, origin, without_savings):
+    if origin == "generative":
+        pytest.importorskip("generative")
+    changed = json.loads(given.read_text())
+    for key, changes in zip(("autoencoder_def", "diffusion_def"), NETWORKS_ELSEWHERE[origin], strict=True):
+        changed[key] |= changes
+        if "num_channels" in changes:
+            del changed[key]["channels"]
+    changed["diffusion_train"]["sample_interval"] = 5
+    path = given.with_name("elsewhere.json")
+    path.write_text(json.dumps(changed))
+    for script, phases in (
+        (train_autoencoder, ("training", "validation")),
+        (train_diffusion, ("encoding", "training", "sampling")),
+        (inference, ("sampling", "decoding")),
+    ):
+        told = dry(script, "-c", path)
+        assert all(peak_told(told, phase) >= 0 for phase in phases)
+
+
+# ---- against what is measured
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_prediction_of_more_than_a_gb_is_within_15_percent(given):
+    case = ["autoencoder", "1", "112", "112", "96", "--config", str(given)]
+    command = [sys.executable, "benchmarks/memory.py", *case]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()]
+    predicted, measured = next((float(row[3]), float(row[4])) for row in rows if row[1] == "training")
+    assert measured > 1
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+WORKER = """
+import sys
+
+import chain
+import test_memory
+
+chain.leave_after(test_memory.worker, sys.argv[1], sys.argv[2:])
+"""
+
+
+def worker(folder: str, argv: list[str]) -> None:
+    """Of two ranks: the second one's GPU is full. Leaves a file when it is about to say why it ends."""
+    rank, sleep = int(os.environ["RANK"]), utils.time.sleep
+    utils.gpu_memory = lambda device: (10**5 if rank else 10**12, 10**12)
+    utils.time.sleep = lambda seconds: (Path(folder, f"heard_{rank}").touch(), sleep(seconds))
+    train_autoencoder.main(argv)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows has not")
+def test_refusal_by_the_fuller_of_two_gpus(tmp_path):
+    project = Project(tmp_path / "project", make_data(tmp_path / "data"))
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(tmp_path), *project.argv()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode and "exitcode  : 2" in process.stderr, process.stderr
+    assert process.stderr.count("error: autoencoder_train: this takes about") == 1
+    assert (tmp_path / "heard_1").exists()
+    assert not list(project.model_dir.glob("*.pt"))
