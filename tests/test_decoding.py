@@ -313,13 +313,13 @@ def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
     assert 0 < 2 * flops[1] < flops[0]
 
 
-@pytest.mark.parametrize("share", [0.15, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 @pytest.mark.parametrize("name", ["three levels", "attention"])
 @torch.inference_mode()
 def test_tensors_and_what_convolutions_copy_stay_within_the_plan(monkeypatch, name, share):
     """As an allocator without gaps would count them: from least to plain, by what is there to be shared."""
     monkeypatch.setattr(decoding, "HEAP", 0)
-    autoencoder, latents, plans = build(DEFINITIONS[name]), numbers(1, 2, 48, 10, 10), {}
+    autoencoder, latents, plans = build(DEFINITIONS[name]), numbers(1, 2, 24, 8, 8), {}
     decode_within(autoencoder, latents, Budget(1e12, plans=plans))
     ((plain, least),) = plans.values()
     assert least < plain
@@ -331,38 +331,35 @@ def test_tensors_and_what_convolutions_copy_stay_within_the_plan(monkeypatch, na
     assert tracker.peak + latents.nbytes <= room
 
 
-class Tall(nn.Module):
-    """A decoder that takes much memory and little arithmetic."""
+PEAK = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch import nn
+from ldm.decoding import Budget, decode_within
 
+torch.set_num_threads(1)
+
+def block(n, to):
+    return [nn.Conv3d(n, to, (3, 1, 3), padding=(1, 0, 1)), nn.GroupNorm(4, to), nn.ReLU()]
+
+class Network(nn.Module):  # much memory for little arithmetic
     def __init__(self):
         super().__init__()
+        self.first = nn.Sequential(*block(2, 8), nn.Upsample(scale_factor=2), *block(8, 16))
+        self.block, self.last = nn.Sequential(*block(16, 16)), nn.Conv3d(16, 1, (1, 1, 3), padding=(0, 0, 1))
 
-        def block(n: int, to: int) -> list[nn.Module]:
-            return [nn.Conv3d(n, to, (3, 1, 3), padding=(1, 0, 1)), nn.GroupNorm(4, to), nn.SiLU()]
-
-        self.first = nn.Sequential(*block(2, 8), *block(8, 8), nn.Upsample(scale_factor=2))
-        self.block, self.last = nn.Sequential(*block(8, 16), *block(16, 16)), nn.Conv3d(16, 1, 3, padding=1)
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.block(self.first(z))
-        return self.last(x + x.sigmoid())
-
-
-PEAK = """
-import sys, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-torch.set_num_threads(1)
-from test_decoding import Tall, numbers
-from ldm import decoding
-from ldm.decoding import Budget, decode_within
+    def decode(self, z):
+        x = self.first(z)
+        return self.last(x + self.block(x))
 
 def bytes_of(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))
     return int(line.split()[1]) * 1024
 
-network, latents, plans = Tall().eval(), numbers(1, 2, 144, 64, 64), {{}}
+network, latents, plans = Network().eval(), torch.randn(1, 2, 160, 64, 64), {{}}
 with torch.inference_mode():
-    for size in (4, 144):  # what libraries take once, the arithmetic and the planning
+    for size in (4, 160):  # what libraries take once for the arithmetic and the planning
         try:
             decode_within(network, latents[:, :, :size], Budget(2e9 if size == 4 else 1.0, plans=plans))
         except ValueError:
@@ -377,10 +374,10 @@ print(bytes_of("VmHWM") - before, max(plain for plain, _ in plans.values()))
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize("budget", [1.0e9, 0.6e9])
 def test_the_peak_of_the_process_is_within_the_budget(budget):
-    """Of a volume that takes more than 1.5 GB whole."""
+    """Of a volume that takes more than 1.3 GB whole."""
     line = [sys.executable, "-c", PEAK.format(root=str(ROOT)), str(budget)]
     peak, plain = map(int, subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
-    assert peak <= budget < 1.5e9 < plain
+    assert peak <= budget < 1.3e9 < plain
 
 
 # ---------------------------------------------------------------- what uses it
