@@ -11,7 +11,9 @@ where it is augmented, the posterior's mean and standard deviation; and `manifes
 follow from. A training that finds there another autoencoder, other transforms or other data is refused.
 
 The same command again goes on where it stopped, and makes anew what is damaged or whose files have changed.
-`--fresh` deletes the latents of another autoencoder or config first.
+`--fresh` deletes the latents of another autoencoder or config first. With `--max-memory GB` volumes are
+encoded within so much memory of the device, weights included, to the same latents but for rounding: see
+inference.py.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--fresh", action="store_true", help="delete the latents that are there, and start over")
     add("--skip-bad", action="store_true", help="read all data first, and leave bad cases out")
+    utils.add_max_memory(parser, "encode")
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "
             "how many of each to encode, such as 4."
         )
-    encoder = utils.load_autoencoder(path, config, run)
+    encoder = utils.load_autoencoder(path, config, run, args.max_memory)
     weights = weights_hash(encoder.autoencoder.state_dict())
 
     # Step 2: what is there already, and the rest

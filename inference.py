@@ -45,7 +45,7 @@ import torch
 import utils
 from ldm import UserError, figures, memory, provenance
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import POSITIVE, SCALE_FACTOR, load_checkpoint, weights_hash
+from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
 from ldm.decoding import Budget, decoding_peak, weights_bytes
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
-    add("--max-memory", type=float, default=None, metavar="GB", help="decode within so much memory")
+    utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
     if args.reproduce:
@@ -96,8 +96,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
             f"{SCALE_FACTOR['maximum']} is due."
         )
-    if args.max_memory is not None and not StrictValidator(POSITIVE).is_valid(args.max_memory):
-        raise UserError(f"--max-memory {args.max_memory}: a number of GB above 0 is due.")
     return args
 
 

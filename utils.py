@@ -45,6 +45,7 @@ from ldm.datasets import (
     split_cases,
     volume_size,
 )
+from ldm.decoding import Budget
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
 from ldm.latents import PARTS, check_data
@@ -186,6 +187,19 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
         "--profile", action="store_true", help="write a trace of a few steps to model_dir and end"
     )
     return parser
+
+
+def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
+    """The argument that sets a limit to the memory of `what`, "encode" or "decode"."""
+
+    def gigabytes(text: str) -> float:
+        if not 0 < (value := float(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: a number of GB above 0 is due.")
+        return value
+
+    parser.add_argument(
+        "--max-memory", type=gigabytes, default=None, metavar="GB", help=f"{what} within so much memory"
+    )
 
 
 # ---------------------------------------------------------------- configuration
@@ -659,8 +673,12 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     return path
 
 
-def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
-    """The frozen autoencoder of stage 1, checked against the config in what both stages share."""
+def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> LatentEncoder:
+    """The frozen autoencoder of stage 1, checked against the config in what both stages share.
+
+    Args:
+        max_memory: GB to encode and decode in; None: no limit.
+    """
     checkpoint = load_checkpoint(path)
     trained = completed(checkpoint.get("config", config))
     for key in ("autoencoder_def", "channel", "spacing", "intensity"):
@@ -668,7 +686,8 @@ def load_autoencoder(path: Path, config: dict, run: Run) -> LatentEncoder:
             raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
     autoencoder = define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))
-    return LatentEncoder(on_device(autoencoder, run).eval().requires_grad_(False))
+    budget = Budget(max_memory * 1e9) if max_memory else None
+    return LatentEncoder(on_device(autoencoder, run).eval().requires_grad_(False), budget=budget)
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:

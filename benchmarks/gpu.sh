@@ -16,6 +16,7 @@ mkdir -p "$out"
 python -m pytest -q -m gpu
 python -m benchmarks.benchmark --rounds 3 --device cuda --out "$out/benchmark.json" | tee "$out/benchmark.md"
 python benchmarks/memory.py | tee "$out/memory.md"  # predicted beside torch.cuda.max_memory_allocated
+python benchmarks/decoding.py --size 512 --max-memory 12 --amp | tee "$out/decoding.md"
 python - "$data" "$out" <<'PYTHON'
 import json, sys
 data, out = sys.argv[1:]

@@ -20,6 +20,9 @@ from ldm.volumes import Volume, leaf
 
 MOST_ROWS = 32  # of a slab: more is no faster, and takes memory that rows could be kept in
 PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
+HEAP = (
+    128 * 2**20
+)  # bytes of freed memory that a CPU's allocator keeps: glibc's takes up to 64 MiB at its end
 FLOPS_A_BYTE = (
     16_000  # arithmetic in the time that a byte takes to host memory and back: 400 TFLOP/s, 25 GB/s
 )
@@ -78,6 +81,16 @@ def decoding_peak(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget)
     return plain + weights_bytes(autoencoder) + budget.beside if plain <= room else budget.total
 
 
+def _layout(network: nn.Module) -> torch.memory_format:
+    """The memory format of a network's convolutions."""
+    last = (
+        one.is_contiguous(memory_format=torch.channels_last_3d) and not one.is_contiguous()
+        for one in network.parameters()
+        if one.ndim == 5
+    )
+    return torch.channels_last_3d if any(last) else torch.contiguous_format
+
+
 def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
     """What a method of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
     device, function = next(network.parameters()).device, getattr(network, method)
@@ -88,7 +101,7 @@ def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budge
         results = function(volume.to(device))
         return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
     with _sparing(network):
-        run = _Run(device, room, least)
+        run = _Run(device, room, least, _layout(network))
         return run.results(function(Volume(leaf(run, volume))))
 
 
@@ -97,6 +110,7 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
     there are. Raises UserError where there are less."""
     device, function = next(network.parameters()).device, getattr(network, method)
     held = weights_bytes(network) + budget.beside
+    heap = HEAP if device.type == "cpu" else 0
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     key = (method, volume.shape, volume.dtype, volume.device, autocast)
     if key not in budget.plans:
@@ -104,9 +118,9 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
         with _sparing(network):
             budget.plans[key] = plain, _least(function, volume, device)
     plain, least = budget.plans[key]
-    room = PLANNED * (budget.total - held)
+    room = PLANNED * (budget.total - held) - heap
     if min(plain, least) > room:
-        due = math.ceil((min(least, plain) / PLANNED + held) / 1e6) / 1e3
+        due = math.ceil(((min(least, plain) + heap) / PLANNED + held) / 1e6) / 1e3
         raise UserError(
             f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
             f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."
@@ -220,10 +234,17 @@ class _Run:
     Args:
         room: bytes for all but the weights.
         least: bytes of it that each sweep takes at least.
+        layout: memory format that the convolutions take their slabs in.
     """
 
-    def __init__(self, device: torch.device, room: float, least: int):
-        self.device, self.room, self.least = device, room, least
+    def __init__(
+        self,
+        device: torch.device,
+        room: float,
+        least: int,
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
+        self.device, self.room, self.least, self.layout = device, room, least, layout
         self.held, self.lanes = weakref.WeakSet(), None
 
     def hold(self, rows: Rows) -> None:

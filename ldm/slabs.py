@@ -218,12 +218,18 @@ class Node:
         return self.compute([node.read(*rows) for node, rows in needs], a, b)
 
     def gather(self, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows a to b in one tensor, zeros outside of the volume; piece by piece, to hold little beside."""
+        """Rows a to b in one tensor of the run's layout, zeros outside of the volume; piece by piece, to hold
+        little beside."""
         low, high = max(a, 0), min(b, self.depth)
         if self.rows is not None and (low, high) == (a, b):
-            return self.read(a, b).to(dtype)
+            return self.read(a, b).to(dtype, memory_format=self.run.layout)
         channels, _, height, width = self.size
-        result = torch.empty((1, channels, b - a, height, width), dtype=dtype, device=self.run.device)
+        result = torch.empty(
+            (1, channels, b - a, height, width),
+            dtype=dtype,
+            device=self.run.device,
+            memory_format=self.run.layout,
+        )
         result[:, :, : low - a] = 0
         result[:, :, high - a :] = 0
         for p, q in self.pieces(low, high):

@@ -1,0 +1,198 @@
+"""Decoding within a given memory: peak and time beside those of the whole volume, and whether it is the same.
+
+    python benchmarks/decoding.py --size 64                         # a half and a quarter of the plain peak
+    python benchmarks/decoding.py --size 512 --max-memory 12 --amp
+    python benchmarks/decoding.py --size 512 --max-memory 12 --amp --plan
+
+The autoencoder has 64, 128 and 256 channels, two residual blocks a level, and eight latent channels; its
+weights are drawn. Each row is a process of its own. Peaks are what decoding takes beside weights and latents:
+on a GPU `torch.cuda.max_memory_allocated`, on a CPU the growth of the resident set (Linux). `--plan` only
+tells what the sweeps would compute on a GPU with that memory, with host memory and without; dtypes are those
+of a CPU's autocast.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldm import decoding  # noqa: E402
+from ldm.decoding import Budget, decode_within, weights_bytes  # noqa: E402
+from ldm.networks import NETWORKS, instantiate  # noqa: E402
+from ldm.slabs import Sweep  # noqa: E402
+from ldm.volumes import Volume, leaf  # noqa: E402
+
+DEFINITION = {
+    "_target_": "monai.networks.nets.AutoencoderKL",
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 8,
+    "channels": [64, 128, 256],
+    "num_res_blocks": 2,
+    "norm_num_groups": 32,
+    "attention_levels": [False, False, False],
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+}
+
+
+def resident(key: str) -> int:
+    """Bytes of VmRSS, the resident set, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def build(device: torch.device) -> torch.nn.Module:
+    """The autoencoder, with its channels last where `utils.on_device` has them so."""
+    torch.manual_seed(0)
+    last = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
+    return instantiate(DEFINITION, NETWORKS, "here").eval().to(device, memory_format=last)
+
+
+def latents_of(size: int) -> torch.Tensor:
+    return torch.randn(1, 8, *[size // 4] * 3, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def measure(size: int, amp: bool, limit: float, out: Path) -> None:
+    """Decode within `limit` bytes (0: whole) in this process; keep volume, bytes and seconds in a file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder, latents, budget = build(device), latents_of(size), Budget(limit)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return decode_within(autoencoder, z, budget) if limit else autoencoder.decode(z.to(device)).cpu()
+
+    autoencoder.decode(latents[..., :4, :4, :4].to(device))  # what libraries take once
+    latents = latents.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = resident("VmRSS")
+    start, busy = time.perf_counter(), time.process_time()
+    volume = decode(latents)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+    torch.save((volume, peak - before, seconds, busy), out)
+
+
+def compare(size: int, amp: bool, limits: list[float]) -> None:
+    """A line of the table for the whole volume and for each limit."""
+    print("| memory given, GB | peak, GB | seconds | CPU seconds | largest difference, share of the range |")
+    print("|---|---|---|---|---|", flush=True)
+    whole = None
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "volume.pt"
+        for limit in (0.0, *limits):
+            line = [sys.executable, __file__, "--size", str(size), "--limit", str(limit), "--out", str(out)]
+            done = subprocess.run([*line, *["--amp"] * amp], capture_output=True, text=True)
+            given = f"{limit / 1e9:.2f}" if limit else "all"
+            if done.returncode:
+                print(f"| {given} | {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
+                continue
+            volume, peak, seconds, busy = torch.load(out)
+            whole = volume if whole is None and not limit else whole
+            apart = (
+                float((volume - whole).abs().max() / (whole.max() - whole.min()))
+                if whole is not None
+                else None
+            )
+            apart = f"{apart:.1e}" if limit and apart is not None else ""
+            print(f"| {given} | {peak / 1e9:.2f} | {seconds:.1f} | {busy:.1f} | {apart} |", flush=True)
+
+
+# ---------------------------------------------------------------- what a GPU would do
+
+
+class Rehearsal(decoding._Run):
+    """The sweeps of a run on a GPU, without their arithmetic, which is counted."""
+
+    flops, sweeps = 0.0, 0
+
+    def place(self, node, sweep):
+        here, self.device = self.device, torch.device("cuda")
+        kept, self.device = super().place(node, sweep), here
+        if kept is not None:
+            kept.device = here
+        return kept
+
+    def count(self, sweep: Sweep) -> None:
+        self.flops, self.sweeps = self.flops + sweep.flops, self.sweeps + 1
+
+    def moments(self, node, groups):
+        sweep = Sweep([node])
+        kept = self.place(node, sweep)
+        self.count(sweep)
+        if kept is not None:
+            if not kept.hosted:
+                kept.append(0, torch.empty((1, *node.size), dtype=node.dtype, device=self.device))
+            self.hold(kept)
+            node.store(kept)
+        return torch.zeros(2, groups, device=self.device).unbind()
+
+    def results(self, volume):
+        self.count(Sweep([volume.node]))
+
+
+def plan(size: int, amp: bool, limit: float) -> None:
+    """Least memory, sweeps and arithmetic of a GPU, with host memory and without."""
+    device, latents = torch.device("cpu"), latents_of(size)
+    autoencoder = build(device)
+    room = decoding.PLANNED * (limit - weights_bytes(autoencoder))
+    told, free = [], decoding.free_host_memory
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        plain = decoding._plain_peak(autoencoder.decode, latents, device)
+        least = decoding._least(autoencoder.decode, latents, device)
+        for given, host in ((1e15, 1e15), (room, 1e15), (room, 0)):
+            decoding.free_host_memory = lambda host=host: host
+            with decoding._pretending():
+                run = Rehearsal(device, given, least)
+                run.results(autoencoder.decode(Volume(leaf(run, torch.empty(latents.shape, device=device)))))
+            told.append(run)
+    decoding.free_host_memory = free
+    whole, hosted, alone = told
+    told = f"whole {plain / 1e9:.1f} GB and {whole.flops / 1e12:.0f} TFLOP"
+    print(f"{told}; the least that would do: {least / 1e9:.1f} GB")
+    for name, run in (("with host memory", hosted), ("without", alone)):
+        times = run.flops / whole.flops
+        print(f"{limit / 1e9:g} GB, {name}: {run.sweeps} sweeps, {times:.2f} times the arithmetic")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", type=int, default=64, help="voxels along each side")
+    add("--max-memory", type=float, nargs="*", default=[], metavar="GB", help="default: a half and a quarter")
+    add("--amp", action="store_true", help="bfloat16")
+    add("--plan", action="store_true", help="compute nothing")
+    add("--limit", type=float, default=None, help=argparse.SUPPRESS)
+    add("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    limits = [1e9 * one for one in args.max_memory]
+    if args.limit is not None:
+        return measure(args.size, args.amp, args.limit, args.out)
+    if args.plan:
+        return [plan(args.size, args.amp, limit) for limit in limits]
+    if not limits:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        autoencoder = build(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            plain = decoding._plain_peak(autoencoder.decode, latents_of(args.size), device)
+        limits = [weights_bytes(autoencoder) + plain / share for share in (2, 4)]
+    compare(args.size, args.amp, limits)
+
+
+if __name__ == "__main__":
+    main()
