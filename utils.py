@@ -8,6 +8,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
