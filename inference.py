@@ -65,6 +65,7 @@ TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, its numbers checked."""
     parser = utils.script_parser(__doc__)
+    utils.add_dry_run(parser)
     add = parser.add_argument
     add("-n", "--num", type=int, default=1, help="how many volumes")
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")

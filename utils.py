@@ -152,11 +152,6 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
     )
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     add(
-        "--dry-run",
-        action="store_true",
-        help="only tell the peak memory by part, for a GPU (or --device cpu), and what would lower it",
-    )
-    add(
         "--amp",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -171,9 +166,19 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """The argument of the scripts whose memory can be told beforehand."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only tell the peak memory by part, for a GPU (or --device cpu), and what would lower it",
+    )
+
+
 def training_parser(manual: str) -> argparse.ArgumentParser:
     """The arguments of both training scripts."""
     parser = script_parser(manual)
+    add_dry_run(parser)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--fresh", action="store_true", help="start over; what is there is moved to model_dir/old-N"
