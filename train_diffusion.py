@@ -16,7 +16,8 @@ Written to `model_dir`: `diffusion_unet.pt` (best loss on held-out volumes so fa
 `tfevent_path`/diffusion: TensorBoard.
 
 The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
-over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint.
+over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint. `--dry-run`
+only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training that cannot fit is refused.
 """
 
 import operator
