@@ -28,6 +28,7 @@ class Volume(torch.Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if (make := LAZY.get(name)) and (node := make(func, args, kwargs)):
+            node.compute = _as_now(node.compute, node.run.device.type)
             return Volume(node)
         if name.endswith("_") and not name.endswith("__"):
             raise NotImplementedError(f"{name} in place on a volume that is computed in slabs")
@@ -40,6 +41,17 @@ class Volume(torch.Tensor):
 
 PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 METHODS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+
+
+def _as_now(compute: Callable, kind: str) -> Callable:
+    """What is computed later is computed under the autocast of now."""
+    context = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+
+    def later(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
+        with torch.autocast(kind, **context):
+            return compute(tensors, a, b)
+
+    return later
 
 
 def leaf(run, tensor: torch.Tensor) -> Node:
