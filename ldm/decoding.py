@@ -20,9 +20,10 @@ from ldm.volumes import Volume, leaf
 
 MOST_ROWS = 32  # of a slab: more is no faster, and takes memory that rows could be kept in
 PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
-HEAP = (
-    128 * 2**20
-)  # bytes of freed memory that a CPU's allocator keeps: glibc's takes up to 64 MiB at its end
+# Bytes that are kept back on a CPU, since they were seen to be taken, by whom was not shown for all: freed
+# memory that glibc keeps (up to 64 MiB at its end alone), and what oneDNN keeps for each shape of slab, as a
+# multiple of the weights.
+HEAP, KEPT_WEIGHTS = 128 * 2**20, 4
 FLOPS_A_BYTE = (
     16_000  # arithmetic in the time that a byte takes to host memory and back: 400 TFLOP/s, 25 GB/s
 )
@@ -110,7 +111,7 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
     there are. Raises UserError where there are less."""
     device, function = next(network.parameters()).device, getattr(network, method)
     held = weights_bytes(network) + budget.beside
-    heap = HEAP if device.type == "cpu" else 0
+    heap = HEAP + KEPT_WEIGHTS * weights_bytes(network) if device.type == "cpu" else 0
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     key = (method, volume.shape, volume.dtype, volume.device, autocast)
     if key not in budget.plans:
