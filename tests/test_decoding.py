@@ -300,6 +300,7 @@ def test_what_fits_is_decoded_whole(autoencoder, monkeypatch):
 def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
     images, computed, plans, flops = numbers(1, 1, 256, 8, 8), [], {}, []
     monkeypatch.setattr(decoding, "HEAP", 0)
+    monkeypatch.setattr(decoding, "KEPT_WEIGHTS", 0)
     encode_within(autoencoder, images, Budget(1e12, plans=plans))
     ((plain, least),) = plans.values()
     assert least < plain / 2
@@ -319,6 +320,7 @@ def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
 def test_tensors_and_what_convolutions_copy_stay_within_the_plan(monkeypatch, name, share):
     """As an allocator without gaps would count them: from least to plain, by what is there to be shared."""
     monkeypatch.setattr(decoding, "HEAP", 0)
+    monkeypatch.setattr(decoding, "KEPT_WEIGHTS", 0)
     autoencoder, latents, plans = build(DEFINITIONS[name]), numbers(1, 2, 24, 8, 8), {}
     decode_within(autoencoder, latents, Budget(1e12, plans=plans))
     ((plain, least),) = plans.values()
