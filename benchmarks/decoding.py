@@ -1,8 +1,8 @@
 """Decoding within a given memory: peak and time beside those of the whole volume, and whether it is the same.
 
-    python benchmarks/decoding.py --size 64                         # a half and a quarter of the plain peak
-    python benchmarks/decoding.py --size 512 --max-memory 12 --amp
-    python benchmarks/decoding.py --size 512 --max-memory 12 --amp --plan
+    python -m benchmarks.decoding --size 64                         # a half and a quarter of the plain peak
+    python -m benchmarks.decoding --size 512 --max-memory 12 --amp
+    python -m benchmarks.decoding --size 512 --max-memory 12 --amp --plan
 
 The autoencoder has 64, 128 and 256 channels, two residual blocks a level, and eight latent channels; its
 weights are drawn. Each row is a process of its own. Peaks are what decoding takes beside weights and latents:
@@ -20,14 +20,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from ldm import decoding  # noqa: E402
-from ldm.decoding import Budget, decode_within, weights_bytes  # noqa: E402
-from ldm.networks import NETWORKS, instantiate  # noqa: E402
-from ldm.slabs import Sweep  # noqa: E402
-from ldm.volumes import Volume, leaf  # noqa: E402
+from ldm import decoding
+from ldm.decoding import Budget, decode_within, weights_bytes
+from ldm.networks import NETWORKS, instantiate
+from ldm.slabs import Sweep
+from ldm.volumes import Volume, leaf
 
 DEFINITION = {
     "_target_": "monai.networks.nets.AutoencoderKL",
@@ -94,13 +91,14 @@ def compare(size: int, amp: bool, limits: list[float]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "volume.pt"
         for limit in (0.0, *limits):
-            line = [sys.executable, __file__, "--size", str(size), "--limit", str(limit), "--out", str(out)]
+            line = [sys.executable, "-m", "benchmarks.decoding", "--size", str(size)]
+            line += ["--limit", str(limit), "--out", str(out)]
             done = subprocess.run([*line, *["--amp"] * amp], capture_output=True, text=True)
             given = f"{limit / 1e9:.2f}" if limit else "all"
             if done.returncode:
                 print(f"| {given} | {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
                 continue
-            volume, peak, seconds, busy = torch.load(out)
+            volume, peak, seconds, busy = torch.load(out, weights_only=True)
             whole = volume if whole is None and not limit else whole
             apart = (
                 float((volume - whole).abs().max() / (whole.max() - whole.min()))

@@ -1,7 +1,7 @@
 """Predicted against measured peak memory, on the GPU or, where there is none, on this CPU (Linux).
 
-    python benchmarks/memory.py                       # the cases below
-    python benchmarks/memory.py autoencoder 1 96 96 96 --amp --config config/config_t1_2mm.json
+    python -m benchmarks.memory                       # the cases below
+    python -m benchmarks.memory autoencoder 1 96 96 96 --amp --config config/config_t1_2mm.json
 
 What is measured is what is predicted: the rehearsal of the script, once with values. Prediction and
 measurement run in a process each. On a GPU it is `torch.cuda.max_memory_allocated`, on a CPU the peak of the
@@ -18,14 +18,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_autoencoder  # noqa: E402
-import train_diffusion  # noqa: E402
-import utils  # noqa: E402
-from ldm.memory import GB, Forecast, Peak, take_steps  # noqa: E402
-from ldm.processes import Run  # noqa: E402
+import train_autoencoder
+import train_diffusion
+import utils
+from ldm.memory import GB, Forecast, Peak, take_steps
+from ldm.processes import Run
 
 BRATS, SMALL = "config/config_train_16g.json", "config/config_t1_2mm.json"
 ON_GPU = [
@@ -102,7 +99,9 @@ class Case:
         keys = {f"{self.stage}.batch_size": batch, f"{self.stage}.amp": "true" if args.amp else "false"}
         keys |= {f"{one}_train.patch_size": size for one in ("autoencoder", "diffusion")}
         keys |= {"autoencoder_train.perceptual_weight": 0}
-        self.config = utils.load_config(ROOT / args.config, [f"{key}={value}" for key, value in keys.items()])
+        self.config = utils.load_config(
+            utils.ROOT / args.config, [f"{key}={value}" for key, value in keys.items()]
+        )
         self.sizes = utils.patch_sizes(self.config, [])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.half = utils.amp_dtype(self.device) if args.amp else None

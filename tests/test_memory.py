@@ -430,7 +430,7 @@ def test_networks_of_other_packages(given, origin, without_savings):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_prediction_of_more_than_a_gb_is_within_15_percent(given):
     case = ["autoencoder", "1", "112", "112", "96", "--config", str(given)]
-    command = [sys.executable, "benchmarks/memory.py", *case]
+    command = [sys.executable, "-m", "benchmarks.memory", *case]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()]
     predicted, measured = next((float(row[3]), float(row[4])) for row in rows if row[1] == "training")
