@@ -35,7 +35,7 @@ import io
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -346,7 +346,8 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         rehearse(config, size, batch, meter, run)
         if max_memory:
             weights = meter.peaks["decoding"].parts["weights"]
-            meter.peaks["decoding"] = peak_within(max_memory, config, size, weights, run)
+            budget = Budget(max_memory * memory.GB, like_gpu=gpu)
+            meter.peaks["decoding"] = peak_within(budget, config, size, weights, run)
         return meter.peaks
 
     batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
@@ -369,13 +370,13 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
 
 
-def peak_within(max_memory: float, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
-    """The peak of decoding a volume of `size` voxels within so many GB, `weights` bytes of both networks
+def peak_within(budget: Budget, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
+    """The peak of decoding a volume of `size` voxels within a budget, `weights` bytes of both networks
     included. Raises UserError where that is too little."""
     autoencoder = utils.define_network(config, "autoencoder_def").eval()
     sides = [side // downsampling(config["autoencoder_def"]) for side in size]
     latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *sides)
-    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder))
+    budget = replace(budget, beside=weights - weights_bytes(autoencoder))
     with run.autocast():
         most = decoding_peak(autoencoder, latents, budget)
     parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}

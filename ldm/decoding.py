@@ -36,10 +36,12 @@ class Budget:
     Attributes:
         total: bytes, weights included.
         beside: bytes of it that something else takes, such as another network.
+        like_gpu: for a prediction: of a GPU, whatever the device.
     """
 
     total: float
     beside: int = 0
+    like_gpu: bool = False
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # what was found for volumes before
 
 
@@ -111,7 +113,8 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
     there are. Raises UserError where there are less."""
     device, function = next(network.parameters()).device, getattr(network, method)
     held = weights_bytes(network) + budget.beside
-    heap = HEAP + KEPT_WEIGHTS * weights_bytes(network) if device.type == "cpu" else 0
+    on_cpu = device.type == "cpu" and not budget.like_gpu
+    heap = HEAP + KEPT_WEIGHTS * weights_bytes(network) if on_cpu else 0
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     key = (method, volume.shape, volume.dtype, volume.device, autocast)
     if key not in budget.plans:

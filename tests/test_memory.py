@@ -344,7 +344,7 @@ def peak_told(text: str, column: str) -> float:
 
 
 def test_decoding_within_a_given_memory(given):
-    large = ["--set", "diffusion_train.patch_size=[96,96,96]", "-c", given, "--device", "cpu"]
+    large = ["--set", "diffusion_train.patch_size=[96,96,96]", "-c", given]
     free = dry(inference, *large)
     whole, sampling = peak_told(free, "decoding"), peak_told(free, "sampling")
     assert whole > 2 * sampling
