@@ -278,13 +278,13 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-def assert_weights_close(a: dict, b: dict) -> None:
+def assert_weights_close(a: dict, b: dict, share: float = 1e-3) -> None:
     """Weights that were trained alike but added up in another order. Adam turns a gradient that is all
-    rounding into a whole step (up to 2e-3 here), so one weight in a thousand may be off; where something else
-    was learned, most are."""
+    rounding into a whole step (up to 2e-3 here, and up to 4e-3 between two), so one weight in a thousand, or
+    `share`, may be off; where something else was learned, most are."""
     assert a.keys() == b.keys()
     apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
-    assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() < 2e-3
+    assert (apart > 1e-5).float().mean() < share and apart.max() < 4e-3
 
 
 def leave_after(work, *args) -> None:
