@@ -211,7 +211,7 @@ def test_two_processes_train_the_autoencoder_of_one(alone, together):
     assert (a["step"], a["epoch"]) == (b["step"], b["epoch"]) == (6, 2)
     assert b["discriminator_stepper"]["optimizer"]["state"][0]["step"] == 4
     chain.assert_weights_close(a["model"], b["model"])
-    # Instance norm takes the mean from every channel's gradient: of some weights nothing but rounding is left.
+    # Instance norm takes the mean from each gradient: of some weights nothing but rounding is left.
     chain.assert_weights_close(a["discriminator"], b["discriminator"], share=0.05)
     assert together.split() == alone.split()
     logs = [one.log("autoencoder") for one in (alone, together)]
