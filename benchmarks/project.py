@@ -35,8 +35,9 @@ def optimise(learner, section: dict, clock: Clock, epoch: int) -> None:
 
 
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
-    """A network as inference.py has it."""
-    return utils.on_device(utils.define_network(config, key), run)
+    """A network as inference.py has it, which draws in float32."""
+    network = utils.define_network(config, key)
+    return network.to(run.device) if key == "diffusion_def" else utils.on_device(network, run)
 
 
 class Autoencoder:
