@@ -24,9 +24,8 @@ PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
 # memory that glibc keeps (up to 64 MiB at its end alone), and what oneDNN keeps for each shape of slab, as a
 # multiple of the weights.
 HEAP, KEPT_WEIGHTS = 128 * 2**20, 4
-FLOPS_A_BYTE = (
-    16_000  # arithmetic in the time that a byte takes to host memory and back: 400 TFLOP/s, 25 GB/s
-)
+# Arithmetic in the time that a byte takes to host memory and back, at 400 TFLOP/s and 25 GB/s: assumed.
+FLOPS_A_BYTE = 16_000
 
 
 @dataclass(frozen=True)

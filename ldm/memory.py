@@ -43,10 +43,8 @@ BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
 PARTS = ("weights", "gradients", "optimiser", "averaged weights", "activations", "workspace")
 
 # What a library takes for itself during a convolution, in copies of its input, weight and output.
-GPU_COPIES = (
-    1.0  # cuDNN, which lays tensors out anew: an allowance, NOT measured on a GPU (benchmarks/memory.py)
-)
-CPU_COPIES = 1.0  # oneDNN
+# cuDNN, which lays tensors out anew: an allowance, NOT measured on a GPU (benchmarks/memory.py); oneDNN.
+GPU_COPIES, CPU_COPIES = 1.0, 1.0
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 # What CUDA's autocast computes in float32, and a CPU's in what it is given (torch's autocast_mode.h).
