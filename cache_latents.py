@@ -52,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     encoder = utils.load_autoencoder(path, config, run, args.max_memory)
     weights = weights_hash(encoder.autoencoder.state_dict())
+    autoencoder = {"weights": weights, "file": run.from_main(lambda: sha256_of(path))}
 
     # Step 2: what is there already, and the rest
     utils.claim(folder, run)
-    run.from_main(
-        lambda: latents.begin(folder, about, {"weights": weights, "file": sha256_of(path)}, args.fresh)
-    )
+    run.from_main(lambda: latents.begin(folder, about, autoencoder, args.fresh))
     key = repr((sorted(about.items()), weights, config["spacing"], train.size))
     training, shape, made = latents.add(folder, encoder, train, run, workers, "encode training", key)
     validation, _, made_too = latents.add(folder, encoder, val, run, workers, "encode held-out", key)
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         used = {case.name for case in [*train.cases, *val.cases]}
         manifest = {
             "about": about,
-            "autoencoder": {"weights": weights, "file": sha256_of(path)},
+            "autoencoder": autoencoder,
             "versions": train.versions,
             "latent_shape": shape[2:],
             "geometry": {

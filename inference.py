@@ -50,7 +50,7 @@ from ldm.decoding import Budget, decoding_peak, weights_bytes
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
-from ldm.networks import check_size, downsampling, load_weights, network_divisor
+from ldm.networks import check_size, latent_size, load_weights, network_divisor
 from ldm.processes import Run
 from ldm.schemas import StrictValidator
 from ldm.transforms import from_unit_range, to_unit_range
@@ -187,14 +187,13 @@ def load_networks(
             f"{unet_path}: brings no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
     geometry = geometry_of(unet_state, config, unet_path)
-    factor, channels = downsampling(config["autoencoder_def"]), config["diffusion_def"]["out_channels"]
-    shape = [channels, *(side // factor for side in geometry["size"])]
+    shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
     if (was := [*unet_state.get("latent_shape", shape)]) != shape:
         raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (utils.on_device(unet, run) if run.amp_dtype else unet.to(run.device)).eval()
-        budget = Budget(max_memory * 1e9, beside=weights_bytes(unet)) if max_memory else None
+        budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
         encoder = LatentEncoder(utils.on_device(autoencoder, run).eval(), scale_factor, budget)
     return Networks(
         encoder,
@@ -320,8 +319,7 @@ def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
 
 def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run) -> None:
     """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
-    shape = [config["diffusion_def"]["out_channels"]]
-    shape += [side // downsampling(config["autoencoder_def"]) for side in size]
+    shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
         encoder = LatentEncoder(utils.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
         unet = utils.define_network(config, "diffusion_def").to(run.device).eval()
@@ -375,8 +373,7 @@ def peak_within(budget: Budget, config: dict, size: Sequence[int], weights: int,
     """The peak of decoding a volume of `size` voxels within a budget, `weights` bytes of both networks
     included. Raises UserError where that is too little."""
     autoencoder = utils.define_network(config, "autoencoder_def").eval()
-    sides = [side // downsampling(config["autoencoder_def"]) for side in size]
-    latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *sides)
+    latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
     budget = replace(budget, beside=weights - weights_bytes(autoencoder))
     with run.autocast():
         most = decoding_peak(autoencoder, latents, budget)

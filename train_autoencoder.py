@@ -40,7 +40,7 @@ from ldm.logs import read_log
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence
 from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.networks import check_discriminator_size, downsampling, load_weights
+from ldm.networks import check_discriminator_size, latent_size, load_weights
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 
@@ -248,8 +248,7 @@ def train_batch(
 
 def latent_shape_of(config: dict, autoencoder: nn.Module, size: Sequence[int]) -> list[int]:
     """(c, d, h, w) of the latents of volumes of this size in voxels."""
-    channels = config.get("latent_channels", autoencoder.latent_channels)
-    return [channels, *(side // downsampling(config["autoencoder_def"]) for side in size)]
+    return [config.get("latent_channels", autoencoder.latent_channels), *latent_size(config, size)]
 
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:

@@ -39,7 +39,7 @@ from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.logs import read_log
 from ldm.memory import Meter, take_steps
-from ldm.networks import downsampling, load_weights
+from ldm.networks import latent_size, load_weights
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 from ldm.transforms import augmentation
@@ -297,8 +297,8 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         return encoder
 
     with meter:
-        factor, channels = downsampling(config["autoencoder_def"]), config["diffusion_def"]["in_channels"]
-        noise = torch.zeros(count, channels, *(side // factor for side in size), device=run.device)
+        shape = config["diffusion_def"]["in_channels"], *latent_size(config, size)
+        noise = torch.zeros(count, *shape, device=run.device)
         batch, encoder = {"mean": noise.clone(), "std": noise.clone()}, None
         if not section["latent_cache"]:
             encoder = define_encoder()

@@ -692,7 +692,7 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
             raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
     autoencoder = define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))
-    budget = Budget(max_memory * 1e9) if max_memory else None
+    budget = Budget(max_memory * memory.GB) if max_memory else None
     return LatentEncoder(on_device(autoencoder, run).eval().requires_grad_(False), budget=budget)
 
 

@@ -45,7 +45,7 @@ from ldm.checkpoints import write_json
 from ldm.datasets import Case, VolumeDataset
 from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
-from ldm.networks import downsampling
+from ldm.networks import latent_size
 from ldm.processes import Run
 
 PARTS = tuple(NAMES)
@@ -141,8 +141,7 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
     if part == "diffusion":
         stage = project.Diffusion(config, encoder, bench.volumes, run, unet.state_dict())
         return training_work(bench, stage, stage.dataset, "diffusion_train", side)
-    factor = downsampling(config["autoencoder_def"])
-    shape = [autoencoder.latent_channels, *(side // factor for side in bench.volumes.images.shape[2:])]
+    shape = [autoencoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
     latents = torch.randn(1, *shape).to(run.device)
     of_side = our_sampling if side == "ours" else reference_sampling
     return of_side(bench, part, encoder, unet.eval().requires_grad_(False), latents)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import forget_peak, resident
 from ldm import decoding
 from ldm.decoding import Budget, decode_within, weights_bytes
 from ldm.networks import NETWORKS, instantiate
@@ -39,12 +40,6 @@ DEFINITION = {
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
 }
-
-
-def resident(key: str) -> int:
-    """Bytes of VmRSS, the resident set, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def build(device: torch.device) -> torch.nn.Module:
@@ -74,7 +69,7 @@ def measure(size: int, amp: bool, limit: float, out: Path) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        forget_peak()
         before = resident("VmRSS")
     start, busy = time.perf_counter(), time.process_time()
     volume = decode(latents)

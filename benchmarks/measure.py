@@ -135,10 +135,21 @@ def peak_on_cpu(build: Callable[..., Work], *arguments) -> float:
         return pool.submit(_peak, torch.get_num_threads(), build, *arguments).result()
 
 
+def forget_peak() -> None:
+    """Let `resident("VmHWM")` begin anew, on Linux."""
+    if (forget := PROC / "clear_refs").exists():
+        forget.write_text("5")
+
+
+def resident(key: str) -> int:
+    """Bytes of VmRSS, the resident set of this process, or of VmHWM, its peak, on Linux."""
+    lines = (PROC / "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
 def _peak(threads: int, build: Callable[..., Work], *arguments) -> float:
     torch.set_num_threads(threads)
-    if (forget := PROC / "clear_refs").exists():  # the imports' peak; elsewhere it is the least to be seen
-        forget.write_text("5")
+    forget_peak()  # the imports'; where it cannot be forgotten it is the least to be seen
     before = _high_water()
     work = build(*arguments)
     for _ in range(2):  # the second has the optimiser's state from the beginning

@@ -14,13 +14,13 @@ import contextlib
 import ctypes
 import multiprocessing
 import sys
-from pathlib import Path
 
 import torch
 
 import train_autoencoder
 import train_diffusion
 import utils
+from benchmarks.measure import forget_peak, resident
 from ldm.memory import GB, Forecast, Peak, take_steps
 from ldm.processes import Run
 
@@ -47,7 +47,7 @@ class Ruler:
 
     def __enter__(self):
         self._give_back()
-        self.before = self._resident("VmRSS")
+        self.before = resident("VmRSS")
         return self
 
     def __exit__(self, *error):
@@ -70,18 +70,14 @@ class Ruler:
             self.peaks[name] = torch.cuda.max_memory_allocated(self.device)
         else:
             self._give_back()
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            forget_peak()
             yield
-            self.peaks[name] = self._resident("VmHWM") - self.before
+            self.peaks[name] = resident("VmHWM") - self.before
 
     def _give_back(self) -> None:
         """glibc keeps freed memory, which the next phase would be charged with, or profit from."""
         if self.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)
-
-    def _resident(self, key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 class Case:

@@ -14,7 +14,6 @@ import utils
 from ldm import latents
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler
 from ldm.encoders import LatentEncoder
-from ldm.networks import downsampling
 from ldm.processes import Run
 from ldm.training import Clock, learning_rate
 
@@ -54,8 +53,7 @@ class Autoencoder:
         self.dataset, self.run = dataset, run_of(self.section, run)
         size = dataset[(0, 0)]["image"].shape[1:]
         autoencoder = utils.define_network(config, "autoencoder_def")
-        self.latent_shape = [autoencoder.latent_channels]
-        self.latent_shape += [side // downsampling(config["autoencoder_def"]) for side in size]
+        self.latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
         self.networks = train_autoencoder.build_networks(
             config, autoencoder, size, None, self.section["compile"], self.run
         )

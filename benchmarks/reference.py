@@ -15,9 +15,8 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-import utils
 from ldm.diffusion import NoiseProcess
-from ldm.networks import GroupNorm
+from ldm.networks import NETWORKS, check_definition
 from ldm.processes import Run
 
 STEPS = 1000
@@ -35,13 +34,8 @@ ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
     """A network as its `_target_` makes it, which the tutorial's users get: attention by the matrix unless
     the definition says otherwise, group norm as autocast has it."""
-    network, fused = utils.define_network(config, key), config[key].get("use_flash_attention", False)
-    for module in network.modules():
-        if hasattr(module, "use_flash_attention"):
-            module.use_flash_attention = fused
-        if isinstance(module, GroupNorm):
-            module.__class__ = nn.GroupNorm
-    return network.to(run.device)
+    arguments = {name: value for name, value in config[key].items() if name != "_target_"}
+    return check_definition(config[key], NETWORKS, key)(**arguments).to(run.device)
 
 
 def noise_scheduler() -> DDPMScheduler:

@@ -20,7 +20,7 @@ from benchmarks.measure import count_flops
 from ldm import UserError
 from ldm.encoders import LatentEncoder
 from ldm.memory import Forecast, highest
-from ldm.networks import check_size, downsampling, network_divisor
+from ldm.networks import check_size, latent_size, network_divisor
 
 SIZES = (64, 128, 192, 256, 384, 512)
 STAGES = {"autoencoder_train": train_autoencoder, "diffusion_train": train_diffusion}
@@ -29,12 +29,11 @@ STAGES = {"autoencoder_train": train_autoencoder, "diffusion_train": train_diffu
 def arithmetic(config: dict, size: int) -> list[float]:
     """TFLOP for a volume of this side: a step of stage 1 and of stage 2 without discriminator and
     perceptual network, a prediction of the UNet, a decoding."""
-    shape = [size // downsampling(config["autoencoder_def"])] * 3
     with FakeTensorMode():
         encoder = LatentEncoder(utils.define_network(config, "autoencoder_def"))
         unet = utils.define_network(config, "diffusion_def")
         images = torch.zeros(1, config["image_channels"], *[size] * 3)
-        latents = torch.zeros(1, config["diffusion_def"]["in_channels"], *shape)
+        latents = torch.zeros(1, config["diffusion_def"]["in_channels"], *latent_size(config, [size] * 3))
         calls: list[Callable] = [
             lambda: encoder(images, latents)[0].sum().backward(),
             lambda: unet(latents, timesteps=torch.zeros(1)).sum().backward(),

@@ -68,6 +68,7 @@ def main(argv=None):
 
 
 def parse(argv):
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="demo.bat" if os.name == "nt" else "./demo.sh",
         description=__doc__,
@@ -118,6 +119,7 @@ def earlier(out):
 
 
 def set_aside(out):
+    """Move what a demo before this one left to a new `old-N`."""
     paths = earlier(out)
     if not paths:
         return
@@ -158,6 +160,7 @@ def shown(path):
 
 
 def fail(message):
+    """End with a message and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

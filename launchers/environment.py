@@ -52,6 +52,7 @@ def ready(*requirements):
 
 
 def make_venv():
+    """Make .venv where there is none of this Python with pip."""
     try:
         probe = subprocess.run([PYTHON, "-c", PROBE], capture_output=True, text=True)
         found, has_pip = probe.stdout.strip(), probe.returncode == 0
@@ -66,11 +67,13 @@ def make_venv():
 
 
 def digest(name):
+    """What an installation of a requirements file follows from, as a hash."""
     content = [VERSION.encode(), (ROOT / "constraints.txt").read_bytes(), (ROOT / name).read_bytes()]
     return hashlib.sha256(b"\0".join(content)).hexdigest()
 
 
 def run(command, failure):
+    """Run a command; where it fails, say what failed and end with exit code 1."""
     code = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
     if code:
         print(f"error: {failure}: the lines above say why. Then run the same command again.", file=sys.stderr)

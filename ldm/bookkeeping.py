@@ -207,10 +207,9 @@ class Training:
         if self.interruption.unsaved and (validate or self.watch.stop or self.watch.save):
             self.save()
         totals = self.means.totals(self.run.sum)
-        if self.log:
-            self._show()
         means = {k: float(total / count) for k, (total, count) in totals.items() if count}
         if self.log:
+            self._show()
             rate = self.learner.steppers[0].optimizer.param_groups[0]["lr"]
             skipped = {"masked_steps": self.watch.masked} if self.watch.masked else {}
             seconds = self.clock.seconds

@@ -355,13 +355,10 @@ def _nodes(volumes: Volume | Sequence[Volume], run) -> list[Node]:
 @contextlib.contextmanager
 def _sparing(network: nn.Module) -> Iterator[None]:
     """Let modules that would take the memory of a matrix of voxels by voxels, or cut volumes themselves, do
-    their arithmetic in another way meanwhile."""
+    their arithmetic in another way meanwhile. MONAI's attention has been fused where it was built."""
     changes = []
     for module in network.modules():
-        if hasattr(module, "use_flash_attention") and hasattr(module, "save_attn"):  # MONAI's SABlock
-            if not module.save_attn and module.rel_positional_embedding is None and not module.dropout_rate:
-                changes.append((module, "use_flash_attention", True))
-        elif hasattr(module, "_attention") and hasattr(module, "proj_attn"):  # monai-generative's
+        if hasattr(module, "_attention") and hasattr(module, "proj_attn"):  # monai-generative's
             changes.append((module, "_attention", functools.partial(_attention, module.scale)))
         elif hasattr(module, "norm_float16"):  # MAISI's group norm, a group at a time
             changes.append((module, "forward", functools.partial(_maisi_norm, module)))

@@ -145,7 +145,7 @@ def begin(folder: Path, about: dict, autoencoder: dict, fresh: bool) -> None:
         for old in [path, *folder.glob("*.npy")]:
             old.unlink(missing_ok=True)
     if path.is_file():
-        _check_about(folder, _manifest(folder, BEGUN), about, autoencoder["weights"])
+        _check_about(folder, _manifest(folder), about, autoencoder["weights"])
     else:
         write_json(path, {"about": about, "autoencoder": autoencoder})
 
@@ -162,9 +162,7 @@ def add(
         The manifest's records of all cases, the shape of an entry, and how many were made.
     """
     mine = range(run.rank, len(volumes), run.world_size)
-    manifest = _manifest(folder, BEGUN)
-    if "training" in manifest:
-        manifest = _manifest(folder, COMPLETE)
+    manifest = _manifest(folder)
     known = {record["entry"]: record["sha256"] for part in PARTS for record in manifest.get(part, [])}
     records, missing = {}, []
     for i in mine:
@@ -215,14 +213,13 @@ def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: no cache of latents. {again} first, or set latent_cache to false.")
-    manifest = _manifest(folder, BEGUN)
+    manifest = _manifest(folder)
     weights = manifest["autoencoder"]["weights"]
     if autoencoder.is_file() and sha256_of(autoencoder) != manifest["autoencoder"]["file"]:
         weights = weights_hash(plain_names(load_checkpoint(autoencoder)["model"]))
     _check_about(folder, manifest, about, weights)
     if "training" not in manifest:
         raise UserError(f"{folder}: the cache is unfinished. {again}: it goes on where it stopped.")
-    manifest = _manifest(folder, COMPLETE)
     records = [record for part in PARTS for record in manifest[part]]
     mine = records[run.rank :: run.world_size]
     damaged = [one["entry"] for one in mine if not _is_whole(folder / one["entry"], one["sha256"])]
@@ -234,9 +231,9 @@ def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
     return manifest
 
 
-def _manifest(folder: Path, validator) -> dict:
+def _manifest(folder: Path) -> dict:
     manifest = read_json(folder / MANIFEST, "manifest")
-    if what := fault(validator, manifest):
+    if what := fault(COMPLETE if "training" in manifest else BEGUN, manifest):
         raise UserError(f"{folder / MANIFEST}: {what}. Make the cache anew by cache_latents.py --fresh.")
     return manifest
 

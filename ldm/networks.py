@@ -212,6 +212,12 @@ def downsampling(definition: dict) -> int:
     return 2 ** (len(_levels(definition)) - 1)
 
 
+def latent_size(config: dict, size: Sequence[int]) -> list[int]:
+    """Sides of the latents of a volume of `size` voxels."""
+    factor = downsampling(config["autoencoder_def"])
+    return [side // factor for side in size]
+
+
 def network_divisor(config: dict) -> int:
     """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
     divisor = downsampling(config["autoencoder_def"])
