@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.checks import Problem, check_cases, stray_files
 from ldm.datasets import Case, find_cases
 from ldm.transforms import ras_geometry
@@ -59,7 +59,7 @@ def main(argv=None):
     pattern, how = None, {}
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
-        pattern, how["channels"] = config["data"]["pattern"], utils.channels_of(config)
+        pattern, how["channels"] = config["data"]["pattern"], configs.channels_of(config)
         intensity = config["intensity"]
         how["percentiles"] = (intensity["lower_percentile"], intensity["upper_percentile"])
 

@@ -29,31 +29,28 @@ other option it takes.
 
 import argparse
 import contextlib
-import gzip
 import hashlib
-import io
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 
 import utils
-from ldm import UserError, figures, memory, provenance
+from ldm import UserError, configs, figures, generation, memory, provenance
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import SCALE_FACTOR, load_checkpoint, weights_hash
+from ldm.checkpoints import SCALE_FACTOR, load_checkpoint
 from ldm.decoding import Budget, decoding_peak, weights_bytes
-from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
+from ldm.diffusion import SAMPLERS, choose_sampler
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
-from ldm.networks import check_size, latent_size, load_weights, network_divisor
+from ldm.networks import latent_size
 from ldm.processes import Run
 from ldm.schemas import StrictValidator
-from ldm.transforms import from_unit_range, to_unit_range
+from ldm.transforms import to_unit_range
 
 SHOWN = 8  # volumes in the picture
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
@@ -124,174 +121,6 @@ def precision_of(run: Run) -> str:
 # ---------------------------------------------------------------- networks
 
 
-@dataclass(frozen=True)
-class Networks:
-    """Trained networks, and what their volumes follow from beside a seed.
-
-    `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes; `power` the fine
-    spectral power of the autoencoder's reconstructions, None where it was not measured.
-    """
-
-    encoder: LatentEncoder
-    unet: Callable
-    process: NoiseProcess
-    latent_shape: list[int]
-    geometry: dict
-    power: float | None
-
-
-def load_networks(
-    autoencoder_path: Path,
-    unet_path: Path,
-    config: dict,
-    source: str | Path,
-    scale_factor: float | None,
-    compiled: bool,
-    max_memory: float | None,
-    run: Run,
-) -> Networks:
-    """Networks of a config with the weights of two checkpoints, on the device.
-
-    Args:
-        source: the file that the config came from, for messages.
-        scale_factor: wins over the checkpoint's.
-        max_memory: GB to decode in.
-
-    Raises:
-        UserError: files, config and each other do not fit, or weights and `max_memory`.
-    """
-    autoencoder_state, unet_state = load_checkpoint(autoencoder_path), load_checkpoint(unet_path)
-    for checkpoint, path, keys in (
-        (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
-        (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),
-    ):
-        trained = utils.completed(checkpoint.get("config", config))
-        for key in keys:
-            if trained.get(key) != config.get(key):
-                raise UserError(
-                    f"{path}: was trained with another {key} than {source} has. Use the config it "
-                    "was trained with; config_*.json beside the checkpoint is a copy."
-                )
-    autoencoder = utils.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, autoencoder_state["model"], str(autoencoder_path))
-    unet = utils.define_network(config, "diffusion_def")
-    load_weights(unet, unet_state["model"], str(unet_path))
-    due = unet_state.get("autoencoder")
-    if due is not None and due != weights_hash(autoencoder.state_dict()):
-        raise UserError(
-            f"{unet_path}: was trained on the latents of another autoencoder than {autoencoder_path}.\n"
-            f"Name that one by --autoencoder FILE, or the model that was trained on this one by --unet FILE."
-        )
-    if scale_factor is None and (scale_factor := unet_state.get("scale_factor")) is None:
-        raise UserError(
-            f"{unet_path}: brings no scale factor. Give it by --scale-factor X (1 / std of its latents)."
-        )
-    geometry = geometry_of(unet_state, config, unet_path)
-    shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
-    if (was := [*unet_state.get("latent_shape", shape)]) != shape:
-        raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
-    with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
-        # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
-        unet = (utils.on_device(unet, run) if run.amp_dtype else unet.to(run.device)).eval()
-        budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
-        encoder = LatentEncoder(utils.on_device(autoencoder, run).eval(), scale_factor, budget)
-    return Networks(
-        encoder,
-        compile_for_sampling(unet, run) if compiled else unet,
-        NoiseProcess.from_config(config["NoiseScheduler"]),
-        shape,
-        geometry,
-        autoencoder_state.get("validation", {}).get("power"),
-    )
-
-
-def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:
-    """torch.compile; on a GPU with CUDA graphs, which replay a step without the CPU launching its kernels."""
-    if run.device.type != "cuda":
-        return torch.compile(unet)
-    compiled = torch.compile(unet, mode="reduce-overhead")
-
-    def predict(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(x, timesteps=timesteps).clone()  # the next replay writes over it
-
-    return predict
-
-
-def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
-    """Spacing, size and intensity limits of generated volumes, as trained; for bare weights as the config
-    says.
-
-    Raises:
-        UserError: the config does not say it, or the networks cannot make such volumes.
-    """
-    if "geometry" in checkpoint:
-        geometry = checkpoint["geometry"]
-        check_size(geometry["size"], network_divisor(config), f"{path}: geometry.size")
-        if (count := len(geometry["limits"])) != config["image_channels"]:
-            raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
-        return geometry
-    if not config["spacing"] or not config["diffusion_train"]["patch_size"]:
-        raise UserError(
-            "Weights from elsewhere: `spacing` and `diffusion_train.patch_size` in the config should say "
-            "which volumes to make."
-        )
-    check_size(config["diffusion_train"]["patch_size"], network_divisor(config), "diffusion_train.patch_size")
-    limits = [[0.0, 1.0]] * config["image_channels"]
-    return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
-
-
-def draw(
-    networks: Networks,
-    seeds: Sequence[int],
-    sampler: str,
-    steps: int,
-    run: Run,
-    progress: Callable = iter,
-) -> torch.Tensor:
-    """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
-
-    Raises:
-        OSError: out of memory; the message names what to change.
-    """
-    fast = run.amp_dtype is None and utils.amp_dtype(run.device) is not None
-    smaller = [f"a --batch-size below {len(seeds)}"] * (len(seeds) > 1) + ["--amp"] * fast
-    size = " x ".join(map(str, networks.geometry["size"]))
-    with (
-        out_of_memory_explained(
-            f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
-            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
-        ),
-        run.autocast(),
-    ):
-        latents = sample_latents(
-            lambda x, t: networks.unet(x, timesteps=t).float(),
-            networks.process,
-            networks.latent_shape,
-            seeds,
-            steps,
-            sampler,
-            run.device,
-            progress,
-        )
-        return networks.encoder.decode(latents).cpu()
-
-
-def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
-    """(C, D, H, W) from the autoencoder's units to the typical range of the training set.
-
-    Raises:
-        FloatingPointError: a voxel is not finite; `seed` is named.
-    """
-    voxels = from_unit_range(volume.numpy(), np.array(networks.geometry["limits"]))
-    if not np.isfinite(voxels).all():
-        raise FloatingPointError(
-            f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
-            "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
-        )
-    return voxels
-
-
 def counting(bar) -> Callable[[Sequence], Iterator]:
     """Iterate over the steps of a sampler, and count them on a progress bar."""
 
@@ -303,17 +132,6 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
     return counted
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn running out of memory, whatever it is raised as, into an OSError of two lines."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, others are bare
-        if isinstance(error, RuntimeError) and not utils.NO_MEMORY.search(str(error)):
-            raise
-        raise OSError(f"out of memory: {what}.\nTry {remedy}.") from None
-
-
 # ---------------------------------------------------------------- memory, told beforehand
 
 
@@ -321,8 +139,8 @@ def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter,
     """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
-        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
-        unet = utils.define_network(config, "diffusion_def").to(run.device).eval()
+        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
+        unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
         meter.hold("weights", encoder, unet)
         latents = torch.zeros(batch, *shape, device=run.device)
         with meter.phase("sampling"):
@@ -372,7 +190,7 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
 def peak_within(budget: Budget, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
     """The peak of decoding a volume of `size` voxels within a budget, `weights` bytes of both networks
     included. Raises UserError where that is too little."""
-    autoencoder = utils.define_network(config, "autoencoder_def").eval()
+    autoencoder = configs.define_network(config, "autoencoder_def").eval()
     latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
     budget = replace(budget, beside=weights - weights_bytes(autoencoder))
     with run.autocast():
@@ -386,33 +204,11 @@ def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
     if not config["diffusion_train"]["patch_size"]:
         path = args.unet or utils.load_environment(args.environment_file)["model_dir"] / "diffusion_unet.pt"
         if path.is_file():
-            return geometry_of(load_checkpoint(path), config, path)["size"]
+            return generation.geometry_of(load_checkpoint(path), config, path)["size"]
     return utils.planned_sizes(config, args)[1]
 
 
 # ---------------------------------------------------------------- files
-
-
-def nifti_bytes(volume: np.ndarray, spacing: Sequence[float]) -> bytes:
-    """(C, D, H, W) as the content of a .nii.gz in RAS, mm, centred on the origin: 3D for one channel, else
-    channels last. The same volume gives the same bytes."""
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -np.array(spacing) * (np.array(volume.shape[1:]) - 1) / 2
-    voxels = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
-    image = nib.Nifti1Image(voxels.astype(np.float32), affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
-    packed = io.BytesIO()
-    with gzip.GzipFile("", "wb", compresslevel=1, fileobj=packed, mtime=0) as file:  # no name, no time
-        file.write(image.to_bytes())
-    return packed.getvalue()
-
-
-def read_volume(path: Path) -> np.ndarray:
-    """The voxels of such a file, (C, D, H, W)."""
-    voxels = np.asarray(nib.load(path).dataobj)
-    return voxels[None] if voxels.ndim == 3 else np.moveaxis(voxels, -1, 0)
 
 
 # ---------------------------------------------------------------- making one again
@@ -422,7 +218,7 @@ def reproduce(args: argparse.Namespace) -> None:
     """Make the volume of a record again, and compare it with the one that was written."""
     # Step 0: the record, and the files that it names
     record = provenance.read_record(args.reproduce)
-    config = utils.check_config(record["config"], args.reproduce)
+    config = configs.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
     path = args.reproduce.with_name(f"{args.reproduce.stem}_reproduced.nii.gz")
     if path.exists():
@@ -442,7 +238,7 @@ def reproduce(args: argparse.Namespace) -> None:
     tf32 = record["precision"] == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.set_num_threads(record["threads"])
-    networks = load_networks(
+    networks = generation.load_networks(
         *checkpoints,
         config,
         args.reproduce,
@@ -454,11 +250,13 @@ def reproduce(args: argparse.Namespace) -> None:
 
     # Step 2: the same batch
     bar = progress_bar(run, f"sample ({record['steps']} steps)", total=record["steps"])
-    volumes = draw(networks, record["batch"], record["sampler"], record["steps"], run, counting(bar))
+    volumes = generation.draw(
+        networks, record["batch"], record["sampler"], record["steps"], run, counting(bar)
+    )
     bar.close()
     seed = record["seed"]
-    volume = in_typical_units(volumes[record["batch"].index(seed)], networks, seed)
-    content = nifti_bytes(volume, networks.geometry["spacing"])
+    volume = generation.in_typical_units(volumes[record["batch"].index(seed)], networks, seed)
+    content = generation.nifti_bytes(volume, networks.geometry["spacing"])
     provenance.save_volume(path, content)
 
     # Step 3: is it the same?
@@ -478,7 +276,7 @@ def reproduce(args: argparse.Namespace) -> None:
             "there as it was written, to compare with"
         )
         return
-    apart = largest_difference(volume, read_volume(original))
+    apart = largest_difference(volume, generation.read_volume(original))
     told = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
     if not apart <= TOLERANCE:
         raise FloatingPointError(f"{told}.\nMore than {TOLERANCE} is more than rounding: not reproduced.")
@@ -515,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
         "unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
-    networks = load_networks(
+    networks = generation.load_networks(
         *checkpoints.values(),
         config,
         args.config_file,
@@ -560,13 +358,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
     for batch in mine:
-        volumes = draw(networks, batch, sampler, steps, run, counting(bar))
+        volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar))
         power += torch.tensor([band_power(volumes).sum().item(), len(batch)])
         for seed, volume in zip(batch, volumes, strict=True):
             if seed not in due:
                 continue
-            voxels = in_typical_units(volume, networks, seed)
-            content = nifti_bytes(voxels, geometry["spacing"])
+            voxels = generation.in_typical_units(volume, networks, seed)
+            content = generation.nifti_bytes(voxels, geometry["spacing"])
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
@@ -581,7 +379,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 4: a picture, and how sharp the samples are beside the autoencoder's reconstructions
     if run.is_main:
         limits = np.array(geometry["limits"])
-        shown = [to_unit_range(read_volume(paths[seed]), limits, clip=False)[0] for seed in seeds[:SHOWN]]
+        shown = [
+            to_unit_range(generation.read_volume(paths[seed]), limits, clip=False)[0]
+            for seed in seeds[:SHOWN]
+        ]
         figures.montage(
             {"sample": [torch.from_numpy(volume) for volume in shown]},
             output_dir / "samples.png",

@@ -30,7 +30,7 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 import utils
-from ldm import UserError, figures
+from ldm import UserError, configs, figures
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles
 from ldm.datasets import VolumeDataset, stream
@@ -257,7 +257,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     patch_size, _, val_size = sizes
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
-        autoencoder = utils.define_network(config, "autoencoder_def")
+        autoencoder = configs.define_network(config, "autoencoder_def")
         networks = build_networks(config, autoencoder, patch_size, UNTRAINED, False, run)
         meter.hold("weights", networks.encoder, networks.criterion, networks.judge)
         meter.hold("averaged weights", networks.ema)
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 1: data
     train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
     patch_size, _, val_size = sizes = utils.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing = utils.preprocessing_of(config)
+    preprocessing = configs.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: networks
     utils.refuse_what_cannot_fit(rehearse, config, "autoencoder_train", sizes, args, run)
-    autoencoder = utils.define_network(config, "autoencoder_def")
+    autoencoder = configs.define_network(config, "autoencoder_def")
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
         start_as_block_transform(

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import utils
-from ldm import UserError, figures, latents
+from ldm import UserError, configs, figures, latents
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, weights_hash
 from ldm.datasets import Case, VolumeDataset, stream, typical_limits
@@ -278,7 +278,7 @@ class Learner:
 def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     """The diffusion network on the device, wrapped, with its optimiser."""
     section = config["diffusion_train"]
-    unet = utils.prepare_network(utils.define_network(config, "diffusion_def"), section, run)
+    unet = utils.prepare_network(configs.define_network(config, "diffusion_def"), section, run)
     wrapped = utils.wrap_network(unet, section, run, compiled)
     return Learner(
         unet, wrapped, Stepper(wrapped, section, run.amp_dtype), make_ema(unet, section["ema_decay"])
@@ -292,7 +292,9 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 
     def define_encoder() -> LatentEncoder:
-        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def").eval().requires_grad_(False))
+        encoder = LatentEncoder(
+            configs.define_network(config, "autoencoder_def").eval().requires_grad_(False)
+        )
         meter.hold("weights", encoder)
         return encoder
 

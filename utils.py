@@ -7,7 +7,6 @@ import copy
 import difflib
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -26,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, memory
+from ldm import UserError, brief, configs, memory, processes
 from ldm.checkpoints import (
     StageFiles,
     load_checkpoint,
@@ -53,21 +52,16 @@ from ldm.latents import PARTS, check_data
 from ldm.logs import read_log, write_log
 from ldm.losses import missing_package
 from ldm.networks import (
-    NETWORKS,
-    SCHEDULERS,
     add_checkpointing,
-    check_definition,
-    check_networks,
     check_size,
     downsampling,
-    instantiate,
     load_weights,
     network_divisor,
-    resolve_references,
+    on_device,
 )
 from ldm.processes import CLEAN_UP, Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator
-from ldm.transforms import CODE, Preprocessing
+from ldm.transforms import CODE
 
 ROOT = Path(__file__).resolve().parent
 SPLIT = "split.json"
@@ -76,7 +70,6 @@ LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
 
 # What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|remote process exited|timed out", re.IGNORECASE)
-NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- command line
@@ -98,7 +91,7 @@ def command(main: Callable) -> Callable:
                 message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
         except (RuntimeError, MemoryError) as error:
             code = 1
-            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            if isinstance(error, MemoryError) or processes.NO_MEMORY.search(str(error)):
                 message = f"out of memory ({brief(error)}). What to change: docs/TROUBLESHOOTING.md"
             elif dist.is_initialized() and LOST.search(str(error)):
                 message = f"another process of this run ended or hangs ({brief(error)}); it says why."
@@ -220,57 +213,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     config = read_json(path, "config")
     for override in overrides:
         _apply_override(config, override)
-    return check_config(config, f"{path} with --set" if overrides else path)
-
-
-def check_config(config: dict, path: str | Path) -> dict:
-    """A config as it is used: checked, its references resolved, the schema's defaults filled in.
-
-    Args:
-        path: the file that it came from, for messages.
-
-    Raises:
-        UserError: as `load_config`.
-    """
-    schema = _schema()
-    try:
-        config = resolve_references(config, config, "config")
-        errors = StrictValidator(schema).iter_errors(config)
-        error = min(errors, key=lambda error: len(error.absolute_path), default=None)
-    except RecursionError:
-        raise UserError(f"{path}: lists within lists, or references to references, lead too deep.") from None
-    if error is not None:
-        raise UserError(f"{path}: {_explain(error)}")
-    for section in ("autoencoder_train", "diffusion_train"):
-        if "n_epochs" in config.get(section, {}):
-            config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
-    _fill_defaults(config, schema, schema)
-    definitions = {"autoencoder_def": NETWORKS, "diffusion_def": NETWORKS, "NoiseScheduler": SCHEDULERS}
-    for key, packages in definitions.items():
-        if "_target_" in config.get(key, {}):
-            check_definition(config[key], packages, key)
-    if len(channels_of(config)) != config["image_channels"]:
-        raise UserError(
-            f"{path}: channel names {len(channels_of(config))} channel(s), "
-            f"image_channels is {config['image_channels']}."
-        )
-    if config["spacing"] and config["longest_side"]:
-        raise UserError(f"{path}: give spacing or longest_side, not both.")
-    if config["intensity"]["lower_percentile"] >= config["intensity"]["upper_percentile"]:
-        raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
-    check_networks(config)
-    return config
-
-
-def completed(config: dict) -> dict:
-    """A resolved config from a checkpoint, with the defaults of the keys that it does not know yet."""
-    schema, config = _schema(), copy.deepcopy(config)
-    _fill_defaults(config, schema, schema)
-    return config
-
-
-def _schema() -> dict:
-    return json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
+    return configs.check_config(config, f"{path} with --set" if overrides else path)
 
 
 def _apply_override(config: dict, override: str) -> None:
@@ -287,37 +230,6 @@ def _apply_override(config: dict, override: str) -> None:
         if not isinstance(config, dict):
             raise UserError(f"--set {override}: {section} is no section.")
     config[last] = value
-
-
-def _explain(error) -> str:
-    where = ".".join(str(part) for part in error.absolute_path)
-    if error.validator in ("additionalProperties", "unevaluatedProperties"):
-        known = error.schema["properties"]
-        key = next(key for key in error.instance if key not in known)
-        near = difflib.get_close_matches(key, known, 1)
-        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
-        hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
-        return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
-    if error.validator == "required":
-        return f"{where or 'config'}: {error.message}."
-    allowed = error.schema.get("description", "").split(". ")[0]
-    return f"{where}: {brief(error.message)}. ({allowed})"
-
-
-def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
-    """Fill in what is left out; and make numbers floats, as torch takes 1.0 where it does not take 1."""
-    for key, about in schema.get("properties", {}).items():
-        if "$ref" in about:
-            about = root["$defs"][about["$ref"].rpartition("/")[2]]
-        if key not in section and "default" in about and not (key != "_target_" and "_target_" in section):
-            section[key] = copy.deepcopy(about["default"])
-        value = section.get(key)
-        if isinstance(value, dict):
-            _fill_defaults(value, about, root)
-        elif "number" in about.get("type", ()) and isinstance(value, int):
-            section[key] = float(value)
-        elif isinstance(value, list) and about.get("items", {}).get("type") == "number":
-            section[key] = [float(one) for one in value]
 
 
 PATH = {  # that every system takes; an empty one would be the working directory
@@ -423,22 +335,13 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else section.get("amp", True) if section else True
-    return Run(rank, world_size, device, amp_dtype(device) if amp else None, patient)
+    return Run(rank, world_size, device, processes.amp_dtype(device) if amp else None, patient)
 
 
 def _device_name(kind: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
         raise UserError(f"--device {kind}: cpu, cuda or cuda:N is due.")
     return kind
-
-
-def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 where the hardware computes in it, fp16 on other GPUs, None on a CPU without bf16 (it would be
-    slower)."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else None
 
 
 # ---------------------------------------------------------------- data
@@ -487,7 +390,7 @@ def prepare_data(
 
 def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool, write: bool) -> list[str]:
     """Names of the cases to leave out. Raises UserError where there are some and they may not be."""
-    channels, intensity = channels_of(config), config["intensity"]
+    channels, intensity = configs.channels_of(config), config["intensity"]
     stages = (config["autoencoder_train"], config["diffusion_train"])
     labels = any(section["augment"]["foreground_prob"] for section in stages)  # else no one looks at them
     if skip:
@@ -531,23 +434,6 @@ def _split(cases: list[Case], validation: list[Case], config: dict, model_dir: P
     return train, val
 
 
-def channels_of(config: dict) -> tuple[int, ...]:
-    """The channels of an image that are used, in this order."""
-    return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
-
-
-def preprocessing_of(config: dict) -> Preprocessing:
-    """The one way from file to volume, for training, validation and inference."""
-    intensity = config["intensity"]
-    return Preprocessing(
-        channels_of(config),
-        tuple(config["spacing"]),
-        intensity["lower_percentile"],
-        intensity["upper_percentile"],
-        intensity["clip"],
-    )
-
-
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
     """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
     that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
@@ -584,7 +470,7 @@ def volumes_to_encode(
     """The training and the held-out volumes of stage 2, as images."""
     train_cases, val_cases = prepare_data(config, environment, run, skip_bad)
     _, size, _ = patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing, augment = preprocessing_of(config), config["diffusion_train"]["augment"]
+    preprocessing, augment = configs.preprocessing_of(config), config["diffusion_train"]["augment"]
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
     warn_of_padding(train_cases, config["spacing"], size, run)
@@ -658,13 +544,6 @@ def make_loader(
 # ---------------------------------------------------------------- networks
 
 
-def define_network(config: dict, key: str) -> nn.Module:
-    """Build the network of a config section, such as `autoencoder_def`."""
-    if key not in config:
-        raise UserError(f"{key}: missing from the config.")
-    return instantiate(config[key], NETWORKS, key)
-
-
 def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool = True) -> Path:
     """The file of stage 1's weights: `--autoencoder`, or the one in `model_dir`.
 
@@ -686,14 +565,14 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
         max_memory: GB to encode and decode in; None: no limit.
     """
     checkpoint = load_checkpoint(path)
-    trained = completed(checkpoint.get("config", config))
+    trained = configs.completed(checkpoint.get("config", config))
     for key in ("autoencoder_def", "channel", "spacing", "intensity"):
         if trained[key] != config[key]:
             raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
-    autoencoder = define_network(config, "autoencoder_def")
+    autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))
     budget = Budget(max_memory * memory.GB) if max_memory else None
-    return LatentEncoder(on_device(autoencoder, run).eval().requires_grad_(False), budget=budget)
+    return LatentEncoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget=budget)
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:
@@ -717,14 +596,7 @@ def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
         add_checkpointing(network)
     if run.world_size > 1 and run.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return on_device(network, run)
-
-
-def on_device(network: nn.Module, run: Run) -> nn.Module:
-    """Move to the device; on a CPU with the channels last in memory, as its convolutions are fastest (docs/
-    PERFORMANCE.md)."""
-    last = torch.channels_last_3d if run.device.type == "cpu" else torch.preserve_format
-    return network.to(run.device, memory_format=last)
+    return on_device(network, run.device)
 
 
 # ---------------------------------------------------------------- memory, told beforehand
@@ -755,7 +627,7 @@ def meant_for_gpu(args: argparse.Namespace) -> bool:
 
 def half_precision(gpu: bool) -> torch.dtype | None:
     """What mixed precision would compute in on a GPU, or on this CPU."""
-    return torch.bfloat16 if gpu else amp_dtype(torch.device("cpu"))
+    return torch.bfloat16 if gpu else processes.amp_dtype(torch.device("cpu"))
 
 
 def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ import train_autoencoder
 import utils
 from benchmarks import measure, project, quality, reference
 from benchmarks.report import NAMES, SIDES, quality_report, table
-from ldm import UserError
+from ldm import UserError, configs, generation
 from ldm.checkpoints import write_json
 from ldm.datasets import Case, VolumeDataset
 from ldm.diffusion import NoiseProcess
@@ -85,7 +85,7 @@ class VolumesInMemory(Dataset):
 
 def in_memory(cases: Sequence[Case], config: dict, size: Sequence[int]) -> VolumesInMemory:
     """Read cases, cropped or padded to `size` about the centre."""
-    volumes = VolumeDataset(cases, utils.preprocessing_of(config), size)
+    volumes = VolumeDataset(cases, configs.preprocessing_of(config), size)
     return VolumesInMemory(cases, torch.stack([volumes[(0, i)]["image"].clone() for i in range(len(cases))]))
 
 
@@ -165,7 +165,7 @@ def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents)
         if part == "decoding":
             encoder.decode(latents)
         else:
-            inference.draw(networks, [0], *project.default_sampler(process), run)
+            generation.draw(networks, [0], *project.default_sampler(process), run)
 
     return measure.Work(((work, 1),), bench.flags["inference"])
 
@@ -310,7 +310,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     _, size, _ = utils.patch_sizes(config, [*train, *held_out])
     encoder = utils.load_autoencoder(path, config, run)
     changing = VolumeDataset(
-        train, utils.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]
+        train, configs.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]
     )
     kept = in_memory(train, config, size)
     return quality.compare(

@@ -43,7 +43,7 @@ DEFINITION = {
 
 
 def build(device: torch.device) -> torch.nn.Module:
-    """The autoencoder, with its channels last where `utils.on_device` has them so."""
+    """The autoencoder, with its channels last where `on_device` has them so."""
     torch.manual_seed(0)
     last = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
     return instantiate(DEFINITION, NETWORKS, "here").eval().to(device, memory_format=last)

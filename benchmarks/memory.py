@@ -21,6 +21,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from benchmarks.measure import forget_peak, resident
+from ldm import processes
 from ldm.memory import GB, Forecast, Peak, take_steps
 from ldm.processes import Run
 
@@ -100,7 +101,7 @@ class Case:
         )
         self.sizes = utils.patch_sizes(self.config, [])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.half = utils.amp_dtype(self.device) if args.amp else None
+        self.half = processes.amp_dtype(self.device) if args.amp else None
         self.rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse
 
 

@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import inference
 import train_autoencoder
 import train_diffusion
-import utils
-from ldm import latents
+from ldm import configs, generation, latents
 from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler
 from ldm.encoders import LatentEncoder
+from ldm.networks import on_device
 from ldm.processes import Run
 from ldm.training import Clock, learning_rate
 
@@ -35,8 +34,8 @@ def optimise(learner, section: dict, clock: Clock, epoch: int) -> None:
 
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
     """A network as inference.py has it, which draws in float32."""
-    network = utils.define_network(config, key)
-    return network.to(run.device) if key == "diffusion_def" else utils.on_device(network, run)
+    network = configs.define_network(config, key)
+    return network.to(run.device) if key == "diffusion_def" else on_device(network, run.device)
 
 
 class Autoencoder:
@@ -52,7 +51,7 @@ class Autoencoder:
         self.section, self.seed = config["autoencoder_train"], config["seed"]
         self.dataset, self.run = dataset, run_of(self.section, run)
         size = dataset[(0, 0)]["image"].shape[1:]
-        autoencoder = utils.define_network(config, "autoencoder_def")
+        autoencoder = configs.define_network(config, "autoencoder_def")
         self.latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
         self.networks = train_autoencoder.build_networks(
             config, autoencoder, size, None, self.section["compile"], self.run
@@ -119,9 +118,9 @@ class Diffusion:
 
 
 def sampling_networks(encoder: LatentEncoder, unet: nn.Module, process: NoiseProcess, latent_shape, size):
-    """Networks as `inference.draw` takes them."""
+    """Networks as `generation.draw` takes them."""
     geometry = {"size": list(size), "spacing": [1.0] * 3, "limits": [[0.0, 1.0]]}
-    return inference.Networks(encoder, unet.eval(), process, list(latent_shape), geometry, None)
+    return generation.Networks(encoder, unet.eval(), process, list(latent_shape), geometry, None)
 
 
 def default_sampler(process: NoiseProcess) -> tuple[str, int]:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import inference
 import utils
 from benchmarks import measure, project, reference
 from benchmarks.features import Distance, FeatureSpace
+from ldm import generation
 from ldm.encoders import LatentEncoder
 from ldm.processes import Run
 
@@ -46,7 +46,7 @@ class Arm:
     Args:
         step: takes a batch.
         batches: without end.
-        networks: what `inference.draw` takes, of the weights that this training would keep.
+        networks: what `generation.draw` takes, of the weights that this training would keep.
         flags: of torch, see `measure.read_flags`.
         begin: called with the seconds that were trained, before each slice.
         seconds: trained so far, preparation included.
@@ -54,7 +54,7 @@ class Arm:
 
     step: Callable[[dict], None]
     batches: Iterator[dict]
-    networks: inference.Networks
+    networks: generation.Networks
     flags: tuple
     begin: Callable[[float], None] = lambda seconds: None
     seconds: float = 0.0
@@ -75,19 +75,19 @@ class Arm:
         self.seconds = before + time.monotonic() - start
 
 
-def draw(networks: inference.Networks, count: int, sampler: str, steps: int, run: Run, batch: int = 8):
+def draw(networks: generation.Networks, count: int, sampler: str, steps: int, run: Run, batch: int = 8):
     """Volumes of the seeds 0 .. count - 1, (count, C, D, H, W), as inference.py draws them."""
     networks.unet.eval()
     with torch.inference_mode():
         parts = [
-            inference.draw(networks, range(first, min(first + batch, count)), sampler, steps, run)
+            generation.draw(networks, range(first, min(first + batch, count)), sampler, steps, run)
             for first in range(0, count, batch)
         ]
     return torch.cat(parts).clone()
 
 
 @torch.no_grad()
-def draw_reference(networks: inference.Networks, count: int, device, batch: int = 8) -> torch.Tensor:
+def draw_reference(networks: generation.Networks, count: int, device, batch: int = 8) -> torch.Tensor:
     """The same by the reference's 1000 steps."""
     volumes = []
     for first in range(0, count, batch):
@@ -226,7 +226,7 @@ def compare(
     return {**result, **conclusions(result)}
 
 
-def time_of_reference(networks: inference.Networks, steps: int, flags: dict, device: torch.device) -> float:
+def time_of_reference(networks: generation.Networks, steps: int, flags: dict, device: torch.device) -> float:
     """Seconds of a volume by the reference, of whose 1000 steps the first few are timed."""
     shape = networks.latent_shape
     latents = torch.randn(1, *shape).to(device)

@@ -17,7 +17,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from benchmarks.measure import count_flops
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.encoders import LatentEncoder
 from ldm.memory import Forecast, highest
 from ldm.networks import check_size, latent_size, network_divisor
@@ -30,8 +30,8 @@ def arithmetic(config: dict, size: int) -> list[float]:
     """TFLOP for a volume of this side: a step of stage 1 and of stage 2 without discriminator and
     perceptual network, a prediction of the UNet, a decoding."""
     with FakeTensorMode():
-        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def"))
-        unet = utils.define_network(config, "diffusion_def")
+        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
+        unet = configs.define_network(config, "diffusion_def")
         images = torch.zeros(1, config["image_channels"], *[size] * 3)
         latents = torch.zeros(1, config["diffusion_def"]["in_channels"], *latent_size(config, [size] * 3))
         calls: list[Callable] = [

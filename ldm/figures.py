@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 PLANES = ("sagittal", "coronal", "axial")
 
@@ -72,6 +73,18 @@ def montage(rows: dict[str, Sequence[torch.Tensor]], path: Path, title: str = ""
                 axis.text(0.01, 0.98, kind, color="white", fontsize=9, va="top", transform=axis.transAxes)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> None:
+    """Write grey pictures (rows, columns) in [0, 1], of one size, as a GIF that repeats.
+
+    Args:
+        seconds: that each is shown; the last stays for a second longer.
+    """
+    images = [Image.fromarray(np.uint8(np.clip(frame, 0, 1) * 255 + 0.5)) for frame in frames]
+    times = [round(1000 * seconds)] * (len(images) - 1) + [round(1000 * seconds) + 1000]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 def loss_curves(records: Sequence[dict], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ldm import UserError
 
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
 
 
@@ -119,3 +121,12 @@ class Interruption:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"stopped by {name}; all is saved, and the same command goes on", file=sys.stderr)
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
+
+
+def amp_dtype(device: torch.device) -> torch.dtype | None:
+    """bf16 where the hardware computes in it, fp16 on other GPUs, None on a CPU without bf16 (it would be
+    slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else None

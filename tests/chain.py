@@ -22,6 +22,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm import configs
 
 torch.set_num_threads(1)  # faster than several on networks this small, and bit for bit the same
 
@@ -166,7 +167,7 @@ class Project:
 
     def network(self, key: str, state: dict) -> torch.nn.Module:
         """The network of a config section with these weights, strictly."""
-        network = utils.define_network(utils.load_config(self.config_file), key)
+        network = configs.define_network(utils.load_config(self.config_file), key)
         network.load_state_dict(state)
         return network.eval()
 

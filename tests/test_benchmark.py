@@ -17,6 +17,7 @@ import train_diffusion
 import utils
 from benchmarks import benchmark, measure, project, quality, reference, report, scaling
 from benchmarks.features import Distance, FeatureSpace, encoder_features, pooled
+from ldm import configs
 from ldm.datasets import Case
 from ldm.encoders import LatentEncoder
 from ldm.networks import downsampling
@@ -40,7 +41,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def autoencoder_of(config: dict) -> nn.Module:
     torch.manual_seed(0)
-    return utils.define_network(config, "autoencoder_def").eval().requires_grad_(False)
+    return configs.define_network(config, "autoencoder_def").eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- both sides do the same
@@ -51,7 +52,7 @@ def test_the_reference_learns_the_noise_and_so_does_this_project(setting):
     config = utils.load_config(setting.config_file)
     autoencoder = autoencoder_of(config)
     autoencoder.quant_conv_log_sigma.conv.bias.data.fill_(-50)  # posteriors without spread: both see one z
-    unet = utils.define_network(config, "diffusion_def")
+    unet = configs.define_network(config, "diffusion_def")
     for weight in unet.parameters():  # the last layer begins with zeros, which would learn nothing of z
         weight.data = numbers(*weight.shape) * 0.1
     images = numbers(2, 1, 16, 20, 12).abs()
@@ -106,7 +107,7 @@ def test_the_references_samples_are_those_of_its_inferer(setting, monkeypatch):
     """All steps and the decoding, against `LatentDiffusionInferer.sample` with the same draws."""
     monkeypatch.setattr(reference, "STEPS", 20)
     config = utils.load_config(setting.config_file)
-    autoencoder, unet = autoencoder_of(config), utils.define_network(config, "diffusion_def").eval()
+    autoencoder, unet = autoencoder_of(config), configs.define_network(config, "diffusion_def").eval()
     shape, scale = (3, 8, 10, 6), 0.7
     latents = reference.draw_latents(unet, shape, [5], 20, CPU)
     inferer = reference.LatentDiffusionInferer(reference.noise_scheduler(), scale)
@@ -123,7 +124,7 @@ def test_the_average_and_the_clock_of_this_projects_side(setting):
     images = numbers(4, 1, 16, 20, 12).abs()
     data = benchmark.VolumesInMemory([Case(str(i), ()) for i in range(4)], images)
     encoder = LatentEncoder(autoencoder_of(config), 1.0)
-    weights = utils.define_network(config, "diffusion_def").state_dict()
+    weights = configs.define_network(config, "diffusion_def").state_dict()
     stage = project.Diffusion(config, encoder, data, RUN, weights)
     assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16
     stage.resume_clock(45.0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import train_autoencoder
 import utils
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.checkpoints import write_json
 from ldm.diffusion import NoiseProcess
 from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
@@ -92,7 +92,7 @@ def load(tmp_path):
 def parameters(config: dict, key: str) -> int:
     """Number of parameters of a network that is never filled with numbers."""
     with torch.device("meta"):
-        return sum(p.numel() for p in utils.define_network(config, key).parameters())
+        return sum(p.numel() for p in configs.define_network(config, key).parameters())
 
 
 def refused(load, config, message, *overrides):
@@ -278,7 +278,7 @@ def test_missing_network_is_named(load):
     config = tutorial()
     del config["diffusion_def"]
     with pytest.raises(UserError, match="diffusion_def: missing"):
-        utils.define_network(load(config), "diffusion_def")
+        configs.define_network(load(config), "diffusion_def")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm import configs
 from ldm.datasets import VolumeDataset, find_cases
 from ldm.encoders import LatentEncoder
 from ldm.training import Stepper
@@ -78,12 +79,12 @@ def one_step(config_file: Path, data: Path) -> dict:
     section["batch_size"] = 2 // world_size
     run = utils.start(Namespace(gpus=None, device="cpu", amp=False))
     cases, _ = find_cases(data)
-    dataset = VolumeDataset(cases, utils.preprocessing_of(config), chain.SHAPE)
+    dataset = VolumeDataset(cases, configs.preprocessing_of(config), chain.SHAPE)
     found = {}
     for accumulate in (1, 2):
         section["accumulate_steps"] = accumulate
         torch.manual_seed(0)
-        encoder = LatentEncoder(utils.define_network(config, "autoencoder_def"))
+        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
         network = utils.wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
         loss = train_autoencoder.AutoencoderLoss(section, None)

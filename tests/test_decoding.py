@@ -17,7 +17,7 @@ from torch import nn
 
 import cache_latents
 import inference
-from ldm import UserError, decoding, slabs
+from ldm import UserError, decoding, generation, slabs
 from ldm.decoding import Budget, decode_within, encode_within
 from ldm.encoders import LatentEncoder
 from ldm.networks import NETWORKS, instantiate
@@ -412,7 +412,7 @@ def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
     monkeypatch.setattr(Sweep, "slabs", lambda self, rows: swept.append(rows) or plain(self, rows))
     model.run(inference, "--steps", "2", "--max-memory", least)
     assert swept
-    found = inference.read_volume(model.output_dir / "sample_000000.nii.gz")
+    found = generation.read_volume(model.output_dir / "sample_000000.nii.gz")
     due = chain.sample_by_hand(model, 0, steps=2)
     np.testing.assert_allclose(found, due, rtol=0, atol=1e-5 * np.ptp(due))
 

@@ -20,7 +20,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm import UserError, memory
+from ldm import UserError, configs, memory
 from ldm.memory import Forecast, Meter, highest
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
@@ -150,7 +150,7 @@ def test_a_prediction_leaves_no_trace():
 
 def config(**changes) -> dict:
     """The tests' config with `section.key` changed."""
-    checked = utils.check_config(json.loads(json.dumps(CONFIG)), "config")
+    checked = configs.check_config(json.loads(json.dumps(CONFIG)), "config")
     for key, value in changes.items():
         stage, _, name = key.partition("__")
         checked[stage][name] = value
@@ -173,7 +173,7 @@ def test_stages(script, stage):
     assert training(ema_decay=0.0)["averaged weights"] == 0
     parts = training()
     key = "autoencoder_def" if stage == "autoencoder_train" else "diffusion_def"
-    count = sum(p.numel() for p in utils.define_network(config(), key).parameters())
+    count = sum(p.numel() for p in configs.define_network(config(), key).parameters())
     assert parts["weights"] >= 4 * count
     if stage == "diffusion_train":
         assert 8 * count <= parts["optimiser"] < 8.1 * count + 1024 * 200  # blocks of 512 bytes

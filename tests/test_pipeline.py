@@ -18,6 +18,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm import configs
 from ldm.datasets import choose_spacing, find_cases
 from ldm.training import Clock, Stepper, learning_rate, make_ema
 
@@ -57,7 +58,7 @@ def sets(**values) -> list[str]:
 def test_a_checkpoint_holds_plain_names_and_what_a_resume_needs(done, name):
     checkpoint = done.checkpoint(name)  # weights_only
     key = "autoencoder_def" if name in AUTOENCODER else "diffusion_def"
-    own = utils.define_network(utils.load_config(done.config_file), key).state_dict()
+    own = configs.define_network(utils.load_config(done.config_file), key).state_dict()
     assert set(checkpoint["model"]) == set(own)
     assert all(checkpoint["model"][k].shape == own[k].shape for k in own)
     assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())

@@ -20,7 +20,7 @@ from torch.distributed.run import parse_args
 
 import inference
 import utils
-from ldm import provenance
+from ldm import generation, provenance
 from ldm.processes import Run
 
 DRAW = ("--num", "3", "--steps", "4", "--batch-size", "2")  # seeds 0 and 1 share a batch
@@ -154,7 +154,7 @@ def test_the_commit_is_the_projects_own(tmp_path, monkeypatch):
 def test_files_are_those_that_nibabel_writes(tmp_path):
     """So that volumes written before there were records have the same bytes."""
     volume = np.random.default_rng(0).random((2, 5, 4, 3), dtype=np.float32)
-    content = inference.nifti_bytes(volume, (1.0, 2.0, 3.0))
+    content = generation.nifti_bytes(volume, (1.0, 2.0, 3.0))
     (tmp_path / "a.nii.gz").write_bytes(content)
     image = nib.load(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(np.moveaxis(image.get_fdata(), -1, 0), volume)
@@ -388,7 +388,7 @@ def test_the_config_of_a_record_is_checked_as_any_config_is(drawn, config):
 
 def test_a_killed_run_goes_on_to_the_same_bytes(untouched, model, monkeypatch):
     """Killed in the second of two batches, then its volumes lost in part."""
-    draw, drawn = inference.draw, []
+    draw, drawn = generation.draw, []
 
     def killed(networks, seeds, *more):
         if drawn:
@@ -397,7 +397,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(untouched, model, monkeypatch):
         return draw(networks, seeds, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inference, "draw", killed)
+        patched.setattr(generation, "draw", killed)
         with pytest.raises(SystemExit) as stop:
             model.run(inference, *DRAW)
     assert stop.value.code == 130 and len(volumes_of(model)) == 2
@@ -413,7 +413,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(untouched, model, monkeypatch):
     assert picture == (untouched.output_dir / "samples.png").read_bytes()
     assert [path.name for path in model.output_dir.glob(".*")] == [".sample_000009.nii.gz.abc.part"]
 
-    monkeypatch.setattr(inference, "draw", None)  # nothing is left to draw
+    monkeypatch.setattr(generation, "draw", None)  # nothing is left to draw
     assert "3 of 3 volumes are there" in model.run(inference, *DRAW)
 
 
@@ -483,13 +483,13 @@ WINDOWS_ERROR = "DefaultCPUAllocator: not enough memory: you tried to allocate 4
     ],
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
-@pytest.mark.parametrize("where", ["inference.sample_latents", "ldm.encoders.LatentEncoder.decode"])
+@pytest.mark.parametrize("where", ["generation.sample_latents", "ldm.encoders.LatentEncoder.decode"])
 def test_out_of_memory_names_what_to_change(model, monkeypatch, where, error):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(where, fail)
-    monkeypatch.setattr(utils, "amp_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(generation, "amp_dtype", lambda device: torch.bfloat16)
     message = model.refused(inference, "--num", "4", "--batch-size", "4", code=1)
     first, second = message.splitlines()
     assert "out of memory" in first and "4 volume(s) of 16 x 20 x 12 voxels" in first
@@ -501,8 +501,8 @@ def test_out_of_memory_names_only_what_would_help(model, monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(inference, "sample_latents", fail)
-    monkeypatch.setattr(utils, "amp_dtype", lambda device: None)  # a CPU that has no bf16
+    monkeypatch.setattr(generation, "sample_latents", fail)
+    monkeypatch.setattr(generation, "amp_dtype", lambda device: None)  # a CPU that has no bf16
     message = model.refused(inference, code=1)
     assert "--batch-size" not in message and "--amp" not in message
     assert "Try networks trained with a smaller diffusion_train.patch_size" in message
@@ -520,9 +520,15 @@ def test_out_of_memory_before_the_first_volume(model, monkeypatch):
 
 def test_real_memory_runs_out_alike(model):
     """A request for a petabyte, which no machine grants."""
-    with pytest.raises(OSError, match="out of memory"), inference.out_of_memory_explained("too many", "less"):
+    with (
+        pytest.raises(OSError, match="out of memory"),
+        generation.out_of_memory_explained("too many", "less"),
+    ):
         torch.empty(10**15)
-    with pytest.raises(OSError, match="out of memory"), inference.out_of_memory_explained("too many", "less"):
+    with (
+        pytest.raises(OSError, match="out of memory"),
+        generation.out_of_memory_explained("too many", "less"),
+    ):
         np.empty(10**15)
 
 
@@ -530,7 +536,7 @@ def test_another_failure_keeps_its_traceback(model, monkeypatch):
     def fail(*args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(inference, "sample_latents", fail)
+    monkeypatch.setattr(generation, "sample_latents", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         model.run(inference)
 

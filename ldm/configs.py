@@ -1,0 +1,127 @@
+"""A training config as it is used: checked against the schema, its defaults filled in; and what it says."""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+
+from torch import nn
+
+from ldm import UserError, brief
+from ldm.networks import (
+    NETWORKS,
+    SCHEDULERS,
+    check_definition,
+    check_networks,
+    instantiate,
+    resolve_references,
+)
+from ldm.schemas import StrictValidator
+from ldm.transforms import Preprocessing
+
+SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
+
+
+def check_config(config: dict, path: str | Path) -> dict:
+    """A config as it is used: checked, its references resolved, the schema's defaults filled in.
+
+    Args:
+        path: the file that it came from, for messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    schema = _schema()
+    try:
+        config = resolve_references(config, config, "config")
+        errors = StrictValidator(schema).iter_errors(config)
+        error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+    except RecursionError:
+        raise UserError(f"{path}: lists within lists, or references to references, lead too deep.") from None
+    if error is not None:
+        raise UserError(f"{path}: {_explain(error)}")
+    for section in ("autoencoder_train", "diffusion_train"):
+        if "n_epochs" in config.get(section, {}):
+            config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
+    _fill_defaults(config, schema, schema)
+    definitions = {"autoencoder_def": NETWORKS, "diffusion_def": NETWORKS, "NoiseScheduler": SCHEDULERS}
+    for key, packages in definitions.items():
+        if "_target_" in config.get(key, {}):
+            check_definition(config[key], packages, key)
+    if len(channels_of(config)) != config["image_channels"]:
+        raise UserError(
+            f"{path}: channel names {len(channels_of(config))} channel(s), "
+            f"image_channels is {config['image_channels']}."
+        )
+    if config["spacing"] and config["longest_side"]:
+        raise UserError(f"{path}: give spacing or longest_side, not both.")
+    if config["intensity"]["lower_percentile"] >= config["intensity"]["upper_percentile"]:
+        raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
+    check_networks(config)
+    return config
+
+
+def completed(config: dict) -> dict:
+    """A resolved config from a checkpoint, with the defaults of the keys that it does not know yet."""
+    schema, config = _schema(), copy.deepcopy(config)
+    _fill_defaults(config, schema, schema)
+    return config
+
+
+def _schema() -> dict:
+    return json.loads(SCHEMA.read_text(encoding="utf-8"))
+
+
+def _explain(error) -> str:
+    where = ".".join(str(part) for part in error.absolute_path)
+    if error.validator in ("additionalProperties", "unevaluatedProperties"):
+        known = error.schema["properties"]
+        key = next(key for key in error.instance if key not in known)
+        near = difflib.get_close_matches(key, known, 1)
+        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
+        hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
+        return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
+    if error.validator == "required":
+        return f"{where or 'config'}: {error.message}."
+    allowed = error.schema.get("description", "").split(". ")[0]
+    return f"{where}: {brief(error.message)}. ({allowed})"
+
+
+def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
+    """Fill in what is left out; and make numbers floats, as torch takes 1.0 where it does not take 1."""
+    for key, about in schema.get("properties", {}).items():
+        if "$ref" in about:
+            about = root["$defs"][about["$ref"].rpartition("/")[2]]
+        if key not in section and "default" in about and not (key != "_target_" and "_target_" in section):
+            section[key] = copy.deepcopy(about["default"])
+        value = section.get(key)
+        if isinstance(value, dict):
+            _fill_defaults(value, about, root)
+        elif "number" in about.get("type", ()) and isinstance(value, int):
+            section[key] = float(value)
+        elif isinstance(value, list) and about.get("items", {}).get("type") == "number":
+            section[key] = [float(one) for one in value]
+
+
+def channels_of(config: dict) -> tuple[int, ...]:
+    """The channels of an image that are used, in this order."""
+    return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
+
+
+def preprocessing_of(config: dict) -> Preprocessing:
+    """The one way from file to volume, for training, validation and inference."""
+    intensity = config["intensity"]
+    return Preprocessing(
+        channels_of(config),
+        tuple(config["spacing"]),
+        intensity["lower_percentile"],
+        intensity["upper_percentile"],
+        intensity["clip"],
+    )
+
+
+def define_network(config: dict, key: str) -> nn.Module:
+    """Build the network of a config section, such as `autoencoder_def`."""
+    if key not in config:
+        raise UserError(f"{key}: missing from the config.")
+    return instantiate(config[key], NETWORKS, key)
