@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 import utils
 from benchmarks import measure, project, reference
-from benchmarks.features import Distance, FeatureSpace
 from ldm import generation
+from ldm.distances import KernelDistance, interval
 from ldm.encoders import LatentEncoder
+from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
 from ldm.processes import Run
 
 SLICES = 24
@@ -144,9 +145,9 @@ def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: flo
     return arms
 
 
-def told(distance: Distance) -> dict:
+def told(distance: KernelDistance) -> dict:
     """A distance with its 90 % interval."""
-    low, high = distance.interval()
+    low, high = interval(distance.bootstrap(), 0.9)
     return {"distance": distance.value, "low": low, "high": high}
 
 
@@ -176,11 +177,12 @@ def compare(
         is no worse than the reference at its end, or None; "speedup" of a volume no worse than its, or None.
     """
     device, plain = run.device, Run(0, 1, run.device)  # volumes are drawn as inference.py draws by default
-    space = FeatureSpace(encoder.autoencoder, train.images)
-    real = space(held_out.images)
+    network = AutoencoderFeatures(encoder.autoencoder)
+    space = FeatureSpace(rows_of(network, train.images))
+    real = space(rows_of(network, held_out.images))
 
-    def judged(volumes: torch.Tensor) -> Distance:
-        return Distance(space(volumes), real)
+    def judged(volumes: torch.Tensor) -> KernelDistance:
+        return KernelDistance(space(rows_of(network, volumes)), real)
 
     with torch.no_grad():
         again = torch.cat([encoder.reconstruct(x.to(device)).cpu() for x in train.images.split(1)])

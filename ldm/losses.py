@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from monai.networks.nets import resnet10, resnet50
 from torch import nn
 
 from ldm import UserError
+from ldm.backbones import medicalnet, standardised, trunk
 from ldm.checkpoints import load_checkpoint
 from ldm.networks import load_weights, plain_names
 
@@ -28,6 +28,7 @@ def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> to
     return sum(error.diff(dim=axis).abs().mean() for axis in (-3, -2, -1))
 
 
+MEDICALNET_DEPTHS = {"medicalnet_resnet10": 10, "medicalnet_resnet50": 50}
 UNTRAINED = object()  # in place of a file of weights: random ones, to count what the network takes
 
 
@@ -61,8 +62,10 @@ class PerceptualLoss(nn.Module):
             )
         try:
             state = None if weights is UNTRAINED else load_checkpoint(Path(weights))["model"]
-            build = _medicalnet if self.is_3d else _lpips
-            self.network = build(network, state, str(weights))
+            if self.is_3d:
+                self.network = medicalnet(MEDICALNET_DEPTHS[network], state, str(weights))
+            else:
+                self.network = _lpips(network, state, str(weights))
         except UserError as error:
             raise UserError(f"perceptual_weights: {error} Mend that, {without}.") from None
         self.requires_grad_(False).eval()
@@ -89,10 +92,7 @@ class PerceptualLoss(nn.Module):
         return total
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        net = self.network
-        x = (x - x.mean((2, 3, 4), keepdim=True)) / (x.std((2, 3, 4), keepdim=True) + 1e-6)
-        x = net.maxpool(net.act(net.bn1(net.conv1(x))))
-        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        x = trunk(self.network, standardised(x))
         return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
@@ -108,14 +108,6 @@ def missing_package(network: str) -> str | None:
             "install lpips), or choose a medicalnet network."
         )
     return None
-
-
-def _medicalnet(network: str, state: dict | None, where: str) -> nn.Module:
-    build = resnet10 if network.endswith("resnet10") else resnet50
-    model = build(spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False)
-    if state is not None:
-        load_weights(model, state, where)
-    return model
 
 
 def _lpips(network: str, state: dict | None, where: str) -> nn.Module:

@@ -6,17 +6,14 @@ import json
 import math
 import statistics
 
-import numpy as np
 import pytest
 import torch
 from chain import Project, make_data
-from monai.networks.nets import AutoencoderKL
 from torch import nn
 
 import train_diffusion
 import utils
 from benchmarks import benchmark, measure, project, quality, reference, report, scaling
-from benchmarks.features import Distance, FeatureSpace, encoder_features, pooled
 from ldm import configs
 from ldm.datasets import Case
 from ldm.encoders import LatentEncoder
@@ -135,83 +132,6 @@ def test_the_average_and_the_clock_of_this_projects_side(setting):
     name = "out.2.conv.weight"
     for moved in (stage.learner.unet, stage.learner.ema.module):
         assert not torch.equal(moved.state_dict()[name], weights[name])
-
-
-# ---------------------------------------------------------------- own-feature distance
-
-
-class Identity(nn.Module):
-    """An autoencoder that encodes to its input, with one block."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.encoder = nn.Module()
-        self.encoder.blocks = nn.ModuleList([nn.Identity()])
-
-    def encode(self, x):
-        return self.encoder.blocks[0](x), torch.ones_like(x)
-
-
-def test_pooled_means_and_deviations_of_cells():
-    activation = torch.zeros(1, 1, 4, 4, 4)
-    activation[..., :2, :2, :2] = 3.0
-    activation[..., 2:, 2:, 3] = 2.0  # half of the last cell
-    due = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert pooled(activation)[0].tolist() == pytest.approx(due, abs=1e-3)
-    groups = encoder_features(Identity(), activation)
-    assert [group[0].tolist() for group in groups] == [pytest.approx(due, abs=1e-3)] * 2
-
-
-def test_distance_by_hand():
-    """Of two and two numbers: the kernel is (x y + 1)^3, and no row is paired with itself."""
-    first, second = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [-1.0]])
-    across = ((0 * 2 + 1) ** 3 + (0 * -1 + 1) ** 3 + (1 * 2 + 1) ** 3 + (1 * -1 + 1) ** 3) / 4
-    due = (0 * 1 + 1) ** 3 + (2 * -1 + 1) ** 3 - 2 * across
-    assert Distance(first, second).value == pytest.approx(due)
-
-
-def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew():
-    first, second = numbers(40, 5).double(), numbers(40, 5, seed=1).double() + 0.5
-    drawn = Distance(first, second).bootstrap(2000)
-    assert drawn.mean() == pytest.approx(Distance(first, second).value, abs=0.1 * drawn.std())
-    fresh = [
-        Distance(numbers(40, 5, seed=i).double(), numbers(40, 5, seed=i + 1).double() + 0.5).value
-        for i in range(100, 500, 2)
-    ]
-    assert drawn.std() == pytest.approx(statistics.stdev(fresh), rel=0.5)
-    low, high = Distance(first, second).interval()
-    assert low < Distance(first, second).value < high
-
-
-def brains(count: int, seed: int) -> torch.Tensor:
-    """Textured ellipsoids of random sizes, (count, 1, 16, 16, 16)."""
-    rng = np.random.default_rng(seed)
-    axes = np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij")
-    radii = rng.uniform(0.7, 0.9, (count, 3))
-    inside = [sum((axis / r) ** 2 for axis, r in zip(axes, radius, strict=True)) < 1 for radius in radii]
-    return torch.tensor(np.stack(inside)[:, None] * rng.uniform(0.3, 1, (count, 1, 16, 16, 16))).float()
-
-
-def test_own_feature_distance_of_the_same_of_blurred_and_of_noise():
-    """Two halves of one set do not differ; blur moves away with every pass; noise is far away."""
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        3, 1, 1, 1, (8, 8), (False, False), 3, 4,
-        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
-    )  # fmt: skip
-    space = FeatureSpace(autoencoder, brains(40, 0))
-    real = space(brains(40, 1))
-    assert real.square().mean().item() == pytest.approx(1, rel=0.3)
-    halves = Distance(space(brains(40, 2)), real)
-    assert halves.interval()[0] < 0 < halves.interval()[1]
-    blurred, distances = brains(40, 2), [halves.value]
-    for _ in range(3):
-        blurred = nn.functional.avg_pool3d(blurred, 3, 1, 1, count_include_pad=False)
-        distances.append(Distance(space(blurred), real).value)
-    assert distances == sorted(distances) and distances[1] > 10 * abs(halves.value)
-    noise = Distance(space(torch.rand(40, 1, 16, 16, 16)), real)
-    assert noise.interval()[0] > 100 * halves.interval()[1]
 
 
 # ---------------------------------------------------------------- measuring

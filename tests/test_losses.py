@@ -7,10 +7,9 @@ import types
 
 import pytest
 import torch
-from monai.networks.nets import resnet10
 from torch import nn
 
-from ldm import UserError
+from ldm import UserError, backbones
 from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
 
 WITHOUT = r"or set autoencoder_train\.perceptual_weight to 0"
@@ -59,7 +58,7 @@ def test_gradient_difference_by_hand():
 def medicalnet(tmp_path_factory):
     """Weights of a 3D ResNet-10 in a file like MedicalNet's, and the network itself."""
     torch.manual_seed(0)
-    network = resnet10(spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False).eval()
+    network = backbones.medicalnet(10, None, "").eval()
     with torch.no_grad():  # statistics such as training leaves behind
         for module in network.modules():
             if isinstance(module, nn.BatchNorm3d):
