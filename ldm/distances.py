@@ -5,6 +5,7 @@ of volumes the sets themselves are the largest source of error.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -79,18 +80,63 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     return max(0.0, float((means[0] - means[1]).square().sum() + traces - 2 * root))
 
 
-def frechet_bootstrap(
-    first: torch.Tensor, second: torch.Tensor, draws: int = 200, seed: int = 0
+class Moments:
+    """Mean and covariance of rows that come one after the other and are not kept."""
+
+    def __init__(self):
+        self.count, self.total, self.products = 0, 0.0, 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """(N, F) more of them."""
+        rows = rows.double()
+        self.count += len(rows)
+        self.total, self.products = self.total + rows.sum(0), self.products + rows.T @ rows
+
+    def __add__(self, other: "Moments") -> "Moments":
+        both = Moments()
+        for name in ("count", "total", "products"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(F,)"""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(F, F), by N - 1."""
+        mean = self.mean
+        return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+
+def frechet_of_moments(first: Moments, second: Moments) -> float:
+    """The Fréchet distance of two sets of at least 2 rows each, from their means and covariances."""
+    root = _root(first.covariance)
+    cross = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp_min(0).sqrt().sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    return max(0.0, float((first.mean - second.mean).square().sum() + traces - 2 * cross))
+
+
+def _root(covariance: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    first: np.ndarray,
+    second: np.ndarray,
+    draws: int = 200,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Distances of sets drawn anew, shifted so that their mean is the distance of the sets themselves: a set
-    that holds volumes twice is of lower rank, which alone makes the distance larger."""
+    """A distance of two sets, each drawn anew, shifted so that the mean is the distance of the sets
+    themselves: sets that hold volumes twice are farther apart than those that they were drawn from."""
     rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        picked = [x[torch.from_numpy(rng.integers(len(x), size=len(x)))] for x in (first, second)]
-        values.append(frechet_distance(*picked))
-    values = np.array(values)
-    return np.maximum(0, values - values.mean() + frechet_distance(first, second))
+    values = np.array(
+        [statistic(*(x[rng.integers(len(x), size=len(x))] for x in (first, second))) for _ in range(draws)]
+    )
+    return np.maximum(0, values - np.nanmean(values) + statistic(first, second))
 
 
 class PrincipalAxes:

@@ -1,7 +1,19 @@
-"""Numbers about volumes: tensors in, numbers out."""
+"""Numbers about volumes: tensors in, numbers out. Distances of sets of volumes are in `distances`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from monai.metrics import PSNRMetric, SSIMMetric
+from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
+from scipy.stats import wasserstein_distance
+from skimage.filters import threshold_multiotsu
+
+FOREGROUND = 0.05  # of the unit range: what is darker is background
+BINS = 256  # of an intensity histogram over the unit range
+TISSUES = ("dark", "middle", "bright")  # in T1w: fluid, grey matter, white matter
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM (Wang et al., 2003)
+WINDOW = 4  # voxels of MS-SSIM's window, as in the literature on generated brains (Pinaya et al., 2022)
 
 
 def reconstruction_metrics(reconstruction: torch.Tensor, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -28,3 +40,117 @@ def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> t
     radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
     band = (radius >= low) & (radius < high)
     return spectrum[..., band].mean((1, 2)) / volumes[0, 0].numel()
+
+
+def scales_of(size: Sequence[int]) -> int:
+    """How many of MS-SSIM's five scales a volume of this size has room for; 0: not even one."""
+    return sum(min(size) // 2**scale >= WINDOW for scale in range(len(SCALE_WEIGHTS)))
+
+
+def ms_ssim(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Multi-scale structural similarity of two volumes (1, C, D, H, W) in the unit range: 1 where they are
+    the same. Over as many of the five scales as there is room for, their weights scaled to a sum of 1.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    weights = SCALE_WEIGHTS[: scales_of(first.shape[2:])]
+    if not weights:
+        raise ValueError(f"MS-SSIM needs {WINDOW} voxels a side, not {tuple(first.shape[2:])}.")
+    metric = MultiScaleSSIMMetric(
+        spatial_dims=3,
+        data_range=1.0,
+        kernel_size=WINDOW,
+        weights=[weight / sum(weights) for weight in weights],
+    )
+    return float(metric(first, second))
+
+
+class RadialSpectrum:
+    """Spectral power by radial frequency, of volumes of one size.
+
+    Args:
+        size: (D, H, W) in voxels.
+
+    `frequencies` holds the middle of each shell in cycles a voxel, from the first above 0 to 0.5.
+    """
+
+    def __init__(self, size: Sequence[int]):
+        axes = [torch.fft.fftfreq(size[0]), torch.fft.fftfreq(size[1]), torch.fft.rfftfreq(size[2])]
+        radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
+        count = max(size) // 2
+        self.shell = (radius * 2 * count).round().long()  # 0: the mean of the volume
+        self.count = count
+        self.frequencies = np.arange(1, count + 1) / (2 * count)
+        # Of a real volume half the spectrum is kept; what it stands for counts twice.
+        twice = torch.full((size[2] // 2 + 1,), 2.0)
+        twice[0] = 1
+        if size[2] % 2 == 0:
+            twice[-1] = 1
+        self.weight = twice.expand_as(self.shell)
+        self.sizes = self._sums(torch.ones(self.shell.shape))
+
+    def __call__(self, volume: torch.Tensor) -> np.ndarray:
+        """(1, C, D, H, W) -> the mean power |FFT|^2 / voxels of each shell, over channels; float64."""
+        power = torch.fft.rfftn(volume[0].double(), dim=(-3, -2, -1)).abs().square().mean(0).cpu()
+        return (self._sums(power) / self.sizes / volume[0, 0].numel()).numpy()
+
+    def _sums(self, values: torch.Tensor) -> torch.Tensor:
+        kept = (self.shell > 0) & (self.shell <= self.count)
+        weighted = (values * self.weight)[kept].double()
+        return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.shell[kept] - 1, weighted)
+
+
+def spectrum_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean difference in dB of two mean power spectra over their frequencies, (N, K) and (M, K) by volume."""
+    means = [np.log10(np.maximum(x.mean(0), 1e-30)) for x in (first, second)]
+    return float(10 * np.abs(means[0] - means[1]).mean())
+
+
+def histogram(volume: torch.Tensor) -> np.ndarray:
+    """Share of the foreground's voxels in each of `BINS` bins of the unit range; all 0 where there is
+    none."""
+    values = volume[volume > FOREGROUND].float().cpu()
+    counts = torch.histc(values.clamp(0, 1), BINS, 0, 1).double()
+    return (counts / counts.sum().clamp_min(1)).numpy()
+
+
+def histogram_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Wasserstein distance of the mean histograms of two sets, (N, BINS) and (M, BINS), in units of the
+    range: how far a voxel's intensity lies from what it should be. NaN where a set has no foreground."""
+    means = [x.mean(0) for x in (first, second)]
+    if not all(mean.sum() > 0 for mean in means):
+        return float("nan")
+    centres = (np.arange(BINS) + 0.5) / BINS
+    return float(wasserstein_distance(centres, centres, *means))
+
+
+@dataclass(frozen=True)
+class Tissues:
+    """Volumes in ml: of the foreground, and of its dark, middle and bright class."""
+
+    foreground: float
+    dark: float
+    middle: float
+    bright: float
+
+
+def tissue_volumes(volume: np.ndarray, spacing: Sequence[float]) -> Tissues:
+    """The foreground of (D, H, W) in the unit range and three classes of it, by Otsu's thresholds of this
+    volume.
+
+    In a skull-stripped T1w brain they are about fluid, grey matter and white matter; in any image they are
+    comparable between volumes of one kind. NaN for the classes where the foreground has fewer than three
+    values.
+
+    Args:
+        spacing: in mm.
+    """
+    ml = float(np.prod(spacing)) / 1000
+    inside = volume[volume > FOREGROUND]
+    try:
+        thresholds = threshold_multiotsu(inside, classes=len(TISSUES))
+    except ValueError:  # constant, or empty
+        return Tissues(len(inside) * ml, *[float("nan")] * len(TISSUES))
+    counts = np.bincount(np.digitize(inside, thresholds), minlength=len(TISSUES))
+    return Tissues(len(inside) * ml, *(counts * ml).tolist())

@@ -131,13 +131,25 @@ def test_frechet_distance_of_fewer_rows_than_features():
 
 def test_frechet_bootstrap_lies_about_the_distance():
     first, second = numbers(80, 3), numbers(80, 3, seed=1) + 1
-    drawn = distances.frechet_bootstrap(first, second)
+    drawn = distances.bootstrap(frechet_distance, first, second)
     due = frechet_distance(first, second)
     assert drawn.mean() == pytest.approx(due, rel=1e-6)
     fresh = [
         frechet_distance(numbers(80, 3, seed=i), numbers(80, 3, seed=i + 1) + 1) for i in range(100, 400, 2)
     ]
     assert drawn.std() == pytest.approx(statistics.stdev(fresh), rel=0.4)
+
+
+def test_frechet_distance_of_moments_is_that_of_the_rows():
+    first = numbers(60, 6) * torch.arange(1.0, 7)
+    second = numbers(50, 6, seed=1) @ numbers(6, 6, seed=2) + 0.3
+    parts = [distances.Moments() for _ in range(3)]
+    for part, rows in zip(parts, (first[:20], first[20:], second), strict=True):
+        part.add(rows[:7])
+        part.add(rows[7:])
+    due = frechet_distance(first, second)
+    assert distances.frechet_of_moments(parts[0] + parts[1], parts[2]) == pytest.approx(due, rel=1e-6)
+    assert distances.frechet_of_moments(parts[2], parts[2]) == pytest.approx(0, abs=1e-6)
 
 
 def test_principal_axes_hold_what_varies_most():
