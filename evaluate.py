@@ -39,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ldm.report import write_report
 
 import utils
 from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
@@ -50,6 +49,7 @@ from ldm.encoders import LatentEncoder
 from ldm.logs import read_log
 from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
 from ldm.processes import Run
+from ldm.report import write_report
 from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet, Yardsticks
 from ldm.transforms import Preprocessing, fit, ras_geometry, to_unit_range
 from ldm.verdicts import verdicts

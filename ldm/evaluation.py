@@ -152,8 +152,8 @@ def own_frechet_figure(sets: Sets) -> Figure:
         "frechet_own",
         DISTANCE,
         "Fréchet distance, own features",
-        f"Along the {axes} directions in which real volumes vary most, which so many volumes allow; the same "
-        "number of volumes on each side.",
+        f"Along the {axes} directions in which real volumes vary most, which so many volumes allow; 1 is the "
+        "variance of real volumes.",
     )
     if missing := sets.too_few(2 * ROWS_AN_AXIS):
         figure.missing, figure.about = missing, "Along the directions in which real volumes vary most."
@@ -161,7 +161,9 @@ def own_frechet_figure(sets: Sets) -> Figure:
     _, made, held, first = spaces(sets, OWN)
     project = PrincipalAxes(torch.cat([first, held[sets.second]]), axes)
     count = sets.least
-    made, held, first = (project(rows)[:count].numpy() for rows in (made, held[sets.second], first))
+    real = project(torch.cat([first, held[sets.second]]))
+    size = (real - real.mean(0)).square().sum(1).mean().sqrt()  # of the spread of real volumes
+    made, held, first = ((project(rows)[:count] / size).numpy() for rows in (made, held[sets.second], first))
     return with_floor(figure, _frechet, made, first, held, f"{count} on each side")
 
 
@@ -175,8 +177,8 @@ def medicalnet_figure(sets: Sets) -> Figure:
         "fid_3d",
         DISTANCE,
         "3D FID (MedicalNet)",
-        "As published: all features. It falls with the number of volumes, so that only its floor, of as many, "
-        "says what it means.",
+        "As published: all features. It falls with the number of volumes, so that only its floor, of as "
+        "many, says what it means.",
     )
     if missing := sets.too_few(2):
         figure.missing = missing
@@ -359,8 +361,8 @@ def tissue_figures(sets: Sets) -> list[Figure]:
             figure.missing = sets.too_few(1) or "the volumes have too few grey values to tell tissues apart"
             continue
         figure.about = (
-            f"How far the distributions are apart (Wasserstein distance). Samples {_spread(made)} ml, held-out "
-            f"scans {_spread(held)} ml."
+            f"How far the distributions are apart (Wasserstein distance). Samples {_spread(made)} ml, "
+            f"held-out scans {_spread(held)} ml."
         )
         with_floor(figure, wasserstein_distance, made, first, held, sets.counts)
     return figures
@@ -450,16 +452,16 @@ def copy_figures(sets: Sets, nearest: dict | None) -> list[Figure]:
             "nearest",
             group,
             "Distance to the nearest training scan",
-            "Median over samples; floor: over held-out scans. sqrt(2 - 2 r), r the correlation after smoothing, "
-            "at the best shift, mirrored or not.",
+            "Median over samples; floor: over held-out scans. sqrt(2 - 2 r), r the correlation after "
+            "smoothing, at the best shift, mirrored or not.",
             better="near floor",
         ),
         Figure(
             "closer",
             group,
             "Samples closer than held-out scans",
-            "Share of pairs of a sample and a held-out scan in which the sample is closer to the training set; "
-            "50 % where samples are as new as held-out scans. Blur alone brings it up.",
+            "Share of pairs of a sample and a held-out scan in which the sample is closer to the training "
+            "set; 50 % where samples are as new as held-out scans. Blur alone brings it up.",
             unit="%",
             better="near floor",
         ),

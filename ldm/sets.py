@@ -19,7 +19,7 @@ from ldm.metrics import (
 )
 
 OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # networks of features
-BLURS = (0.5, 1.0, 2.0)  # voxels, of the scans that distances are told by
+BLURS = (0.25, 0.5, 1.0, 2.0)  # voxels, of the scans that distances are told by
 PAIRS = 100  # of which MS-SSIM is taken at most
 
 

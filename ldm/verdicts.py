@@ -7,10 +7,13 @@ figures do: where an interval reaches the floor's, that no difference can be see
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ldm.evaluation import Figure
 from ldm.sets import BLURS, MEDICALNET, OWN
 
 ALIKE, VARIED = 0.02, 1.0  # by which MS-SSIM may exceed that of scans
+PLAIN_BLUR = 0.75  # voxels, which any eye sees
 SHARP = 0.8, 1.25  # share of the held-out scans' fine detail that is as it should be
 FEW = 20  # volumes, below which a line says so
 SUSPICIOUS = -3.0  # standard deviations (Meehan et al., 2020)
@@ -53,8 +56,8 @@ def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
     closest = min(neighbour.distance for neighbour in nearest["generated"])
     others = min(neighbour.distance for neighbour in nearest["held-out"])
     text = (
-        f"No sample is a copy of a training scan: the closest lies {closest:.2g} from one, held-out scans come "
-        f"as close as {others:.2g}, and below {verdict.limit:.2g} it would be a copy."
+        f"No sample is a copy of a training scan: the closest lies {closest:.2g} from one, held-out scans "
+        f"come as close as {others:.2g}, and below {verdict.limit:.2g} it would be a copy."
     )
     if verdict.z <= SUSPICIOUS:
         text += (
@@ -77,7 +80,8 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
             f"Samples are as far from held-out scans as other real scans are ({features}): with this many "
             "volumes no difference can be seen."
         )
-    ladder = [found[f"{key}: scans blurred by {sigma:g} voxels"].value for sigma in BLURS]
+    ladder = [max(found[f"{key}: scans blurred by {sigma:g} voxels"].value, 1e-9) for sigma in BLURS]
+    ladder = np.maximum.accumulate(ladder)
     if figure.value < ladder[0]:
         tone, place = "good", f"closer than scans blurred by {BLURS[0]:g} voxels"
     elif figure.value > ladder[-1]:
@@ -87,22 +91,15 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
         )
         tone, place = "bad", f"{far} scans blurred by {BLURS[-1]:g} voxels"
     else:
-        tone, place = "warn", f"as far as scans blurred by {_between(figure.value, ladder):.1f} voxels"
+        blur = float(np.exp(np.interp(np.log(figure.value), np.log(ladder), np.log(BLURS))))
+        tone, place = (
+            ("warn" if blur < PLAIN_BLUR else "bad"),
+            f"as far as scans blurred by {blur:.1g} voxels",
+        )
     text = f"Samples differ from held-out scans: they are {place} ({features})."
     if reconstructions := found.get(f"{key}: reconstructions"):
         text += f" The autoencoder alone makes {_share(reconstructions.value, figure.value)} of it."
     return tone, text
-
-
-def _between(value: float, ladder: Sequence[float]) -> float:
-    """The blur in voxels at which a distance is reached, by straight lines between those that were
-    measured."""
-    for (low, high), (first, second) in zip(
-        zip(BLURS, BLURS[1:], strict=False), zip(ladder, ladder[1:], strict=False), strict=True
-    ):
-        if first <= value <= second:
-            return low + (high - low) * (value - first) / (second - first)
-    return BLURS[-1]  # where the ladder is not rising
 
 
 def _share(part: float, whole: float) -> str:
