@@ -182,9 +182,9 @@ def pill(axis: Axes, x: float, y: float, text: str, color: str, width: float) ->
     words(axis, x, y, text, 10.5, color)
 
 
-def arrow(axis: Axes, *places: tuple[float, float], dashed: bool = False) -> None:
+def arrow(axis: Axes, *places: tuple[float, float]) -> None:
     """A line through these places, with a head at the last."""
-    how = {"color": LINE, "linewidth": 1.25, "linestyle": (0, (3, 2)) if dashed else "-", "zorder": 2}
+    how = {"color": LINE, "linewidth": 1.25, "zorder": 2}
     xs, ys = zip(*places, strict=True)
     if len(places) > 2:
         axis.plot(xs[:-1], ys[:-1], solid_capstyle="projecting", **how)
