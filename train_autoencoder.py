@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"held-out scan": scans, "reconstruction": reconstructions},
             output_dir / "reconstructions.png",
             f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
+            spacing=config["spacing"],
         )
         figures.loss_curves(read_log(model_dir / "train_log.jsonl"), output_dir / "losses.png")
     run.say(
