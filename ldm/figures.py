@@ -8,6 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ldm.checkpoints import written_whole
+
 PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -115,5 +117,27 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
         if axis.lines:  # an epoch without a finite batch has no loss
             axis.legend(frameon=False)
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def axial_sweep(volumes: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
+    highest, those of one height beside each other, as a radiologist has them."""
+    whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
+    return [np.rot90(whole[:, :, k]) for k in range(whole.shape[2])]
+
+
+def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:
+    """Write pictures of the same kind, one after the other, as a GIF of half their size.
+
+    Args:
+        paths: PNG files in their order; those of another size than the last are left out.
+        most: frames; of more pictures, every n-th and the last.
+    """
+    step = -(-len(paths) // most)
+    frames = []
+    for one in paths[::-1][::step][::-1]:
+        with Image.open(one) as image:
+            frames.append(np.asarray(image.convert("L").reduce(2)) / 255)
+    animate([frame for frame in frames if frame.shape == frames[-1].shape], path, 0.5)
