@@ -112,15 +112,16 @@ def judged_reconstruction(encoder: LatentEncoder, image: torch.Tensor, run: Run)
 
 
 @torch.no_grad()
-def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, list]:
+def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, dict]:
     """Reconstruct the held-out volumes, each rank its share.
 
     Returns:
         Means over all volumes of PSNR, SSIM, L1 and the share of the fine spectral power that is kept; and up
-        to 4 pairs of image and reconstruction (C, D, H, W) for pictures, of a rank the same cases each time.
+        to 4 pairs of image and reconstruction (C, D, H, W) by the name of the case, for pictures: of a rank,
+        the same cases each time.
     """
     encoder.eval()
-    sums, pairs = torch.zeros(6, dtype=torch.float64), []
+    sums, pairs = torch.zeros(6, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
         image = dataset[(0, i)]["image"][None].to(run.device)
         reconstruction, numbers = judged_reconstruction(encoder, image, run)
@@ -128,16 +129,16 @@ def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[
         values = [numbers["psnr"], numbers["ssim"], numbers["l1"], *powers, torch.ones(1)]
         sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
         if len(pairs) < 4:
-            pairs.append((image[0].cpu(), reconstruction[0].cpu()))
+            pairs[dataset.cases[i].name] = image[0].cpu(), reconstruction[0].cpu()
     psnr, ssim, l1, kept, real, count = run.sum(sums).tolist()
     scores = {"psnr": psnr / count, "ssim": ssim / count, "l1": l1 / count, "power": kept / count}
     return {**scores, "power_share": kept / real if real else math.nan}, pairs
 
 
 def compared(scan: torch.Tensor, reconstruction: torch.Tensor) -> np.ndarray:
-    """A grey picture of two volumes (D, H, W) in three planes each, and of `AMPLIFIED` times their absolute
-    difference below."""
-    difference = AMPLIFIED * (reconstruction - scan).abs()
+    """A grey picture of two volumes (D, H, W) in three planes each, and of `AMPLIFIED` times the absolute
+    difference of what is seen of them below."""
+    difference = AMPLIFIED * (reconstruction.clamp(0, 1) - scan.clamp(0, 1)).abs()
     return np.concatenate([figures.three_planes(one) for one in (scan, reconstruction, difference)])
 
 
@@ -370,14 +371,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.keep(scores["psnr"], scores)
             training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
             if run.is_main:
-                for case, (scan, reconstruction) in zip(val_cases[:: run.world_size], pairs, strict=False):
+                for case, (scan, reconstruction) in pairs.items():
                     picture = compared(scan[0], reconstruction[0])
-                    training.log.image(f"{COMPARED}/{case.name}", picture, training.clock.step)
+                    training.log.image(f"{COMPARED}/{case}", picture, training.clock.step)
 
     # Step 5: pictures
     training.close()
     if run.is_main:
-        scans, reconstructions = ([pair[i][0] for pair in pairs] for i in (0, 1))
+        scans, reconstructions = ([pair[i][0] for pair in pairs.values()] for i in (0, 1))
         figures.montage(
             {"held-out scan": scans, "reconstruction": reconstructions},
             output_dir / "reconstructions.png",

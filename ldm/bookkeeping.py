@@ -210,7 +210,7 @@ class Training:
             return
         share, self.first_pace = self.first_pace.waited / self.first_pace.seconds, None
         if share > HINT_SHARE:
-            cache = f" or data.cache_rate ({data['cache_rate']})" if data["cache_rate"] < 1 else ""
+            cache = f" or data.cache_rate ({data['cache_rate']:g})" if data["cache_rate"] < 1 else ""
             self.run.say(
                 f"hint: {share:.0%} of the time of {HINT_STEPS} steps went into waiting for data. Raise "
                 f"data.num_workers ({self.loader.num_workers} now){cache}: docs/TROUBLESHOOTING.md"

@@ -113,8 +113,8 @@ class TextLog(logging.Handler):
         return noted
 
     def begin(self, facts: dict) -> None:
-        """Mark a start, with what it is: an empty line, then one a fact."""
-        heard, self.waiting = self.waiting, [""]
+        """Mark a start by a line a fact, and write from now on."""
+        heard, self.waiting = self.waiting, [""] if self.path.exists() else []
         for name, value in facts.items():
             SAID.info(f"{name}: {value}")
         self.waiting += heard
