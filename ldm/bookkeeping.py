@@ -320,7 +320,7 @@ class Training:
                 **{f"val_{key}": value for key, value in scores.items()},
             )
             told = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            SAID.info(f"{self.stage}, epoch {self.epoch + 1}, step {self.clock.step}: held-out {told}")
+            SAID.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {told}")
             self.log.draw_if_due()
         if self.is_best(score):
             self.best = score

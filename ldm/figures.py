@@ -121,11 +121,18 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def axial_sweep(volumes: Sequence[torch.Tensor]) -> list[np.ndarray]:
+def axial_sweep(volumes: Sequence[torch.Tensor], most: int = 100) -> list[np.ndarray]:
     """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
-    highest, those of one height beside each other, as a radiologist has them."""
+    highest, those of one height beside each other, as a radiologist has them; small ones are enlarged.
+
+    Args:
+        most: pictures; of more slices, every n-th.
+    """
     whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
-    return [np.rot90(whole[:, :, k]) for k in range(whole.shape[2])]
+    columns, rows, slices = whole.shape
+    size = tuple(side * max(1, 200 // rows) for side in (columns, rows))
+    shown = [np.ascontiguousarray(np.rot90(whole[:, :, k])) for k in range(0, slices, -(-slices // most))]
+    return [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in shown]
 
 
 def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:

@@ -158,7 +158,7 @@ def test_the_model_folder_shows_stage_1(watched):
     project, _ = watched
     sizes = Image.open(project.model_dir / "reconstruction.gif").size
     depth = project.checkpoint("autoencoder.pt")["config"]["autoencoder_train"]["patch_size"]
-    assert depth is None and sizes == (2 * chain.SHAPE[0], chain.SHAPE[1])  # columns, rows
+    assert depth is None and sizes == (10 * 2 * chain.SHAPE[0], 10 * chain.SHAPE[1])  # enlarged
     assert frames(project.model_dir / "reconstruction.gif") == chain.SHAPE[2]
     assert str(project.model_dir / "reconstruction.gif") in project.printed["said"]
     assert (project.model_dir / "losses.png").is_file() and not (project.output_dir / "losses.png").exists()
@@ -181,11 +181,24 @@ def test_samples_of_the_same_seeds_through_training_and_a_resume(encoded):
         shown, due = np.asarray(film.convert("L")), np.asarray(newest.convert("L").reduce(2))
         assert np.abs(shown.astype(float) - due).max() <= 8
     with Image.open(encoded.model_dir / "samples.gif") as sweep:
-        assert sweep.n_frames == chain.SHAPE[2] and sweep.size == (4 * chain.SHAPE[0], chain.SHAPE[1])
+        assert sweep.n_frames == chain.SHAPE[2] and sweep.size == (
+            10 * 4 * chain.SHAPE[0],
+            10 * chain.SHAPE[1],
+        )
     events = events_of(encoded, "diffusion")
     assert events.Tags()["images"] == [f"samples/seed_{seed}" for seed in (0, 1, 2, 3)]
     for seed in (0, 3):
         assert sorted(pictures(events, f"samples/seed_{seed}")) == [2, 6, 8, 10, 12]
+
+
+def test_a_sweep_goes_up_and_shows_the_right_on_the_left():
+    """A voxel far right, in front, in slice 3 of the second of two volumes; every second slice of many."""
+    volumes = [torch.zeros(200, 220, 7) for _ in range(2)]
+    volumes[1][190, 210, 3] = 1
+    shown = figures.axial_sweep(volumes)
+    assert len(shown) == 7 and [k for k in range(7) if shown[k].any()] == [3]
+    assert [int(i[0]) for i in shown[3].nonzero()] == [220 - 1 - 210, 200 + 200 - 1 - 190]
+    assert len(figures.axial_sweep(volumes, most=4)) == 4
 
 
 def test_the_held_out_loss_by_time(done):
