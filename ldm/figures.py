@@ -1,5 +1,6 @@
 """Pictures: three planes of volumes side by side, and loss curves. Written as PNG, no display needed."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,12 +140,13 @@ def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:
     """Write pictures of the same kind, one after the other, as a GIF of half their size.
 
     Args:
-        paths: PNG files in their order; those of another size than the last are left out.
+        paths: PNG files in their order. Left out are those of another size than the last, and one that a kill
+            cut short.
         most: frames; of more pictures, every n-th and the last.
     """
     step = -(-len(paths) // most)
     frames = []
     for one in paths[::-1][::step][::-1]:
-        with Image.open(one) as image:
+        with contextlib.suppress(OSError), Image.open(one) as image:
             frames.append(np.asarray(image.convert("L").reduce(2)) / 255)
     animate([frame for frame in frames if frame.shape == frames[-1].shape], path, 0.5)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ldm import figures
 from ldm.checkpoints import written_whole
-from ldm.processes import CLEAN_UP, SAID
+from ldm.processes import CLEAN_UP, SAID, tell
 
 DRAWING_SHARE = 0.05  # of the time of training that drawing the curves may take
 DRAWING_SECONDS = 0.5  # that it takes, until it is known
@@ -77,9 +77,14 @@ class TrainLog:
         self.drawing = self.drawn_at - begin
 
     def draw_if_due(self) -> None:
-        """Draw it, where that takes no more than a small share of the time since it was drawn last."""
+        """Draw it, where that takes no more than a small share of the time since it was drawn last; a picture
+        that cannot be written, such as one that a viewer holds open, ends no training on the way."""
         if self.drawing <= DRAWING_SHARE * (time.monotonic() - self.drawn_at):
-            self.draw()
+            try:
+                self.draw()
+            except OSError as error:
+                self.drawn_at = time.monotonic()
+                tell(f"warning: {error}")
 
     def close(self) -> None:
         """Draw the curves, and flush what is left."""

@@ -23,6 +23,12 @@ SAID.propagate = False
 SAID.addHandler(logging.NullHandler())
 
 
+def tell(text: str) -> None:
+    """Print without breaking a progress bar, and note it in `log.txt`; on the main process."""
+    SAID.info(text)
+    tqdm.write(text)
+
+
 @dataclass
 class Run:
     """This process among the others, and the device it computes on."""
@@ -45,8 +51,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes, without breaking a progress bar."""
         if self.is_main:
-            SAID.info(text)
-            tqdm.write(text)
+            tell(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, on the CPU; the others may be long in coming."""

@@ -172,9 +172,10 @@ def test_samples_of_the_same_seeds_through_training_and_a_resume(encoded):
     encoded.run(train_diffusion, *more, "diffusion_train.max_epochs=4")
     folder = encoded.model_dir / "samples"
     assert frames(folder / "progress.gif") == 3  # after epochs 1, 3 and 4
+    (folder / "epoch_00002.png").write_bytes((folder / "epoch_00001.png").read_bytes()[:3000])  # of a kill
     (folder / "epoch_00099.png").write_bytes((folder / "epoch_00001.png").read_bytes())  # of an old attempt
     encoded.run(train_diffusion, *more, "diffusion_train.max_epochs=6")
-    assert {p.name for p in folder.glob("*.png")} == {f"epoch_{i:05d}.png" for i in (1, 3, 4, 5, 6, 99)}
+    assert {p.name for p in folder.glob("*.png")} == {f"epoch_{i:05d}.png" for i in (1, 2, 3, 4, 5, 6, 99)}
     assert frames(folder / "progress.gif") == 5
     with Image.open(folder / "progress.gif") as film, Image.open(folder / "epoch_00006.png") as newest:
         film.seek(4)
@@ -296,6 +297,18 @@ def test_the_curves_are_drawn_where_they_cost_little(tmp_path, monkeypatch):
     log.record(step=2, epoch=1, loss=0.5)
     log.close()
     assert drawn == [1, 2]
+
+
+def test_curves_that_cannot_be_written_are_told_of_and_end_nothing_on_the_way(tmp_path, capsys):
+    (tmp_path / "losses.png").mkdir()
+    log = TrainLog("diffusion", tmp_path / "train_log.jsonl", tmp_path / "events", 0, 0)
+    log.record(step=1, epoch=0, loss=1.0)
+    log.drawing = 0.0
+    log.draw_if_due()
+    assert f"warning: {tmp_path / 'losses.png'} could not be written" in capsys.readouterr().out
+    with pytest.raises(OSError, match=r"losses\.png could not be written"):
+        log.close()
+    log.writer.close()
 
 
 # ---------------------------------------------------------------- log.txt
