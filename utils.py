@@ -731,7 +731,7 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
     """The checkpoint to go on from, on every rank, or None to start: `--resume FILE`, `--fresh`, else the
     newest that is good, unless `resume_ckpt` is false.
 
-    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is written.
+    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept.
 
     Raises:
         UserError: the checkpoint that was named is missing or damaged, or none that is there is good.

@@ -116,6 +116,7 @@ class Training:
             write_json(environment["model_dir"] / f"config_{stage}.json", facts["config"])
             path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
             self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
+            path.with_name("log.txt").touch()  # `ldm.logs.TextLog` writes where it is there
         self.bar = progress_bar(run, stage, self.clock.total_steps)
         self.bar.update(step)
         self.accumulated, self.names = 0.0, []  # loss and cases of the step under way

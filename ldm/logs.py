@@ -95,14 +95,16 @@ class TrainLog:
 class TextLog(logging.Handler):
     """`log.txt`: what is said, with the time; warnings of libraries, errors and tracebacks. Only appended to.
 
-    It listens from the start and writes from `begin` on, what it heard before included: a start that is
-    refused leaves no trace. The file is opened for each line, so that it can be moved in between. A line that
-    cannot be written ends no training: it is kept for the next try, and that is told once.
+    It listens from the start and writes from `begin` on, what it heard before included, and only where the
+    file is there: `Training` makes it, so that a first start that is refused leaves nothing. The file is
+    opened for each line, so that it can be moved in between. A line that cannot be written ends no training:
+    it is kept for the next try, and that is told once.
     """
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path, self.begun, self.failed, self.waiting = path, False, False, []
+        self.path, self.waiting = path, []
+        self.begun = self.writing = self.failed = False
         self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         SAID.addHandler(self)
         CLEAN_UP.callback(SAID.removeHandler, self)
@@ -129,10 +131,12 @@ class TextLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Take up a record; called by `logging`."""
         self.waiting.append(self.format(record))
-        if self.begun:
-            self._write()
+        self._write()
 
     def _write(self) -> None:
+        self.writing = self.writing or (self.begun and self.path.exists())
+        if not self.writing:
+            return
         try:
             with self.path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write("".join(f"{line}\n" for line in self.waiting))

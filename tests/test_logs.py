@@ -381,11 +381,17 @@ def test_log_txt_tells_how_a_run_ended(encoded, monkeypatch):
     assert warnings.showwarning.__module__ != logs.__name__
 
 
-def test_log_txt_is_not_touched_by_a_start_that_is_refused(encoded):
+def test_log_txt_holds_a_refusal_where_a_training_made_it(encoded):
+    """A first start that is refused leaves nothing, nor does one that finds no place to go on from."""
+    before, wrong = fingerprint(encoded.folder), ("--set", "diffusion_train.patch_size=[8,8,9]")
+    encoded.refused(train_diffusion, *wrong)
+    assert fingerprint(encoded.folder) == before
     encoded.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=1")
-    before = fingerprint(encoded.model_dir)
+    text = text_of(encoded)
     encoded.refused(train_diffusion, "--resume", encoded.model_dir / "none.pt")
-    assert fingerprint(encoded.model_dir) == before
+    assert text_of(encoded) == text
+    message = encoded.refused(train_diffusion, *wrong)
+    assert text_of(encoded).startswith(text) and text_of(encoded).endswith(f"  {message}\n")
 
 
 def test_a_log_txt_that_cannot_be_written_ends_no_training(encoded):
@@ -398,14 +404,15 @@ def test_a_log_txt_that_cannot_be_written_ends_no_training(encoded):
 
 
 def test_lines_of_log_txt_wait_for_a_disk_that_comes_back(tmp_path):
-    path = tmp_path / "folder" / "log.txt"
+    path = tmp_path / "log.txt"
+    path.mkdir()
     log = logs.TextLog(path)
     try:
         log.begin({"a": 1})
         logs.SAID.info("b")
-        path.parent.mkdir()
+        path.rmdir()
         logs.SAID.info("c")
     finally:
         logs.CLEAN_UP.close()
     logs.SAID.info("d")
-    assert [line.partition("  ")[2] for line in path.read_text().splitlines()] == ["a: 1", "b", "c"]
+    assert [line.partition("  ")[2] for line in path.read_text().splitlines()] == ["", "a: 1", "b", "c"]
