@@ -452,6 +452,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 training.keep(scores["loss"], scores)
                 training.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
+    # Step 5: what came of it
     training.close()
     run.say(
         f"diffusion: held-out loss {scores['loss']:.4f} (best {training.best:.4f}), "

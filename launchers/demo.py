@@ -147,7 +147,7 @@ def step(python, script, *arguments):
 
 def made(out):
     """The volumes and pictures that the scripts wrote."""
-    own = {SIMULATED, "tensorboard", "models"}
+    own = {SIMULATED, "models", "tensorboard"}
     for path in sorted((out / "models").glob("*")):
         if path.suffix in (".png", ".gif"):
             yield path
