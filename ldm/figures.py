@@ -5,6 +5,7 @@ slice, the face on the right; letters at its edges say so. It is enlarged by the
 that nothing is squashed, to square pixels of `pixel` mm that all slices of a picture share.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -325,5 +326,35 @@ def loss_figure(records: Sequence[dict]) -> Figure:
 
 def loss_curves(records: Sequence[dict], path: Path) -> None:
     """Write the curves of a training log as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    loss_figure(records).savefig(path, dpi=110)
+    with written_whole(path) as file:
+        loss_figure(records).savefig(file, format="png", dpi=110)
+
+
+def axial_sweep(volumes: Sequence[torch.Tensor], most: int = 100) -> list[np.ndarray]:
+    """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
+    highest, those of one height beside each other, as a radiologist has them; small ones are enlarged.
+
+    Args:
+        most: pictures; of more slices, every n-th.
+    """
+    whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
+    columns, rows, slices = whole.shape
+    size = tuple(side * max(1, 200 // rows) for side in (columns, rows))
+    shown = [np.ascontiguousarray(np.rot90(whole[:, :, k])) for k in range(0, slices, -(-slices // most))]
+    return [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in shown]
+
+
+def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:
+    """Write pictures of the same kind, one after the other, as a GIF of half their size.
+
+    Args:
+        paths: PNG files in their order. Left out are those of another size than the last, and one that a kill
+            cut short.
+        most: frames; of more pictures, every n-th and the last.
+    """
+    step = -(-len(paths) // most)
+    frames = []
+    for one in paths[::-1][::step][::-1]:
+        with contextlib.suppress(OSError), Image.open(one) as image:
+            frames.append(np.asarray(image.convert("L").reduce(2)) / 255)
+    animate([frame for frame in frames if frame.shape == frames[-1].shape], path, 0.5)
