@@ -60,7 +60,7 @@ def write_report(
     Args:
         metrics: the content of `metrics.json`.
         spacing: mm between voxels: right, anterior, superior.
-        shown: for each set its named volumes for the slices and the viewer.
+        shown: for each set its named volumes for the slices and the viewer, one at least.
         pairs: closest generated and training volumes, closest first: "generated" and "training" (names),
             "distance", "limit", "flagged" and "volumes" (the two).
         curves: "title", "x", "y" (labels), "log" (whether y is logarithmic) and "series", each with "name",
@@ -132,9 +132,9 @@ def _about(metrics: dict, shown: dict, spacing: Sequence[float]) -> str:
         f"<dd>{one['volumes']} volume{'s' * (one['volumes'] != 1)}, {escape(str(one['folder']))}</dd></div>"
         for kind, one in metrics["sets"].items()
     )
-    shape = next((volume.shape for named in shown.values() for _, volume in named), None)
-    grid = shape and f"; {_times(shape)} voxels of {_times(spacing)} mm"
-    return f'<div class="soft">{escape(metrics["made"])}{grid or ""}</div>\n<dl class="sets">\n{sets}\n</dl>'
+    shape = next(volume.shape for named in shown.values() for _, volume in named)
+    grid = f"{_times(shape)} voxels of {_times(spacing)} mm"
+    return f'<div class="soft">{escape(metrics["made"])}; {grid}</div>\n<dl class="sets">\n{sets}\n</dl>'
 
 
 def _times(numbers: Sequence[float]) -> str:
@@ -270,8 +270,6 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 
 def _side_by_side(shown: dict, spacing: Sequence[float]) -> str:
     kinds = [kind for kind, named in shown.items() if named]
-    if not kinds:
-        return ""
     cells = []
     for row in zip_longest(*(shown[kind] for kind in kinds)):
         for kind, one in zip(kinds, row, strict=True):
@@ -324,8 +322,6 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
     all of them more than `VOXELS`.
     """
     named = [(kind, name, volume) for kind, one in shown.items() for name, volume in one]
-    if not named:
-        return {"shape": [1, 1, 1], "spacing": [1, 1, 1], "volumes": []}, ""
     full = named[0][2].shape
 
     def blocks(side: int) -> list[int]:
