@@ -27,11 +27,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 SIDE = 128  # voxels a side that the viewer shows at most,
 VOXELS = 16_000_000  # and those of all its volumes together: some 8 MB of brains
 PIXELS = 540  # width of a picture of three planes
-COLOURS = {
-    "held-out": "#0072b2",
-    "generated": "#d55e00",
-    "training": "#009e73",
-}  # told apart by the colour-blind
+# Told apart by the colour-blind: of the sets, and of whatever else a chart shows.
+COLOURS = {"held-out": "#0072b2", "generated": "#d55e00", "training": "#009e73"}
 OTHERS = ("#556070", "#7b4fa3", "#a07a00", "#b03a7a")
 MARKS = {
     "good": ("✓", "Good"),
@@ -339,7 +336,7 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
         voxels = F.avg_pool3d(voxels, blocks(side), ceil_mode=True)[0, 0].mul(255).round().byte()
         packed = zlib.compress(voxels.numpy().tobytes(), 9)
         volumes.append({"set": kind, "name": name, "data": base64.b64encode(packed).decode()})
-    millimetres = [mm * block for mm, block in zip(spacing, blocks(side), strict=True)]
+    millimetres = [float(mm) * block for mm, block in zip(spacing, blocks(side), strict=True)]
     text = (
         "Two volumes side by side, in planes that scroll together. Radiological convention: the subject's "
         "right is on the left, in the sagittal plane the front. Positions are from the centre of the grid. "

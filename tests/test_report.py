@@ -290,6 +290,7 @@ def embedded(made: Page) -> tuple[dict, list[np.ndarray]]:
 def test_volumes_are_embedded_to_the_byte(page):
     content = {**minimum(), "shown": evaluation()["shown"]}
     content["shown"]["generated"][0][1][0, 0, :2] = -3, 7  # beyond black and white
+    content["spacing"] = np.float32(SPACING)  # as nibabel has it
     data, volumes = embedded(page(content))
     assert [one["set"] for one in data["volumes"]] == ["held-out", "held-out", "generated"]
     assert data["shape"] == list(SHAPE) and data["spacing"] == list(SPACING)
