@@ -1,8 +1,8 @@
 """Pictures of volumes as a radiologist has them, and loss curves. Written as PNG or GIF, no display needed.
 
 Volumes are (D, H, W) in RAS. A slice stands upright, the subject's right on the left and, of a sagittal
-slice, the face on the right; letters at its edges say so. It is enlarged by the size of its voxels in mm, so
-that nothing is squashed, to square pixels of `pixel` mm that all slices of a picture share.
+slice, the face; letters at its edges say so. It is enlarged by the size of its voxels in mm, so that nothing
+is squashed, to square pixels of `pixel` mm that all slices of a picture share.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.checkpoints import written_whole
 
 PLANES = ("sagittal", "coronal", "axial")  # the plane that stands on each axis of a volume
-EDGES = {"sagittal": "PASI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
+EDGES = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
 MARGIN, GAP = 18, 6  # pixels around a slice, where its letters stand, and between slices
 NARROWEST, TITLE = 170, 420  # pixels that a caption and a title have room in
 WHITE, GREY = (255, 255, 255), (150, 150, 150)
@@ -35,8 +35,7 @@ BELOW, ABOVE = (0.20, 0.62, 1.00), (1.00, 0.60, 0.10)  # blue, orange: the ends 
 
 def upright(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     """A slice of (D, H, W) as it is looked at: (rows, columns)."""
-    turned = np.rot90(volume.take(index, PLANES.index(plane)))
-    return turned if plane == "sagittal" else turned[:, ::-1]
+    return np.rot90(volume.take(index, PLANES.index(plane)))[:, ::-1]
 
 
 def middle(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -246,8 +246,10 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 
     As radiology has them: the subject's right is on the left and, in the sagittal plane, the front.
     """
-    sagittal, coronal, axial = figures.middle_slices(torch.as_tensor(np.clip(volume, 0, 1)))
-    sagittal = sagittal[:, ::-1]
+    sagittal, coronal, axial = (
+        figures.upright(volume, plane, index)
+        for plane, index in zip(figures.PLANES, figures.middle(volume.shape), strict=True)
+    )
     right, anterior, superior = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
     scale = PIXELS / (2 * right + anterior)
     html = ""

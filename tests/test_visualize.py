@@ -82,7 +82,7 @@ def slice_areas(picture: np.ndarray, top: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "plane, index, centre, size",
     [  # rows from the top, columns from the left, in pixels of 0.2 mm
-        ("sagittal", LIT[0], ((20 - 5.5) * 25, 8.5 * 15), (500, 450)),
+        ("sagittal", LIT[0], ((20 - 5.5) * 25, (30 - 8.5) * 15), (500, 450)),
         ("coronal", LIT[1], ((20 - 5.5) * 25, (40 - 31.5) * 10), (500, 400)),
         ("axial", LIT[2], ((30 - 8.5) * 15, (40 - 31.5) * 10), (450, 400)),
     ],
@@ -125,7 +125,7 @@ def test_a_position_in_mm_is_found(write_image, tmp_path, degrees):
     at = nib.affines.apply_affine(turn @ RAS, LIT)
     draw("planes", path, "--out", out, "--pixels", PIXELS, "--at", *at)
     areas = slice_areas(pixels(out)[..., 0], HEADER)
-    centres = [(362.5, 127.5), (362.5, 85), (322.5, 85)]
+    centres = [(362.5, 322.5), (362.5, 85), (322.5, 85)]
     for area, centre in zip(areas, centres, strict=True):
         rows, columns = np.indices(area.shape) + 0.5
         found = (rows * area).sum() / area.sum(), (columns * area).sum() / area.sum()
@@ -142,7 +142,7 @@ def test_letters_and_captions(monkeypatch):
         side.any() for side in (box[middle, :18], box[middle, -18:], box[:18, middle], box[-18:, middle])
     )
     assert not box[18:-18, 18:-18].any()
-    assert figures.EDGES == {"sagittal": "PASI", "coronal": "RLSI", "axial": "RLAP"}
+    assert figures.EDGES == {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}
     image = nib.Nifti1Image(one_lit(), RAS)
     assert visualize_image.positions(image, (0, 5, 10)) == ["L 30.0", "A 25.0", "S 57.0"]
     assert visualize_image.position(image, 0, 15) == "R 0.0"
