@@ -1,7 +1,7 @@
 """Export a trained model: safetensors, TorchScript, a MONAI bundle, and a card that tells what it is.
 
     python export_model.py -c config/config_train_16g.json -e config/environment.json --out exported/brains
-    python export_model.py -c CONFIG -e ENV --out DIR --metrics outputs/metrics.json --authors "A. Name, B. Name"
+    python export_model.py -c CONFIG -e ENV --out DIR --metrics outputs/metrics.json --authors "A. Name"
     python export_model.py -c CONFIG -e ENV --out DIR --formats safetensors bundle
     python export_model.py -c CONFIG -e ENV --out DIR --autoencoder A.pt --unet B.pt --scale-factor 0.9
 
@@ -21,6 +21,7 @@ on the CPU; docs/export.md says what each form is for.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import UserError, configs, export, generation
+from ldm import UserError, configs, export, generation, model_card
 from ldm.checkpoints import SCALE_FACTOR, written_whole
 from ldm.processes import Run
 from ldm.schemas import StrictValidator
@@ -65,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
-    metrics = export.read_metrics(args.metrics) if args.metrics else None
+    metrics = model_card.read_metrics(args.metrics) if args.metrics else None
 
     # Step 1: networks, and what is known of them
     paths = {
         "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
         "diffusion_unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
-    origin = {name: export.history(path, name) for name, path in paths.items()}
+    origin = {name: model_card.history(path, name) for name, path in paths.items()}
     run = Run(0, 1, torch.device("cpu"), None)
     networks = generation.load_networks(
         *paths.values(), config, args.config_file, args.scale_factor, False, None, run
@@ -80,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = environment["data_base_dir"]
     folders = folders if isinstance(folders, list) else [folders]
     about = {
-        "description": export.describe(networks, config),
+        "description": model_card.describe(networks, config),
         "authors": args.authors,
-        "data_source": ", ".join(folder.resolve().name for folder in folders),
+        "data_source": ", ".join(Path(os.path.abspath(folder)).name for folder in folders),
         "channels": [f"channel {channel} of the source images" for channel in configs.channels_of(config)],
     }
 
@@ -92,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(temporary) / out.name
         if "safetensors" in args.formats:
             export.write_safetensors(folder / "safetensors", networks, config, origin)
-        script = None
+        takes = None
         if "torchscript" in args.formats:
-            script = export.write_torchscript(folder / "torchscript", networks, config)
-        card = export.model_card(out.name, networks, config, origin, about, metrics, args.formats, script)
+            takes = export.write_torchscript(folder / "torchscript", networks, config)
+        card = model_card.model_card(out.name, networks, config, origin, about, metrics, args.formats, takes)
         if "bundle" in args.formats:
             figures = metrics["figures"] if metrics else []
             export.write_bundle(folder / "bundle", networks, config, card, about, figures)

@@ -213,10 +213,14 @@ def save_safetensors(path: Path, content: dict) -> None:
 
 
 def _read_safetensors(path: Path) -> dict:
-    """What `save_safetensors` wrote, or `{"model": state}` of a file that others wrote. Raises UserError where
-    the SHA-256 is that of other content; others' files have none."""
+    """What `save_safetensors` wrote, or `{"model": state}` of a file that others wrote.
+
+    Raises:
+        UserError: the SHA-256 is that of other content; others' files have none.
+    """
     with safe_open(path, "pt") as file:
-        metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        metadata, names = file.metadata() or {}, file.keys()
+        state = {name: file.get_tensor(name) for name in names}
     digest = metadata.pop("sha256", None)
     if digest is None and "config" not in metadata:
         return {"model": state}
@@ -350,10 +354,7 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint.")
     try:
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-        else:
-            content = _read_pickle(path)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except UserError:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
