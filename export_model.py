@@ -66,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
-    metrics = model_card.read_metrics(args.metrics) if args.metrics else None
 
     # Step 1: networks, and what is known of them
     paths = {
@@ -74,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "diffusion_unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
     origin = {name: model_card.history(path, name) for name, path in paths.items()}
+    digest = origin["autoencoder"]["sha256"]
+    metrics = model_card.read_metrics(args.metrics, digest) if args.metrics else None
     run = Run(0, 1, torch.device("cpu"), None)
     networks = generation.load_networks(
         *paths.values(), config, args.config_file, args.scale_factor, False, None, run

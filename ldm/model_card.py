@@ -1,6 +1,7 @@
 """A model card: what a trained model is, from its files: data, training, figures, limits, and code that uses
 what `ldm.export` wrote."""
 
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +27,11 @@ INTERVAL_OR_NONE = {"type": ["array", "null"], "items": {"type": "number"}, "min
 TEXT = {"type": "string"}
 FIGURE = fields(group=TEXT, name=TEXT, value=NUMBER_OR_NONE)
 FIGURE["properties"] |= dict.fromkeys(("interval", "floor_interval"), INTERVAL_OR_NONE)
-FIGURE["properties"] |= {"floor": NUMBER_OR_NONE, "better": TEXT_OR_NONE, "missing": TEXT_OR_NONE}
+FIGURE["properties"] |= dict.fromkeys(("better", "missing", "unit", "counts"), TEXT_OR_NONE)
+FIGURE["properties"]["floor"] = NUMBER_OR_NONE
 METRICS = fields(figures={"type": "array", "items": FIGURE})  # the part of evaluate.py's file that is shown
 METRICS["properties"]["verdicts"] = {"type": "array", "items": fields(tone=TEXT, text=TEXT)}
+METRICS["properties"]["settings"] = {"type": "object", "properties": {"autoencoder": TEXT}}
 
 
 # ---------------------------------------------------------------- what is known
@@ -76,11 +79,24 @@ def history(path: Path, name: str) -> dict:
     }
 
 
-def read_metrics(path: Path) -> dict:
-    """The figures and verdicts of an evaluation. Raises UserError where they are none."""
+def read_metrics(path: Path, autoencoder: str) -> dict:
+    """The figures and verdicts of an evaluation.
+
+    Args:
+        autoencoder: SHA-256 of the file of the one that is exported.
+
+    Raises:
+        UserError: they are none, or of another autoencoder.
+    """
     content = read_json(path, "metrics")
     if what := fault(StrictValidator(METRICS), content):
         raise UserError(f"metrics {path}: {what}. Give the metrics.json that evaluate.py wrote.")
+    named = re.findall("[0-9a-f]{64}", content.get("settings", {}).get("autoencoder", ""))
+    if named and autoencoder not in named:
+        raise UserError(
+            f"metrics {path}: of a model with another autoencoder (SHA-256 {named[0][:12]}, exported "
+            f"{autoencoder[:12]}). Evaluate this model, or leave --metrics out."
+        )
     return {"figures": content["figures"], "verdicts": content.get("verdicts", [])}
 
 
@@ -153,7 +169,7 @@ Paths count from the folder with `MODEL_CARD.md`.
 {use}
 """
 COPIES = {
-    True: "Whether samples copy training volumes was measured: see the figures on memorisation.",
+    True: "Whether samples copy training volumes was measured: see the figures on copies.",
     False: "Whether samples copy training volumes was not checked. Until it is, treat weights and samples\n"
     "  as you treat the data.",
 }
@@ -207,8 +223,8 @@ def model_card(
         limits=", ".join(f"{low:.6g} to {high:.6g}" for low, high in geometry["limits"]),
         training=_training(networks, origin),
         figures="\n".join(_figures(origin, metrics)),
-        seen=f"{cases[0]} training volumes" if cases else "its training volumes",
-        memorisation=COPIES[bool(metrics) and any(map(_on_memorisation, metrics["figures"]))],
+        seen=f"{cases[0]} training volumes" if cases else "its training data",
+        memorisation=COPIES[bool(metrics) and any(map(_on_copies, metrics["figures"]))],
         use="\n".join(_use(networks, formats, takes)),
     )
 
@@ -218,8 +234,8 @@ def _network(definition: dict, network: nn.Module) -> str:
     return f"{definition['_target_'].rpartition('.')[2]}, {millions:.3g} M parameters"
 
 
-def _on_memorisation(figure: dict) -> bool:
-    return figure["value"] is not None and "memori" in f"{figure['group']} {figure['name']}".lower()
+def _on_copies(figure: dict) -> bool:
+    return figure["value"] is not None and "copies" in f"{figure['group']} {figure['name']}".lower()
 
 
 def _training(networks: Networks, origin: dict) -> str:
@@ -278,29 +294,31 @@ def _figures(origin: dict, metrics: dict | None) -> list[str]:
         lines = ["On the held-out cases, by which these weights were chosen:", "", *lines, ""]
     if not metrics:
         return [*lines, "Not evaluated beyond that: `export_model.py` was given no `metrics.json`."]
-    lines += ["By `evaluate.py`; the floor is what real volumes reach against real ones:", ""]
-    rows = [["", "", "value", "interval", "floor", "interval", "better"], ["---"] * 7]
+    lines += [
+        "By `evaluate.py`, with 95 % intervals. The floor is what real volumes reach against real ones.",
+        "",
+    ]
+    rows = [["", "", "value", "interval", "floor", "interval", "better", "volumes"], ["---"] * 8]
     for one in metrics["figures"]:
-        value, floor = (_number(one.get(key)) for key in ("value", "floor"))
-        intervals = (_interval(one.get(key)) for key in ("interval", "floor_interval"))
-        value = value or one.get("missing") or "missing"
+        value, floor = (_number(one.get(key), one.get("unit")) for key in ("value", "floor"))
+        spread, floor_spread = (_interval(one.get(key)) for key in ("interval", "floor_interval"))
         cells = [
             one["group"],
             one["name"],
-            value,
-            next(intervals),
+            value or one.get("missing") or "missing",
+            spread,
             floor,
-            next(intervals),
-            one.get("better") or "",
+            floor_spread,
         ]
+        cells += [one.get(key) or "" for key in ("better", "counts")]
         rows.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
     lines += [f"| {' | '.join(row)} |" for row in rows]
     verdicts = [f"- {' '.join(one['text'].split())}" for one in metrics["verdicts"]]
     return [*lines, "", *verdicts] if verdicts else lines
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, unit: str | None) -> str:
+    return "" if value is None else f"{value:.4g} {unit or ''}".rstrip()
 
 
 def _interval(interval: Sequence[float] | None) -> str:

@@ -33,13 +33,15 @@ METRICS = {
         {
             "group": "reconstruction",
             "name": "PSNR",
+            "unit": "dB",
+            "counts": "2 held-out",
             "value": 18.25,
             "interval": [17.5, 19.0],
             "floor": None,
             "better": "higher",
         },
         {
-            "group": "memorisation",
+            "group": "Copies of training scans",
             "name": "nearest | training",
             "value": 0.75,
             "interval": None,
@@ -351,7 +353,10 @@ def test_the_metadata_is_true(done, flow):
     for made, due in zip(outputs, about["outputs"].values(), strict=True):
         assert made.shape == shape(due)
     assert image["spatial_shape"] == list(chain.SHAPE)
-    assert facts["eval_metrics"] == {"reconstruction: PSNR": 18.25, "memorisation: nearest | training": 0.75}
+    assert facts["eval_metrics"] == {
+        "reconstruction: PSNR": 18.25,
+        "Copies of training scans: nearest | training": 0.75,
+    }
     assert facts["pytorch_version"] == torch.__version__.partition("+")[0]
     assert facts["authors"] == "A. Name" and facts["data_source"] == "data"
     assert facts["required_packages_version"]["nibabel"] == nib.__version__
@@ -373,13 +378,13 @@ def test_the_card_tells_data_training_figures_and_limits(done, flow):
         f"of step {step}, the best in validation; averaged exponentially, decay 0.9",
         "l1 + 0.5 gradient + 1e-07 kl + 0.01 adversarial",
         f"PSNR {done.checkpoint('autoencoder.pt')['best']:.4g} dB",
-        "| reconstruction | PSNR | 18.25 | 17.5 to 19 | | | higher |",
-        "| memorisation | nearest \\| training | 0.75 | | 0.5 | 0.25 to 0.625 | |",
+        "| reconstruction | PSNR | 18.25 dB | 17.5 to 19 | | | higher | 2 held-out |",
+        "| Copies of training scans | nearest \\| training | 0.75 | | 0.5 | 0.25 to 0.625 | |",
         "| quality | FID | no weights |",
         "- No sample is a copy.",
         "Not for diagnosis",
         "It has seen 4 training volumes",
-        "was measured: see the figures on memorisation",
+        "was measured: see the figures on copies",
     ):
         assert words in card, words
     assert (flow / "bundle/docs/README.md").read_bytes() == (flow / "MODEL_CARD.md").read_bytes()
@@ -473,6 +478,10 @@ def test_nothing_is_overwritten(done, tmp_path):
         ('{"figures": [{"group": "a", "name": "PSNR", "value": "1"}]}', "value"),
         ('{"figures": [{"group": "a", "name": "b", "value": NaN}]}', "value"),
         ('{"figures": [], "verdicts": [{"text": 1, "tone": ""}]}', "verdicts"),
+        (
+            '{"figures": [], "settings": {"autoencoder": "a.pt, SHA-256 %s"}}' % ("0" * 64),
+            "another autoencoder",
+        ),
         (None, "cannot be read"),
     ],
 )
