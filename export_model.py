@@ -12,7 +12,7 @@ beside them `split.json` and `train_log.jsonl`, for the card. Writes
     DIR/MODEL_CARD.md     data, training, figures, limits, and code that uses each form
     DIR/safetensors/      autoencoder.safetensors, diffusion_unet.safetensors
     DIR/torchscript/      encode.ts, decode.ts, unet.ts, model.json
-    DIR/bundle/           configs/, models/, scripts/, docs/README.md, LICENSE
+    DIR/bundle/           configs/, models/, scripts/, docs/ (the card again), LICENSE
     DIR/SHA256SUMS
 
 Each form draws the volumes that inference.py draws, to rounding. What is written names the data by the last

@@ -292,7 +292,7 @@ def write_bundle(
     """A folder that `python -m monai.bundle run` draws volumes from.
 
     Args:
-        card: what docs/README.md says.
+        card: what the README says.
         about: as of `ldm.model_card.model_card`.
         figures: of an evaluation.
     """
@@ -305,12 +305,12 @@ def write_bundle(
             torch.save(content, file)
     write_json(folder / "configs" / "inference.json", inference_config(networks, config))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(networks, config, about, figures))
-    for name, text in (
-        ("docs/README.md", card),
-        ("scripts/__init__.py", ""),
-        ("scripts/sampling.py", sampling_script()),
+    for part, name, text in (
+        ("docs", "README.md", card),
+        ("scripts", "__init__.py", ""),
+        ("scripts", "sampling.py", sampling_script()),
     ):
-        with written_whole(folder / name) as file:
+        with written_whole(folder / part / name) as file:
             file.write(text.encode())
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
 
