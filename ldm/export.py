@@ -83,8 +83,12 @@ class Encode(nn.Module):
         return mean.float() * self.scale_factor, std.float() * self.scale_factor
 
 
-class Decode(Encode):
+class Decode(nn.Module):
     """Scaled latents (B, c, d, h, w) -> (B, C, D, H, W), about [0, 1]."""
+
+    def __init__(self, autoencoder: nn.Module, scale_factor: float):
+        super().__init__()
+        self.autoencoder, self.scale_factor = autoencoder, scale_factor
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """See above."""
@@ -195,8 +199,11 @@ def _trace(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.Scr
 @torch.no_grad()
 def _difference(script: nn.Module, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     """Largest difference, as a share of the largest value; NaN where a value is."""
-    pairs = [(one,) if isinstance(one, torch.Tensor) else one for one in (script(*inputs), module(*inputs))]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*pairs, strict=True))
+    made, due = (
+        (one,) if isinstance(one, torch.Tensor) else one for one in (script(*inputs), module(*inputs))
+    )
+    shares = [(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in zip(made, due, strict=True)]
+    return torch.stack(shares).max().item()
 
 
 def _steps(sampler: str, process: NoiseProcess) -> int:
@@ -414,7 +421,7 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
         },
         "autoencoder_data_format": {
             "inputs": {"image": unit},
-            "outputs": {"reconstruction": {**image}, "mean": latent, "std": latent},
+            "outputs": {"reconstruction": image, "mean": latent, "std": latent},
         },
     }
 

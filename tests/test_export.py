@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +203,7 @@ def code_of(card: Path, what: str) -> str:
 def test_the_cards_code_draws_with_torchscript(done, flow, tmp_path, monkeypatch):
     """Heun's method of the card, with the steps that the chain's samples have."""
     code = code_of(flow / "MODEL_CARD.md", "torch.jit.load").replace("steps, T = 25", "steps, T = 4")
-    (tmp_path / "torchscript").symlink_to(flow / "torchscript")
+    shutil.copytree(flow / "torchscript", tmp_path / "torchscript")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert_same_volume(tmp_path / "sample.nii.gz", done.output_dir / "sample_000000.nii.gz", affine=False)
@@ -213,7 +214,7 @@ def test_the_cards_code_draws_from_a_beta_schedule(discrete, steps_of_betas, tmp
     discrete.run(inference, "--sampler", "ddim", "--steps", "5")
     discrete.set_environment()
     code = code_of(steps_of_betas / "MODEL_CARD.md", "torch.jit.load")
-    (tmp_path / "torchscript").symlink_to(steps_of_betas / "torchscript")
+    shutil.copytree(steps_of_betas / "torchscript", tmp_path / "torchscript")
     monkeypatch.chdir(tmp_path)
     exec(code.replace("steps, T = 250", "steps, T = 5"), {})
     expected = tmp_path / "ddim" / "sample_000000.nii.gz"
@@ -264,6 +265,15 @@ def test_what_cannot_be_traced_in_general_is_traced_as_it_is_used():
     assert not general
     x = torch.rand(1, 1, 6, 4, 4)
     torch.testing.assert_close(script(x), 7 * x)
+
+
+def test_a_network_that_gives_zeros_is_traced():
+    """As MONAI's UNet does before it is trained."""
+    zero = torch.nn.Conv3d(1, 1, 1)
+    for weight in zero.parameters():
+        torch.nn.init.zeros_(weight)
+    script, general = export.traced("unet", zero.eval(), lambda b, s: (torch.rand(b, 1, *s),), [4] * 3, 2)
+    assert general and not script(torch.rand(2, 1, 4, 4, 4)).any()
 
 
 def test_a_trace_that_computes_something_else_is_refused():
