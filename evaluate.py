@@ -486,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["autoencoder"] = f"{inputs.autoencoder.name}, SHA-256 {sha256_of(inputs.autoencoder)}"
     content = {
         "format": 1,
-        "title": f"{made.folder}, beside {sources[HELD_OUT].folder}",
+        "title": f"{Path(made.folder).name} beside {Path(sources[HELD_OUT].folder).name}",
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "sets": {name: {"folder": sources[name].folder, "volumes": count} for name, count in counts.items()},
         "verdicts": lines,
