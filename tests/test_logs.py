@@ -12,7 +12,7 @@ import chain
 import numpy as np
 import pytest
 import torch
-from chain import Project, copy_of, fingerprint
+from chain import SPACING, Project, copy_of, fingerprint
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -120,7 +120,7 @@ def test_the_same_scans_are_shown_at_each_validation(watched):
         parts = [np.split(picture, 3) for picture in found.values()]
         scans.append(parts[0][0])
         np.testing.assert_allclose(
-            scans[-1], 255 * figures.three_planes(project.normalised(name)[0, 0]), atol=1
+            scans[-1], 255 * figures.three_planes(project.normalised(name)[0, 0], SPACING), atol=1
         )
         for scan, reconstruction, difference in parts:
             assert np.array_equal(scan, scans[-1])
