@@ -22,6 +22,9 @@ PLANES = ("sagittal", "coronal", "axial")  # the plane that stands on each axis 
 EDGES = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
 MARGIN, GAP = 18, 6  # pixels around a slice, where its letters stand, and between slices
 NARROWEST, TITLE = 170, 420  # pixels that a caption and a title have room in
+QUARTERS = {  # of the times of diffusion: key in the training log, and what it is called
+    f"val_loss_quarter_{i}": name for i, name in enumerate(("least", "less", "more", "most"), 1)
+}
 WHITE, GREY = (255, 255, 255), (150, 150, 150)
 CELL = 180  # pixels along the longest side of a volume in a montage
 # Colours that the colour-blind tell apart: ten of the twelve of M. Krzywinski (mk.bcgsc.ca/colorblind).
@@ -303,22 +306,27 @@ def loss_figure(records: Sequence[dict]) -> Figure:
         ("autoencoder", ("recon_loss",), "Autoencoder: reconstruction loss", True),
         ("autoencoder", ("val_psnr",), "Autoencoder: held-out PSNR (dB)", False),
         ("diffusion", ("loss", "val_loss"), "Diffusion: loss", True),
+        ("diffusion", tuple(QUARTERS), "Diffusion: held-out loss by noise", True),
     ]
-    panels = [panel for panel in panels if any(entry["stage"] == panel[0] for entry in records)]
-    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
-    for axis, (stage, keys, title, logarithmic) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    logged = {(entry["stage"], key) for entry in records for key in entry}
+    panels = [panel for panel in panels if any((panel[0], key) in logged for key in panel[1])]
+    if not panels:  # epochs without a finite batch have no loss
+        return Figure(figsize=(5, 3.4))
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (stage, keys, title, logarithmic) in zip(axes, panels, strict=True):
         for key in keys:
             points = [
                 (entry["step"], entry[key]) for entry in records if entry["stage"] == stage and key in entry
             ]
             if points:
-                label, marker = "held out" if key.startswith("val") else "training", "o" * (len(points) == 1)
+                label = QUARTERS.get(key, "held out" if key.startswith("val") else "training")
+                marker = "o" * (len(points) == 1)
                 axis.plot(*zip(*points, strict=True), marker or "-", label=label)
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
-        if axis.lines:  # an epoch without a finite batch has no loss
-            axis.legend(frameon=False)
+        axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     return figure
 
