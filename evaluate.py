@@ -157,13 +157,14 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
         log = read_log(model_dir / "train_log.jsonl")
         if not (args.real and args.train):
             cases[TRAINING], cases[HELD_OUT] = utils.prepare_data(config, environment, run, write=False)
-    if autoencoder and config is None:
-        checkpoint = load_checkpoint(autoencoder)
-        if "config" not in checkpoint:
+    if autoencoder and (config is None or not config["spacing"]):
+        trained = load_checkpoint(autoencoder).get("config")
+        if trained is None:
             raise UserError(
-                f"{autoencoder}: holds weights alone. Name the config that they belong to by -c and -e."
+                f"{autoencoder}: holds weights alone. Name their config, with a spacing, by -c and -e."
             )
-        config = configs.completed(checkpoint["config"])
+        trained = configs.completed(trained)
+        config = {**config, "spacing": trained["spacing"], "longest_side": None} if config else trained
     out = args.out or environment["output_dir"] / "evaluation"
     for name in ("metrics.json", "report.html"):
         if (out / name).exists():

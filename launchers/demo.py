@@ -1,4 +1,5 @@
-"""The whole way from data to new images: brains, an autoencoder, a diffusion model, eight new brains.
+"""The whole way from data to new images: brains, an autoencoder, a diffusion model, eight new brains, and a
+page that says how good they are.
 
     ./demo.sh                                        # simulates 96 brains and trains on them
     ./demo.sh --data DIR                             # trains on the volumes in DIR instead
@@ -48,7 +49,7 @@ def main(argv=None):
     if args.data is None and not (data / "dataset.json").exists():
         step(python, "simulate_brains.py", "--out", shown(data), "--num", "96", "--spacing", "4")
 
-    # Step 2 to 4: both stages, then new brains
+    # Step 2 to 5: both stages, new brains, and how good they are
     common = ["-c", CONFIG, "-e", shown(out / ENVIRONMENT)]
     if args.data is None:
         common += ["--set", "channel=1"]  # of the four simulated contrasts, T1w
@@ -57,6 +58,7 @@ def main(argv=None):
     step(python, "train_autoencoder.py", *common)
     step(python, "train_diffusion.py", *common)
     step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")
+    step(python, "evaluate.py", *common)
 
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     print(f"\nDone in {minutes} min {seconds} s.")
@@ -87,7 +89,7 @@ def parse(argv):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another value than the config's; passed on to both trainings and to inference; may be repeated",
+        help="another value than the config's; passed on to all of them; may be repeated",
     )
     return parser.parse_args(argv)
 
@@ -146,14 +148,18 @@ def step(python, script, *arguments):
 
 
 def made(out):
-    """The volumes and pictures that the scripts wrote."""
+    """The volumes, pictures and pages that the scripts wrote."""
     own = {SIMULATED, "models", "tensorboard"}
     for path in sorted((out / "models").glob("*")):
         if path.suffix in (".png", ".gif"):
             yield path
     for path in sorted(out.rglob("*")):
         top = path.relative_to(out).parts[0]
-        if top not in own and not top.startswith("old-") and path.name.endswith((".nii.gz", ".png", ".gif")):
+        if (
+            top not in own
+            and not top.startswith("old-")
+            and path.name.endswith((".nii.gz", ".png", ".gif", ".html"))
+        ):
             yield path
 
 

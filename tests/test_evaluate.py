@@ -142,6 +142,29 @@ def test_every_figure_has_a_value_or_a_reason(of_the_run):
     assert any("2 held-out" in line["text"] and line["tone"] == "warn" for line in of_the_run["verdicts"])
 
 
+def test_sets_that_are_named_replace_those_of_the_run(of_the_run, scans, tmp_path):
+    """Though the config leaves the spacing open, which only the autoencoder then knows."""
+    project = of_the_run["project"]
+    argv = (
+        "--real",
+        scans["held"],
+        "--train",
+        scans["training"],
+        "--set",
+        "spacing=null",
+        "--set",
+        "longest_side=20",
+    )
+    project.run(evaluate, *argv, "--out", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {name: one["volumes"] for name, one in content["sets"].items()} == {
+        "held-out": 10,
+        "generated": 3,
+        "training": 12,
+    }
+    assert content["settings"]["grid"].endswith("of 2 x 1.5 x 3 mm")
+
+
 def test_a_second_evaluation_does_not_replace_the_first(of_the_run):
     assert "is there already" in of_the_run["project"].refused(evaluate)
 

@@ -228,6 +228,7 @@ def test_demo_from_nothing_and_once_more(project):
         ["train_autoencoder.py", *common],
         ["train_diffusion.py", *common],
         ["inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50"],
+        ["evaluate.py", *common],
     ]
     assert calls[2:] == [simulate, *stages]
     assert {call["folder"] for call in project.calls[2:]} == {str(project.folder)}
@@ -260,7 +261,12 @@ def test_demo_on_own_data(project):
     data.mkdir(parents=True)
     done, calls = project.demo("--data", f"../elsewhere/{data.name}", folder=project.bin)
     assert done.returncode == 0, done.stderr
-    assert scripts_of(calls) == ["train_autoencoder.py", "train_diffusion.py", "inference.py"]
+    assert scripts_of(calls) == [
+        "train_autoencoder.py",
+        "train_diffusion.py",
+        "inference.py",
+        "evaluate.py",
+    ]
     out = project.folder / "outputs" / f"demo-{data.name}"
     places = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     assert places["data_base_dir"] == str(data)
