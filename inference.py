@@ -369,6 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
                 "spacing": list(geometry["spacing"]),
+                "limits": geometry["limits"],
             }
             provenance.save_volume(
                 paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}

@@ -87,12 +87,11 @@ def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> N
     images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
-def loss_curves(records: Sequence[dict], path: Path) -> None:
-    """Draw what the training log holds: for each stage its training losses and its validation score by step.
+def loss_figure(records: Sequence[dict]) -> Figure:
+    """What the training log holds: for each stage its training losses and its validation score by step.
 
     Args:
         records: entries of the training log, each with "stage", "step" and numbers.
-        path: the PNG to write.
     """
     panels = [
         ("autoencoder", ("recon_loss",), "Autoencoder: reconstruction loss", True),
@@ -115,5 +114,10 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
         if axis.lines:  # an epoch without a finite batch has no loss
             axis.legend(frameon=False)
         axis.grid(alpha=0.3)
+    return figure
+
+
+def loss_curves(records: Sequence[dict], path: Path) -> None:
+    """Write the curves of a training log as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    loss_figure(records).savefig(path, dpi=110)

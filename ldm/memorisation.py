@@ -8,6 +8,7 @@ little for one that was moved, mirrored, or passed through the autoencoder, whic
 network has a say in it, so that it means the same for every model.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ SMOOTHING = 1.0  # voxels of it
 SHIFT = 1 / 8  # of a side, up to which volumes are moved against each other
 CANDIDATES = 8  # training volumes that are looked at on the small grid, after all were on one half as fine
 COPY = 0.5  # of the held-out volumes' median distance, below which a sample is called a copy
+CONSTANT = 1e-5  # of the unit range; what varies less is rounding
 BATCH = 64  # training volumes at a time
 
 
@@ -48,7 +50,8 @@ def thumbnail(volume: torch.Tensor) -> torch.Tensor:
 def _normalised(x: torch.Tensor) -> torch.Tensor:
     """(..., C, d, h, w) -> each channel with mean 0, all of them together with norm 1."""
     x = x.float() - x.float().mean((-3, -2, -1), keepdim=True)
-    return x / x.square().sum((-4, -3, -2, -1), keepdim=True).sqrt().clamp_min(1e-12)
+    spread = x.square().mean((-4, -3, -2, -1), keepdim=True).sqrt().clamp_min(CONSTANT)
+    return x / (spread * math.prod(x.shape[-4:]) ** 0.5)
 
 
 class TrainingVolumes:

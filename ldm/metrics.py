@@ -43,8 +43,13 @@ def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> t
 
 
 def scales_of(size: Sequence[int]) -> int:
-    """How many of MS-SSIM's five scales a volume of this size has room for; 0: not even one."""
-    return sum(min(size) // 2**scale >= WINDOW for scale in range(len(SCALE_WEIGHTS)))
+    """How many of MS-SSIM's five scales a volume of this size has room for; 0: not even one.
+
+    The coarsest has to hold the window, and MONAI asks for (scales - 1)^2 windows a side.
+    """
+    side = min(size)
+    fits = [side // max(2**s, s**2) >= WINDOW for s in range(len(SCALE_WEIGHTS))]
+    return (*fits, False).index(False)
 
 
 def ms_ssim(first: torch.Tensor, second: torch.Tensor) -> float:

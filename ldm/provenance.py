@@ -46,6 +46,11 @@ SCHEMA = fields(
         sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
     ),
 )
+LIMITS = {
+    "type": "array",
+    "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+}
+SCHEMA["properties"]["volume"]["properties"]["limits"] = LIMITS  # the intensities of 0 and 1, a channel each
 SCHEMA["properties"]["max_memory"] = POSITIVE  # in GB, of decoding; where there was no limit, there is no key
 
 
@@ -164,6 +169,22 @@ def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
 def record_path(path: Path) -> Path:
     """The record of a volume `sample_000003.nii.gz`: `sample_000003.json`."""
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def limits_of(path: Path) -> list[list[float]] | None:
+    """The intensities that are 0 and 1 in the autoencoder's units, for each channel of a generated volume,
+    from its record; None for any other volume.
+
+    Raises:
+        UserError: there is a record, and it is damaged.
+    """
+    record = record_path(path)
+    if not path.name.endswith(".nii.gz") or not record.is_file():
+        return None
+    content = read_json(record, "record")
+    if not isinstance(content.get("volume"), dict) or "limits" not in content["volume"]:
+        return None  # the JSON of a BIDS scan, or a record from before there were limits in it
+    return read_record(record)["volume"]["limits"]
 
 
 def missing(paths: dict[int, Path], request: dict) -> set[int]:

@@ -1,0 +1,174 @@
+"""Sets of volumes, reduced to rows of numbers: the volumes come one after the other, and none is kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.ndimage import gaussian_filter
+
+from ldm import memorisation
+from ldm.distances import Moments
+from ldm.features import PLANES
+from ldm.metrics import (
+    RadialSpectrum,
+    histogram,
+    ms_ssim,
+    reconstruction_metrics,
+    scales_of,
+    tissue_volumes,
+)
+
+OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # networks of features
+BLURS = (0.25, 0.5, 1.0, 2.0)  # voxels, of the scans that distances are told by
+PAIRS = 100  # of which MS-SSIM is taken at most
+
+
+class VolumeSet:
+    """What is kept of the volumes of a set.
+
+    Args:
+        name: "held-out", "generated" or "training".
+        networks: of features, by name.
+        spectrum: for volumes of this size.
+        spacing: in mm.
+        classifier: a network (1, C, D, H, W) -> (1, classes), or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        networks: dict[str, Callable],
+        spectrum: RadialSpectrum,
+        spacing: Sequence[float],
+        classifier: Callable | None = None,
+    ):
+        self.name, self.networks, self.spectrum, self.spacing = name, networks, spectrum, spacing
+        self.classifier = classifier
+        self.names, self.spectra, self.histograms, self.tissues, self.thumbnails = [], [], [], [], []
+        self.features = {network: [] for network in networks if network != RADIMAGENET}
+        self.slices = [[Moments() for _ in PLANES] for _ in range(2)]  # of every other volume
+        self.similarities, self.reconstructions, self.probabilities = [], [], []
+        self._before = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @torch.no_grad()
+    def add(self, name: str, volume: torch.Tensor) -> None:
+        """A volume (1, C, D, H, W) in the unit range, float32."""
+        for network, features in self.features.items():
+            features.append(self.networks[network](volume))
+        if RADIMAGENET in self.networks:
+            for moments, rows in zip(
+                self.slices[len(self) % 2], self.networks[RADIMAGENET](volume), strict=True
+            ):
+                moments.add(rows)
+        self.names.append(name)
+        self.spectra.append(self.spectrum(volume))
+        self.histograms.append(histogram(volume))
+        self.tissues.append(tissue_volumes(volume[0, 0].cpu().numpy(), self.spacing))
+        self.thumbnails.append(memorisation.thumbnail(volume))
+        if self._before is not None and len(self.similarities) < PAIRS and scales_of(volume.shape[2:]):
+            self.similarities.append(ms_ssim(self._before, volume))
+        self._before = volume
+        if self.classifier:
+            self.probabilities.append(self.classifier(volume)[0].softmax(0).double().cpu())
+
+    def add_reconstruction(self, reconstruction: torch.Tensor, volume: torch.Tensor) -> None:
+        """How a volume comes back from the autoencoder."""
+        numbers = reconstruction_metrics(reconstruction.clamp(0, 1), volume)
+        self.reconstructions.append([float(numbers[key]) for key in ("psnr", "ssim", "l1")])
+
+    def rows(self, network: str, of: slice = slice(None)) -> list[torch.Tensor]:
+        """Features of some volumes: (N, F) a group."""
+        return stacked(self.features[network][of])
+
+
+def stacked(features: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Rows of volumes, a list of groups each -> (N, F) a group."""
+    return [torch.stack(group) for group in zip(*features, strict=True)]
+
+
+class Yardsticks:
+    """Features of real volumes that something was done to, by which a distance is told in plain words.
+
+    Args:
+        networks: as those of `VolumeSet`.
+        reconstruct: the autoencoder's way there and back, or None.
+    """
+
+    def __init__(self, networks: dict[str, Callable], reconstruct: Callable | None):
+        self.networks = {name: network for name, network in networks.items() if name != RADIMAGENET}
+        self.changes = {f"scans blurred by {sigma:g} voxels": _blurred(sigma) for sigma in BLURS}
+        if reconstruct:
+            self.changes["reconstructions"] = reconstruct
+        self.features = {change: {name: [] for name in self.networks} for change in self.changes}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, volume: torch.Tensor) -> None:
+        """A real volume (1, C, D, H, W)."""
+        self.count += 1
+        for change, apply in self.changes.items():
+            changed = apply(volume).clamp(0, 1)
+            for name, network in self.networks.items():
+                self.features[change][name].append(network(changed))
+
+
+def _blurred(sigma: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def blur(volume: torch.Tensor) -> torch.Tensor:
+        smooth = gaussian_filter(volume.cpu().numpy(), (0, 0, *[sigma] * 3))
+        return torch.from_numpy(smooth).to(volume.device)
+
+    return blur
+
+
+@dataclass
+class Sets:
+    """What is compared. Where there is no training set, the floor is between two halves of the held-out
+    volumes.
+
+    `yardsticks` are of the volumes that the floor's first set begins with.
+    """
+
+    held_out: VolumeSet
+    generated: VolumeSet
+    training: VolumeSet | None
+    yardsticks: Yardsticks
+
+    @property
+    def reference(self) -> VolumeSet:
+        """The set that the floor's first volumes are from."""
+        return self.training or self.held_out
+
+    @property
+    def first(self) -> slice:
+        """Those of `reference` on the one side of the floor."""
+        return slice(None) if self.training else slice(0, None, 2)
+
+    @property
+    def second(self) -> slice:
+        """The held-out volumes on its other side."""
+        return slice(None) if self.training else slice(1, None, 2)
+
+    @property
+    def least(self) -> int:
+        """Volumes on the smallest side of any comparison."""
+        return min(
+            len(self.generated.names),
+            len(self.reference.names[self.first]),
+            len(self.held_out.names[self.second]),
+        )
+
+    @property
+    def counts(self) -> str:
+        """How many volumes each has."""
+        training = f", {len(self.training)} training" if self.training else ""
+        return f"{len(self.generated)} generated, {len(self.held_out)} held-out{training}"
+
+    def too_few(self, least: int) -> str | None:
+        """Why a figure is missing that needs `least` volumes on each side, or None."""
+        if self.least >= least:
+            return None
+        halves = "" if self.training else " (whose halves are the floor, as there is no training set)"
+        return f"needs {least} volumes on each side; there are {self.counts}{halves}"
