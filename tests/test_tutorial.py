@@ -1,4 +1,4 @@
-"""The notebook 3d_ldm_tutorial.ipynb: its cells run, on simulated brains and on data like BraTS; its outputs."""
+"""The notebook 3d_ldm_tutorial.ipynb: its cells run, on simulated brains and on data like BraTS."""
 
 import base64
 import importlib.util
@@ -10,9 +10,8 @@ import nbformat
 import nibabel as nib
 import numpy as np
 import pytest
-from nbclient.exceptions import CellExecutionError
 
-import simulate_brains
+from ldm import UserError
 from ldm.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,29 +41,42 @@ def number(pattern: str, text: str) -> float:
     return float(re.search(pattern, text)[1])
 
 
-def executed(out: Path, monkeypatch, **changes: str) -> nbformat.NotebookNode:
-    """The notebook, run quickly; its results go below `out`. `changes` are other right sides of assignments
-    in its first code cell."""
-    monkeypatch.setenv("TUTORIAL_QUICK", "1")
-    monkeypatch.setenv("TUTORIAL_OUT", str(out))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def changed(changes: dict[str, str]) -> nbformat.NotebookNode:
+    """The notebook, with other text in its first code cell."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     first = code(notebook)[0]
     for before, after in changes.items():
         assert first.source.count(before) == 1
         first.source = first.source.replace(before, after)
-    make_tutorial.execute(notebook)
+    return notebook
+
+
+def executed(out: Path, changes: dict[str, str]) -> nbformat.NotebookNode:
+    """The notebook, run quickly in a process of its own; its results go below `out`."""
+    notebook = changed(changes)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in (("QUICK", "1"), ("OUT", str(out))):
+            patch.setenv(f"TUTORIAL_{key}", value)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        make_tutorial.execute(notebook)
     return notebook
 
 
 # ---------------------------------------------------------------- run now
 
 
-def test_all_cells_run_on_simulated_brains(tmp_path, monkeypatch):
-    notebook = executed(tmp_path, monkeypatch)
-    out, text = tmp_path / "simulated-quick", printed(notebook)
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> tuple[nbformat.NotebookNode, Path]:
+    """The notebook as it is, run quickly, and the folder of its results."""
+    out = tmp_path_factory.mktemp("tutorial")
+    return executed(out, {}), out / "simulated-quick"
+
+
+def test_all_cells_run_on_simulated_brains(simulated):
+    notebook, out = simulated
+    text = printed(notebook)
     psnr = number(r"PSNR of the reconstruction ([\d.]+) dB", text)
-    assert psnr > 22 and psnr > number(r"of the mean brain ([\d.]+) dB", text) + 1
+    assert psnr > 23 and psnr > number(r"of the mean brain ([\d.]+) dB", text) + 1
     assert number(r"variance [\d.]+ becomes ([\d.]+)", text) == pytest.approx(1, abs=0.02)
     unet = load_checkpoint(out / "models" / "diffusion_unet.pt")
     assert number(r"scale factor ([\d.]+):", text) == pytest.approx(unet["scale_factor"], rel=0.01)
@@ -72,16 +84,16 @@ def test_all_cells_run_on_simulated_brains(tmp_path, monkeypatch):
     assert "its bytes are those recorded" in text and MINUTES.search(text)
     sample = nib.load(out / "samples" / "sample_000001.nii.gz")
     assert sample.shape == (24, 24, 24) and np.isfinite(sample.get_fdata()).all()
+    verdicts = json.loads((out / "samples" / "evaluation" / "metrics.json").read_text())["verdicts"]
+    assert verdicts and all(verdict["text"] in text for verdict in verdicts)
     assert {"denoising.gif", "turned.nii.gz", "data", "fine"} <= {path.name for path in out.iterdir()}
 
 
-def test_the_same_cells_run_on_data_like_brats(tmp_path, monkeypatch):
+def test_the_same_cells_run_on_data_like_brats(simulated, tmp_path):
     """Other data by one variable; networks and grid of the config for BraTS made small for the test."""
-    data, config_file = tmp_path / "Task01_BrainTumour", tmp_path / "config.json"
-    simulate_brains.main(["--out", str(data), "--num", "5", "--spacing", "8", "--workers", "1"])
+    data, config_file = simulated[1] / "data", tmp_path / "config.json"
     config = json.loads((ROOT / "config" / "config_train_16g.json").read_text())
-    config["spacing"] = [8.0, 8.0, 8.0]
-    config["data"] = {"num_workers": 0}
+    config |= {"spacing": [8.0, 8.0, 8.0], "data": {"num_workers": 0}}
     config["autoencoder_def"] |= {"channels": [8, 8, 16], "num_res_blocks": 1, "norm_num_groups": 4}
     config["autoencoder_train"]["patch_size"] = [16, 16, 16]
     config["autoencoder_train"]["discriminator"] = {"channels": 4, "num_layers_d": 1}
@@ -89,21 +101,22 @@ def test_the_same_cells_run_on_data_like_brats(tmp_path, monkeypatch):
     config["diffusion_def"]["norm_num_groups"] = 4
     config["diffusion_train"]["patch_size"] = [16, 32, 16]
     config_file.write_text(json.dumps(config))
-    notebook = executed(
-        tmp_path,
-        monkeypatch,
-        **{'DATA = "simulated"': f"DATA = {str(data)!r}"},
-        **{'"config/config_train_16g.json"': repr(str(config_file))},
-    )
-    assert "predicts epsilon" in printed(notebook)
+    changes = {
+        'DATA = "simulated"': f"DATA = {str(data)!r}",
+        '"config/config_train_16g.json"': repr(str(config_file)),
+    }
+    assert "predicts epsilon" in printed(executed(tmp_path, changes))
     out = tmp_path / "brats-quick"
     assert nib.load(out / "samples" / "sample_000001.nii.gz").shape == (16, 32, 16)
     assert not (out / "data").exists() and not (out / "fine").exists()
 
 
 def test_brats_that_is_not_there_is_not_downloaded(tmp_path, monkeypatch):
-    with pytest.raises(CellExecutionError, match=r"python download_brats_data.py -e config/environment.json"):
-        executed(tmp_path, monkeypatch, **{'DATA = "simulated"': f"DATA = {str(tmp_path / 'no')!r}"})
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TUTORIAL_OUT", str(tmp_path))
+    first = code(changed({'DATA = "simulated"': f"DATA = {str(tmp_path / 'no')!r}"}))[0]
+    with pytest.raises(UserError, match=r"python download_brats_data.py -e config/environment.json"):
+        exec(first.source, {})
     assert not list(tmp_path.iterdir())
 
 
