@@ -20,8 +20,8 @@ ten.
 
 Published networks' weights are files that you have: MedicalNet's ResNet-10 or 50 for the 3D FID,
 RadImageNet's ResNet-50 for the 2.5D FID, each with its SHA-256 behind it, or the first digits of it, if it is
-to be checked. A classifier, for the Inception Score, is a JSON file such as {"_target_":
-"monai.networks.nets.DenseNet121", "spatial_dims": 3, "in_channels": 1, "out_channels": 2} and a file of weights.
+to be checked. A classifier, for the Inception Score, is a file of weights, and before it a JSON file such as
+{"_target_": "monai.networks.nets.DenseNet121", "spatial_dims": 3, "in_channels": 1, "out_channels": 2}.
 
 Written to `--out`: `metrics.json`, all figures with intervals and floors, and each sample's nearest training
 scan; and `report.html`, one page with pictures that opens in any browser. docs/evaluation.md says what each

@@ -388,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"sample": [torch.from_numpy(volume) for volume in shown]},
             output_dir / "samples.png",
             f"Generated volumes, seeds {seeds[0]} to {seeds[-1]}",
+            spacing=geometry["spacing"],
         )
         sharpness = ""
         if count and networks.power:

@@ -62,7 +62,7 @@ def main(argv=None):
         raise UserError(f"--tumour-fraction {args.tumour_fraction}: give a share from 0 to 1")
     spacing = args.spacing * 3 if len(args.spacing) == 1 else args.spacing
     output_grid(spacing)
-    out = prepare_folder(args.out)
+    out = utils.prepare_folder(args.out)
 
     # Step 2: simulate into a neighbouring folder, which takes the name when all is there
     workers = args.workers or min(os.cpu_count() or 1, math.ceil(args.num / 8))
@@ -77,23 +77,6 @@ def main(argv=None):
         (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         folder.rename(out)
     print(f"{args.num} simulated subjects in {args.out}")
-
-
-def prepare_folder(path):
-    """The absolute path of a folder that does not exist yet; an empty one makes way for it.
-
-    Raises UserError where something else is there, or the place cannot be written to.
-    """
-    out = Path(path).resolve()
-    try:
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error}; name a folder that can be made") from error
-    if out.exists():
-        raise UserError(f"--out {path} already holds something; name a new folder, or delete that one first")
-    return out
 
 
 def case_name(subject):

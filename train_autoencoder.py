@@ -11,8 +11,10 @@ nothing.
 
 Written to `model_dir`: `autoencoder.pt` (best PSNR on held-out volumes so far), `autoencoder_last.pt`
 (newest, with optimiser and discriminator) and `autoencoder_prev.pt` (the one before it),
-`config_autoencoder.json` (as resolved), `split.json`, `train_log.jsonl`; to `output_dir`:
-`reconstructions.png` and `losses.png`; to `tfevent_path`/autoencoder: TensorBoard.
+`config_autoencoder.json` (as resolved), `split.json`, `train_log.jsonl` (numbers), `log.txt` (what was said),
+`losses.png` (up to date), `reconstruction.gif` (a sweep through a held-out scan and its reconstruction); to
+`output_dir`: `reconstructions.png`; to `tfevent_path`/autoencoder: TensorBoard, with the same held-out scans,
+their reconstructions and 4 times the difference at each validation.
 
 The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
 over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint. `--dry-run`
@@ -24,6 +26,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
@@ -36,7 +39,6 @@ from ldm.checkpoints import StageFiles
 from ldm.datasets import VolumeDataset, stream
 from ldm.encoders import LatentEncoder, set_posterior_std
 from ldm.initialisation import start_as_block_transform
-from ldm.logs import read_log
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence
 from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
@@ -47,6 +49,8 @@ from ldm.training import Stepper, make_ema
 ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
 INITIAL_CASES = 16  # whose principal components a block transform starts from
+AMPLIFIED = 4  # as small differences are hard to see
+COMPARED = f"scan, reconstruction, difference x {AMPLIFIED}"
 RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
 
@@ -108,15 +112,16 @@ def judged_reconstruction(encoder: LatentEncoder, image: torch.Tensor, run: Run)
 
 
 @torch.no_grad()
-def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, list]:
+def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, dict]:
     """Reconstruct the held-out volumes, each rank its share.
 
     Returns:
         Means over all volumes of PSNR, SSIM, L1 and the share of the fine spectral power that is kept; and up
-        to 4 pairs of image and reconstruction (C, D, H, W) of the main rank, for pictures.
+        to 4 pairs of image and reconstruction (C, D, H, W) by the name of the case, for pictures: of a rank,
+        the same cases each time.
     """
     encoder.eval()
-    sums, pairs = torch.zeros(6, dtype=torch.float64), []
+    sums, pairs = torch.zeros(6, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
         image = dataset[(0, i)]["image"][None].to(run.device)
         reconstruction, numbers = judged_reconstruction(encoder, image, run)
@@ -124,10 +129,17 @@ def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[
         values = [numbers["psnr"], numbers["ssim"], numbers["l1"], *powers, torch.ones(1)]
         sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
         if len(pairs) < 4:
-            pairs.append((image[0].cpu(), reconstruction[0].cpu()))
+            pairs[dataset.cases[i].name] = image[0].cpu(), reconstruction[0].cpu()
     psnr, ssim, l1, kept, real, count = run.sum(sums).tolist()
     scores = {"psnr": psnr / count, "ssim": ssim / count, "l1": l1 / count, "power": kept / count}
     return {**scores, "power_share": kept / real if real else math.nan}, pairs
+
+
+def compared(scan: torch.Tensor, reconstruction: torch.Tensor) -> np.ndarray:
+    """A grey picture of two volumes (D, H, W) in three planes each, and of `AMPLIFIED` times the absolute
+    difference of what is seen of them below."""
+    difference = AMPLIFIED * (reconstruction.clamp(0, 1) - scan.clamp(0, 1)).abs()
+    return np.concatenate([figures.three_planes(one) for one in (scan, reconstruction, difference)])
 
 
 @dataclass
@@ -359,24 +371,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.keep(scores["psnr"], scores)
             training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
             if run.is_main:
-                picture = figures.three_planes(torch.cat([p[0] for p in pairs[0]], dim=1))
-                training.log.image("held-out scan and reconstruction", picture, training.clock.step)
+                for case, (scan, reconstruction) in pairs.items():
+                    picture = compared(scan[0], reconstruction[0])
+                    training.log.image(f"{COMPARED}/{case}", picture, training.clock.step)
 
     # Step 5: pictures
     training.close()
     if run.is_main:
-        scans, reconstructions = ([pair[i][0] for pair in pairs] for i in (0, 1))
+        scans, reconstructions = ([pair[i][0] for pair in pairs.values()] for i in (0, 1))
         figures.montage(
             {"held-out scan": scans, "reconstruction": reconstructions},
             output_dir / "reconstructions.png",
             f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
+            spacing=config["spacing"],
         )
-        figures.loss_curves(read_log(model_dir / "train_log.jsonl"), output_dir / "losses.png")
+        figures.animate(figures.axial_sweep([scans[0], reconstructions[0]]), model_dir / "reconstruction.gif")
     run.say(
         f"autoencoder: held-out PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
         f"L1 {scores['l1']:.4f}, {scores['power_share']:.2f} of the fine spectral power, "
         f"after {training.clock.seconds / 60:.1f} min\n"
-        f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {output_dir / 'losses.png'}"
+        f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
+        f"  {model_dir / 'losses.png'}"
     )
 
 

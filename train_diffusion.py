@@ -12,8 +12,9 @@ weights.
 
 Written to `model_dir`: `diffusion_unet.pt` (best loss on held-out volumes so far, averaged weights),
 `diffusion_unet_last.pt` (newest, with optimiser) and `diffusion_unet_prev.pt` (the one before it),
-`config_diffusion.json`, `train_log.jsonl`, `samples/` (drawn on the way); to `output_dir`: `losses.png`; to
-`tfevent_path`/diffusion: TensorBoard.
+`config_diffusion.json`, `train_log.jsonl` (numbers), `log.txt` (what was said), `losses.png` (up to date),
+`samples/` (drawn on the way from the same seeds, and `progress.gif` of all of them), `samples.gif` (a sweep
+through the newest); to `tfevent_path`/diffusion: TensorBoard.
 
 The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
 over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint. `--dry-run`
@@ -37,7 +38,6 @@ from ldm.datasets import Case, VolumeDataset, stream, typical_limits
 from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
-from ldm.logs import read_log
 from ldm.memory import Meter, take_steps
 from ldm.networks import latent_size, load_weights
 from ldm.processes import Run
@@ -166,6 +166,15 @@ def posterior_of(batch: dict, encoder: LatentEncoder | None, run: Run) -> tuple[
         return encoder.posterior(batch["image"].to(run.device, non_blocking=True))
 
 
+def prediction(
+    unet: nn.Module, process: NoiseProcess, z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, run: Run
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network predicts at z_t, and what it should, (B, c, d, h, w) float32 each."""
+    with run.autocast():
+        output = unet(process.add_noise(z0, noise, t), timesteps=t)
+    return output.float(), process.target(z0, noise, t)
+
+
 def diffusion_loss(
     unet: nn.Module,
     process: NoiseProcess,
@@ -177,12 +186,10 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Mean squared error of the prediction at z_t, for latents and noise (B, c, d, h, w) and times (B,);
     weighted by time where `min_snr_gamma` is given."""
-    with run.autocast():
-        output = unet(process.add_noise(z0, noise, t), timesteps=t)
-    target = process.target(z0, noise, t)
+    output, target = prediction(unet, process, z0, noise, t, run)
     if min_snr_gamma is None:
-        return nn.functional.mse_loss(output.float(), target)
-    errors = (output.float() - target).square().flatten(1).mean(1)
+        return nn.functional.mse_loss(output, target)
+    errors = (output - target).square().flatten(1).mean(1)
     return (process.min_snr_weight(t, min_snr_gamma) * errors).mean()
 
 
@@ -195,22 +202,30 @@ def validate(
     section: dict,
     seed: int,
     run: Run,
-) -> float:
-    """Mean loss over the held-out volumes at fixed noise and evenly spread times, each rank its share."""
+) -> dict[str, float]:
+    """Losses over the held-out volumes at fixed noise and evenly spread times, each rank its share.
+
+    Returns:
+        The mean as `loss`; `loss_quarter_1` is that of the quarter of the times with the least noise,
+        `loss_quarter_4` of that with the most.
+    """
     times, batch_size = section["val_times"], section["batch_size"]
     unet.eval()
-    losses = []
+    t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
+    sums = torch.zeros(times, dtype=torch.float64, device=run.device)
     for i in range(run.rank, len(dataset), run.world_size):
         mean, _ = posterior_of(one_of(dataset, i), None, run)
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *mean.shape[1:], generator=generator).to(run.device)
-        t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
+        errors = []
         for some, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
-            z0 = (mean * scale_factor).expand_as(some)
-            loss = diffusion_loss(unet, process, z0, some, at, run)
-            losses.append(loss * len(at) / times)  # read when all are under way
-    total = sum(loss.double().item() for loss in losses)
-    return run.sum(torch.tensor(total, dtype=torch.float64)).item() / len(dataset)
+            output, target = prediction(unet, process, (mean * scale_factor).expand_as(some), some, at, run)
+            errors.append((output - target).square().flatten(1).mean(1))
+        sums += torch.cat(errors)  # read when all are under way
+    by_time = (run.sum(sums) / len(dataset))[t.argsort().cpu()]
+    quarters = ((torch.arange(times) + 0.5) * 4 / times).long()
+    named = {f"loss_quarter_{q + 1}": by_time[quarters == q].mean().item() for q in quarters.unique()}
+    return {"loss": by_time.mean().item(), **named}
 
 
 @torch.no_grad()
@@ -232,6 +247,19 @@ def draw_samples(
             )
             volumes.append(encoder.decode(latents).cpu())
     return torch.cat(volumes)
+
+
+def show_samples(volumes: torch.Tensor, epoch: int, model_dir: Path) -> None:
+    """Pictures of volumes (n, D, H, W): three planes, a sweep, and what the same seeds gave so far.
+
+    The last is made of the files that are there up to this epoch, those of before a resume included.
+    """
+    folder = model_dir / "samples"
+    newest = folder / f"epoch_{epoch + 1:05d}.png"
+    figures.montage({"sample": list(volumes)}, newest, f"epoch {epoch + 1}")
+    drawn = sorted(path for path in folder.glob("epoch_*.png") if path.name <= newest.name)
+    figures.progress(drawn, folder / "progress.gif")
+    figures.animate(figures.axial_sweep(list(volumes)), model_dir / "samples.gif")
 
 
 @dataclass
@@ -342,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     section, seed = config["diffusion_train"], config["seed"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     run = utils.start(args, section)
-    model_dir, output_dir = environment["model_dir"], environment["output_dir"]
+    model_dir = environment["model_dir"]
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
@@ -415,22 +443,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder = source.encoder or utils.load_autoencoder(autoencoder, config, run)
                 decoder.scale_factor = scale_factor
                 volumes = draw_samples(shown, decoder, process, source.shape, section["sample_steps"], run)
-                picture = model_dir / "samples" / f"epoch_{epoch + 1:05d}.png"
-                figures.montage({"sample": list(volumes[:, 0])}, picture)
-                training.log.image("samples", figures.three_planes(volumes[0, 0]), training.clock.step)
+                show_samples(volumes[:, 0], epoch, model_dir)
+                for number, volume in zip(SAMPLE_SEEDS, volumes, strict=True):
+                    picture = figures.three_planes(volume[0])
+                    training.log.image(f"samples/seed_{number}", picture, training.clock.step)
             if validate_now:
-                score = validate(shown, source.val, scale_factor, process, section, seed, run)
-                training.keep(score, {"loss": score})
-                training.bar.set_description(f"diffusion, held-out loss {score:.4f}")
+                scores = validate(shown, source.val, scale_factor, process, section, seed, run)
+                training.keep(scores["loss"], scores)
+                training.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
-    # Step 5: pictures
+    # Step 5: what came of it
     training.close()
-    if run.is_main:
-        figures.loss_curves(read_log(model_dir / "train_log.jsonl"), output_dir / "losses.png")
     run.say(
-        f"diffusion: held-out loss {score:.4f} (best {training.best:.4f}), {training.clock.step} steps "
-        f"in {training.clock.seconds / 60:.1f} min\n"
-        f"  {files.best}\n  {output_dir / 'losses.png'}"
+        f"diffusion: held-out loss {scores['loss']:.4f} (best {training.best:.4f}), "
+        f"{training.clock.step} steps in {training.clock.seconds / 60:.1f} min\n"
+        f"  {files.best}\n  {model_dir / 'losses.png'}"
     )
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -49,7 +50,7 @@ from ldm.decoding import Budget
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
 from ldm.latents import PARTS, check_data
-from ldm.logs import read_log, write_log
+from ldm.logs import TextLog, read_log, write_log
 from ldm.losses import missing_package
 from ldm.networks import (
     add_checkpointing,
@@ -59,7 +60,8 @@ from ldm.networks import (
     network_divisor,
     on_device,
 )
-from ldm.processes import CLEAN_UP, Run, leave_signals_to_the_main_process
+from ldm.processes import CLEAN_UP, SAID, Run, leave_signals_to_the_main_process
+from ldm.provenance import versions
 from ldm.schemas import StrictValidator
 from ldm.transforms import CODE
 
@@ -103,6 +105,8 @@ def command(main: Callable) -> Callable:
         except SystemExit as leaving:
             code = leaving.code or 0
         finally:
+            if message or sys.exception():  # what else is raised, with its traceback
+                SAID.error(f"error: {message or 'not foreseen'}", exc_info=sys.exception())
             CLEAN_UP.close()
         if message and int(os.environ.get("LOCAL_RANK", 0)):
             # Where all ranks fail alike, torchrun ends this one before it says so again. Until then it stays
@@ -199,6 +203,24 @@ def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--max-memory", type=gigabytes, default=None, metavar="GB", help=f"{what} within so much memory"
     )
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """The absolute path of an `--out` folder that does not exist yet; an empty one makes way for it.
+
+    Raises:
+        UserError: something else is there, or the place cannot be written to.
+    """
+    out = Path(path).resolve()
+    try:
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error}; name a folder that can be made.") from error
+    if out.exists():
+        raise UserError(f"--out {path} already holds something; name a new folder, or delete that one first.")
+    return out
 
 
 # ---------------------------------------------------------------- configuration
@@ -727,12 +749,13 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
     """The checkpoint to go on from, on every rank, or None to start: `--resume FILE`, `--fresh`, else the
     newest that is good, unless `resume_ckpt` is false.
 
-    What a start leaves behind is moved to `model_dir/old-N`.
+    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept.
 
     Raises:
         UserError: the checkpoint that was named is missing or damaged, or none that is there is good.
     """
-    found = {}
+    found, model_dir = {}, environment["model_dir"]
+    log = TextLog(model_dir / "log.txt") if run.is_main else None
 
     def choose() -> Path | None:
         if args.resume:
@@ -752,6 +775,16 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
         return path
 
     path = run.from_main(choose)
+    if log:
+        begun = f"goes on from {path}" if path else "starts"
+        facts = {
+            f"==== {stage}": begun,
+            "command": shlex.join(["python", *sys.argv]),
+            "config": model_dir / f"config_{stage}.json",
+            "device": f"{run.device.type} x {run.world_size}, {run.amp_dtype or torch.float32}",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
+        }
+        log.begin(facts)
     if path is None:
         return None
     return found["content"] if run.is_main else load_training_checkpoint(path, files.name)
@@ -773,8 +806,9 @@ def keep_pair(environment: dict, best: Path, run: Run) -> None:
 
 
 STAGE_FILES = {
-    "autoencoder": ("*.pt", "*.json", "samples"),  # a diffusion model goes with its autoencoder
-    "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples"),
+    # A diffusion model goes with its autoencoder.
+    "autoencoder": ("*.pt", "*.json", "samples", "*.gif", "losses.png", "log.txt"),
+    "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples", "samples.gif", "losses.png"),
 }
 
 
@@ -784,16 +818,17 @@ def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     old = next(p for n in itertools.count(1) if not (p := model_dir / f"old-{n}").exists())
     old.mkdir()
-    log, stages = model_dir / "train_log.jsonl", [stage]
+    log, text, stages = model_dir / "train_log.jsonl", model_dir / "log.txt", [stage]
     if stage == "autoencoder":
         stages.append("diffusion")
-    pictures = [output_dir / "losses.png"]
-    pictures += [output_dir / "reconstructions.png"] if stage == "autoencoder" else []
+    pictures = [output_dir / "reconstructions.png"] if stage == "autoencoder" else []
     for path in [p for pattern in STAGE_FILES[stage] for p in model_dir.glob(pattern)] + pictures:
         if path.is_dir() and copy:
             shutil.copytree(path, old / path.name)
         elif path.exists():
             (shutil.copy2 if copy else shutil.move)(path, old / path.name)
+    if text.is_file():  # of both stages: it goes on
+        shutil.copy2(text, old / text.name)
     if log.is_file():
         shutil.copy2(log, old / log.name)
         if not copy:

@@ -27,7 +27,7 @@ import utils
 from ldm import configs
 from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder, LatentMoments, set_posterior_std
-from ldm.figures import middle_slices
+from ldm.figures import middle, upright
 from ldm.initialisation import start_as_block_transform
 from ldm.simulation import CONTRASTS, simulate_subject
 from ldm.transforms import Preprocessing
@@ -115,12 +115,16 @@ def standardised(latents: torch.Tensor) -> torch.Tensor:
 
 def axial(volume: torch.Tensor) -> np.ndarray:
     """The middle axial slice of (D, H, W), in [0, 1]."""
-    return np.clip(middle_slices(volume)[2], 0, 1)
+    return np.clip(middle_axial(volume), 0, 1)
 
 
 def coarse(latents: torch.Tensor) -> np.ndarray:
     """The middle axial slice of the first channel of (c, d, h, w)."""
-    return middle_slices(latents[0])[2]
+    return middle_axial(latents[0])
+
+
+def middle_axial(volume: torch.Tensor) -> np.ndarray:
+    return upright(volume.detach().float().numpy(), "axial", middle(volume.shape)[2])
 
 
 # ---------------------------------------------------------------- pieces of the drawing; (x, y) is a middle

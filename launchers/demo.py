@@ -148,6 +148,9 @@ def step(python, script, *arguments):
 def made(out):
     """The volumes and pictures that the scripts wrote."""
     own = {SIMULATED, "models", "tensorboard"}
+    for path in sorted((out / "models").glob("*")):
+        if path.suffix in (".png", ".gif"):
+            yield path
     for path in sorted(out.rglob("*")):
         top = path.relative_to(out).parts[0]
         if top not in own and not top.startswith("old-") and path.name.endswith((".nii.gz", ".png", ".gif")):

@@ -1,7 +1,9 @@
 """The bookkeeping of a training run: where it is, what is saved and logged, what the ranks agree on."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,10 +13,39 @@ from tqdm import tqdm
 from ldm.checkpoints import DIVISION, StageFiles, save_checkpoint, write_json
 from ldm.datasets import stream
 from ldm.logs import TrainLog
-from ldm.processes import CLEAN_UP, Interruption, Run, signals_held_back
+from ldm.processes import CLEAN_UP, SAID, Interruption, Run, signals_held_back
 from ldm.training import Clock, Means, Stepper, Watch, learning_rate
 
 STATUS = Path("/proc/self/status")  # of Linux
+HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting on, a hint is given
+
+
+@dataclass
+class Pace:
+    """Where the time of the steps goes, by the clock of the main process: no device is waited for.
+
+    `waited` are the seconds that the process stood still for the loader. On a CPU without loader processes
+    that is the making of batches itself. A GPU computes behind the process that drives it, and may still be
+    at work while that one waits: its share is the most that the GPU can have stood idle for want of data.
+    """
+
+    steps: int = 0
+    volumes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, steps: int, volumes: int, seconds: float, waited: float) -> None:
+        """Count a batch, of all ranks."""
+        self.steps, self.volumes = self.steps + steps, self.volumes + volumes
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+
+    def numbers(self) -> dict[str, float]:
+        """What TensorBoard shows of it."""
+        return {
+            "time/seconds_per_step": self.seconds / self.steps,
+            "time/volumes_per_second": self.volumes / self.seconds,
+            "time/data_wait_share": self.waited / self.seconds,
+        }
 
 
 class Training:
@@ -85,9 +116,12 @@ class Training:
             write_json(environment["model_dir"] / f"config_{stage}.json", facts["config"])
             path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
             self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
+            path.with_name("log.txt").touch()  # `ldm.logs.TextLog` writes where it is there
         self.bar = progress_bar(run, stage, self.clock.total_steps)
         self.bar.update(step)
         self.accumulated, self.names = 0.0, []  # loss and cases of the step under way
+        self.pace, self.first_pace = Pace(), Pace()  # since the last log; of the first steps, then None
+        self.first_epoch = self.epoch
         self.shown = None  # numbers on their way to the log, and their step
         self.interruption = Interruption()
 
@@ -143,13 +177,19 @@ class Training:
             raise
 
     def _steps(self, numbered: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict, bool]]:
-        for number, batch in numbered:
+        while True:
+            begin = time.perf_counter()
+            number, batch = next(numbered, (None, None))
+            if batch is None:
+                return
+            waited = time.perf_counter() - begin
             self.interruption.unsaved = True
             # For networks with dropout, which draw from torch's own generator.
             torch.manual_seed(stream(self.seed, "dropout", self.epoch, number, self.run.rank).initial_seed())
             last = (number + 1) % self.section["accumulate_steps"] == 0
             yield number, batch, last
             self.batch = number + 1
+            self._measure(last, len(batch["index"]), time.perf_counter() - begin, waited)
             if not last:
                 continue
             if self.progress >= 1:
@@ -158,6 +198,24 @@ class Training:
             if (self.watch.stop or self.watch.save or alone) and self.batch < len(self.loader):
                 self.watch.read(all_steps=True)
                 self.save()
+
+    def _measure(self, last: bool, volumes: int, seconds: float, waited: float) -> None:
+        """Take note of the time of a batch; after the first steps, hint at a loader that is too slow."""
+        counts = int(last), volumes * self.run.world_size, seconds, waited
+        self.pace.add(*counts)
+        data = self.facts["config"]["data"]
+        if self.first_pace is None or (data["cache_rate"] and self.epoch == self.first_epoch):
+            return  # the first epoch fills the cache
+        self.first_pace.add(*counts)
+        if self.first_pace.steps < HINT_STEPS:
+            return
+        share, self.first_pace = self.first_pace.waited / self.first_pace.seconds, None
+        if share > HINT_SHARE:
+            cache = f" or data.cache_rate ({data['cache_rate']:g})" if data["cache_rate"] < 1 else ""
+            self.run.say(
+                f"hint: {share:.0%} of the time of {HINT_STEPS} steps went into waiting for data. Raise "
+                f"data.num_workers ({self.loader.num_workers} now){cache}: docs/TROUBLESHOOTING.md"
+            )
 
     def step(
         self, terms: dict[str, torch.Tensor], batch: dict, last: bool, steppers: Sequence[Stepper]
@@ -181,9 +239,17 @@ class Training:
         self.clock.step += 1
         if self.log and self.clock.step % 10 == 0:
             self._show()
-            numbers = {name: value.detach().to("cpu", non_blocking=True) for name, value in terms.items()}
-            norm = steppers[0].norm.to("cpu", non_blocking=True)
-            self.shown = {**numbers, "lr": rate, "grad_norm": norm}, self.clock.step
+            numbers = {f"loss/{name}": value.detach() for name, value in terms.items()}
+            for name, stepper in zip((self.stage, "discriminator"), steppers, strict=False):
+                numbers[f"lr/{name}"], numbers[f"grad_norm/{name}"] = rate, stepper.norm
+            if self.pace.steps:
+                numbers |= self.pace.numbers()
+                self.pace = Pace()
+            copies = {
+                tag: value.to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for tag, value in numbers.items()
+            }
+            self.shown = copies, self.clock.step
             fill_bar(self.bar, self.clock)
 
     def _show(self) -> None:
@@ -191,8 +257,8 @@ class Training:
         `Watch.read` has seen a later step end."""
         if self.shown:
             numbers, step = self.shown
-            self.log.scalars(step, {**numbers, "memory_gb": peak_memory_gb(self.run.device)})
-            self.bar.set_postfix(loss=f"{numbers['loss'].item():.4g}", refresh=False)
+            self.log.scalars(step, {**numbers, "memory/peak_gb": peak_memory_gb(self.run.device)})
+            self.bar.set_postfix(loss=f"{numbers['loss/loss'].item():.4g}", refresh=False)
             self.shown = None
 
     def end_epoch(self) -> bool:
@@ -254,6 +320,9 @@ class Training:
                 epoch=self.epoch,
                 **{f"val_{key}": value for key, value in scores.items()},
             )
+            told = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+            SAID.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {told}")
+            self.log.draw_if_due()
         if self.is_best(score):
             self.best = score
             content = {**self.facts, **self._where(), "best": score, "validation": scores}

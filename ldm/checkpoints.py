@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import torch
 from jsonschema import validators
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
 
 from ldm import UserError, brief
 from ldm.schemas import StrictValidator, fault, fields
@@ -196,6 +198,41 @@ def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None
             raise cause if isinstance(cause, OSError) else OSError(brief(error)) from None
 
 
+def save_safetensors(path: Path, content: dict) -> None:
+    """Write what a checkpoint holds beside what a training goes on from, as a safetensors file: the weights
+    under their plain names, and in the metadata each other entry as JSON and a SHA-256 over all.
+
+    Raises:
+        OSError: as `written_whole`.
+    """
+    entries = {"format": FORMAT, **content}
+    state = {name: tensor.contiguous() for name, tensor in entries.pop("model").items()}
+    metadata = {key: json.dumps(value) for key, value in entries.items()}
+    with written_whole(path) as file:
+        file.write(to_safetensors(state, {**metadata, "sha256": _digest(metadata, state)}))
+
+
+def _read_safetensors(path: Path) -> dict:
+    """What `save_safetensors` wrote, or `{"model": state}` of a file that others wrote.
+
+    Raises:
+        UserError: the SHA-256 is that of other content; others' files have none.
+    """
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata() or {}, file.keys()
+        state = {name: file.get_tensor(name) for name in names}
+    digest = metadata.pop("sha256", None)
+    if digest is None and "config" not in metadata:
+        return {"model": state}
+    if digest != _digest(metadata, state):
+        raise UserError(f"{path}: damaged (its SHA-256 is another). Use another checkpoint.")
+    return {**{key: json.loads(value) for key, value in metadata.items()}, "model": state}
+
+
+def _digest(metadata: dict[str, str], state: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{sorted(metadata.items())} {weights_hash(state)}".encode()).hexdigest()
+
+
 def weights_hash(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 of a state dict: names, types, shapes and values, whatever the file they came in."""
     digest = hashlib.sha256()
@@ -294,27 +331,30 @@ def load_training_checkpoint(path: Path, name: str) -> dict:
     return {**content, "path": path}
 
 
+def _read_pickle(path: Path) -> dict:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise UserError(f"{path}: damaged ({damaged} fails its checksum). Use another checkpoint.")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of this project, or a bare state dict that others released, on the CPU.
+    """Read a checkpoint of this project, or a bare state dict that others released, on the CPU; a file named
+    `*.safetensors` as such.
 
     Returns:
         The checkpoint; a bare state dict comes as `{"model": state}`.
 
     Raises:
-        UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do),
-            holding more than tensors and plain values, of a later format, or with an entry that is not what
-            `ENTRIES` says.
+        UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do, or
+            the SHA-256 of safetensors), holding more than tensors and plain values, of a later format, or
+            with an entry that is not what `ENTRIES` says.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint.")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise UserError(
-                        f"{path}: damaged ({damaged} fails its checksum). Use another checkpoint."
-                    )
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except UserError:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes

@@ -1,36 +1,87 @@
-"""Pictures: three planes of volumes side by side, and loss curves. Written as PNG, no display needed."""
+"""Pictures of volumes as a radiologist has them, and loss curves. Written as PNG or GIF, no display needed.
 
+Volumes are (D, H, W) in RAS. A slice stands upright, the subject's right on the left and, of a sagittal
+slice, the face; letters at its edges say so. It is enlarged by the size of its voxels in mm, so that nothing
+is squashed, to square pixels of `pixel` mm that all slices of a picture share.
+"""
+
+import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-PLANES = ("sagittal", "coronal", "axial")
+from ldm.checkpoints import written_whole
+
+PLANES = ("sagittal", "coronal", "axial")  # the plane that stands on each axis of a volume
+EDGES = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
+MARGIN, GAP = 18, 6  # pixels around a slice, where its letters stand, and between slices
+NARROWEST, TITLE = 170, 420  # pixels that a caption and a title have room in
+WHITE, GREY = (255, 255, 255), (150, 150, 150)
+CELL = 180  # pixels along the longest side of a volume in a montage
+# Colours that the colour-blind tell apart: ten of the twelve of M. Krzywinski (mk.bcgsc.ca/colorblind).
+PALETTE = ["#FFC33B", "#008DF9", "#FF5AAF", "#009F81", "#E20134"]
+PALETTE += ["#00FCCF", "#8400CD", "#FF6E3A", "#FFB2FD", "#00C2F9"]
+BELOW, ABOVE = (0.20, 0.62, 1.00), (1.00, 0.60, 0.10)  # blue, orange: the ends of what is black between
 
 
-def middle_slices(volume: torch.Tensor) -> list[np.ndarray]:
-    """The middle sagittal, coronal and axial slice of (D, H, W) in RAS, each upright as a radiologist has it.
+# ---------------------------------------------------------------- slices
 
-    The sagittal slice lies a twelfth of the width off the midline, where there are gyri to see.
-    """
-    volume = volume.detach().float().cpu()
-    d, h, w = volume.shape
+
+def upright(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """A slice of (D, H, W) as it is looked at: (rows, columns)."""
+    return np.rot90(volume.take(index, PLANES.index(plane)))[:, ::-1]
+
+
+def middle(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Indices of the middle sagittal, coronal and axial slice. The sagittal one lies a twelfth of the width
+    off the midline, where there are gyri to see."""
+    d, h, w = shape
+    return d // 2 - d // 12, h // 2, w // 2
+
+
+def pixels_of(spacing: Sequence[float], plane: str) -> tuple[float, float]:
+    """Height and width in mm of a pixel of a slice."""
+    width, height = (mm for name, mm in zip(PLANES, spacing, strict=True) if name != plane)
+    return height, width
+
+
+def scaled(one: np.ndarray, mm: Sequence[float], pixel: float, nearest: bool = False) -> np.ndarray:
+    """A slice whose pixels are `mm` high and wide, float32, with square ones of `pixel` mm; cubic between
+    them, or the nearest."""
+    rows, columns = (max(1, round(n * size / pixel)) for n, size in zip(one.shape, mm, strict=True))
+    if (rows, columns) == one.shape:
+        return one
+    image = Image.fromarray(np.ascontiguousarray(one, np.float32))
+    way = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return np.asarray(image.resize((columns, rows), way))
+
+
+def cut(
+    volume: np.ndarray,
+    spacing: Sequence[float],
+    pixel: float,
+    at: Sequence[int] | None = None,
+    nearest: bool = False,
+) -> list[np.ndarray]:
+    """The sagittal, coronal and axial slice of (D, H, W) through voxel `at`, or the middle ones, `scaled`."""
+    at = middle(volume.shape) if at is None else at
     return [
-        np.rot90(volume[d // 2 - d // 12].numpy()),
-        np.rot90(volume[:, h // 2].numpy())[
-            :, ::-1
-        ],  # radiological convention: the subject's right on the left
-        np.rot90(volume[:, :, w // 2].numpy())[:, ::-1],
+        scaled(upright(volume, plane, i), pixels_of(spacing, plane), pixel, nearest)
+        for plane, i in zip(PLANES, at, strict=True)
     ]
 
 
-def three_planes(volume: torch.Tensor) -> np.ndarray:
+def three_planes(volume: torch.Tensor, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
     """One grey picture (rows, columns) in [0, 1] with the three middle slices of (D, H, W) beside each
-    other."""
-    slices = [np.clip(one, 0, 1) for one in middle_slices(volume)]
+    other, for TensorBoard: no letters. Pixels are as large as the smallest side of a voxel."""
+    voxels = volume.detach().float().cpu().numpy()
+    slices = [np.clip(one, 0, 1) for one in cut(voxels, spacing, min(spacing))]
     rows = max(one.shape[0] for one in slices)
     padded = [
         np.pad(one, (((rows - one.shape[0]) // 2, -((one.shape[0] - rows) // 2)), (1, 1))) for one in slices
@@ -38,7 +89,177 @@ def three_planes(volume: torch.Tensor) -> np.ndarray:
     return np.concatenate(padded, axis=1)
 
 
-def montage(rows: dict[str, Sequence[torch.Tensor]], path: Path, title: str = "", columns: int = 2) -> None:
+# ---------------------------------------------------------------- colours
+
+
+def tinted(picture: np.ndarray, labels: np.ndarray, colours: dict[int, str], opacity: float) -> np.ndarray:
+    """A grey slice in [0, 1] under the colours ("#RRGGBB") of its labels: (rows, columns, 3)."""
+    picture = np.repeat(np.clip(picture, 0, 1)[..., None], 3, axis=-1)
+    for value, colour in colours.items():
+        inside = labels == value
+        picture[inside] = (1 - opacity) * picture[inside] + opacity * np.array(_rgb(colour)) / 255
+    return picture
+
+
+def diverging(values: np.ndarray, limit: float) -> np.ndarray:
+    """Colours (..., 3) of values from -limit, blue, over 0, black, to limit, orange."""
+    share = np.clip(values / limit, -1, 1)[..., None]
+    return np.where(share < 0, -share * np.array(BELOW), share * np.array(ABOVE))
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+# ---------------------------------------------------------------- pictures from slices
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of matplotlib's figures, which comes with it."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def panel(picture: np.ndarray, plane: str, caption: str = "") -> Image.Image:
+    """A slice, (rows, columns) or (rows, columns, 3) in [0, 1], with the letters of its edges around it, and
+    a caption above its left corner."""
+    pixels = np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)
+    inner = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    width = max(inner.width + 2 * MARGIN, NARROWEST)
+    height = inner.height + 2 * MARGIN
+    image = Image.new("RGB", (width, height))
+    left = (width - inner.width) // 2
+    image.paste(inner, (left, MARGIN))
+    draw = ImageDraw.Draw(image)
+    places = [
+        (left - MARGIN // 2, height // 2),
+        (left + inner.width + MARGIN // 2, height // 2),
+        (width // 2, MARGIN // 2),
+        (width // 2, height - MARGIN // 2),
+    ]
+    for letter, place in zip(EDGES[plane], places, strict=True):
+        draw.text(place, letter, GREY, _font(12), anchor="mm")
+    draw.text((2, MARGIN // 2), caption, WHITE, _font(12), anchor="lm")
+    return image
+
+
+def three_panels(pictures: Sequence[np.ndarray], captions: Sequence[str] = ("", "", "")) -> Image.Image:
+    """What `cut` gives, or colours of it, as panels beside each other."""
+    return beside([panel(*about) for about in zip(pictures, PLANES, captions, strict=True)])
+
+
+def beside(images: Sequence[Image.Image]) -> Image.Image:
+    """Images in a row, centred."""
+    whole = Image.new(
+        "RGB", (sum(one.width + GAP for one in images) - GAP, max(one.height for one in images))
+    )
+    left = 0
+    for one in images:
+        whole.paste(one, (left, (whole.height - one.height) // 2))
+        left += one.width + GAP
+    return whole
+
+
+def below(images: Sequence[Image.Image]) -> Image.Image:
+    """Images one below the other, at the left."""
+    whole = Image.new(
+        "RGB", (max(one.width for one in images), sum(one.height + GAP for one in images) - GAP)
+    )
+    top = 0
+    for one in images:
+        whole.paste(one, (0, top))
+        top += one.height + GAP
+    return whole
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images in lines of `columns`, each in the middle of a cell as large as the largest."""
+    size = max(one.width for one in images), max(one.height for one in images)
+    cells = []
+    for one in images:
+        cells.append(Image.new("RGB", size))
+        cells[-1].paste(one, ((size[0] - one.width) // 2, (size[1] - one.height) // 2))
+    return below([beside(cells[start : start + columns]) for start in range(0, len(cells), columns)])
+
+
+def named(name: str, image: Image.Image, colour: tuple = WHITE, size: int = 13) -> Image.Image:
+    """An image below its name, of which the middle is left out where it is too long."""
+    font, shown, most = _font(size), name, len(name)
+    while font.getlength(shown) > image.width - 4 and most > 3:
+        most -= 1
+        shown = f"{name[: (most + 1) // 2]}\N{HORIZONTAL ELLIPSIS}{name[len(name) - most // 2 :]}"
+    strip = Image.new("RGB", (image.width, size + 8))
+    ImageDraw.Draw(strip).text((2, strip.height // 2), shown, colour, font, anchor="lm")
+    return below([strip, image])
+
+
+def titled(image: Image.Image, title: str, note: str = "", pixel: float | None = None) -> Image.Image:
+    """An image with a title, a line in grey and, where the size of a pixel in mm is given, a bar for scale
+    below it."""
+    if title and image.width < TITLE:
+        image = below([image, Image.new("RGB", (TITLE, 1))])
+    if pixel:
+        image = below([image, _scale_bar(image.width, pixel)])
+    image = named(note, image, GREY, 12) if note else image
+    return named(title, image, size=15) if title else image
+
+
+def _scale_bar(width: int, pixel: float) -> Image.Image:
+    steps = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
+    length = max((step for step in steps if step / pixel <= min(110, width / 3)), default=steps[0])
+    strip = Image.new("RGB", (width, 2 * MARGIN))
+    draw, right = ImageDraw.Draw(strip), MARGIN + round(length / pixel) - 1
+    draw.rectangle((MARGIN, MARGIN - 1, right, MARGIN), WHITE)
+    draw.text((right + GAP, MARGIN), f"{length:g} mm", WHITE, _font(12), anchor="lm")
+    return strip
+
+
+def legend(entries: Sequence[tuple[str, str]], width: int) -> Image.Image:
+    """Colours and what they stand for, in lines of `width` pixels."""
+    font, lines, left = _font(12), [[]], 0
+    for colour, text in entries:
+        size = 16 + round(font.getlength(text)) + 16
+        if left and left + size > width:
+            lines.append([])
+            left = 0
+        lines[-1].append((left, colour, text))
+        left += size
+    strip = Image.new("RGB", (width, 18 * len(lines)))
+    draw = ImageDraw.Draw(strip)
+    for i, line in enumerate(lines):
+        for left, colour, text in line:
+            draw.rectangle((left + 2, 18 * i + 3, left + 13, 18 * i + 14), _rgb(colour))
+            draw.text((left + 18, 18 * i + 9), text, WHITE, font, anchor="lm")
+    return strip
+
+
+def colour_bar(limit: float, height: int) -> Image.Image:
+    """The colours of `diverging`, with their numbers."""
+    texts = [f"{value:+.4g}" if value else "0" for value in (limit, 0, -limit)]
+    width = 16 + GAP + max(round(_font(12).getlength(text)) for text in texts) + GAP
+    strip = Image.new("RGB", (width, height))
+    rows = diverging(np.linspace(limit, -limit, height - 2 * MARGIN), limit)
+    pixels = np.uint8(np.repeat(rows[:, None], 16, axis=1) * 255 + 0.5)
+    strip.paste(Image.fromarray(pixels), (0, MARGIN))
+    draw = ImageDraw.Draw(strip)
+    for text, place in zip(texts, (MARGIN, height // 2, height - MARGIN), strict=True):
+        draw.text((16 + GAP, place), text, WHITE, _font(12), anchor="lm")
+    return strip
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with written_whole(path) as file:
+        image.save(file, "PNG")
+
+
+def montage(
+    rows: dict[str, Sequence[torch.Tensor]],
+    path: Path,
+    title: str = "",
+    columns: int = 2,
+    spacing: Sequence[float] = (1, 1, 1),
+) -> None:
     """Draw volumes in three planes each.
 
     Args:
@@ -47,32 +268,17 @@ def montage(rows: dict[str, Sequence[torch.Tensor]], path: Path, title: str = ""
             grid.
         path: the PNG to write.
         columns: volumes beside each other.
+        spacing: voxel size in mm along right, anterior, superior.
     """
-    count = len(next(iter(rows.values())))
-    columns = min(columns, count)
-    bands = [slice(start, start + columns) for start in range(0, count, columns)]
-    pictures = {kind: [three_planes(volume) for volume in volumes] for kind, volumes in rows.items()}
-    height, width = next(iter(pictures.values()))[0].shape
-    lines = len(bands) * len(rows)
-    scale = 5.0 / width
-    figure = Figure(
-        figsize=(5.0 * columns, lines * (height * scale + 0.06) + 0.5),
-        facecolor="black",
-        layout="constrained",
-    )
-    figure.suptitle(title, color="white", fontsize=11)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for line, (band, kind) in enumerate((band, kind) for band in bands for kind in rows):
-        for column in range(columns):
-            axis = axes[line][column]
-            axis.set_axis_off()
-            shown = pictures[kind][band]
-            if column < len(shown):
-                axis.imshow(shown[column], cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-            if column == 0 and len(rows) > 1:
-                axis.text(0.01, 0.98, kind, color="white", fontsize=9, va="top", transform=axis.transAxes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    volumes = {kind: [one.detach().float().cpu().numpy() for one in some] for kind, some in rows.items()}
+    first = next(iter(volumes.values()))
+    pixel = max(np.multiply(first[0].shape, spacing)) / CELL
+    lines = []
+    for start in range(0, len(first), columns):
+        for kind, some in volumes.items():
+            line = beside([three_panels(cut(one, spacing, pixel)) for one in some[start : start + columns]])
+            lines.append(named(kind, line) if len(rows) > 1 else line)
+    save(titled(below(lines), title), path)
 
 
 def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> None:
@@ -119,5 +325,35 @@ def loss_figure(records: Sequence[dict]) -> Figure:
 
 def loss_curves(records: Sequence[dict], path: Path) -> None:
     """Write the curves of a training log as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    loss_figure(records).savefig(path, dpi=110)
+    with written_whole(path) as file:
+        loss_figure(records).savefig(file, format="png", dpi=110)
+
+
+def axial_sweep(volumes: Sequence[torch.Tensor], most: int = 100) -> list[np.ndarray]:
+    """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
+    highest, those of one height beside each other, as a radiologist has them; small ones are enlarged.
+
+    Args:
+        most: pictures; of more slices, every n-th.
+    """
+    whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
+    columns, rows, slices = whole.shape
+    size = tuple(side * max(1, 200 // rows) for side in (columns, rows))
+    shown = [np.ascontiguousarray(np.rot90(whole[:, :, k])) for k in range(0, slices, -(-slices // most))]
+    return [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in shown]
+
+
+def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:
+    """Write pictures of the same kind, one after the other, as a GIF of half their size.
+
+    Args:
+        paths: PNG files in their order. Left out are those of another size than the last, and one that a kill
+            cut short.
+        most: frames; of more pictures, every n-th and the last.
+    """
+    step = -(-len(paths) // most)
+    frames = []
+    for one in paths[::-1][::step][::-1]:
+        with contextlib.suppress(OSError), Image.open(one) as image:
+            frames.append(np.asarray(image.convert("L").reduce(2)) / 255)
+    animate([frame for frame in frames if frame.shape == frames[-1].shape], path, 0.5)

@@ -78,23 +78,40 @@ class TrainingVolumes:
         found = torch.cat([self._correlations(coarse, some) for some in self.coarse.split(BATCH)], 1)
         candidates = found.amax(0).topk(min(CANDIDATES, len(self.fine))).indices.cpu()
         fine = _spectrum(torch.stack([self.fine[i].float() for i in candidates]))
-        correlations = self._correlations(both, fine)
+        correlations = self._correlations(both, fine, between=True)
         mirrored, place = divmod(int(correlations.argmax()), len(candidates))
         r = min(1.0, float(correlations.max()))
         return Neighbour(int(candidates[place]), float(np.sqrt(2 - 2 * r)), bool(mirrored))
 
-    def _correlations(self, volumes: torch.Tensor, spectra: torch.Tensor) -> torch.Tensor:
+    def _correlations(
+        self, volumes: torch.Tensor, spectra: torch.Tensor, between: bool = False
+    ) -> torch.Tensor:
         """Of volumes (V, C, d, h, w) with those of `spectra`, (M, C, d, h, w'), each at its best shift: (V,
-        M)."""
+        M).
+
+        Args:
+            between: also where the best shift lies between voxels, by a parabola along each axis.
+        """
         size = volumes.shape[-3:]
         own = _spectrum(volumes.to(self.device))[:, None]
         product = (own * spectra.to(self.device).conj()).sum(2)
         maps = torch.fft.irfftn(product, s=size, dim=(-3, -2, -1))
+        if between:
+            maps = maps + sum(_above_the_voxel(maps, axis) for axis in (-3, -2, -1))
         for axis, side in zip((-3, -2, -1), size, strict=True):
             most = int(side * SHIFT)
             shifts = torch.arange(-most, most + 1, device=maps.device) % side
             maps = maps.index_select(axis, shifts)
         return maps.amax((-3, -2, -1))
+
+
+def _above_the_voxel(maps: torch.Tensor, axis: int) -> torch.Tensor:
+    """How much higher than at a voxel the parabola through it and its neighbours along an axis comes between
+    them; 0 where the voxel is no maximum."""
+    before, after = maps.roll(1, axis), maps.roll(-1, axis)
+    curvature = 2 * maps - before - after
+    highest = (maps >= before) & (maps >= after) & (curvature > 0)
+    return torch.where(highest, (before - after).square() / (8 * curvature), 0.0)
 
 
 def _halved(thumbnail: torch.Tensor) -> torch.Tensor:

@@ -153,9 +153,12 @@ def tissue_volumes(volume: np.ndarray, spacing: Sequence[float]) -> Tissues:
     """
     ml = float(np.prod(spacing)) / 1000
     inside = volume[volume > FOREGROUND]
+    nan = [float("nan")] * len(TISSUES)
+    if not len(inside) or np.ptp(inside) < 1 / BINS:
+        return Tissues(len(inside) * ml, *nan)
     try:
         thresholds = threshold_multiotsu(inside, classes=len(TISSUES))
-    except ValueError:  # constant, or empty
-        return Tissues(len(inside) * ml, *[float("nan")] * len(TISSUES))
+    except ValueError:  # fewer values than classes
+        return Tissues(len(inside) * ml, *nan)
     counts = np.bincount(np.digitize(inside, thresholds), minlength=len(TISSUES))
     return Tissues(len(inside) * ml, *(counts * ml).tolist())

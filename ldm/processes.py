@@ -1,6 +1,7 @@
 """This process among the others: who it is, what they agree on, and the signals that stop them."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,16 @@ from ldm import UserError
 
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
+SAID = logging.getLogger("ldm")  # what the main process says, for `ldm.logs.TextLog`; it prints nothing
+SAID.setLevel(logging.INFO)
+SAID.propagate = False
+SAID.addHandler(logging.NullHandler())
+
+
+def tell(text: str) -> None:
+    """Print without breaking a progress bar, and note it in `log.txt`; on the main process."""
+    SAID.info(text)
+    tqdm.write(text)
 
 
 @dataclass
@@ -40,7 +51,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes, without breaking a progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            tell(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, on the CPU; the others may be long in coming."""
@@ -119,7 +130,9 @@ class Interruption:
         """End the script; the same command goes on."""
         name = self.signal.name if self.signal else "a signal to another process"
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"stopped by {name}; all is saved, and the same command goes on", file=sys.stderr)
+            message = f"stopped by {name}; all is saved, and the same command goes on"
+            SAID.info(message)
+            print(message, file=sys.stderr)
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 

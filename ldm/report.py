@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from html import escape
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +20,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm import figures
+from ldm import brief, figures
 from ldm.checkpoints import written_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SIDE = 128  # voxels a side that the viewer shows at most,
 VOXELS = 16_000_000  # and those of all its volumes together: some 8 MB of brains
 PIXELS = 540  # width of a picture of three planes
-COLOURS = {
-    "held-out": "#0072b2",
-    "generated": "#d55e00",
-    "training": "#009e73",
-}  # told apart by the colour-blind
+# Told apart by the colour-blind: of the sets, and of whatever else a chart shows.
+COLOURS = {"held-out": "#0072b2", "generated": "#d55e00", "training": "#009e73"}
+OTHERS = ("#556070", "#7b4fa3", "#a07a00", "#b03a7a")
 MARKS = {
     "good": ("✓", "Good"),
     "warn": ("!", "Caution"),
     "bad": ("✕", "Bad"),
     "none": ("i", "For information"),
 }
-BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near floor": "≈ near the floor"}
+BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near floor": "≈ near floor"}
 
 
 def write_report(
@@ -59,7 +57,7 @@ def write_report(
     Args:
         metrics: the content of `metrics.json`.
         spacing: mm between voxels: right, anterior, superior.
-        shown: for each set its named volumes for the slices and the viewer.
+        shown: for each set its named volumes for the slices and the viewer, one at least.
         pairs: closest generated and training volumes, closest first: "generated" and "training" (names),
             "distance", "limit", "flagged" and "volumes" (the two).
         curves: "title", "x", "y" (labels), "log" (whether y is logarithmic) and "series", each with "name",
@@ -106,16 +104,18 @@ def _section(name: str, heading: str, body: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    """About three digits, as a reader writes them: 0.312, 28.1, 1540, 3.1 × 10⁻⁵."""
+    """Three digits, as a reader writes them: 0.312, 28.1, 0.4, 15400, 3.1 × 10⁻⁵."""
     if value is None:
         return "–"
-    if value == 0 or not math.isfinite(value) or isinstance(value, int):
-        return f"{value:.0f}".replace("-", "−")
-    exponent = math.floor(math.log10(abs(value)))
-    if -4 < exponent < 6:
-        return f"{value:.{max(0, 2 - exponent)}f}".replace("-", "−")
-    power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value / 10**exponent:.2f} × 10{power}".replace("-", "−")
+    if not math.isfinite(value):
+        return str(value)
+    digits, _, power = f"{value:.2e}".partition("e")
+    if value == 0 or -4 < int(power) < 6:
+        text = f"{float(f'{digits}e{power}'):.6f}".rstrip("0").rstrip(".")
+    else:
+        raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        text = f"{float(digits):g} × 10{raised}"
+    return text.replace("-", "−")
 
 
 def _name(kind: str) -> str:
@@ -129,9 +129,9 @@ def _about(metrics: dict, shown: dict, spacing: Sequence[float]) -> str:
         f"<dd>{one['volumes']} volume{'s' * (one['volumes'] != 1)}, {escape(str(one['folder']))}</dd></div>"
         for kind, one in metrics["sets"].items()
     )
-    shape = next((volume.shape for named in shown.values() for _, volume in named), None)
-    grid = shape and f"; {_times(shape)} voxels of {_times(spacing)} mm"
-    return f'<div class="soft">{escape(metrics["made"])}{grid or ""}</div>\n<dl class="sets">\n{sets}\n</dl>'
+    shape = next(volume.shape for named in shown.values() for _, volume in named)
+    grid = f"{_times(shape)} voxels of {_times(spacing)} mm"
+    return f'<div class="soft">{escape(metrics["made"])}; {grid}</div>\n<dl class="sets">\n{sets}\n</dl>'
 
 
 def _times(numbers: Sequence[float]) -> str:
@@ -170,7 +170,7 @@ def _table(rows: Sequence[dict]) -> str:
     return (
         '<p class="soft">The floor is what real scans score against real scans by the same computation: no '
         "generator is expected to do better. In brackets below a number: its interval. In the drawings, from "
-        "zero: the value with its interval (dot and line) and the floor with its interval (bar and band).</p>\n"
+        "zero: the value with its interval (dot, line) and the floor with its interval (bar, band).</p>\n"
         f"<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody></table>"
     )
 
@@ -187,7 +187,7 @@ def _figure(row: dict) -> str:
         f'{head}<td class="number" data-label="Value">{value}</td>'
         f'<td class="number" data-label="Floor">{floor}</td>'
         f'<td data-label="Drawn">{_drawing(row)}</td>'
-        f'<td data-label="Better">{BETTER[row["better"]]}</td>{counts}'
+        f'<td class="better" data-label="Better">{BETTER[row["better"]]}</td>{counts}'
     )
 
 
@@ -246,8 +246,10 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 
     As radiology has them: the subject's right is on the left and, in the sagittal plane, the front.
     """
-    sagittal, coronal, axial = figures.middle_slices(torch.as_tensor(np.clip(volume, 0, 1)))
-    sagittal = sagittal[:, ::-1]
+    sagittal, coronal, axial = (
+        figures.upright(volume, plane, index)
+        for plane, index in zip(figures.PLANES, figures.middle(volume.shape), strict=True)
+    )
     right, anterior, superior = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
     scale = PIXELS / (2 * right + anterior)
     html = ""
@@ -267,21 +269,19 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 
 def _side_by_side(shown: dict, spacing: Sequence[float]) -> str:
     kinds = [kind for kind, named in shown.items() if named]
-    if not kinds:
-        return ""
-    cells = [f"<h3>{_name(kind)}</h3>" for kind in kinds]
+    cells = []
     for row in zip_longest(*(shown[kind] for kind in kinds)):
         for kind, one in zip(kinds, row, strict=True):
             if one is None:
                 cells.append("<div></div>")
                 continue
-            name = f"{kind}: {one[0]}"
-            cells.append(
-                f"<figure>{_planes(one[1], spacing, name)}<figcaption>{escape(name)}</figcaption></figure>"
-            )
+            name, volume = one
+            planes = _planes(volume, spacing, f"{kind}: {name}")
+            caption = f"<figcaption>{_name(kind)}: {escape(name)}</figcaption>"
+            cells.append(f"<figure>{planes}{caption}</figure>")
     return (
         '<p class="soft">Middle slices: axial, coronal, and sagittal beside the midline. Radiological '
-        "convention: the subject's right is on the left of the picture. Black is intensity 0, white is 1.</p>\n"
+        "convention: the subject's right is on the left of the picture. Black is intensity 0, white 1.</p>\n"
         f'<div class="side-by-side" style="--sets:{len(kinds)}">\n{chr(10).join(cells)}\n</div>'
     )
 
@@ -307,8 +307,9 @@ def _pairs(pairs: Sequence[dict], spacing: Sequence[float]) -> str:
         numbers = f"distance {_number(pair['distance'])}, limit {_number(pair['limit'])}"
         cards.append(f'<figure class="pair{flagged}">{badge} {numbers}{pictures}</figure>')
     return (
-        '<p class="soft">The generated volumes that are closest to a training volume, closest first. A pair is '
-        "flagged as a likely copy where its distance is below the limit. The difference of a copy is dark.</p>\n"
+        '<p class="soft">The generated volumes that are closest to a training volume, closest first. A pair '
+        "is flagged as a likely copy where its distance is below the limit. The difference of a copy is "
+        "black.</p>\n"
         f'<div class="pairs">\n{chr(10).join(cards)}\n</div>'
     )
 
@@ -320,8 +321,6 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
     all of them more than `VOXELS`.
     """
     named = [(kind, name, volume) for kind, one in shown.items() for name, volume in one]
-    if not named:
-        return {"shape": [1, 1, 1], "spacing": [1, 1, 1], "volumes": []}, ""
     full = named[0][2].shape
 
     def blocks(side: int) -> list[int]:
@@ -339,10 +338,10 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
         voxels = F.avg_pool3d(voxels, blocks(side), ceil_mode=True)[0, 0].mul(255).round().byte()
         packed = zlib.compress(voxels.numpy().tobytes(), 9)
         volumes.append({"set": kind, "name": name, "data": base64.b64encode(packed).decode()})
-    millimetres = [mm * block for mm, block in zip(spacing, blocks(side), strict=True)]
+    millimetres = [float(mm) * block for mm, block in zip(spacing, blocks(side), strict=True)]
     text = (
-        "Two volumes side by side, in planes that scroll together. Radiological convention: the subject's right "
-        "is on the left, in the sagittal plane the front. Positions are from the centre of the grid. "
+        "Two volumes side by side, in planes that scroll together. Radiological convention: the subject's "
+        "right is on the left, in the sagittal plane the front. Positions are from the centre of the grid. "
         "Intensities are in 256 steps."
     )
     if blocks(side) != [1, 1, 1]:
@@ -357,8 +356,8 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
 
 
 def _plain(text: str) -> str:
-    """Text of which matplotlib makes no formula."""
-    return text.replace("$", r"\$")
+    """Text of which matplotlib makes no formula, and which fits."""
+    return brief(text, 40).replace("$", r"\$")
 
 
 def _svg(figure: Figure, title: str) -> str:
@@ -388,14 +387,13 @@ def _axes(height: float, **labels: str) -> tuple[Figure, Axes]:
 
 def _curve(curve: dict) -> str:
     figure, axis = _axes(3.4, title=curve["title"], xlabel=curve["x"], ylabel=curve["y"])
+    others = cycle(OTHERS)
     for series in curve["series"]:
-        colour = COLOURS.get(series["name"])
+        colour = COLOURS.get(series["name"]) or next(others)
         (line,) = axis.plot(series["x"], series["y"], "-", color=colour, label=_plain(series["name"]))
         line.set_marker("o" if len(series["x"]) == 1 else "")
         if series.get("low") is not None:
-            axis.fill_between(
-                series["x"], series["low"], series["high"], color=line.get_color(), alpha=0.18, lw=0
-            )
+            axis.fill_between(series["x"], series["low"], series["high"], color=colour, alpha=0.18, lw=0)
     axis.set_yscale("log" if curve["log"] else "linear")
     if axis.lines:
         axis.legend(frameon=False)
@@ -409,7 +407,7 @@ def _spread(spread: dict) -> str:
     figure, axis = _axes(1.1 + 0.55 * len(groups), title=spread["title"], xlabel=spread["x"])
     draws = np.random.default_rng(0)
     for row, (kind, numbers) in enumerate(groups.items()):
-        colour = COLOURS.get(kind, "#556070")
+        colour = COLOURS.get(kind, OTHERS[0])
         axis.scatter(
             numbers,
             row + draws.uniform(-0.28, 0.28, len(numbers)),

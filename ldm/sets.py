@@ -99,7 +99,7 @@ class Yardsticks:
 
     def __init__(self, networks: dict[str, Callable], reconstruct: Callable | None):
         self.networks = {name: network for name, network in networks.items() if name != RADIMAGENET}
-        self.changes = {f"scans blurred by {sigma:g} voxels": _blurred(sigma) for sigma in BLURS}
+        self.changes = {blurred_scans(sigma): _blurred(sigma) for sigma in BLURS}
         if reconstruct:
             self.changes["reconstructions"] = reconstruct
         self.features = {change: {name: [] for name in self.networks} for change in self.changes}
@@ -113,6 +113,11 @@ class Yardsticks:
             changed = apply(volume).clamp(0, 1)
             for name, network in self.networks.items():
                 self.features[change][name].append(network(changed))
+
+
+def blurred_scans(sigma: float) -> str:
+    """What a yardstick is called."""
+    return f"scans blurred by {sigma:g} voxel{'s' * (sigma != 1)}"
 
 
 def _blurred(sigma: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm.evaluation import Figure
-from ldm.sets import BLURS, MEDICALNET, OWN
+from ldm.sets import BLURS, MEDICALNET, OWN, blurred_scans
 
 ALIKE, VARIED = 0.02, 1.0  # by which MS-SSIM may exceed that of scans
 PLAIN_BLUR = 0.75  # voxels, which any eye sees
 SHARP = 0.8, 1.25  # share of the held-out scans' fine detail that is as it should be
+WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
 FEW = 20  # volumes, below which a line says so
 SUSPICIOUS = -3.0  # standard deviations (Meehan et al., 2020)
 GOOD_PSNR, FAIR_PSNR = 30.0, 25.0  # dB
@@ -50,9 +51,10 @@ def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
     verdict, total = nearest["verdict"], counts["generated"]
     leaks = int(verdict.leaks.sum())
     held = f" {leaks} of the held-out scans are copies too: the split leaks." if leaks else ""
+    none = "" if leaks else f" Of the {len(verdict.leaks)} held-out scans none is."
     if number := int(verdict.copies.sum()):
         are = "is a copy of a training scan" if number == 1 else "are copies of training scans"
-        return "bad", f"{number} of {total} samples {are}: the pairs are shown below.{held}"
+        return "bad", f"{number} of {total} samples {are}: the pairs are shown below.{held}{none}"
     closest = min(neighbour.distance for neighbour in nearest["generated"])
     others = min(neighbour.distance for neighbour in nearest["held-out"])
     text = (
@@ -80,24 +82,25 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
             f"Samples are as far from held-out scans as other real scans are ({features}): with this many "
             "volumes no difference can be seen."
         )
-    ladder = [max(found[f"{key}: scans blurred by {sigma:g} voxels"].value, 1e-9) for sigma in BLURS]
+    ladder = [max(found[f"{key}: {blurred_scans(sigma)}"].value, 1e-9) for sigma in BLURS]
     ladder = np.maximum.accumulate(ladder)
     if figure.value < ladder[0]:
-        tone, place = "good", f"closer than scans blurred by {BLURS[0]:g} voxels"
+        tone, place = "good", f"closer than {blurred_scans(BLURS[0])}"
     elif figure.value > ladder[-1]:
         times = figure.value / ladder[-1]
         far = (
             "farther than" if times < 1.5 else f"{times:.2g} times as far as" if times < 100 else "far beyond"
         )
-        tone, place = "bad", f"{far} scans blurred by {BLURS[-1]:g} voxels"
+        tone, place = "bad", f"{far} {blurred_scans(BLURS[-1])}"
     else:
         blur = float(np.exp(np.interp(np.log(figure.value), np.log(ladder), np.log(BLURS))))
         tone, place = (
             ("warn" if blur < PLAIN_BLUR else "bad"),
-            f"as far as scans blurred by {blur:.1g} voxels",
+            f"as far as scans blurred by {blur:.1f} voxels",
         )
     text = f"Samples differ from held-out scans: they are {place} ({features})."
-    if reconstructions := found.get(f"{key}: reconstructions"):
+    reconstructions = found.get(f"{key}: reconstructions")
+    if reconstructions and reconstructions.value > WORTH_TELLING * figure.value:
         text += f" The autoencoder alone makes {_share(reconstructions.value, figure.value)} of it."
     return tone, text
 

@@ -64,8 +64,8 @@ def manual(script: str) -> list[list[str]]:
 
 
 @functools.cache
-def options(script: str) -> frozenset[str]:
-    """The options that a script's `--help` lists."""
+def manual_page(script: str, *words: str) -> str:
+    """What a script, or a command of it, prints on `--help`."""
     path = ROOT / script
     sys.path.insert(0, str(path.parent))
     try:
@@ -73,10 +73,18 @@ def options(script: str) -> frozenset[str]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-            module.main(["--help"])
+            module.main([*words, "--help"])
     finally:
         sys.path.remove(str(path.parent))
-    listed = re.findall(r"^  (-.*?)(?:  |$)", out.getvalue().partition("\noptions:")[2], re.M)
+    return out.getvalue()
+
+
+def options(script: str, words: list[str]) -> frozenset[str]:
+    """The options that `--help` lists, of a script or of the command of it that the words name."""
+    listed = re.search(r"^  COMMAND\n((?:    .*\n)*)", page := manual_page(script), re.M)
+    if listed and words and words[0] in re.findall(r"^    (\w+)", listed[1], re.M):
+        page = manual_page(script, words[0])
+    listed = re.findall(r"^  (-.*?)(?:  |$)", page.partition("\noptions:")[2], re.M)
     return frozenset(word for line in listed for word in re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", line))
 
 
@@ -141,7 +149,7 @@ def arguments_wrong(script: str, words: list[str], processes: str | None) -> lis
         if not re.fullmatch(r"--?[a-zA-Z][\w-]*", name):
             continue
         value = value or (words[i + 1] if i + 1 < len(words) else "")
-        if name not in options(script):
+        if name not in options(script, words):
             wrong.append(f"{script} has no {name}")
         elif name in ("-c", "--config-file", "-e", "--environment-file"):
             if value.startswith("config/") and value not in MADE_BY_USERS and not (ROOT / value).is_file():
@@ -194,6 +202,8 @@ def test_commands_of_a_manual_exist(script):
         ("./demonstration.sh", "there is no demonstration.sh"),
         ("sbatch launchers/train_slurm.sbatch train_autoencoder.py", None),
         ("git clone somewhere", None),
+        ("python visualize_image.py gif scan.nii.gz --plane axial", None),
+        ("python visualize_image.py gif scan.nii.gz --mask labels.nii.gz", "has no --mask"),
     ],
 )
 def test_the_check_itself(line, fault):

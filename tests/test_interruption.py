@@ -382,7 +382,7 @@ def test_the_folder_is_free_after_any_end(half, tmp_path, monkeypatch):
     project.refused(train_diffusion, "--resume", tmp_path / "none.pt")
     released(project)
     with monkeypatch.context() as patch:
-        patch.setattr(train_diffusion, "validate", lambda *args: float("nan"))
+        patch.setattr(train_diffusion, "validate", lambda *args: {"loss": float("nan")})
         project.refused(train_diffusion, code=1)
     released(project)
     project.run(train_diffusion, "--no-amp")

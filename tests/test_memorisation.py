@@ -79,7 +79,7 @@ def test_volumes_of_several_channels_are_compared_in_all_of_them():
 
 def test_the_verdict_by_hand():
     """Held-out volumes at 1, 2, 3, of which half of the median is 1. A sample at 0.5 is a copy and is closer
-    than all three, one at 2.5 closer than one of them: U = 2 of 6 pairs, z = (2 - 3) / sqrt(2 * 3 * 6 / 12)."""
+    than all three, one at 2.5 than one of them: U = 2 of 6 pairs, z = (2 - 3) / sqrt(2 * 3 * 6 / 12)."""
     found = judge(np.array([0.5, 2.5]), np.array([1.0, 2.0, 3.0]))
     assert found.limit == 1.0 and found.copies.tolist() == [True, False] and not found.leaks.any()
     assert found.closer == pytest.approx(4 / 6) and found.z == pytest.approx(-1 / math.sqrt(3))

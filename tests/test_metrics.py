@@ -108,7 +108,7 @@ def test_scales_for_which_there_is_room(size, scales):
 def test_ms_ssim_of_the_same_of_similar_and_of_other_volumes():
     a, b = numbers(1, 1, 32, 32, 32), numbers(1, 1, 32, 32, 32, seed=1)
     assert ms_ssim(a, a) == pytest.approx(1, abs=1e-6)
-    assert 0.1 > ms_ssim(a, b) < ms_ssim(a, 0.5 * a + 0.5 * b) < 1
+    assert 0.2 > ms_ssim(a, b) < ms_ssim(a, 0.5 * a + 0.5 * b) < 1
     with pytest.raises(ValueError, match="4 voxels"):
         ms_ssim(a[..., :3], b[..., :3])
 
@@ -124,7 +124,7 @@ def test_ms_ssim_of_constants():
 
 
 def test_spectrum_of_a_sinusoid_lies_in_its_shell():
-    """A cos(2 pi f x) over N voxels: |FFT|^2 = (A N / 2)^2 at f and -f, here divided by the shell's frequencies."""
+    """A cos(2 pi f x) over N voxels: |FFT|^2 = (A N / 2)^2 at f and -f; the mean of their shell."""
     size, f, amplitude = (16, 16, 16), 5 / 16, 0.3
     spectrum = RadialSpectrum(size)
     wave = amplitude * torch.cos(2 * math.pi * f * torch.arange(16.0)).reshape(16, 1, 1).expand(size) + 0.5

@@ -265,7 +265,7 @@ def test_promise_10_in_the_last_step_of_a_run(project):
 def test_promise_10_a_validation_that_is_not_finite_ends_the_run(project, monkeypatch):
     before = project.checkpoint("diffusion_unet.pt")
     scores = iter([before["best"], NAN])  # of epoch 0, at whose end the checkpoint stands, and of epoch 1
-    monkeypatch.setattr(train_diffusion, "validate", lambda *args: next(scores))
+    monkeypatch.setattr(train_diffusion, "validate", lambda *args: {"loss": next(scores)})
     message = project.refused(train_diffusion, "--no-amp", code=1)
     assert "validation gives nan in epoch 1" in message and "docs/NaN_FIX_GUIDE.md" in message
     assert not differences(project.checkpoint("diffusion_unet.pt"), before)

@@ -1,0 +1,112 @@
+"""Export a trained model: safetensors, TorchScript, a MONAI bundle, and a card that tells what it is.
+
+    python export_model.py -c config/config_train_16g.json -e config/environment.json --out exported/brains
+    python export_model.py -c CONFIG -e ENV --out DIR --metrics outputs/metrics.json --authors "A. Name"
+    python export_model.py -c CONFIG -e ENV --out DIR --formats safetensors bundle
+    python export_model.py -c CONFIG -e ENV --out DIR --autoencoder A.pt --unet B.pt --scale-factor 0.9
+
+Reads the best checkpoints of `model_dir`, `autoencoder.pt` and `diffusion_unet.pt`, whose weights are the
+averaged ones (EMA) where the config asks for averages, or weights from elsewhere as inference.py does; and
+beside them `split.json` and `train_log.jsonl`, for the card. Writes
+
+    DIR/MODEL_CARD.md     data, training, figures, limits, and code that uses each form
+    DIR/safetensors/      autoencoder.safetensors, diffusion_unet.safetensors
+    DIR/torchscript/      encode.ts, decode.ts, unet.ts, model.json
+    DIR/bundle/           configs/, models/, scripts/, docs/ (the card again), LICENSE
+    DIR/SHA256SUMS
+
+Each form draws the volumes that inference.py draws, to rounding. What is written names the data by the last
+part of their folder's name, and no case. DIR must be new or empty; it is there, whole, when all is done. Runs
+on the CPU; docs/export.md says what each form is for.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import utils
+from ldm import UserError, configs, export, generation, model_card
+from ldm.checkpoints import SCALE_FACTOR, written_whole
+from ldm.processes import Run
+from ldm.schemas import StrictValidator
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, its numbers checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("-c", "--config-file", required=True, help="what was trained: JSON")
+    add("-e", "--environment-file", required=True, help="where things are: JSON")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    add("--out", required=True, metavar="DIR", help="a folder that is new or empty")
+    add("--formats", nargs="+", choices=export.FORMATS, default=export.FORMATS, help="default: all")
+    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
+    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
+    add("--metrics", type=Path, default=None, metavar="FILE", help="figures for the card: evaluate.py's JSON")
+    add("--authors", default="not stated", metavar="TEXT", help="who trained the model, for card and bundle")
+    args = parser.parse_args(argv)
+    if args.scale_factor is not None and not StrictValidator(SCALE_FACTOR).is_valid(args.scale_factor):
+        raise UserError(
+            f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
+            f"{SCALE_FACTOR['maximum']} is due."
+        )
+    return args
+
+
+@utils.command
+def main(argv: Sequence[str] | None = None) -> None:
+    # Step 0: what is asked for
+    args = parse_arguments(argv)
+    config = utils.load_config(args.config_file, args.set)
+    environment = utils.load_environment(args.environment_file)
+
+    # Step 1: networks, and what is known of them
+    paths = {
+        "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
+        "diffusion_unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
+    }
+    origin = {name: model_card.history(path, name) for name, path in paths.items()}
+    digest = origin["autoencoder"]["sha256"]
+    metrics = model_card.read_metrics(args.metrics, digest) if args.metrics else None
+    run = Run(0, 1, torch.device("cpu"), None)
+    networks = generation.load_networks(
+        *paths.values(), config, args.config_file, args.scale_factor, False, None, run
+    )
+    folders = environment["data_base_dir"]
+    folders = folders if isinstance(folders, list) else [folders]
+    about = {
+        "description": model_card.describe(networks, config),
+        "authors": args.authors,
+        "data_source": ", ".join(Path(os.path.abspath(folder)).name for folder in folders),
+        "channels": [f"channel {channel} of the source images" for channel in configs.channels_of(config)],
+    }
+
+    # Step 2: write into a neighbouring folder, which takes the name when all is there
+    out = utils.prepare_folder(args.out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        if "safetensors" in args.formats:
+            export.write_safetensors(folder / "safetensors", networks, config, origin)
+        takes = None
+        if "torchscript" in args.formats:
+            takes = export.write_torchscript(folder / "torchscript", networks, config)
+        card = model_card.model_card(out.name, networks, config, origin, about, metrics, args.formats, takes)
+        if "bundle" in args.formats:
+            figures = metrics["figures"] if metrics else []
+            export.write_bundle(folder / "bundle", networks, config, card, about, figures)
+        with written_whole(folder / "MODEL_CARD.md") as file:
+            file.write(card.encode())
+        export.write_checksums(folder)
+        folder.rename(out)
+    print(f"exported {', '.join(args.formats)}: {out}\n  {out / 'MODEL_CARD.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""evaluate.py: the figures of known sets, what it says of them, and what it does with sets that are not as
+they should be."""
+
+import gc
+import json
+import math
+import shutil
+import weakref
+from pathlib import Path
+
+import chain
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from chain import SHAPE, SPACING, Project, copy_of
+from monai.networks.nets import DenseNet121
+
+import evaluate
+import inference
+from ldm import backbones, configs, distances, provenance
+from ldm.datasets import find_cases
+from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.transforms import Preprocessing
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory) -> Project:
+    """The finished chain. Look, but do not touch."""
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+def blob(rng: np.random.Generator, shape: tuple = SHAPE) -> np.ndarray:
+    """A textured ellipsoid of a random size, dark outside."""
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    inside = sum((axis / rng.uniform(0.7, 0.95)) ** 2 for axis in axes) < 1
+    return (inside * rng.uniform(0.3, 1, shape)).astype(np.float32)
+
+
+def folder_of(folder: Path, volumes, spacing=SPACING, names: str = "scan_{:02d}") -> Path:
+    """A folder of these volumes; 4D ones have the channels last."""
+    folder.mkdir(parents=True)
+    for i, volume in enumerate(volumes):
+        nib.save(nib.Nifti1Image(volume, np.diag([*spacing, 1])), folder / f"{names.format(i)}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> dict[str, Path]:
+    """Folders of volumes of one kind: 12 to train on, 10 held out, 8 more, and copies of the first 8 trained
+    on that were mirrored, moved and made brighter."""
+    root, rng = tmp_path_factory.mktemp("scans"), np.random.default_rng(0)
+    training = [blob(rng) for _ in range(12)]
+    copies = [3 * np.roll(volume[::-1], 1, 1) + 0 for volume in training[:8]]
+    return {
+        "training": folder_of(root / "training", training),
+        "held": folder_of(root / "held", [blob(rng) for _ in range(10)]),
+        "more": folder_of(root / "more", [blob(rng) for _ in range(8)]),
+        "copies": folder_of(root / "copies", copies, names="sample_{:06d}"),
+    }
+
+
+def evaluated(out: Path, *argv) -> dict:
+    """What the script writes to metrics.json; figures by key."""
+    evaluate.main([*map(str, argv), "--out", str(out), "--device", "cpu"])
+    content = json.loads((out / "metrics.json").read_text())
+    assert (out / "report.html").stat().st_size > 10_000
+    return {**content, "by_key": {figure["key"]: figure for figure in content["figures"]}}
+
+
+def refused(*argv) -> str:
+    """The message of a run that ends on the user's error."""
+
+    class Plain:
+        main = staticmethod(evaluate.main)
+
+    project = Project.__new__(Project)
+    project.argv = lambda *more: [str(one) for one in more]
+    return Project.refused(project, Plain, *argv, "--device", "cpu")
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def of_the_run(done, tmp_path_factory) -> dict:
+    """The chain's run: 2 held-out and 4 training scans, 3 samples."""
+    project = copy_of(
+        done, tmp_path_factory.mktemp("run") / "p", "autoencoder.pt", "diffusion_unet.pt", "split.json"
+    )
+    shutil.copy(done.model_dir / "train_log.jsonl", project.model_dir)
+    project.run(inference, "--num", "3", "--steps", "2", "--no-amp")
+    project.run(evaluate)
+    content = json.loads((project.output_dir / "evaluation" / "metrics.json").read_text())
+    return {**content, "by_key": {f["key"]: f for f in content["figures"]}, "project": project}
+
+
+def test_a_run_is_evaluated_on_its_split(of_the_run, done):
+    counts = {name: one["volumes"] for name, one in of_the_run["sets"].items()}
+    split = done.split()
+    assert counts == {
+        "held-out": len(split["validation"]),
+        "generated": 3,
+        "training": len(split["training"]),
+    }
+    assert of_the_run["settings"]["grid"].startswith("16 x 20 x 12 voxels of 2 x 1.5 x 3 mm")
+    page = (of_the_run["project"].output_dir / "evaluation" / "report.html").read_text()
+    assert "sample_000002" in page and of_the_run["verdicts"][0]["text"][:20] in page
+
+
+def test_reconstructions_are_those_of_the_training_log(of_the_run, done):
+    """The best epoch's validation, on the same held-out volumes."""
+    best = max(
+        (entry for entry in done.log("autoencoder") if "val_psnr" in entry), key=lambda e: e["val_psnr"]
+    )
+    for key in ("psnr", "ssim", "l1"):
+        figure = of_the_run["by_key"][f"reconstruction_{key}"]
+        assert figure["value"] == pytest.approx(best[f"val_{key}"], rel=1e-3)
+        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+
+
+def test_a_sample_comes_back_in_the_units_of_the_autoencoder(of_the_run):
+    """By the limits in its record, not by its own percentiles; clipped as scans are."""
+    project = of_the_run["project"]
+    path = project.output_dir / "sample_000001.nii.gz"
+    (case,) = [
+        case for case in find_cases(project.output_dir, "sample_*.nii.gz")[0] if case.name.endswith("1")
+    ]
+    read = evaluate.Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
+    low, high = provenance.limits_of(path)[0]
+    stored = np.asarray(nib.load(path).dataobj)
+    assert read(case)[0, 0].numpy() == pytest.approx(np.clip((stored - low) / (high - low), 0, 1), abs=1e-5)
+    project_limits = project.checkpoint("diffusion_unet.pt")["geometry"]["limits"]
+    assert [[low, high]] == project_limits
+
+
+def test_every_figure_has_a_value_or_a_reason(of_the_run):
+    for figure in of_the_run["figures"]:
+        assert (figure["value"] is None) == bool(figure["missing"]), figure
+        assert figure["counts"] or figure["missing"]
+    assert "needs 4 volumes on each side" in of_the_run["by_key"]["precision"]["missing"]  # 2 are held out
+    assert any("2 held-out" in line["text"] and line["tone"] == "warn" for line in of_the_run["verdicts"])
+
+
+def test_a_second_evaluation_does_not_replace_the_first(of_the_run):
+    assert "is there already" in of_the_run["project"].refused(evaluate)
+
+
+def test_reproduced_samples_are_not_counted_twice(of_the_run, tmp_path):
+    project = of_the_run["project"]
+    again = project.output_dir / "sample_000000_reproduced.nii.gz"
+    shutil.copy(project.output_dir / "sample_000000.nii.gz", again)
+    try:
+        project.run(evaluate, "--out", tmp_path / "out")
+    finally:
+        again.unlink()
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["sets"]["generated"]["volumes"] == 3
+
+
+# ---------------------------------------------------------------- sets that are known
+
+
+@pytest.fixture(scope="module")
+def of_more(scans, done, tmp_path_factory) -> dict:
+    """Real scans in place of samples, with the chain's autoencoder."""
+    return evaluated(
+        tmp_path_factory.mktemp("more") / "out",
+        *("--real", scans["held"], "--generated", scans["more"], "--train", scans["training"]),
+        *("--autoencoder", done.model_dir / "autoencoder.pt"),
+    )
+
+
+def test_real_scans_in_place_of_samples_pass(of_more):
+    by_key = of_more["by_key"]
+    for key in ("mmd_own", "frechet_own", "spectrum", "histogram"):
+        figure = by_key[key]
+        assert figure["interval"][0] <= max(figure["floor"], figure["floor_interval"][1]), key
+        assert figure["value"] < 3 * abs(figure["floor"]) + 0.1, key
+    assert by_key["copies"]["value"] == by_key["copies"]["floor"] == 0
+    assert 20 < by_key["closer"]["value"] < 80
+    assert by_key["fine_power"]["value"] == pytest.approx(1, abs=0.1)
+    tones = {line["tone"] for line in of_more["verdicts"] if "autoencoder" not in line["text"]}
+    assert "bad" not in tones
+    assert "No sample is a copy" in of_more["verdicts"][0]["text"]
+    assert "no difference can be seen" in of_more["verdicts"][1]["text"]
+
+
+def test_own_feature_figures_are_those_of_the_rows(of_more, scans, done):
+    """Kernel distance and precision, from the volumes by hand."""
+    config = configs.completed(done.checkpoint("autoencoder.pt")["config"])
+    network = configs.define_network(config, "autoencoder_def")
+    network.load_state_dict(done.checkpoint("autoencoder.pt")["model"])
+    rows = {}
+    for name in ("training", "held", "more"):
+        volumes = [Preprocessing((0,), SPACING)([path]) for path in sorted(scans[name].glob("*.nii.gz"))]
+        rows[name] = rows_of(AutoencoderFeatures(network.eval()), torch.tensor(np.stack(volumes)))
+    space = FeatureSpace(rows["training"])
+    rows = {name: space(groups) for name, groups in rows.items()}
+    figure = of_more["by_key"]["mmd_own"]
+    assert figure["value"] == pytest.approx(
+        distances.KernelDistance(rows["more"], rows["held"]).value, rel=1e-4
+    )
+    assert figure["floor"] == pytest.approx(
+        distances.KernelDistance(rows["training"], rows["held"]).value, rel=1e-4
+    )
+    precise, recalled = (x.mean() for x in distances.precision_recall(rows["held"], rows["more"]))
+    assert [of_more["by_key"][key]["value"] for key in ("precision", "recall")] == pytest.approx(
+        [precise, recalled]
+    )
+
+
+def test_blurred_scans_are_yardsticks_in_their_order(of_more):
+    ladder = [f["value"] for key, f in of_more["by_key"].items() if key.startswith("mmd_own: scans blurred")]
+    assert len(ladder) == 4 and ladder == sorted(ladder) and ladder[1] > of_more["by_key"]["mmd_own"]["floor"]
+    assert of_more["by_key"]["mmd_own: reconstructions"]["value"] > of_more["by_key"]["mmd_own"]["floor"]
+
+
+def test_copies_are_flagged_and_held_out_scans_are_not(scans, tmp_path):
+    """Mirrored, moved by a voxel and three times as bright: all eight, each beside its original."""
+    found = evaluated(
+        tmp_path / "out",
+        "--real",
+        scans["held"],
+        "--generated",
+        scans["copies"],
+        "--train",
+        scans["training"],
+    )
+    assert found["by_key"]["copies"]["value"] == 100 and found["by_key"]["copies"]["floor"] == 0
+    assert (
+        found["verdicts"][0]["tone"] == "bad" and "8 of 8 samples are copies" in found["verdicts"][0]["text"]
+    )
+    pairs = {row["generated"]: row for row in found["nearest"]}
+    for i in range(8):
+        row = pairs[f"sample_{i:06d}"]
+        assert (
+            row["training"] == f"scan_{i:02d}" and row["mirrored"] and row["copy"] and row["distance"] < 0.1
+        )
+    assert "no autoencoder" in found["by_key"]["mmd_own"]["missing"]
+    assert "was not measured: no autoencoder" in found["verdicts"][1]["text"]
+
+
+def test_scans_that_were_trained_on_and_are_held_out_are_leaks(scans, tmp_path):
+    held = shutil.copytree(scans["held"], tmp_path / "held")
+    for i in range(3):
+        shutil.copy(scans["training"] / f"scan_{i:02d}.nii.gz", held / f"again_{i}.nii.gz")
+    found = evaluated(
+        tmp_path / "out", "--real", held, "--generated", scans["more"], "--train", scans["training"]
+    )
+    assert found["by_key"]["copies"]["value"] == 0
+    assert found["by_key"]["copies"]["floor"] == pytest.approx(100 * 3 / 13)
+    assert "3 of the held-out scans are copies too" in found["verdicts"][0]["text"]
+
+
+def test_without_a_training_set_the_floor_is_between_halves(scans, done, tmp_path):
+    found = evaluated(
+        tmp_path / "out",
+        *("--real", scans["held"], "--generated", scans["more"]),
+        *("--autoencoder", done.model_dir / "autoencoder.pt"),
+    )
+    figure = found["by_key"]["mmd_own"]
+    assert figure["floor_interval"][0] < 0.3 and figure["value"] is not None
+    assert found["by_key"]["frechet_own"]["missing"] and "halves" in found["by_key"]["frechet_own"]["missing"]
+    assert "no training set is named" in found["by_key"]["copies"]["missing"]
+    assert found["verdicts"][0]["tone"] == "none" and "not looked at" in found["verdicts"][0]["text"]
+
+
+def test_published_networks_and_a_classifier(scans, tmp_path):
+    """Weights of the right form from local files; the figures are there, and the files' hashes."""
+    torch.manual_seed(0)
+    medicalnet, radimagenet = tmp_path / "resnet_10.pth", tmp_path / "rin.pth"
+    torch.save({"state_dict": backbones.medicalnet(10, None, "").state_dict()}, medicalnet)
+    torch.save(backbones.radimagenet(None, "").state_dict(), radimagenet)
+    definition = {
+        "_target_": "monai.networks.nets.DenseNet121",
+        "spatial_dims": 3, "in_channels": 1, "out_channels": 3,
+        "init_features": 4, "growth_rate": 2, "block_config": [1, 1],
+    }  # fmt: skip
+    (tmp_path / "classes.json").write_text(json.dumps(definition))
+    classifier = DenseNet121(**{key: value for key, value in definition.items() if key != "_target_"})
+    torch.save(classifier.state_dict(), tmp_path / "classes.pt")
+    digest = backbones.sha256_of(medicalnet)
+    argv = [
+        *("--real", scans["held"], "--generated", scans["more"]),
+        *("--medicalnet", medicalnet, digest[:12], "--radimagenet", radimagenet),
+        *("--classifier", tmp_path / "classes.json", tmp_path / "classes.pt"),
+    ]
+    found = evaluated(tmp_path / "out", *argv)
+    for key in ("fid_3d", "fid_2.5d", "mmd_medicalnet", "inception_score"):
+        assert found["by_key"][key]["value"] is not None and found["by_key"][key]["floor"] is not None, key
+    assert 1 <= found["by_key"]["inception_score"]["value"] <= 3
+    assert digest in found["settings"]["MedicalNet"]
+    assert "MedicalNet's features" in found["verdicts"][1]["text"]  # where there are no own ones
+    assert "SHA-256 is" in refused(*argv[:4], "--medicalnet", medicalnet, "0" * 64, "--out", tmp_path / "b")
+    wrong = refused(*argv[:4], "--medicalnet", radimagenet, "--out", tmp_path / "b")
+    assert "MedicalNet's ResNet-10" in wrong or "do not fit" in wrong
+    (tmp_path / "classes.json").write_text(json.dumps({"_target_": "os.system", "command": "true"}))
+    refused(*argv[:4], *argv[-3:], "--out", tmp_path / "b")
+
+
+# ---------------------------------------------------------------- sets that are not as they should be
+
+
+def test_volumes_of_other_spacing_and_shape_are_brought_to_the_grid_of_the_samples(scans, tmp_path):
+    rng = np.random.default_rng(5)
+    fine = [np.repeat(np.repeat(blob(rng), 2, 0), 2, 1)[2:-2] for _ in range(3)]
+    held = folder_of(tmp_path / "held", fine, (1.0, 0.75, 3.0))
+    found = evaluated(tmp_path / "out", "--real", held, "--generated", scans["more"])
+    text = " ".join(found["notes"])
+    assert "held-out: 3 of 3 volumes have another spacing (1 x 0.75 x 3 mm) and were resampled." in text
+    assert "held-out: 3 of 3 volumes have another size and were cropped or padded." in text
+    assert found["by_key"]["tissue_foreground"]["value"] is not None
+
+
+def test_volumes_that_cannot_be_used_are_left_out_and_listed(scans, tmp_path):
+    made = shutil.copytree(scans["more"], tmp_path / "made")
+    rng, affine = np.random.default_rng(1), np.diag([*SPACING, 1])
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.float32), affine), made / "constant.nii.gz")
+    nib.save(
+        nib.Nifti1Image(np.where(blob(rng) > 0.5, np.nan, 1).astype(np.float32), affine), made / "nan.nii.gz"
+    )
+    whole = (made / "scan_00.nii.gz").read_bytes()
+    (made / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    found = evaluated(tmp_path / "out", "--real", scans["held"], "--generated", made)
+    assert found["sets"]["generated"]["volumes"] == 8
+    left_out = [note for note in found["notes"] if "left out" in note]
+    assert len(left_out) == 3
+    for name, why in (("constant", "constant"), ("nan", "NaN"), ("cut", "cannot be read")):
+        assert any(f"{name}.nii.gz" in note and why in note for note in left_out), name
+    for path in made.glob("scan_*"):
+        path.unlink()
+    message = refused("--real", scans["held"], "--generated", made, "--out", tmp_path / "none")
+    assert "no generated volume can be used" in message and not (tmp_path / "none").exists()
+
+
+def test_one_volume(scans, done, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(scans["more"] / "scan_03.nii.gz", one)
+    found = evaluated(
+        tmp_path / "out",
+        *("--real", scans["held"], "--generated", one, "--train", scans["training"]),
+        *("--autoencoder", done.model_dir / "autoencoder.pt"),
+    )
+    by_key = found["by_key"]
+    for key in ("mmd_own", "frechet_own", "precision", "recall", "ms_ssim"):
+        assert by_key[key]["value"] is None and "1 generated" in by_key[key]["missing"], key
+    for key in ("spectrum", "histogram", "copies", "nearest", "reconstruction_psnr"):
+        assert by_key[key]["value"] is not None, key
+    assert any("With 10 held-out and 1 generated" in line["text"] for line in found["verdicts"])
+
+
+def test_channels_are_chosen_and_are_there(scans, tmp_path):
+    rng = np.random.default_rng(2)
+    both = folder_of(tmp_path / "both", [np.stack([blob(rng), 0.1 * blob(rng)], -1) for _ in range(4)])
+    first = evaluated(tmp_path / "first", "--real", scans["held"], "--generated", both)
+    second = evaluated(tmp_path / "second", "--real", both, "--generated", both, "--channel", "1")
+    assert first["settings"]["channels"] == "0" and second["settings"]["channels"] == "1"
+    message = refused("--real", scans["held"], "--generated", both, "--channel", 1, "--out", tmp_path / "x")
+    assert "no held-out volume can be used" in message and "channel" in message
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ((), "name a run by -c and -e"),
+        (("--real", "{held}", "--generated", "{more}"), "name a run by -c and -e"),
+        (("-c", "config.json"), "-c and -e"),
+        (("--real", "{held}", "--generated", "nowhere", "--out", "x"), "nowhere: no such data folder"),
+        (("--real", "{held}", "--generated", "{empty}", "--out", "x"), "no image"),
+        (("--real", "{held}", "--generated", "{more}", "--out", "x", "--set", "seed=1"), "--set"),
+        (
+            ("--real", "{held}", "--generated", "{more}", "--out", "x", "--autoencoder", "no.pt"),
+            "no such checkpoint",
+        ),
+        (
+            ("--real", "{held}", "--generated", "{more}", "--out", "x", "--medicalnet", "no.pth"),
+            "no such file",
+        ),
+        (
+            ("--real", "{held}", "--generated", "{more}", "--out", "x", "--medicalnet", "a", "b", "c"),
+            "--medicalnet: a file, and its SHA-256",
+        ),
+    ],
+)
+def test_what_is_named_wrongly_is_refused(scans, tmp_path, argv, message):
+    (tmp_path / "empty").mkdir()
+    argv = [one.format(empty=tmp_path / "empty", **scans) if "{" in one else one for one in argv]
+    argv = [str(tmp_path / "x") if one == "x" else one for one in argv]
+    assert message in refused(*argv)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_autoencoder_of_weights_alone_is_not_enough(scans, done, tmp_path):
+    torch.save(done.checkpoint("autoencoder.pt")["model"], tmp_path / "bare.pt")
+    argv = ("--real", scans["held"], "--generated", scans["more"], "--out", tmp_path / "x")
+    assert "weights alone" in refused(*argv, "--autoencoder", tmp_path / "bare.pt")
+
+
+def test_volumes_are_not_kept(scans):
+    """Of those that were read, at most three are alive at any time: the one at hand, and MS-SSIM's before
+    it."""
+    from ldm.metrics import RadialSpectrum
+    from ldm.processes import Run
+    from ldm.sets import VolumeSet
+
+    read = evaluate.Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
+    source = evaluate.Source("training", "folder", find_cases(scans["training"])[0])
+    one = VolumeSet("training", {}, RadialSpectrum(SHAPE), SPACING)
+    seen, most = [], 0
+    for case, volume in evaluate.volumes_of(source, read, Run(0, 1, torch.device("cpu"))):
+        seen.append(weakref.ref(volume))
+        one.add(case.name, volume)
+        del volume
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in seen))
+    assert len(one) == 12 and most <= 3
+    assert math.isfinite(np.sum(one.spectra))
