@@ -482,11 +482,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = verdicts(figures, nearest, counts)
 
     # Step 4: metrics.json and report.html
-    if inputs.autoencoder:
-        settings["autoencoder"] = f"{inputs.autoencoder.name}, SHA-256 {sha256_of(inputs.autoencoder)}"
+    digest = sha256_of(inputs.autoencoder) if inputs.autoencoder else None
+    if digest:
+        settings["autoencoder"] = f"{inputs.autoencoder.name}, SHA-256 {digest}"
     content = {
         "format": 1,
-        "title": f"{made.folder}, beside {sources[HELD_OUT].folder}",
+        "title": f"{Path(made.folder).name} beside {Path(sources[HELD_OUT].folder).name}",
         "made": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "sets": {name: {"folder": sources[name].folder, "volumes": count} for name, count in counts.items()},
         "verdicts": lines,
@@ -502,6 +503,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "notes": notes,
         "nearest": nearest_of_each(sets, nearest),
+        "autoencoder_sha256": digest,
     }
     write_report(
         inputs.out / "report.html",

@@ -135,11 +135,12 @@ def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[
     return {**scores, "power_share": kept / real if real else math.nan}, pairs
 
 
-def compared(scan: torch.Tensor, reconstruction: torch.Tensor) -> np.ndarray:
+def compared(scan: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequence[float]) -> np.ndarray:
     """A grey picture of two volumes (D, H, W) in three planes each, and of `AMPLIFIED` times the absolute
-    difference of what is seen of them below."""
-    difference = AMPLIFIED * (reconstruction.clamp(0, 1) - scan.clamp(0, 1)).abs()
-    return np.concatenate([figures.three_planes(one) for one in (scan, reconstruction, difference)])
+    difference of the two pictures below."""
+    pictures = [figures.three_planes(one, spacing) for one in (scan, reconstruction)]
+    difference = np.clip(AMPLIFIED * np.abs(pictures[1] - pictures[0]), 0, 1)
+    return np.concatenate([*pictures, difference])
 
 
 @dataclass
@@ -372,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
             if run.is_main:
                 for case, (scan, reconstruction) in pairs.items():
-                    picture = compared(scan[0], reconstruction[0])
+                    picture = compared(scan[0], reconstruction[0], config["spacing"])
                     training.log.image(f"{COMPARED}/{case}", picture, training.clock.step)
 
     # Step 5: pictures

@@ -249,14 +249,14 @@ def draw_samples(
     return torch.cat(volumes)
 
 
-def show_samples(volumes: torch.Tensor, epoch: int, model_dir: Path) -> None:
+def show_samples(volumes: torch.Tensor, spacing: Sequence[float], epoch: int, model_dir: Path) -> None:
     """Pictures of volumes (n, D, H, W): three planes, a sweep, and what the same seeds gave so far.
 
     The last is made of the files that are there up to this epoch, those of before a resume included.
     """
     folder = model_dir / "samples"
     newest = folder / f"epoch_{epoch + 1:05d}.png"
-    figures.montage({"sample": list(volumes)}, newest, f"epoch {epoch + 1}")
+    figures.montage({"sample": list(volumes)}, newest, f"epoch {epoch + 1}", spacing=spacing)
     drawn = sorted(path for path in folder.glob("epoch_*.png") if path.name <= newest.name)
     figures.progress(drawn, folder / "progress.gif")
     figures.animate(figures.axial_sweep(list(volumes)), model_dir / "samples.gif")
@@ -443,9 +443,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder = source.encoder or utils.load_autoencoder(autoencoder, config, run)
                 decoder.scale_factor = scale_factor
                 volumes = draw_samples(shown, decoder, process, source.shape, section["sample_steps"], run)
-                show_samples(volumes[:, 0], epoch, model_dir)
+                show_samples(volumes[:, 0], config["spacing"], epoch, model_dir)
                 for number, volume in zip(SAMPLE_SEEDS, volumes, strict=True):
-                    picture = figures.three_planes(volume[0])
+                    picture = figures.three_planes(volume[0], config["spacing"])
                     training.log.image(f"samples/seed_{number}", picture, training.clock.step)
             if validate_now:
                 scores = validate(shown, source.val, scale_factor, process, section, seed, run)

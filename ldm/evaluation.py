@@ -38,7 +38,8 @@ FINE = 0.25  # cycles a voxel, above which detail is fine
 @dataclass
 class Figure:
     """A line of the table: `value` of the generated volumes, `floor` the same of real volumes against real
-    ones, each with a 95 % interval. `better` is "lower", "higher" or "near floor"; `missing` says why there
+    ones, each with a 95 % interval. `better` is "lower", "higher", "near floor" or "" where it is
+    there to compare with; `missing` says why there
     is no value."""
 
     key: str
@@ -139,6 +140,7 @@ def kernel_figures(sets: Sets, network: str) -> list[Figure]:
                 "To compare with: real scans that this was done to.",
                 changed.value,
                 interval(changed.bootstrap()),
+                better="",
                 counts=f"{len(features[network])} real, {len(held[sets.second])} held-out",
             )
         )

@@ -1,7 +1,6 @@
 """A model card: what a trained model is, from its files: data, training, figures, limits, and code that uses
 what `ldm.export` wrote."""
 
-import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +30,7 @@ FIGURE["properties"] |= dict.fromkeys(("better", "missing", "unit", "counts"), T
 FIGURE["properties"]["floor"] = NUMBER_OR_NONE
 METRICS = fields(figures={"type": "array", "items": FIGURE})  # the part of evaluate.py's file that is shown
 METRICS["properties"]["verdicts"] = {"type": "array", "items": fields(tone=TEXT, text=TEXT)}
-METRICS["properties"]["settings"] = {"type": "object", "properties": {"autoencoder": TEXT}}
+METRICS["properties"]["autoencoder_sha256"] = TEXT_OR_NONE
 
 
 # ---------------------------------------------------------------- what is known
@@ -91,10 +90,10 @@ def read_metrics(path: Path, autoencoder: str) -> dict:
     content = read_json(path, "metrics")
     if what := fault(StrictValidator(METRICS), content):
         raise UserError(f"metrics {path}: {what}. Give the metrics.json that evaluate.py wrote.")
-    named = re.findall("[0-9a-f]{64}", content.get("settings", {}).get("autoencoder", ""))
-    if named and autoencoder not in named:
+    named = content.get("autoencoder_sha256")
+    if named and named != autoencoder:
         raise UserError(
-            f"metrics {path}: of a model with another autoencoder (SHA-256 {named[0][:12]}, exported "
+            f"metrics {path}: of a model with another autoencoder (SHA-256 {named[:12]}, exported "
             f"{autoencoder[:12]}). Evaluate this model, or leave --metrics out."
         )
     return {"figures": content["figures"], "verdicts": content.get("verdicts", [])}

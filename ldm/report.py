@@ -36,7 +36,7 @@ MARKS = {
     "bad": ("✕", "Bad"),
     "none": ("i", "For information"),
 }
-BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near floor": "≈ near floor"}
+BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near floor": "≈ near floor", "": "to compare"}
 
 
 def write_report(

@@ -417,3 +417,30 @@ def test_volumes_are_not_kept(scans):
         most = max(most, sum(ref() is not None for ref in seen))
     assert len(one) == 12 and most <= 3
     assert math.isfinite(np.sum(one.spectra))
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_makes_a_table_of_known_things(tmp_path, capsys, monkeypatch):
+    """The whole of it on a tiny model: copies are flagged, real scans are not, and the table has every
+    row."""
+    from benchmarks import evaluation
+
+    monkeypatch.setattr(evaluation, "SAMPLES", 3)
+    data = chain.make_data(tmp_path / "data", cases=10)
+    config = Project(tmp_path / "p", data).config_file
+    argv = ["--data", str(data), "--out", str(tmp_path / "out"), "--config", str(config)]
+    evaluation.main([*argv, "--minutes", "0.02", "0.02"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0].split("|")[3:-1] == [
+        f" {name} "
+        for name in ("real scans", "copies", "mirrored copies", "blurred copies", "noise", "samples")
+    ]
+    assert len(rows) == 2 + len(evaluation.ROWS)
+    (copies,) = [row for row in rows if row.startswith("| copies (%)")]
+    values = [float(cell) for cell in copies.split("|")[2:-1]]
+    assert values[2:4] == [100, 100] and values[0] == values[1] == values[5] == 0
+    first = (tmp_path / "out/evaluations/copies/metrics.json").stat().st_mtime_ns
+    evaluation.main([*argv, "--minutes", "0.02", "0.02"])
+    assert (tmp_path / "out/evaluations/copies/metrics.json").stat().st_mtime_ns == first  # not made again

@@ -489,7 +489,7 @@ def test_nothing_is_overwritten(done, tmp_path):
         ('{"figures": [{"group": "a", "name": "b", "value": NaN}]}', "value"),
         ('{"figures": [], "verdicts": [{"text": 1, "tone": ""}]}', "verdicts"),
         (
-            '{"figures": [], "settings": {"autoencoder": "a.pt, SHA-256 %s"}}' % ("0" * 64),
+            '{"figures": [], "autoencoder_sha256": "%s"}' % ("0" * 64),
             "another autoencoder",
         ),
         (None, "cannot be read"),

@@ -109,6 +109,7 @@ def test_the_record_says_what_a_volume_was_made_of(untouched):
             "sha256": sha256(volume),
             "shape": list(chain.SHAPE),
             "spacing": list(chain.SPACING),
+            "limits": untouched.checkpoint("diffusion_unet.pt")["geometry"]["limits"],
         },
     }
     for key, name in (("autoencoder", "autoencoder.pt"), ("unet", "diffusion_unet.pt")):
