@@ -76,7 +76,7 @@ def main(argv=None):
         description = describe(args.num, args.seed, spacing)
         (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         folder.rename(out)
-    print(f"{args.num} simulated subjects in {out}")
+    print(f"{args.num} simulated subjects in {args.out}")
 
 
 def case_name(subject):
