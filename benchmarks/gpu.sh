@@ -27,3 +27,4 @@ common=(-c config/config_t1_2mm.json -e "$out/environment.json" --device cuda --
 python train_autoencoder.py "${common[@]}" --set autoencoder_train.max_minutes=1
 python train_diffusion.py "${common[@]}" --set diffusion_train.max_minutes=2 --set diffusion_train.batch_size=8
 python inference.py "${common[@]}" --num 8 --batch-size 8
+time python evaluate.py "${common[@]}"

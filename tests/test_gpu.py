@@ -1,5 +1,7 @@
 """What only a GPU can show: the chain on CUDA. Skipped, saying so, where there is none."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from chain import CONFIG, Project, make_data, trained
 
 import cache_latents
+import evaluate
 import inference
 import train_autoencoder
 import train_diffusion
@@ -39,6 +42,16 @@ def test_a_gpu_draws_the_sample_that_a_cpu_draws(tmp_path_factory, tmp_path):
         project.run(inference, "--num", "1", "--seed", "7", "--steps", "4", "--device", device, "--no-amp")
         images[device] = nib.load(tmp_path / device / "sample_000007.nii.gz").get_fdata()
     assert np.abs(images["cpu"] - images["cuda"]).max() < 1e-2 * np.ptp(images["cpu"])
+
+
+def test_a_gpu_measures_what_a_cpu_measures(tmp_path_factory, tmp_path):
+    project, found = trained(tmp_path_factory.getbasetemp()), {}
+    for device in ("cpu", "cuda"):
+        project.run(evaluate, "--device", device, "--out", tmp_path / device)
+        content = json.loads((tmp_path / device / "metrics.json").read_text())
+        found[device] = {figure["key"]: figure["value"] for figure in content["figures"]}
+    for key in ("spectrum", "fine_power", "histogram", "nearest", "reconstruction_psnr", "tissue_foreground"):
+        assert found["cuda"][key] == pytest.approx(found["cpu"][key], rel=1e-2), key
 
 
 def test_a_training_on_cached_latents_and_compiled_samples(tmp_path):
