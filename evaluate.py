@@ -322,7 +322,9 @@ def gather(
     measured = TRAINING if TRAINING in inputs.sources else HELD_OUT
     for name, source in inputs.sources.items():
         chosen = set(sorted(case.name for case in source.cases)[:SHOWN])
-        one = gathered[name] = VolumeSet(name, networks, spectrum, read.way.spacing, classifier)
+        one = gathered[name] = VolumeSet(
+            name, networks, spectrum, read.way.spacing, len(source.cases), classifier
+        )
         shown[name] = []
         for number, (case, volume) in enumerate(volumes_of(source, read, run)):
             first = name == TRAINING or number % 2 == 0  # of the floor

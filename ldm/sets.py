@@ -33,6 +33,7 @@ class VolumeSet:
         networks: of features, by name.
         spectrum: for volumes of this size.
         spacing: in mm.
+        count: volumes that will come, at most.
         classifier: a network (1, C, D, H, W) -> (1, classes), or None.
     """
 
@@ -42,15 +43,16 @@ class VolumeSet:
         networks: dict[str, Callable],
         spectrum: RadialSpectrum,
         spacing: Sequence[float],
+        count: int,
         classifier: Callable | None = None,
     ):
         self.name, self.networks, self.spectrum, self.spacing = name, networks, spectrum, spacing
-        self.classifier = classifier
-        self.names, self.spectra, self.histograms, self.tissues, self.thumbnails = [], [], [], [], []
+        self.count, self.classifier = count, classifier
+        self.names, self.spectra, self.histograms, self.tissues = [], [], [], []
         self.features = {network: [] for network in networks if network != RADIMAGENET}
         self.slices = [[Moments() for _ in PLANES] for _ in range(2)]  # of every other volume
         self.similarities, self.reconstructions, self.probabilities = [], [], []
-        self._before = None
+        self._before = self._thumbnails = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,11 +67,15 @@ class VolumeSet:
                 self.slices[len(self) % 2], self.networks[RADIMAGENET](volume), strict=True
             ):
                 moments.add(rows)
+        thumbnail = memorisation.thumbnail(volume)
+        if self._thumbnails is None:
+            # In one piece: between them the memory of volumes that have gone would be left in holes.
+            self._thumbnails = thumbnail.new_empty(self.count, *thumbnail.shape)
+        self._thumbnails[len(self)] = thumbnail
         self.names.append(name)
         self.spectra.append(self.spectrum(volume))
         self.histograms.append(histogram(volume))
         self.tissues.append(tissue_volumes(volume[0, 0].cpu().numpy(), self.spacing))
-        self.thumbnails.append(memorisation.thumbnail(volume))
         if self._before is not None and len(self.similarities) < PAIRS and scales_of(volume.shape[2:]):
             self.similarities.append(ms_ssim(self._before, volume))
         self._before = volume
@@ -80,6 +86,11 @@ class VolumeSet:
         """How a volume comes back from the autoencoder."""
         numbers = reconstruction_metrics(reconstruction.clamp(0, 1), volume)
         self.reconstructions.append([float(numbers[key]) for key in ("psnr", "ssim", "l1")])
+
+    @property
+    def thumbnails(self) -> torch.Tensor:
+        """What is compared in the search for copies, (N, C, d, h, w) float16."""
+        return self._thumbnails[: len(self)]
 
     def rows(self, network: str, of: slice = slice(None)) -> list[torch.Tensor]:
         """Features of some volumes: (N, F) a group."""

@@ -430,7 +430,7 @@ def test_volumes_are_not_kept(scans):
 
     read = evaluate.Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
     source = evaluate.Source("training", "folder", find_cases(scans["training"])[0])
-    one = VolumeSet("training", {}, RadialSpectrum(SHAPE), SPACING)
+    one = VolumeSet("training", {}, RadialSpectrum(SHAPE), SPACING, 12)
     seen, most = [], 0
     for case, volume in evaluate.volumes_of(source, read, Run(0, 1, torch.device("cpu"))):
         seen.append(weakref.ref(volume))
