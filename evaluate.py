@@ -1,27 +1,27 @@
 """Is a model any good, and does it only repeat the scans that it was trained on? One table and one page.
 
     python evaluate.py -c config/config_train_16g.json -e config/environment.json
-    python evaluate.py --real held_out/ --generated samples/ --train training/ --autoencoder autoencoder.pt
-    --out report/ python evaluate.py --real held_out/ --generated samples/ --out report/
-    python evaluate.py -c CONFIG -e ENV --medicalnet resnet_50_23dataset.pth --radimagenet
-    RadImageNet-ResNet50.pth
+    python evaluate.py --real held_out --generated samples --train training --autoencoder autoencoder.pt \\
+        --out report
+    python evaluate.py --real held_out --generated samples --out report
+    python evaluate.py -c CONFIG -e ENV --medicalnet resnet_50_23dataset.pth --radimagenet RadImageNet.pth
 
 With `-c` and `-e` the held-out and the training scans are those of the run's split, the samples those in
 `output_dir`, and the features those of its autoencoder; `--out` is `output_dir`/evaluation. Any of them can
-be named
-instead: `--real` held-out scans, `--generated` samples, `--train` the scans that were trained on, each a
-folder in any layout of docs/data.md or a list. Without `--train` copies are not looked for, and the floor is
-between the two halves of the held-out scans. Without an autoencoder there are no distances in features.
+be named instead: `--real` held-out scans, `--generated` samples, `--train` the scans that were trained on,
+each a folder in any layout of docs/data.md or a list. Without `--train` copies are not looked for, and the
+floor is between the two halves of the held-out scans. Without an autoencoder there are no distances in
+features.
 
 All volumes come to one grid, that of the samples, and to the unit range: scans by their own percentiles,
 samples of inference.py by the limits in their records. Volumes that cannot be read or are constant are left
-out and listed. They are read one after the other and not kept; a thousand of them take no more memory than
-ten.
+out and listed. They are read one after the other and not kept.
 
 Published networks' weights are files that you have: MedicalNet's ResNet-10 or 50 for the 3D FID,
 RadImageNet's ResNet-50 for the 2.5D FID, each with its SHA-256 behind it, or the first digits of it, if it is
-to be checked. A classifier, for the Inception Score, is a file of weights, and before it a JSON file such as
-{"_target_": "monai.networks.nets.DenseNet121", "spatial_dims": 3, "in_channels": 1, "out_channels": 2}.
+to be checked. A classifier, for the Inception Score, is a JSON file such as
+{"_target_": "monai.networks.nets.DenseNet121", "spatial_dims": 3, "in_channels": 1, "out_channels": 2}
+and a file of its weights.
 
 Written to `--out`: `metrics.json`, all figures with intervals and floors, and each sample's nearest training
 scan; and `report.html`, one page with pictures that opens in any browser. docs/evaluation.md says what each

@@ -1,7 +1,7 @@
 """Export a trained model: safetensors, TorchScript, a MONAI bundle, and a card that tells what it is.
 
     python export_model.py -c config/config_train_16g.json -e config/environment.json --out exported/brains
-    python export_model.py -c CONFIG -e ENV --out DIR --metrics outputs/metrics.json --authors "A. Name"
+    python export_model.py -c CONFIG -e ENV --out DIR --metrics metrics.json --authors "A. Name"
     python export_model.py -c CONFIG -e ENV --out DIR --formats safetensors bundle
     python export_model.py -c CONFIG -e ENV --out DIR --autoencoder A.pt --unet B.pt --scale-factor 0.9
 

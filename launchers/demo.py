@@ -64,6 +64,7 @@ def main(argv=None):
     print(f"\nDone in {minutes} min {seconds} s.")
     print(f"  trained on        {shown(data)}")
     print(f"  models            {shown(out / 'models')}")
+    print(f"  environment file  {shown(out / ENVIRONMENT)}")
     print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / 'tensorboard')}")
     for path in made(out):
         print(f"  written           {shown(path)}")

@@ -80,7 +80,7 @@ def _find_in(source: Path, pattern: str | None) -> tuple[list[Case], list[Case]]
     if source.suffix == ".json":
         return _from_json_list(source)
     if not source.is_dir():
-        raise UserError(f"{source}: no such data folder. Set `data_base_dir` in the environment file to one.")
+        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
     if (source / "dataset.json").is_file():
         return _from_dataset_json(source)
     inside = sorted(path.parent for path in source.glob("*/dataset.json"))
@@ -221,7 +221,7 @@ def _from_plain_folder(root: Path, pattern: str | None) -> list[Case]:
         ]
     if not paths:
         what = f"no image matches {pattern!r}" if pattern else f"no image ({', '.join(IMAGE_SUFFIXES)})"
-        raise UserError(f"{root}: {what} there. Set `data_base_dir` in the environment file.")
+        raise UserError(f"{root}: {what} there. Name another folder (`data_base_dir`, or the option).")
     contrasts = {_stem(path).rpartition("_")[2] for path in paths if path.name.startswith("sub-")}
     if pattern is None and len(contrasts) > 1:
         some = sorted(contrasts)

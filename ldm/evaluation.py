@@ -377,7 +377,7 @@ def finite(values: Sequence[float]) -> np.ndarray:
 
 
 def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.0f} ± {values.std():.0f}"
+    return f"{values.mean():.0f}" + (f" ± {values.std():.0f}" if len(values) > 1 else "")
 
 
 def reconstruction_figures(sets: Sets) -> list[Figure]:

@@ -23,6 +23,7 @@ SMOOTHING = 1.0  # voxels of it
 SHIFT = 1 / 8  # of a side, up to which volumes are moved against each other
 CANDIDATES = 8  # training volumes that are looked at on the small grid, after all were on one half as fine
 COPY = 0.5  # of the held-out volumes' median distance, below which a sample is called a copy
+IDENTICAL = 0.05  # below which it is one in any case: a correlation of 0.9988 after smoothing
 CONSTANT = 1e-5  # of the unit range; what varies less is rounding
 BATCH = 64  # training volumes at a time
 
@@ -71,13 +72,12 @@ class TrainingVolumes:
 
     def nearest(self, thumbnail: torch.Tensor) -> Neighbour:
         """Of a volume's `thumbnail`."""
-        both = torch.stack(
-            [thumbnail.float(), thumbnail.float().flip(-3)]
-        )  # as it is, mirrored left to right
+        whole = _normalised(thumbnail)  # again, since float16 rounds
+        both = torch.stack([whole, whole.flip(-3)])  # as it is, mirrored left to right
         coarse = torch.stack([_halved(one) for one in both])
         found = torch.cat([self._correlations(coarse, some) for some in self.coarse.split(BATCH)], 1)
         candidates = found.amax(0).topk(min(CANDIDATES, len(self.fine))).indices.cpu()
-        fine = _spectrum(torch.stack([self.fine[i].float() for i in candidates]))
+        fine = _spectrum(torch.stack([_normalised(self.fine[i]) for i in candidates]))
         correlations = self._correlations(both, fine, between=True)
         mirrored, place = divmod(int(correlations.argmax()), len(candidates))
         r = min(1.0, float(correlations.max()))
@@ -143,11 +143,12 @@ class Verdict:
 def judge(samples: np.ndarray, held_out: np.ndarray) -> Verdict:
     """Distances of samples (N,) and of held-out volumes (M,), one of each at least, to the training set.
 
-    The limit is half of the held-out volumes' median. On real brains and hippocampi no volume of another
+    The limit is half of the held-out volumes' median, or `IDENTICAL` where held-out volumes are copies
+    themselves and bring it down. On real brains and hippocampi no volume of another
     subject came so close (docs/evaluation.md); two scans of one subject do, and are told as leaks where one
     is held out.
     """
-    limit = COPY * float(np.median(held_out))
+    limit = max(IDENTICAL, COPY * float(np.median(held_out)))
     n, m = len(samples), len(held_out)
     u = mannwhitneyu(samples, held_out).statistic  # pairs in which the held-out volume is closer
     deviation = np.sqrt(n * m * (n + m + 1) / 12)

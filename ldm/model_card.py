@@ -403,6 +403,7 @@ BUNDLE = """\
 project that made it. In its folder,
 
 ```bash
+python -m pip install fire  # MONAI's command line needs it
 python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
     --seed 3 --num 2
 ```

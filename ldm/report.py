@@ -202,9 +202,9 @@ def _with_interval(row: dict, value: str, interval: str) -> str:
 def _drawing(row: dict) -> str:
     """A figure and its floor on one line that begins at zero, and how many floors it is."""
     value, floor = row["value"], row["floor"]
-    numbers = [0, value, *(row["interval"] or ()), *(row["floor_interval"] or ())] + [floor] * (
-        floor is not None
-    )
+    if floor is None:  # nothing to see it beside
+        return ""
+    numbers = [0, value, floor, *(row["interval"] or ()), *(row["floor_interval"] or ())]
     low, high = min(numbers), max(numbers)
     if low == high:
         return ""
@@ -216,14 +216,13 @@ def _drawing(row: dict) -> str:
     if row["floor_interval"] is not None:
         a, b = map(x, row["floor_interval"])
         marks.append(f'<rect class="band" x="{a}" y="3" width="{max(b - a, 1):.1f}" height="16"/>')
-    if floor is not None:
-        marks.append(f'<path class="floor" d="M{x(floor)} 2V20"/>')
+    marks.append(f'<path class="floor" d="M{x(floor)} 2V20"/>')
     if row["interval"] is not None:
         a, b = map(x, row["interval"])
         marks.append(f'<path class="whisker" d="M{a} 11H{b}"/>')
     marks.append(f'<circle class="value" cx="{x(value)}" cy="11" r="4"/>')
-    label = f"value {_number(value)}" + (f", floor {_number(floor)}" if floor is not None else "")
-    times = f"<small>{_number(value / floor)} × floor</small>" if floor and floor > 0 and value > 0 else ""
+    label = f"value {_number(value)}, floor {_number(floor)}"
+    times = f"<small>{_number(value / floor)} × floor</small>" if floor > 0 and value > 0 else ""
     return (
         f'<span><svg width="160" height="22" viewBox="0 0 160 22" role="img" aria-label="{label}">'
         f"{''.join(marks)}</svg>{times}</span>"

@@ -17,6 +17,7 @@ PLAIN_BLUR = 0.75  # voxels, which any eye sees
 SHARP = 0.8, 1.25  # share of the held-out scans' fine detail that is as it should be
 WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
 FEW = 20  # volumes, below which a line says so
+FEWEST = 5  # held-out scans, below which their median is no measure
 SUSPICIOUS = -3.0  # standard deviations (Meehan et al., 2020)
 GOOD_PSNR, FAIR_PSNR = 30.0, 25.0  # dB
 
@@ -34,7 +35,7 @@ def verdicts(figures: Sequence[Figure], nearest: dict | None, counts: dict[str, 
         realism(found),
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
-        anatomy([figure for key, figure in found.items() if key.startswith("tissue_")]),
+        anatomy([figure for key, figure in found.items() if key.startswith("tissue_")], counts),
         autoencoder(found),
         numbers(counts),
     ]
@@ -61,13 +62,15 @@ def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
         f"No sample is a copy of a training scan: the closest lies {closest:.2g} from one, held-out scans "
         f"come as close as {others:.2g}, and below {verdict.limit:.2g} it would be a copy."
     )
+    if rough := len(verdict.leaks) < FEWEST:
+        text += f" With {len(verdict.leaks)} held-out scan(s) that limit is rough."
     if verdict.z <= SUSPICIOUS:
         text += (
             " But samples as a whole lie closer to training scans than held-out scans do "
             f"({100 * verdict.closer:.0f} % of pairs, 50 % would be chance): by blur, or because parts are "
             "learnt by heart. Look at the closest pairs."
         )
-    return ("warn" if leaks or verdict.z <= SUSPICIOUS else "good"), text + held
+    return ("warn" if leaks or rough or verdict.z <= SUSPICIOUS else "good"), text + held
 
 
 def realism(found: dict[str, Figure]) -> tuple[str, str]:
@@ -101,7 +104,7 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
     text = f"Samples differ from held-out scans: they are {place} ({features})."
     reconstructions = found.get(f"{key}: reconstructions")
     if reconstructions and reconstructions.value > WORTH_TELLING * figure.value:
-        text += f" The autoencoder alone makes {_share(reconstructions.value, figure.value)} of it."
+        text += f" {_share(reconstructions.value, figure.value)} of this distance is the autoencoder's."
     return tone, text
 
 
@@ -133,20 +136,22 @@ def diversity(figure: Figure) -> tuple[str, str] | None:
     return "good", f"Samples are about as varied as scans: {text}"
 
 
-def anatomy(figures: Sequence[Figure]) -> tuple[str, str] | None:
+def anatomy(figures: Sequence[Figure], counts: dict[str, int]) -> tuple[str, str] | None:
     """Whether tissue volumes are distributed as those of scans."""
     measured = [figure for figure in figures if not figure.missing and figure.floor_interval]
     if not measured:
         return None
     off = [figure for figure in measured if figure.interval[0] > max(figure.floor, figure.floor_interval[1])]
-    if not off:
-        return "good", "Tissue volumes are distributed as those of scans, as far as so many volumes tell."
-    worst = max(off, key=lambda figure: figure.value / max(figure.floor, 1e-9))
-    told = worst.about.partition(". ")[2]
-    return (
-        "warn",
-        f"{len(off)} of {len(measured)} tissue volumes are off, the most: {worst.name.lower()}. {told}",
-    )
+    worst = max(off or measured, key=lambda figure: figure.value / max(figure.floor, 1e-9))
+    told = f"{worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
+    if off:
+        return "warn", f"{len(off)} of {len(measured)} tissue volumes are off, the most: {told}"
+    if min(counts["generated"], counts["held-out"]) < FEW:
+        return (
+            "none",
+            f"So few volumes do not tell whether tissues are as large as in scans. Most apart: {told}",
+        )
+    return "good", f"Tissue volumes are distributed as in scans, as far as so many tell. Most apart: {told}"
 
 
 def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
@@ -157,7 +162,7 @@ def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
     tone = "good" if psnr.value >= GOOD_PSNR else "warn" if psnr.value >= FAIR_PSNR else "bad"
     return tone, (
         f"The autoencoder gives held-out scans back at {psnr.value:.1f} dB PSNR and {ssim.value:.3f} SSIM; "
-        "samples cannot be sharper than that."
+        "what it loses, samples do not have."
     )
 
 

@@ -85,6 +85,15 @@ def test_the_verdict_by_hand():
     assert found.closer == pytest.approx(4 / 6) and found.z == pytest.approx(-1 / math.sqrt(3))
 
 
+def test_copies_are_copies_though_the_held_out_scans_are_too(training):
+    """Where a split leaks altogether, half of the held-out median is 0: what is identical is told all the
+    same."""
+    distances = np.array([training.nearest(thumbnail(brain(seed))).distance for seed in range(8)])
+    assert distances.max() < 2e-3
+    found = judge(distances, distances)
+    assert found.copies.all() and found.leaks.all() and found.limit == memorisation.IDENTICAL
+
+
 def test_a_held_out_scan_of_a_subject_that_was_trained_on_is_a_leak():
     found = judge(np.array([2.0]), np.array([0.1, 2.0, 2.0, 2.1]))
     assert found.leaks.tolist() == [True, False, False, False] and not found.copies.any()

@@ -65,7 +65,7 @@ def test_a_distance_in_words(mmd, tone, said):
 
 
 def test_what_the_autoencoder_makes_of_a_distance():
-    assert "autoencoder alone makes 20 %" in verdicts.realism(figures(mmd=(2.0, 1.8, 2.2)))[1]
+    assert "20 % of this distance is the autoencoder's" in verdicts.realism(figures(mmd=(2.0, 1.8, 2.2)))[1]
     assert "autoencoder" not in verdicts.realism(figures(mmd=(100.0, 90.0, 110.0)))[1]  # less than 5 %
 
 
@@ -89,6 +89,8 @@ def test_copies_in_words():
     assert tone == "warn" and "100 % of pairs" in text
     tone, text = judged([1.1] * 20, [0.1, *held])
     assert tone == "warn" and "1 of the held-out scans are copies too" in text
+    tone, text = judged([1.0] * 20, held[:4])
+    assert tone == "warn" and "4 held-out scan(s) that limit is rough" in text
     assert verdicts.copies(None, {})[0] == "none"
 
 
@@ -114,8 +116,11 @@ def test_diversity_in_words(values, tone, said):
 
 
 def test_anatomy_in_words():
-    assert verdicts.anatomy([figures()["tissue_dark"]])[0] == "good"
-    tone, text = verdicts.anatomy([figures(tissue=(20.0, 10.0))["tissue_dark"]])
+    many, few = ({"generated": 30, "held-out": n} for n in (30, 10))
+    for counts, due in ((many, "good"), (few, "none")):
+        tone, text = verdicts.anatomy([figures()["tissue_dark"]], counts)
+        assert tone == due and text.endswith("dark tissue. Samples 3 ml, scans 4 ml.")
+    tone, text = verdicts.anatomy([figures(tissue=(20.0, 10.0))["tissue_dark"]], few)
     assert tone == "warn" and text.endswith("Samples 3 ml, scans 4 ml.") and "1 of 1" in text
 
 
@@ -123,5 +128,5 @@ def test_all_lines_in_their_order():
     nearest = {"generated": neighbours(1.0), "held-out": neighbours(1.0, 1.1)}
     nearest["verdict"] = judge(np.array([1.0]), np.array([1.0, 1.1]))
     lines = verdicts.verdicts(list(figures(psnr=20.0).values()), nearest, {"held-out": 2, "generated": 1})
-    assert [line["tone"] for line in lines] == ["good", "good", "good", "good", "good", "bad", "warn"]
+    assert [line["tone"] for line in lines] == ["warn", "good", "good", "good", "none", "bad", "warn"]
     assert "20.0 dB" in lines[5]["text"] and "With 2 held-out and 1 generated" in lines[6]["text"]
