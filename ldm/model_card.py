@@ -369,7 +369,9 @@ with torch.inference_mode():
     volume = decode(z)[0].numpy()
 low, high = np.array(geometry["limits"]).T[:, :, None, None, None]
 voxels = np.moveaxis((volume * (high - low) + low).astype(np.float32), 0, -1).squeeze()
-nibabel.save(nibabel.Nifti1Image(voxels, np.diag([*geometry["spacing"], 1])), "sample.nii.gz")
+affine = np.diag([*geometry["spacing"], 1.0])
+affine[:3, 3] = -affine.diagonal()[:3] * (np.array(geometry["size"]) - 1) / 2  # centred on the origin
+nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz")
 ```
 """
 
