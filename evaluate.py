@@ -34,7 +34,7 @@ import argparse
 import datetime
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ import utils
 from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
-from ldm.datasets import Case, find_cases, read_json, stream, volume_size
+from ldm.datasets import Case, find_cases, read_json, size_at, stream, volume_size
 from ldm.encoders import LatentEncoder
 from ldm.logs import read_log
 from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
@@ -202,7 +202,7 @@ def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessi
         raise UserError(
             f"--channel: {len(channels)} given; the autoencoder has {len(way.channels)} channel(s)."
         )
-    return Preprocessing(tuple(channels), way.spacing, way.lower, way.upper, way.clip)
+    return replace(way, channels=tuple(channels))
 
 
 class Reader:
@@ -228,8 +228,9 @@ class Reader:
         if limits is None:
             return np.clip(self.way(case.images), 0, 1)
         channels = tuple(range(len(limits)))  # a sample has the channels that were trained on, and no others
-        way = Preprocessing(channels, self.way.spacing, self.way.lower, self.way.upper, self.way.clip)
-        return to_unit_range(way.read(case.images), np.array(limits), clip=True)
+        return to_unit_range(
+            replace(self.way, channels=channels).read(case.images), np.array(limits), clip=True
+        )
 
 
 def geometry_notes(source: Source, way: Preprocessing, size: Sequence[int]) -> list[str]:
@@ -243,10 +244,7 @@ def geometry_notes(source: Source, way: Preprocessing, size: Sequence[int]) -> l
             f"{source.name}: {len(other)} of {total} volumes have another spacing "
             f"({', '.join(kinds[:3])}{', ...' * (len(kinds) > 3)} mm) and were resampled."
         )
-    shapes = [
-        volume_size([case], way.spacing, 1) for case, (shape, _) in zip(source.cases, found, strict=True)
-    ]
-    if moved := sum(shape != list(size) for shape in shapes):
+    if moved := sum(any(size_at(*one, way.spacing) != size) for one in found):
         notes.append(
             f"{source.name}: {moved} of {total} volumes have another size and were cropped or padded."
         )
@@ -348,7 +346,7 @@ def closest_pairs(sets: Sets, nearest: dict | None, inputs: Inputs, read: Reader
     if nearest is None:
         return []
     cases = {name: {case.name: case for case in source.cases} for name, source in inputs.sources.items()}
-    limit = nearest["verdict"].limit
+    verdict = nearest["verdict"]
     order = sorted(range(len(sets.generated)), key=lambda i: nearest[GENERATED][i].distance)
     pairs = []
     for i in order[:PAIRS_SHOWN]:
@@ -363,8 +361,8 @@ def closest_pairs(sets: Sets, nearest: dict | None, inputs: Inputs, read: Reader
                 "generated": sample,
                 "training": scan + " (mirrored)" * neighbour.mirrored,
                 "distance": neighbour.distance,
-                "limit": limit,
-                "flagged": neighbour.distance < limit,
+                "limit": verdict.limit,
+                "flagged": bool(verdict.copies[i]),
                 "volumes": (a, b[::-1] if neighbour.mirrored else b),
             }
         )
@@ -381,16 +379,17 @@ def nearest_of_each(sets: Sets, nearest: dict | None) -> list[dict]:
             "training": sets.training.names[neighbour.index],
             "distance": neighbour.distance,
             "mirrored": neighbour.mirrored,
-            "copy": neighbour.distance < nearest["verdict"].limit,
+            "copy": bool(copy),
         }
-        for name, neighbour in zip(sets.generated.names, nearest[GENERATED], strict=True)
+        for name, neighbour, copy in zip(
+            sets.generated.names, nearest[GENERATED], nearest["verdict"].copies, strict=True
+        )
     ]
     return sorted(rows, key=lambda row: row["distance"])
 
 
 def curves_of(sets: Sets) -> list[dict]:
     """Mean spectra and histograms of each set, between the 5th and 95th percentile over volumes."""
-    present = [one for one in (sets.held_out, sets.generated, sets.training) if one]
     kinds = (
         (
             "Power spectrum",
@@ -412,7 +411,7 @@ def curves_of(sets: Sets) -> list[dict]:
     curves = []
     for title, x, y, logarithmic, at, key in kinds:
         series = []
-        for one in present:
+        for one in sets.present:
             rows = np.array(getattr(one, key))
             low, high = np.quantile(rows, [0.05, 0.95], axis=0)
             series.append(
@@ -430,14 +429,13 @@ def curves_of(sets: Sets) -> list[dict]:
 
 def spreads_of(sets: Sets, nearest: dict | None) -> list[dict]:
     """Tissue volumes, and distances to the nearest training scan, of each volume."""
-    present = [one for one in (sets.held_out, sets.generated, sets.training) if one]
     spreads = [
         {
             "title": f"{name.capitalize()} volume" if name == "foreground" else f"{name.capitalize()} tissue",
             "x": "ml",
             "groups": {
                 one.name: evaluation.finite([getattr(tissues, name) for tissues in one.tissues]).tolist()
-                for one in present
+                for one in sets.present
             },
         }
         for name in ("foreground", *metrics.TISSUES)
@@ -481,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets, run.device, lambda items: progress_bar(run, "nearest training scan", items=items, unit="volume")
     )
     figures = evaluation.all_figures(sets, nearest)
-    counts = {one.name: len(one) for one in (sets.held_out, sets.generated, sets.training) if one}
+    counts = {one.name: len(one) for one in sets.present}
     lines = verdicts(figures, nearest, counts)
 
     # Step 4: metrics.json and report.html

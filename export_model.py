@@ -29,10 +29,9 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import UserError, configs, export, generation, model_card
-from ldm.checkpoints import SCALE_FACTOR, written_whole
+from ldm import configs, export, generation, model_card
+from ldm.checkpoints import written_whole
 from ldm.processes import Run
-from ldm.schemas import StrictValidator
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,11 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--metrics", type=Path, default=None, metavar="FILE", help="figures for the card: evaluate.py's JSON")
     add("--authors", default="not stated", metavar="TEXT", help="who trained the model, for card and bundle")
     args = parser.parse_args(argv)
-    if args.scale_factor is not None and not StrictValidator(SCALE_FACTOR).is_valid(args.scale_factor):
-        raise UserError(
-            f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
-            f"{SCALE_FACTOR['maximum']} is due."
-        )
+    utils.check_scale_factor(args.scale_factor)
     return args
 
 

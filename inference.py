@@ -42,14 +42,13 @@ import torch
 import utils
 from ldm import UserError, configs, figures, generation, memory, provenance
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import SCALE_FACTOR, load_checkpoint
+from ldm.checkpoints import load_checkpoint
 from ldm.decoding import Budget, decoding_peak, weights_bytes
 from ldm.diffusion import SAMPLERS, choose_sampler
 from ldm.encoders import LatentEncoder
 from ldm.metrics import band_power
 from ldm.networks import latent_size
 from ldm.processes import Run
-from ldm.schemas import StrictValidator
 from ldm.transforms import to_unit_range
 
 SHOWN = 8  # volumes in the picture
@@ -89,11 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--steps {args.steps}: at most {provenance.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
         raise UserError(f"--seed {args.seed}: 0 or more is due, and less than 2^63 for all.")
-    if args.scale_factor is not None and not StrictValidator(SCALE_FACTOR).is_valid(args.scale_factor):
-        raise UserError(
-            f"--scale-factor {args.scale_factor}: a number from {SCALE_FACTOR['minimum']} to "
-            f"{SCALE_FACTOR['maximum']} is due."
-        )
+    utils.check_scale_factor(args.scale_factor)
     return args
 
 

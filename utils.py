@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief, configs, memory, processes
 from ldm.checkpoints import (
+    SCALE_FACTOR,
     StageFiles,
     load_checkpoint,
     load_training_checkpoint,
@@ -203,6 +204,13 @@ def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--max-memory", type=gigabytes, default=None, metavar="GB", help=f"{what} within so much memory"
     )
+
+
+def check_scale_factor(value: float | None) -> None:
+    """Raise UserError unless `--scale-factor` is left out or a number that a scale factor can be."""
+    if value is not None and not StrictValidator(SCALE_FACTOR).is_valid(value):
+        least, most = SCALE_FACTOR["minimum"], SCALE_FACTOR["maximum"]
+        raise UserError(f"--scale-factor {value}: a number from {least} to {most} is due.")
 
 
 def prepare_folder(path: str | Path) -> Path:

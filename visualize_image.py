@@ -45,11 +45,9 @@ from scipy.ndimage import gaussian_filter
 import utils
 from ldm import UserError, figures, generation, provenance
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import SCALE_FACTOR
 from ldm.diffusion import SAMPLERS, choose_sampler
 from ldm.figures import PALETTE, PLANES
 from ldm.metrics import reconstruction_metrics
-from ldm.schemas import StrictValidator
 from ldm.transforms import channel_count, ras_geometry, read_image, to_unit_range, voxels_of
 
 PERCENTILES = (0.5, 99.5)  # of the voxels, that are black and white
@@ -460,9 +458,7 @@ def scores(a: np.ndarray, b: np.ndarray, window: Sequence[float]) -> str:
 def denoise(args: argparse.Namespace) -> None:
     """Draw a sample as inference.py does, and decode what the model takes it for on the way."""
     # Step 0: configuration, device and networks
-    factor = args.scale_factor
-    if factor is not None and not StrictValidator(SCALE_FACTOR).is_valid(factor):
-        raise UserError(f"--scale-factor {factor}: a number above 0 is due.")
+    utils.check_scale_factor(args.scale_factor)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
     args.amp = bool(args.amp)
@@ -476,7 +472,7 @@ def denoise(args: argparse.Namespace) -> None:
         args.unet or model_dir / "diffusion_unet.pt",
         config,
         args.config_file,
-        factor,
+        args.scale_factor,
         compiled,
         args.max_memory,
         run,

@@ -124,6 +124,7 @@ def coarse(latents: torch.Tensor) -> np.ndarray:
 
 
 def middle_axial(volume: torch.Tensor) -> np.ndarray:
+    """The middle axial slice of (D, H, W)."""
     return upright(volume.detach().float().numpy(), "axial", middle(volume.shape)[2])
 
 

@@ -292,10 +292,14 @@ def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[floa
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int) -> list[int]:
     """The size in voxels that holds every case at `spacing`, rounded up to what the networks divide; from
     headers."""
-    geometry = [ras_geometry(case.images[0]) for case in cases]
-    # From the centre of the first voxel to that of the last, as MONAI's `Spacing` counts.
-    largest = np.max([np.round((shape - 1) * sizes / spacing + 1) for shape, sizes in geometry], axis=0)
+    largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
     return [int(math.ceil(side / divisor) * divisor) for side in largest]
+
+
+def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Voxels of a volume of this shape and voxel size in mm at `spacing`: from the centre of the first to
+    that of the last, as MONAI's `Spacing` counts."""
+    return np.round((shape - 1) * sizes / spacing + 1)
 
 
 def stream(seed: int, *what: object) -> torch.Generator:

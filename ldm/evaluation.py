@@ -1,8 +1,6 @@
 """How a set of generated volumes compares with real ones: figures, each beside the same figure of real
 volumes against real ones (its floor), with an interval and the number of volumes, or with the reason why
 there is none.
-
-The volumes of a set come one after the other and are reduced to rows of numbers; none is kept.
 """
 
 import math
@@ -25,9 +23,9 @@ from ldm.distances import (
     interval,
     precision_recall,
 )
-from ldm.features import PLANES, FeatureSpace
+from ldm.features import PLANES, FeatureSpace, stacked
 from ldm.metrics import Tissues, histogram_distance, spectrum_distance
-from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets, stacked
+from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets
 
 NEIGHBOURS = 3  # of precision and recall
 AXES = 16  # at most, of the Fréchet distance in own features
@@ -38,9 +36,8 @@ FINE = 0.25  # cycles a voxel, above which detail is fine
 @dataclass
 class Figure:
     """A line of the table: `value` of the generated volumes, `floor` the same of real volumes against real
-    ones, each with a 95 % interval. `better` is "lower", "higher", "near floor" or "" where it is
-    there to compare with; `missing` says why there
-    is no value."""
+    ones, each with a 95 % interval. `better` is "lower", "higher", "near floor" or "" where it is there to
+    compare with; `missing` says why there is no value."""
 
     key: str
     group: str
@@ -476,7 +473,8 @@ def copy_figures(sets: Sets, nearest: dict | None) -> list[Figure]:
     made, held = (np.array([n.distance for n in nearest[name]]) for name in ("generated", "held-out"))
     copies, median, closer = figures
     copies.about = (
-        f"Closer to a training scan than {verdict.limit:.3g}, half of the held-out scans' median distance."
+        f"Closer to a training scan than {verdict.limit:.3g}: half of the held-out scans' median distance, "
+        f"or {memorisation.IDENTICAL:g} where that is less."
     )
     copies.value, copies.floor = 100 * float(verdict.copies.mean()), 100 * float(verdict.leaks.mean())
     median.value, median.floor = float(np.median(made)), float(np.median(held))

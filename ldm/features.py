@@ -5,6 +5,8 @@ own data. Distances in it compare models over the same autoencoder and are never
 ones. `MedicalNetFeatures` and `RadImageNetFeatures` are those of the published 3D and 2.5D Fréchet distances.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -58,7 +60,12 @@ def _pooled(activation: torch.Tensor) -> torch.Tensor:
 def rows_of(network, volumes: torch.Tensor) -> list[torch.Tensor]:
     """Rows (N, F) of volumes (N, C, D, H, W), one by one: a tensor for each group of features of
     `network`."""
-    return [torch.stack(group) for group in zip(*(network(v[None]) for v in volumes), strict=True)]
+    return stacked([network(volume[None]) for volume in volumes])
+
+
+def stacked(features: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Rows of volumes, a list of groups each -> (N, F) a group."""
+    return [torch.stack(group) for group in zip(*features, strict=True)]
 
 
 class FeatureSpace:

@@ -144,9 +144,8 @@ def judge(samples: np.ndarray, held_out: np.ndarray) -> Verdict:
     """Distances of samples (N,) and of held-out volumes (M,), one of each at least, to the training set.
 
     The limit is half of the held-out volumes' median, or `IDENTICAL` where held-out volumes are copies
-    themselves and bring it down. On real brains and hippocampi no volume of another
-    subject came so close (docs/evaluation.md); two scans of one subject do, and are told as leaks where one
-    is held out.
+    themselves and bring it down. On real brains and hippocampi no volume of another subject came so close
+    (docs/evaluation.md); two scans of one subject do, and are told as leaks where one is held out.
     """
     limit = max(IDENTICAL, COPY * float(np.median(held_out)))
     n, m = len(samples), len(held_out)

@@ -10,7 +10,7 @@ from scipy.ndimage import fourier_gaussian
 
 from ldm import memorisation
 from ldm.distances import Moments
-from ldm.features import PLANES
+from ldm.features import PLANES, stacked
 from ldm.metrics import (
     RadialSpectrum,
     histogram,
@@ -97,11 +97,6 @@ class VolumeSet:
         return stacked(self.features[network][of])
 
 
-def stacked(features: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Rows of volumes, a list of groups each -> (N, F) a group."""
-    return [torch.stack(group) for group in zip(*features, strict=True)]
-
-
 class Yardsticks:
     """Features of real volumes that something was done to, by which a distance is told in plain words.
 
@@ -159,6 +154,11 @@ class Sets:
     generated: VolumeSet
     training: VolumeSet | None
     yardsticks: Yardsticks
+
+    @property
+    def present(self) -> list[VolumeSet]:
+        """Those that there are, the held-out one first."""
+        return [one for one in (self.held_out, self.generated, self.training) if one]
 
     @property
     def reference(self) -> VolumeSet:

@@ -1,8 +1,8 @@
 """What the figures of an evaluation say, in plain words: the lines that a user reads first.
 
 Each is a tone ("good", "warn", "bad", or "none" where nothing can be said) and a sentence. They say no more
-than the
-figures do: where an interval reaches the floor's, that no difference can be seen, and with how many volumes.
+than the figures do: where an interval reaches the floor's, that no difference can be seen, and with how many
+volumes.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from ldm.evaluation import Figure
 from ldm.sets import BLURS, MEDICALNET, OWN, blurred_scans
 
-ALIKE, VARIED = 0.02, 1.0  # by which MS-SSIM may exceed that of scans
+ALIKE = 0.02  # by which MS-SSIM may exceed that of scans
 PLAIN_BLUR = 0.75  # voxels, which any eye sees
 SHARP = 0.8, 1.25  # share of the held-out scans' fine detail that is as it should be
 WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
