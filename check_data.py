@@ -5,12 +5,16 @@
     python check_data.py data/siteA data/siteB -c config/config_demo.json --set data.pattern="**/*_T1w.nii.gz"
 
 Folders are read in any layout of docs/data.md; without one, `data_base_dir` of the environment file is read.
-With a config, only its channels are asked for and its percentiles are used. Nothing is changed.
+With a config, only its channels are asked for and its `intensity` is used. Nothing is changed.
 
 What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
-infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is due;
-labels that are missing, or have values that dataset.json does not name; scans that are there twice; macOS's
-`._*` files.
+infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is
+expected; labels that are missing, or have values that dataset.json does not name; scans that are there twice;
+macOS's `._*` files.
+
+What is no fault, but may not be what you think, is noted in a line and changes no exit code: a stray voxel or
+padding that sets the range of intensities, a header in other units than mm, in disagreement with itself, or
+without orientation.
 
 Exit codes: 0 all good, 1 the disk failed, 2 wrong usage, or something is wrong with the data.
 """
@@ -23,7 +27,7 @@ import numpy as np
 
 import utils
 from ldm import UserError, configs
-from ldm.checks import Problem, check_cases, stray_files
+from ldm.checks import Problem, check_cases, note_lines, stray_files
 from ldm.datasets import Case, find_cases
 from ldm.transforms import ras_geometry
 
@@ -34,7 +38,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="data set, or a JSON list")
-    parser.add_argument("-c", "--config-file", help="which channels, pattern and percentiles: JSON")
+    parser.add_argument("-c", "--config-file", help="which channels, pattern and intensities: JSON")
     parser.add_argument("-e", "--environment-file", help="where the data are, in place of DIR: JSON")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
@@ -60,18 +64,20 @@ def main(argv=None):
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
         pattern, how["channels"] = config["data"]["pattern"], configs.channels_of(config)
-        intensity = config["intensity"]
-        how["percentiles"] = (intensity["lower_percentile"], intensity["upper_percentile"])
+        how["intensity"] = configs.intensity_of(config)
 
     # Step 2: read it
     training, validation = find_cases(source, pattern)
     cases = training + validation
     problems, intensities = check_cases(cases, workers=args.jobs, **how)
     problems += stray_files(cases)
+    notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
 
     # Step 3: say what is wrong
+    for line in notes:
+        print(line)
     if not problems:
-        print(summary(cases, intensities))
+        print(f"{'no faults' if notes else 'all good'}: {summary(cases, intensities)}")
         return
     print(table(problems))
     bad = {problem.case for problem in problems} - {""}
@@ -93,7 +99,7 @@ def summary(cases: Sequence[Case], intensities: dict[str, tuple[float, float]]) 
     shapes, spacings = (np.array([one[i] for one in geometry]) for i in (0, 1))
     minima, maxima = np.array(list(intensities.values())).T
     return (
-        f"all good: {len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm, "
+        f"{len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm, "
         f"minima {span(minima, ' to ')}, maxima {span(maxima, ' to ')}"
     )
 

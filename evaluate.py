@@ -13,8 +13,8 @@ each a folder in any layout of docs/data.md or a list. Without `--train` copies 
 floor is between the two halves of the held-out scans. Without an autoencoder there are no distances in
 features.
 
-All volumes come to one grid, that of the samples, and to the unit range: scans by their own percentiles,
-samples of inference.py by the limits in their records. Volumes that cannot be read or are constant are left
+All volumes come to one grid, that of the samples, and to the unit range: scans as `intensity` says, samples
+of inference.py by the limits in their records. Volumes that cannot be read or are constant are left
 out and listed. They are read one after the other and not kept.
 
 Published networks' weights are files that you have: MedicalNet's ResNet-10 or 50 for the 3D FID,
@@ -51,7 +51,7 @@ from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
 from ldm.processes import Run
 from ldm.report import write_report
 from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet, Yardsticks
-from ldm.transforms import Preprocessing, fit, ras_geometry, to_unit_range
+from ldm.transforms import Intensity, Preprocessing, fit, ras_geometry, to_unit_range
 from ldm.verdicts import verdicts
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
@@ -229,7 +229,9 @@ class Reader:
             return np.clip(self.way(case.images), 0, 1)
         channels = tuple(range(len(limits)))  # a sample has the channels that were trained on, and no others
         return to_unit_range(
-            replace(self.way, channels=channels).read(case.images), np.array(limits), clip=True
+            replace(self.way, channels=channels, intensity=Intensity()).read(case.images),
+            np.array(limits),
+            clip=True,
         )
 
 
@@ -496,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {
             "grid": f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{s:g}' for s in way.spacing)} mm",
             "channels": ", ".join(map(str, way.channels)),
-            "intensities": f"percentiles {way.lower:g} and {way.upper:g} of a scan become 0 and 1",
+            "intensities": f"{way.intensity} become 0 and 1",
             "intervals": "95 %, by drawing volumes anew",
             **settings,
             "versions": ", ".join(f"{key} {value}" for key, value in provenance.versions().items() if value),

@@ -35,7 +35,7 @@ from ldm.checkpoints import (
     weights_hash,
     write_json,
 )
-from ldm.checks import check_cases, check_headers
+from ldm.checks import check_cases, check_headers, note_lines
 from ldm.datasets import (
     Case,
     EpochSampler,
@@ -68,6 +68,7 @@ from ldm.transforms import CODE
 
 ROOT = Path(__file__).resolve().parent
 SPLIT = "split.json"
+NOTES_SAID = 5  # on the data, at a start
 LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
 
 
@@ -399,7 +400,9 @@ def prepare_data(
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
         run.from_main(lambda: fetch_task01(base) and None)
     cases, validation = find_cases(base, config["data"]["pattern"])
-    bad = run.from_main(lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad, write))
+    bad = run.from_main(
+        lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad, write, run.say)
+    )
     named = bool(validation)
     cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
     if not cases or named and not validation:
@@ -418,22 +421,29 @@ def prepare_data(
     return train, val
 
 
-def _bad_cases(cases: list[Case], config: dict, model_dir: Path, skip: bool, write: bool) -> list[str]:
-    """Names of the cases to leave out. Raises UserError where there are some and they may not be."""
-    channels, intensity = configs.channels_of(config), config["intensity"]
+def _bad_cases(
+    cases: list[Case], config: dict, model_dir: Path, skip: bool, write: bool, say: Callable[[str], None]
+) -> list[str]:
+    """Names of the cases to leave out; notes are said. Raises UserError where there are some and they may not
+    be."""
+    channels = configs.channels_of(config)
     stages = (config["autoencoder_train"], config["diffusion_train"])
     labels = any(section["augment"]["foreground_prob"] for section in stages)  # else no one looks at them
     if skip:
-        limits = intensity["lower_percentile"], intensity["upper_percentile"]
-        problems, _ = check_cases(cases, channels, limits, labels)
+        problems, _ = check_cases(cases, channels, configs.intensity_of(config), labels)
     else:
         problems = check_headers(cases, channels, labels)
+    notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
+    for line in notes[:NOTES_SAID]:
+        say(line)
+    if (more := len(notes) - NOTES_SAID) > 0:
+        say(f"note: {more} more notes; check_data.py lists all")
     bad = sorted({problem.case for problem in problems})
     if problems and not skip:
         first = problems[0]
         raise UserError(
             f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases are bad.\n"
-            "check_data.py lists all. Mend or remove them, or train without them by --skip-bad."
+            "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
         )
     if skip and write:
         listed = [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems]
@@ -515,8 +525,12 @@ def what_latents_follow_from(config: dict) -> dict:
     knows whether it is the right one. To be asked before `prepare_data` fixes the spacing."""
     section, data = config["diffusion_train"], config["data"]
     keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
+    about = {key: copy.deepcopy(config[key]) for key in keys}
+    for key in ("window", "nan_is_background"):  # as in caches that are older than these keys
+        if not about["intensity"][key]:
+            del about["intensity"][key]
     return {
-        **{key: copy.deepcopy(config[key]) for key in keys},
+        **about,
         "diffusion_train.patch_size": section["patch_size"],
         "diffusion_train.augment": section["augment"],
         "data.pattern": data["pattern"],

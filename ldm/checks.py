@@ -1,6 +1,7 @@
 """Find what is wrong with a data set before hours of work: from headers alone, and from every voxel.
 
-A problem is a row for a table: which case, which file, why. Nothing here raises because a file is bad.
+A problem is a row for a table: which case, which file, why. A note has the same three, but is of no harm, or
+of harm that a config key averts: its case is trained on. Nothing here raises because a file is bad.
 """
 
 import hashlib
@@ -19,18 +20,47 @@ from tqdm import tqdm
 
 from ldm import UserError
 from ldm.datasets import Case, read_json
-from ldm.transforms import channel_count, intensity_range, label_fault, open_image, read_image, voxels_of
+from ldm.transforms import (
+    Intensity,
+    channel_count,
+    corners_apart,
+    header_notes,
+    label_fault,
+    open_image,
+    read_image,
+    voxels_of,
+)
 
+AS_BY_DEFAULT = Intensity()
+ABOVE_WINDOW, TIMES_USUAL = 0.1, 5  # share of the voxels above the window, and above that of most cases
 CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that are the same may lie
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file of a case; `case` is "" where the file belongs to none."""
+    """What is wrong with a file of a case; `case` is "" where the file belongs to none.
+
+    A `note` is what a user should know: it makes no case bad, and a training goes on.
+    """
 
     case: str
     file: Path
     reason: str
+    note: bool = False
+
+
+def note_lines(problems: Sequence[Problem]) -> list[str]:
+    """The notes among some problems, a line for all that have the same reason."""
+    files: dict[str, list[Path]] = {}
+    for problem in problems:
+        if problem.note:
+            files.setdefault(problem.reason, []).append(problem.file)
+    return [
+        f"note: {some[0]}: {reason}"
+        if len(some) == 1
+        else f"note: {len(some)} files ({some[0].name}, ...): {reason}"
+        for reason, some in files.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -38,12 +68,14 @@ class Reading:
     """What reading every voxel of a case gave.
 
     `intensities` is the least and the greatest value of the channels that are used; `digests` tells of each
-    good image, by the hash of its voxels, which others are the same.
+    good image, by the hash of its voxels, which others are the same; `above` is the largest share of a
+    channel that lies above its window (0 where there is none).
     """
 
     problems: list[Problem]
     intensities: tuple[float, float] | None
     digests: dict[Path, str]
+    above: float = 0.0
 
 
 # ---------------------------------------------------------------- headers
@@ -63,12 +95,12 @@ def check_headers(
     with ThreadPoolExecutor(8) as pool:  # opening files is waiting for a disk
         checked = list(pool.map(partial(check_header, channels=channels, labels=labels), cases))
     problems = [problem for found, _ in checked for problem in found]
-    bad = {problem.case for problem in problems}
+    bad = {problem.case for problem in problems if not problem.note}
     counts = Counter(count for _, count in checked if count)
     usual = min(counts, key=lambda count: (-counts[count], count), default=0)
     for case, (_, count) in zip(cases, checked, strict=True):
         if count not in (0, usual) and case.name not in bad:
-            hint = ": 4D where 3D is due" if usual == 1 else ""
+            hint = ": 4D, expected 3D" if usual == 1 else ""
             reason = f"has {count} channel(s), most cases have {usual}{hint}"
             problems.append(Problem(case.name, case.images[0], reason))
     if labels and sum(case.label is not None for case in cases) > len(cases) / 2:
@@ -86,26 +118,31 @@ def check_header(
     """What the headers of one case tell, and the number of its channels (0 where a file is unreadable)."""
     problems, opened = [], {}
 
-    def note(file: Path, reason: str) -> None:
-        problems.append(Problem(case.name, file, reason))
+    def add(file: Path, reason: str, note: bool = False) -> None:
+        problems.append(Problem(case.name, file, reason, note))
 
     for file in [*case.images, *([case.label] if labels and case.label else [])]:
         try:
             opened[file] = open_image(file)
         except UserError as error:
-            note(file, _without_name(error, file))
+            add(file, _without_name(error, file))
     first, several = case.images[0], len(case.images) > 1
     for file, image in opened.items():
         name = "the image" if file == case.label else first.name
         if first in opened and (reason := _misplaced(image, opened[first], name)):
-            note(file, reason)
+            add(file, reason)
         if (several or file != first) and channel_count(image) > 1:
-            note(file, f"4D, {channel_count(image)} volumes, where 3D is due")
+            add(file, f"4D, {channel_count(image)} volumes; expected 3D")
+        if file != case.label:
+            if min(image.shape[:3]) == 1:
+                add(file, f"shape {tuple(map(int, image.shape))}: a single slice; expected a volume")
+            for reason in header_notes(image):
+                add(file, reason, note=True)
     if not all(file in opened for file in case.images):
         return problems, 0
     count = len(case.images) if several else channel_count(opened[first])
     if channels is not None and max(channels) >= count:
-        note(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
+        add(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
 
 
@@ -114,9 +151,7 @@ def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.S
     shape, due = (tuple(int(side) for side in one.shape[:3]) for one in (image, first))
     if shape != due:
         return f"shape {shape}, but {name} has {due}"
-    corners = np.stack(np.meshgrid(*([0, side - 1] for side in shape)), -1).reshape(-1, 3)
-    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(first.affine, corners)
-    distance = np.linalg.norm(apart, axis=1).max()
+    distance = corners_apart(shape, image.affine, first.affine)
     if distance > CORNER_TOLERANCE * nib.affines.voxel_sizes(first.affine).min():
         return f"lies elsewhere than {name}: its affine puts a corner {distance:.3g} mm away"
     return None
@@ -128,7 +163,7 @@ def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.S
 def check_cases(
     cases: Sequence[Case],
     channels: Sequence[int] | None = None,
-    percentiles: tuple[float, float] = (0.0, 99.5),
+    intensity: Intensity = AS_BY_DEFAULT,
     labels: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Problem], dict[str, tuple[float, float]]]:
@@ -136,7 +171,7 @@ def check_cases(
 
     Args:
         cases, channels, labels: as for `check_headers`.
-        percentiles: of a volume, that training will map to 0 and 1, and that therefore must differ.
+        intensity: how training will map the values of these channels to 0 and 1.
         workers: files read at a time; default: one a core, 16 at most, each of which holds a volume.
 
     Returns:
@@ -148,14 +183,14 @@ def check_cases(
 
     def read(case: Case) -> Reading:
         expected = values[case.label.parent.parent] if labels and case.label else None
-        return check_voxels(case, channels, percentiles, labels, expected)
+        return check_voxels(case, channels, intensity, labels, expected)
 
     # Threads: gzip, numpy and hashlib, which take nearly all the time, let go of Python's lock, and a process
     # would first spend seconds on importing torch.
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16)) as pool:
         readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
     problems += [problem for reading in readings for problem in reading.problems]
-    bad = {problem.case for problem in problems}
+    bad = {problem.case for problem in problems if not problem.note}
     first: dict[str, Path] = {}
     for case, reading in zip(cases, readings, strict=True):
         # A twin of what is left out for another reason is no twin.
@@ -163,6 +198,7 @@ def check_cases(
             if (other := first.setdefault(digest, file)) != file:
                 reason = f"the same voxels as {other.name}: the split may put one on each side. Delete one"
                 problems.append(Problem(case.name, file, reason))
+    problems += [problem for problem in _above_window(cases, readings) if problem.case not in bad]
     ranges = {
         case.name: reading.intensities
         for case, reading in zip(cases, readings, strict=True)
@@ -171,15 +207,32 @@ def check_cases(
     return _in_order(problems, cases), ranges
 
 
+def _above_window(cases: Sequence[Case], readings: Sequence[Reading]) -> list[Problem]:
+    """Notes on cases of which far more lies above the window than of the others: a CT that is stored from 0
+    on, among some in Hounsfield units, say."""
+    usual = float(np.median([reading.above for reading in readings]))
+    return [
+        Problem(
+            case.name,
+            case.images[0],
+            f"{reading.above:.1%} of its voxels lie above intensity.window, {usual:.1%} in most cases. Is "
+            "it in other units?",
+            note=True,
+        )
+        for case, reading in zip(cases, readings, strict=True)
+        if reading.above > max(ABOVE_WINDOW, TIMES_USUAL * usual)
+    ]
+
+
 def check_voxels(
     case: Case,
     channels: Sequence[int] | None = None,
-    percentiles: tuple[float, float] = (0.0, 99.5),
+    intensity: Intensity = AS_BY_DEFAULT,
     labels: bool = True,
     expected: frozenset[int] | None = None,
 ) -> Reading:
     """Read every byte of one case. `expected` are the values that its label may have; None: 0 to 255."""
-    problems, extremes, digests = [], [], {}
+    problems, extremes, digests, above = [], [], {}, 0.0
     for number, file in enumerate(case.images):
         try:
             image = read_image(file)
@@ -193,14 +246,18 @@ def check_voxels(
         hashed, faults = hashlib.sha256(), []
         for channel in stored:
             voxels = voxels_of(file, image, channel)
+            used = number if several else channel
+            way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
+            fault, what = _voxel_fault(voxels, way)
             which = f"channel {channel} " if channel_count(image) > 1 else ""
-            if fault := _voxel_fault(voxels, percentiles):
-                faults.append(Problem(case.name, file, which + fault))
-            else:
-                extremes += [voxels.min(), voxels.max()]
+            if fault or what:
+                faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
+            if fault is None:
+                extremes += [np.nanmin(voxels), np.nanmax(voxels)]
+                above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))
-        if stored and not faults:
+        if stored and all(one.note for one in faults):
             digests[file] = hashed.hexdigest()
         problems += faults
     if labels and case.label:
@@ -211,19 +268,17 @@ def check_voxels(
             fault = _without_name(error, case.label)
         problems += [Problem(case.name, case.label, fault)] if fault else []
     intensities = (float(min(extremes)), float(max(extremes))) if extremes else None
-    return Reading(problems, intensities, digests)
+    return Reading(problems, intensities, digests, float(above))
 
 
-def _voxel_fault(voxels: np.ndarray, percentiles: tuple[float, float]) -> str | None:
-    """What keeps a channel from being trained on."""
-    if bad := voxels.size - np.count_nonzero(np.isfinite(voxels)):
-        return f"has {bad} NaN or infinite voxels. Mend them, or remove the file"
-    if voxels.min() == voxels.max():
-        return "all zero" if voxels.min() == 0 else f"constant: every voxel is {voxels.min():g}"
-    low, high = intensity_range(voxels[None], *percentiles)[0]
-    if high <= low:
-        return f"constant between its percentiles {percentiles[0]:g} and {percentiles[1]:g}: nearly empty"
-    return None
+def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, str | None]:
+    """What keeps a channel from being trained on, or else what is to be noted of it."""
+    if fault := intensity.unknown(voxels):
+        return fault, None
+    voxels = intensity.without_nan(voxels)
+    limits = intensity.limits(voxels[None])[0]
+    fault = intensity.unmappable(voxels, limits)
+    return fault, None if fault else intensity.squeezed(voxels, limits)
 
 
 def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:

@@ -17,7 +17,7 @@ from ldm.networks import (
     resolve_references,
 )
 from ldm.schemas import StrictValidator
-from ldm.transforms import Preprocessing
+from ldm.transforms import Intensity, Preprocessing
 
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
 
@@ -43,6 +43,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     for section in ("autoencoder_train", "diffusion_train"):
         if "n_epochs" in config.get(section, {}):
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
+    stated = dict(config.get("intensity", {}))
     _fill_defaults(config, schema, schema)
     definitions = {"autoencoder_def": NETWORKS, "diffusion_def": NETWORKS, "NoiseScheduler": SCHEDULERS}
     for key, packages in definitions.items():
@@ -55,10 +56,44 @@ def check_config(config: dict, path: str | Path) -> dict:
         )
     if config["spacing"] and config["longest_side"]:
         raise UserError(f"{path}: give spacing or longest_side, not both.")
-    if config["intensity"]["lower_percentile"] >= config["intensity"]["upper_percentile"]:
-        raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
+    _check_intensity(config, stated, path)
     check_networks(config)
     return config
+
+
+def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
+    """See that `intensity` says one thing. With a window the percentiles become null: they are not used.
+
+    Args:
+        stated: the section without its defaults.
+
+    Raises:
+        UserError: it says two, or none.
+    """
+    section, ends = config["intensity"], ("lower_percentile", "upper_percentile")
+    window, (lower, upper) = section["window"], (section[end] for end in ends)
+    if window is None:
+        if lower is None or upper is None:
+            raise UserError(f"{path}: intensity: expected two percentiles, or a window.")
+        if lower >= upper:
+            raise UserError(f"{path}: intensity.lower_percentile must lie below upper_percentile.")
+        return
+    if any(stated.get(end) is not None for end in ends):
+        raise UserError(
+            f"{path}: intensity: give a window or percentiles, not both. With a window, leave out "
+            "lower_percentile and upper_percentile, or set them to null."
+        )
+    section |= dict.fromkeys(ends)
+    pairs = window if isinstance(window[0], list) else [window]
+    if not all(isinstance(pair, list) and len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+        raise UserError(
+            f"{path}: intensity.window: expected [low, high], such as [-1000, 1000], or a list with one such "
+            f"pair for each channel; found {brief(json.dumps(window))}."
+        )
+    if pairs is window and len(pairs) != len(channels_of(config)):
+        raise UserError(
+            f"{path}: intensity.window: {len(pairs)} pair(s) for {len(channels_of(config))} channel(s)."
+        )
 
 
 def completed(config: dict) -> dict:
@@ -110,13 +145,22 @@ def channels_of(config: dict) -> tuple[int, ...]:
 
 def preprocessing_of(config: dict) -> Preprocessing:
     """The one way from file to volume, for training, validation and inference."""
-    intensity = config["intensity"]
-    return Preprocessing(
-        channels_of(config),
-        tuple(config["spacing"]),
-        intensity["lower_percentile"],
-        intensity["upper_percentile"],
-        intensity["clip"],
+    return Preprocessing(channels_of(config), tuple(config["spacing"]), intensity_of(config))
+
+
+def intensity_of(config: dict) -> Intensity:
+    """How the values of the channels that are used become 0 to 1."""
+    section = config["intensity"]
+    window = section["window"]
+    if window is not None:
+        pairs = window if isinstance(window[0], list) else [window] * len(channels_of(config))
+        window = tuple((float(low), float(high)) for low, high in pairs)
+    return Intensity(
+        section["lower_percentile"],
+        section["upper_percentile"],
+        section["clip"],
+        window,
+        section["nan_is_background"],
     )
 
 

@@ -134,7 +134,8 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
             "which volumes to make."
         )
     check_size(config["diffusion_train"]["patch_size"], network_divisor(config), "diffusion_train.patch_size")
-    limits = [[0.0, 1.0]] * config["image_channels"]
+    window = configs.intensity_of(config).window
+    limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
     return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
 
 

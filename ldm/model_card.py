@@ -138,8 +138,8 @@ CARD = """\
 - Cases: {cases}.
 - Image channels: {channels}.
 - Volumes: {size} voxels of {spacing} mm, RAS.
-- Intensities: percentiles {lower:g} and {upper:g} of each volume became 0 and 1. Drawn volumes are in the
-  typical range of the training set, {limits}.
+- Intensities: {intensity} became 0 and 1. Drawn volumes are in the typical range of the training set,
+  {limits}.
 
 ## Training
 
@@ -193,7 +193,7 @@ def model_card(
         formats: of `ldm.export.FORMATS`, those that were written.
         takes: what batches and sizes each TorchScript takes, as `write_torchscript` returns it.
     """
-    process, geometry, intensity = networks.process, networks.geometry, config["intensity"]
+    process, geometry = networks.process, networks.geometry
     sampler, cases = choose_sampler(None, process), origin["diffusion_unet"]["cases"]
     return CARD.format(
         title=title,
@@ -217,8 +217,7 @@ def model_card(
         channels=", ".join(about["channels"]),
         size=by(geometry["size"]),
         spacing=by(geometry["spacing"]),
-        lower=intensity["lower_percentile"],
-        upper=intensity["upper_percentile"],
+        intensity=configs.intensity_of(config),
         limits=", ".join(f"{low:.6g} to {high:.6g}" for low, high in geometry["limits"]),
         training=_training(networks, origin),
         figures="\n".join(_figures(origin, metrics)),

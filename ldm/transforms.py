@@ -1,18 +1,19 @@
 """From an image file to a normalised volume, and back to the units of a scanner.
 
     file -> chosen channels -> orient RAS -> low-pass and resample -> intensity by percentiles of the whole
-    volume
+    volume, or by a fixed window
 
 The whole volume is mapped before any crop, so that a crop and its volume agree. Training, validation and
 inference build the way from `Preprocessing` alone.
 """
 
+import functools
 import gzip
 import io
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import monai
@@ -34,13 +35,21 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 
 from ldm import UserError
+from ldm.processes import tell
 
 RAS = axcodes2ornt("RAS")
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
 FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
+PIXDIM_TOLERANCE = 0.01  # of a voxel size
 MGH_TAGS = 2**24  # bytes that may follow the voxels of an MGH file; in NIfTI nothing follows them
+MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI's units of length; any other is taken for mm
+MOST_FIRST_CHANNELS = 4  # a first axis no longer than this, before a longer last one, is one of channels
 CHUNK = 2**20
+LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
+BULK = 99.9  # % of the voxels; what lies further out is told of where it sets the range
+FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1 that hold no bulk
+LEAST_OF_WINDOW = 0.05
 RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
 CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # what makes a volume of a file
 MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
@@ -49,10 +58,13 @@ MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
 def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     """Open an image's header and see that it describes a volume; `read_image` reads the voxels too.
 
+    Its `affine` is in mm, whatever the unit of the header; the header itself is as it was read. Of the
+    affines of a NIfTI nibabel takes the sform, else the qform, else pixdim.
+
     Raises:
-        UserError: no file, not a NIfTI or MGH image that nibabel reads, not 3D or 4D, voxels that are no real
-            numbers, an unusable scaling or affine, sizes that no scan has, or (where the file is not
-            compressed) not the bytes that the header describes.
+        UserError: no file, not a NIfTI or MGH image that nibabel reads, not 3D or one axis of channels more,
+            voxels that are no real numbers, an unusable scaling or affine, sizes that no scan has, or (where
+            the file is not compressed) not the bytes that the header describes.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: cannot be read: it is not there. Is the data set unpacked whole?")
@@ -66,11 +78,16 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     if not isinstance(image, (nib.Nifti1Image, nib.MGHImage)):
         raise UserError(f"{path}: is a {type(image).__name__}; convert it to NIfTI in one file (.nii.gz).")
     shape = tuple(int(side) for side in image.shape)
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise UserError(f"{path}: shape {shape}; a 3D image, or 4D with the channels last, is due.")
+    if len(shape) > 3 and shape[0] <= MOST_FIRST_CHANNELS < shape[-1] and min(shape) > 0:
+        raise UserError(
+            f"{path}: shape {shape}: channels first? Expected X, Y, Z and then the channels; move that axis "
+            "to the end."
+        )
+    if len(shape) < 3 or min(shape) < 1 or sum(side > 1 for side in shape[3:]) > 1:
+        raise UserError(f"{path}: shape {shape}; expected a 3D image, or 4D with the channels last.")
     if image.get_data_dtype().kind not in "iuf":
         kind = "colours" if image.get_data_dtype().names else f"of type {image.get_data_dtype()}"
-        raise UserError(f"{path}: its voxels are {kind}; one real number each is due. Convert it.")
+        raise UserError(f"{path}: its voxels are {kind}; expected one real number each. Convert it.")
     if stored is not None and np.isinf(stored["scl_slope"]):  # nibabel takes it for "unscaled"
         raise UserError(f"{path}: its intensity scaling is infinite; the header is damaged.")
     if stored is not None and image.header["sform_code"] == 0:
@@ -82,14 +99,17 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
                 "say where it lies; the header is damaged."
             )
         if (stored["pixdim"][1:4] == 0).any():
-            raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Mend the header.")
+            raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Fix the header.")
+    name, factor = _unit(image)
+    image.affine[:3] *= factor
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     sizes = nib.affines.voxel_sizes(image.affine)
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
+        stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
         raise UserError(
-            f"{path}: its voxels are {_times(sizes)} mm; {SMALLEST_VOXEL:g} to {LARGEST_VOXEL:g} mm is due. "
-            "Mend the header."
+            f"{path}: its voxels are {_times(sizes)} mm{stated}; expected {SMALLEST_VOXEL:g} to "
+            f"{LARGEST_VOXEL:g} mm. Fix the header."
         )
     if (sizes * shape[:3]).max() > LARGEST_VIEW:
         raise UserError(f"{path}: covers {_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
@@ -120,7 +140,50 @@ def read_image(path: Path) -> nib.spatialimages.SpatialImage:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: its voxels cannot be read ({error}). Is the file whole?") from None
     _check_length(path, image, content.tell())
-    return type(image).from_bytes(content.getvalue())
+    whole = type(image).from_bytes(content.getvalue())
+    whole.affine[:] = image.affine
+    return whole
+
+
+def _unit(image: nib.spatialimages.SpatialImage) -> tuple[str, float]:
+    """The unit of length of a header, and what it is in mm."""
+    code = int(image.header["xyzt_units"]) % 8 if isinstance(image, nib.Nifti1Image) else 2
+    return MM.get(code, ("mm", 1.0))
+
+
+def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
+    """What `open_image` took otherwise than a reader of the header may think, and of no one's fault."""
+    if not isinstance(image, nib.Nifti1Image):
+        return []
+    header, (name, factor) = image.header, _unit(image)
+    notes = [f"header in {name}, converted to mm"] if name != "mm" else []
+    if header["sform_code"] == 0 and header["qform_code"] == 0:
+        notes.append(
+            "no orientation in its header (qform_code and sform_code are 0): its axes are taken for left, "
+            "anterior, superior"
+        )
+    if header["sform_code"] == 0:
+        return notes
+    sizes, pixdim = nib.affines.voxel_sizes(image.affine), np.array(header.get_zooms()[:3]) * factor
+    if not np.allclose(pixdim, sizes, rtol=PIXDIM_TOLERANCE):
+        notes.append(
+            f"pixdim says voxels of {_times(pixdim)} mm, the sform {_times(sizes)} mm: the sform wins"
+        )
+    elif header["qform_code"] != 0:
+        try:
+            qform = np.diag([factor, factor, factor, 1]) @ header.get_qform()
+        except nib.spatialimages.HeaderDataError:
+            return [*notes, "its qform is no rotation: the sform is used"]
+        if (distance := corners_apart(image.shape, qform, image.affine)) > sizes.min() / 2:
+            notes.append(f"qform and sform place it {distance:.2g} mm apart: the sform wins")
+    return notes
+
+
+def corners_apart(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
+    """How far two affines put a corner of a volume from each other at most, in mm."""
+    corners = np.stack(np.meshgrid(*([0, side - 1] for side in shape[:3])), -1).reshape(-1, 3)
+    apart = nib.affines.apply_affine(a, corners) - nib.affines.apply_affine(b, corners)
+    return float(np.linalg.norm(apart, axis=1).max())
 
 
 def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
@@ -134,14 +197,15 @@ def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -
             f"{path}: has {channel_count(image)} channel(s); `channel`, counted from 0, asks for number "
             f"{channel}."
         )
-    stored = image.dataobj if len(image.shape) == 3 else image.dataobj[..., channel]
+    index = (..., *(channel if side > 1 else 0 for side in image.shape[3:]))
+    stored = image.dataobj if len(image.shape) == 3 else image.dataobj[index]
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
         return np.require(stored, np.float32, ["E", "W"])  # a copy where the file is memory-mapped
 
 
 def channel_count(image: nib.spatialimages.SpatialImage) -> int:
-    """Volumes in a 3D or 4D image."""
-    return int(image.shape[3]) if len(image.shape) == 4 else 1
+    """Volumes in an image."""
+    return math.prod(map(int, image.shape[3:]))
 
 
 def _is_compressed(path: Path) -> bool:
@@ -164,13 +228,13 @@ def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) 
 
 
 def label_fault(label: np.ndarray) -> str | None:
-    """What is wrong with the stored values of a label, or None: whole numbers from 0 to 255 are due."""
+    """What is wrong with the stored values of a label, or None: they are whole numbers from 0 to 255."""
     if bad := label.size - np.count_nonzero(np.isfinite(label)):
         return f"label has {bad} NaN or infinite voxels"
     if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
         return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
     if label.min() < 0 or label.max() > 255:
-        return f"label has values from {label.min():g} to {label.max():g}; 0 to 255 is due"
+        return f"label has values from {label.min():g} to {label.max():g}; expected 0 to 255"
     return None
 
 
@@ -185,9 +249,109 @@ def ras_geometry(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(image.shape[:3])[order], np.array(nib.affines.voxel_sizes(image.affine))[order]
 
 
-def intensity_range(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """Percentiles of each channel of a whole volume: (C, D, H, W) -> (C, 2)."""
-    return np.percentile(volume.reshape(len(volume), -1), [lower, upper], axis=1).T
+@dataclass(frozen=True)
+class Intensity:
+    """How the values of a file become 0 to 1.
+
+    Args:
+        lower, upper: percentiles of the whole volume that become 0 and 1, where there is no `window`.
+        clip: clip to [0, 1].
+        window: for each channel the two values that become 0 and 1, the same in every volume.
+        nan_is_background: NaN is taken for background, see `background`; else it is an error.
+    """
+
+    lower: float | None = 0.0
+    upper: float | None = 99.5
+    clip: bool = True
+    window: tuple[tuple[float, float], ...] | None = None
+    nan_is_background: bool = False
+
+    def __str__(self) -> str:
+        """What becomes 0 and 1."""
+        if self.window is None:
+            return f"percentiles {self.lower:g} and {self.upper:g} of each volume"
+        return "the values " + ", ".join(f"{low:g} and {high:g}" for low, high in self.window)
+
+    def of_channel(self, c: int) -> "Intensity":
+        """That of the channel at place `c` alone."""
+        return self if self.window is None else replace(self, window=(self.window[c],))
+
+    def limits(self, volume: np.ndarray) -> np.ndarray:
+        """The values that become 0 and 1 in each channel of a whole volume: (C, D, H, W) -> (C, 2)."""
+        if self.window is not None:
+            return np.array(self.window)
+        return np.percentile(volume.reshape(len(volume), -1), [self.lower, self.upper], axis=1).T
+
+    def unknown(self, voxels: np.ndarray) -> str | None:
+        """Which voxels of a channel, as they are stored, have no value that can be mapped."""
+        nan, infinite = np.count_nonzero(np.isnan(voxels)), np.count_nonzero(np.abs(voxels) > LARGEST_VALUE)
+        if infinite:
+            return f"has {infinite} infinite voxels, or beyond {LARGEST_VALUE:g}. Fix or remove the file"
+        if nan == voxels.size:
+            return "every voxel is NaN. Remove the file"
+        if nan and not self.nan_is_background:
+            return (
+                f"has {nan} NaN voxels. Set intensity.nan_is_background to true in the config if they lie "
+                "outside of the body; else fix or remove the file"
+            )
+        return None
+
+    def without_nan(self, voxels: np.ndarray) -> np.ndarray:
+        """One channel in which NaN has become background: the low end of its window, else the least value
+        that is there."""
+        if not np.isnan(voxels).any():
+            return voxels
+        low = self.window[0][0] if self.window else np.nanmin(voxels)
+        return np.where(np.isnan(voxels), np.float32(low), voxels)
+
+    def unmappable(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+        """Why a channel with these `limits` (2,) shows nothing once it is mapped."""
+        low, high = voxels.min(), voxels.max()
+        if low == high:
+            return "all zero" if low == 0 else f"constant: every voxel is {low:g}"
+        if self.window and (low >= limits[1] or high <= limits[0]):
+            return (
+                f"its values, {low:g} to {high:g}, lie outside of intensity.window, {limits[0]:g} to "
+                f"{limits[1]:g}. Is it in other units?"
+            )
+        if limits[1] <= limits[0]:
+            return (
+                f"constant between its percentiles {self.lower:g} and {self.upper:g}: nearly empty. Remove "
+                "it, or change `intensity` in the config"
+            )
+        return None
+
+    def squeezed(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+        """Why most of what a channel shows takes up little of the range from 0 to 1; None: it does not.
+
+        The file is no worse for it, the mapping is: a stray voxel, or padding below all tissue, has become 0.
+        """
+        (low, high), (least, most) = limits, (voxels.min(), voxels.max())
+        a, b = np.percentile(voxels, [100 - BULK, BULK])
+        bulk = f"{BULK:g} % of its voxels lie between {a:.4g} and {b:.4g}"
+        if self.window:
+            if min(b, high) - max(a, low) < LEAST_OF_WINDOW * (high - low):
+                return f"{bulk}, a small part of intensity.window, {low:g} to {high:g}. Is it in other units?"
+            return None
+        remedy = "or set intensity.window"
+        if not self.clip:
+            low, high = min(low, least), max(high, most)
+        if a - low > FAR_BELOW * (high - low):
+            return f"minimum {least:.4g}, but {bulk}: raise intensity.lower_percentile {remedy}"
+        if high - b > FAR_ABOVE * (high - low):
+            return f"maximum {most:.4g}, but {bulk}: lower intensity.upper_percentile {remedy}"
+        if low >= 0:  # a mask's 0 around bright tissue is background as it should be
+            return None
+        above = voxels[voxels > low + 0.01 * (high - low)]
+        share = 1 - above.size / voxels.size
+        if above.size and share > 1 - BULK / 100:
+            a = np.percentile(above, 2)
+            if a - low > FAR_BELOW_PADDING * (high - low):
+                return (
+                    f"{share:.1%} of its voxels are {low:.4g}, nearly all others lie above {a:.4g}: padding "
+                    "takes up much of the range. Set intensity.window"
+                )
+        return None
 
 
 def to_unit_range(volume: np.ndarray, limits: np.ndarray, clip: bool) -> np.ndarray:
@@ -217,62 +381,71 @@ class Preprocessing:
     Args:
         channels: which channels of the image, in this order.
         spacing: voxel size in mm along right, anterior, superior.
-        lower, upper: percentiles of the whole volume that become 0 and 1.
-        clip: clip to [0, 1].
+        intensity: what becomes 0 and 1.
     """
 
     channels: tuple[int, ...]
     spacing: tuple[float, float, float]
-    lower: float = 0.0
-    upper: float = 99.5
-    clip: bool = True
+    intensity: Intensity = Intensity()
 
     @property
     def key(self) -> str:
         """What the result depends on besides the files."""
-        return f"{self!r} {CODE}"
+        way = self.intensity
+        late = [
+            f"{key}={getattr(way, key)!r}" for key in ("window", "nan_is_background") if getattr(way, key)
+        ]
+        # The text of before these keys, so that volumes that were cached then are found.
+        return (
+            f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={way.lower!r}, "
+            f"upper={way.upper!r}, clip={way.clip!r}) {' '.join([CODE, *late])}"
+        )
 
     def read(self, images: Sequence[Path]) -> np.ndarray:
         """The resampled volume in the file's own units, (C, D, H, W).
 
         Raises:
-            UserError: a channel that is not there, values that are not finite, or a constant channel.
+            UserError: a channel that is not there, or values that are not finite.
         """
         if len(images) > 1:
             if max(self.channels) >= len(images):
                 raise UserError(
                     f"{images[0]}: `channel` is {max(self.channels)}, the case has {len(images)} files."
                 )
-            volumes = [_resample(images[c], read_image(images[c]), 0, self.spacing) for c in self.channels]
+            files = [(images[c], read_image(images[c]), 0) for c in self.channels]
         else:
             image = read_image(images[0])
-            volumes = [_resample(images[0], image, c, self.spacing) for c in self.channels]
+            files = [(images[0], image, c) for c in self.channels]
+        volumes = [
+            _resample(*file, self.spacing, self.intensity.of_channel(i)) for i, file in enumerate(files)
+        ]
         if len({volume.shape for volume in volumes}) > 1:
             raise UserError(f"{images[0]}: its channels differ in shape: {[v.shape for v in volumes]}.")
-        volume = np.stack(volumes)
-        for c, values in zip(self.channels, volume, strict=True):
-            path = images[c] if len(images) > 1 else images[0]
-            if not np.isfinite(values).all():
-                bad = np.count_nonzero(~np.isfinite(values))
-                raise UserError(
-                    f"{path}: channel {c} has {bad} NaN or infinite values. Mend or remove the file."
-                )
-        return volume
+        return np.stack(volumes)
 
     def __call__(self, images: Sequence[Path]) -> np.ndarray:
-        """The normalised volume. Raises UserError as `read`, and where a channel is constant."""
+        """The normalised volume; one that hardly shows after it is told of.
+
+        Raises:
+            UserError: as `read`, and where a channel is constant or outside of its window.
+        """
         volume = self.read(images)
-        limits = intensity_range(volume, self.lower, self.upper)
-        if (limits[:, 1] <= limits[:, 0]).any():
-            raise UserError(
-                f"{images[0]}: constant between its percentiles {self.lower} and {self.upper}; an empty "
-                "image? Remove it, or change `intensity` in the config."
-            )
-        return to_unit_range(volume, limits, self.clip)
+        limits = self.intensity.limits(volume)
+        for i, c in enumerate(self.channels):
+            where = str(images[c] if len(images) > 1 else images[0])
+            where += f": channel {c}" if len(images) == 1 and len(self.channels) > 1 else ""
+            way = self.intensity.of_channel(i)
+            if fault := way.unmappable(volume[i], limits[i]):
+                raise UserError(f"{where}: {fault}.")
+            if what := way.squeezed(volume[i], limits[i]):
+                _tell_once(f"warning: {where}: {what}.")
+        return to_unit_range(volume, limits, self.intensity.clip)
 
     def limits(self, images: Sequence[Path]) -> np.ndarray:
-        """The percentiles that become 0 and 1, in the file's own units: (C, 2)."""
-        return intensity_range(self.read(images), self.lower, self.upper)
+        """The values that become 0 and 1, in the file's own units: (C, 2)."""
+        if self.intensity.window is not None:
+            return np.array(self.intensity.window)
+        return self.intensity.limits(self.read(images))
 
     def label(self, path: Path) -> np.ndarray:
         """The label on the same grid: (1, D, H, W), uint8.
@@ -283,7 +456,13 @@ class Preprocessing:
         image = read_image(path)
         if fault := label_fault(np.asanyarray(image.dataobj)):
             raise UserError(f"{path}: {fault}.")
-        return _resample(path, image, 0, self.spacing, nearest=True)[None].astype(np.uint8)
+        return _resample(path, image, 0, self.spacing)[None].astype(np.uint8)
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    """Not in every epoch, where volumes are not cached."""
+    tell(text)
 
 
 def _resample(
@@ -291,9 +470,14 @@ def _resample(
     image: nib.spatialimages.SpatialImage,
     channel: int,
     spacing: Sequence[float],
-    nearest: bool = False,
+    intensity: Intensity | None = None,
 ) -> np.ndarray:
-    voxels = voxels_of(path, image, channel)
+    """A channel at `spacing`, in RAS; a label, to the nearest voxel, where there is no `intensity`."""
+    voxels, nearest = voxels_of(path, image, channel), intensity is None
+    if intensity:
+        if fault := intensity.unknown(voxels):
+            raise UserError(f"{path}: {f'channel {channel} ' * (channel_count(image) > 1)}{fault}.")
+        voxels = intensity.without_nan(voxels)  # before a filter that would spread it
     sizes = nib.affines.voxel_sizes(image.affine)
     # The low-pass filter of skimage's anti-aliased resizing; interpolation alone would alias what it skips.
     to_ras = ornt_transform(io_orientation(image.affine), RAS)
@@ -301,7 +485,7 @@ def _resample(
     if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
         raise UserError(
             f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
-            f"{_times(target)} mm. Mend its header, or choose a coarser `spacing`."
+            f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
         )
     if not nearest:
         sigma = np.maximum(0, (target / sizes - 1) / 2)

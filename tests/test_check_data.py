@@ -129,12 +129,12 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
         lambda i, lab: (changed(i, 42, struct.pack("<h", 9)), save(lab, np.zeros((9, 12, 8), np.uint8))),
         "4192 bytes where the header asks for 3808",
     ),
-    "nan": (lambda i, _: save(i, np.where(noise(1) < 0.1, np.nan, noise(1))), r"has \d+ NaN or infinite"),
+    "nan": (lambda i, _: save(i, np.where(noise(1) < 0.1, np.nan, noise(1))), r"has \d+ NaN voxels. Set "),
     "infinite": (
         lambda i, _: save(i, np.where(noise(1) == noise(1).max(), np.inf, noise(1))),
-        "has 1 NaN or inf",
+        "has 1 infinite voxels",
     ),
-    "too_large": (lambda i, _: save(i, noise(1).astype(np.float64) * 1e39), r"has \d+ NaN or infinite"),
+    "too_large": (lambda i, _: save(i, noise(1).astype(np.float64) * 1e39), r"has \d+ infinite voxels"),
     "zero": (lambda i, _: save(i, np.zeros(SHAPE, np.int16)), "all zero"),
     "constant": (lambda i, _: save(i, np.full(SHAPE, 7.0)), "constant: every voxel is 7"),
     "nearly_empty": (lambda i, _: save(i, spots(5, 9)), "constant between its percentiles 0 and 99.5"),
@@ -148,9 +148,9 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
         lambda i, _: save(i, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
         "voxels are colours",
     ),
-    "two_d": (lambda i, _: save(i, noise(1, (9, 9))), r"shape \(9, 9\); a 3D image"),
-    "five_d": (lambda i, _: save(i, noise(1, (9, 9, 2, 1, 2))), r"shape \(9, 9, 2, 1, 2\); a 3D image"),
-    "four_d": (lambda i, _: save(i, noise(1, (*SHAPE, 3))), r"has 3 channel\(s\), .*: 4D where 3D is due"),
+    "two_d": (lambda i, _: save(i, noise(1, (9, 9))), r"shape \(9, 9\); expected a 3D image"),
+    "five_d": (lambda i, _: save(i, noise(1, (9, 9, 2, 2, 2))), r"shape \(9, 9, 2, 2, 2\); expected a 3D"),
+    "four_d": (lambda i, _: save(i, noise(1, (*SHAPE, 3))), r"has 3 channel\(s\), .*: 4D, expected 3D"),
     "singular": (lambda i, _: changed(i, 280, bytes(48)), "affine is not invertible"),
     "affine_nan": (lambda i, _: changed(i, 280, struct.pack("<f", np.nan)), "affine is not invertible"),
     "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-4, 1])), "voxels are 1 x 1 x 0.0005 mm"),
@@ -165,7 +165,7 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
         "a corner 0.5 mm away",
     ),
     "label_flipped": (lambda _, lab: save(lab, spots(1), AFFINE * [-1, 1, 1, 1]), "lies elsewhere"),
-    "label_4d": (lambda _, lab: save(lab, np.ones((*SHAPE, 2), np.uint8)), "4D, 2 volumes, where 3D is due"),
+    "label_4d": (lambda _, lab: save(lab, np.ones((*SHAPE, 2), np.uint8)), "4D, 2 volumes; expected 3D"),
     "label_other_value": (
         lambda _, lab: save(lab, spots(1, 3, 3)),
         r"dataset.json does not name: 3 \(2 voxels\)",
@@ -275,7 +275,8 @@ def test_channels_that_are_asked_for(tmp_path):
     case = Case("a", (save(tmp_path / "a.nii.gz", voxels),))
     reasons = [problem.reason for problem in check_voxels(case).problems]
     assert reasons == [
-        "channel 1 has 1 NaN or infinite voxels. Mend them, or remove the file",
+        "channel 1 has 1 NaN voxels. Set intensity.nan_is_background to true in the config if they lie outside "
+        "of the body; else fix or remove the file",
         "channel 2 all zero",
     ]
     assert not check_voxels(case, channels=[0]).problems
@@ -489,7 +490,7 @@ def test_every_odd_file(shared_data, capsys):
     assert code == 2 and lines[-1] == "10 cases, 3 problems in 3 cases"
     reasons = {case: reason for case, _, reason in rows(lines)}
     assert set(reasons) == {"4d_3vol", "broken_truncated_gzip", "nan_background"}
-    assert "4D where 3D is due" in reasons["4d_3vol"]
+    assert "4D, expected 3D" in reasons["4d_3vol"]
     assert "Compressed file ended" in reasons["broken_truncated_gzip"]
     assert "50443 NaN" in reasons["nan_background"]
 

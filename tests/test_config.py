@@ -16,6 +16,7 @@ from ldm import UserError, configs
 from ldm.checkpoints import write_json
 from ldm.diffusion import NoiseProcess
 from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
+from ldm.transforms import Intensity
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "config").glob("config_*.json"))
@@ -125,7 +126,7 @@ def test_what_the_tutorial_leaves_out_is_the_references(load):
     section = config["autoencoder_train"]
     assert section["adversarial_weight"] == 0.01 and section["adversarial_warmup_epochs"] == 5
     assert section["discriminator"] == {"channels": 32, "num_layers_d": 3, "norm": "INSTANCE"}
-    assert config["intensity"] == {"lower_percentile": 0.0, "upper_percentile": 99.5, "clip": True}
+    assert configs.intensity_of(config) == Intensity(0.0, 99.5, clip=True)
     assert config["NoiseScheduler"]["schedule"] == "scaled_linear_beta"
     assert config["seed"] == 0
 

@@ -31,7 +31,7 @@ from ldm.datasets import (
     volume_size,
 )
 from ldm.processes import Run
-from ldm.transforms import Preprocessing, augmentation
+from ldm.transforms import Intensity, Preprocessing, augmentation
 
 VOXELS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 ROOT = Path(__file__).resolve().parents[1]
@@ -437,7 +437,7 @@ def cases(tmp_path, write_image):
     ]
 
 
-PREPROCESSING = Preprocessing((0,), (1.0, 1.0, 1.0), 0.0, 99.5)
+PREPROCESSING = Preprocessing((0,), (1.0, 1.0, 1.0))
 
 
 def served(dataset, epoch, workers=0):
@@ -536,7 +536,9 @@ def test_cache_follows_preprocessing_and_file(cases, tmp_path, write_image):
     cache = {"cache_dir": tmp_path / "cache", "cache_rate": 1.0}
     one = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), **cache)
     before = one.volume(0).copy()
-    other = VolumeDataset(cases, Preprocessing((0,), (1.0, 1.0, 1.0), 0.0, 50.0), (8, 8, 8), **cache)
+    other = VolumeDataset(
+        cases, Preprocessing((0,), (1.0, 1.0, 1.0), Intensity(0.0, 50.0)), (8, 8, 8), **cache
+    )
     assert (other.volume(0) == 1).mean() == pytest.approx(0.5, abs=0.01) != (before == 1).mean()
     write_image(cases[0].images[0], np.arange(27, dtype=np.float32).reshape(3, 3, 3))
     assert one.volume(0).shape == (1, 3, 3, 3)
@@ -616,7 +618,7 @@ def lesion_hits(root: Path, write_image, foreground_prob: float, labelled: bool)
     )
     dataset = VolumeDataset(
         [case],
-        Preprocessing((0,), (1.0, 1.0, 1.0), 0.0, 100.0),
+        Preprocessing((0,), (1.0, 1.0, 1.0), Intensity(0.0, 100.0)),
         (6, 6, 6),
         random_crop=True,
         augment=NO_AUGMENT | {"foreground_prob": foreground_prob},

@@ -15,11 +15,11 @@ from ldm import UserError
 from ldm.transforms import (
     CHUNK,
     MGH_TAGS,
+    Intensity,
     Preprocessing,
     augmentation,
     fit,
     from_unit_range,
-    intensity_range,
     open_image,
     ras_geometry,
     read_image,
@@ -155,20 +155,20 @@ def test_no_filter_where_nothing_is_made_coarser(tmp_path, write_image):
 def test_percentiles_are_those_of_the_whole_volume(tmp_path, write_image):
     values = np.random.default_rng(0).permutation(1001).astype(np.float32).reshape(7, 11, 13)
     path = write_image(tmp_path / "values.nii", values)  # 0 .. 1000: percentile p is 10 p
-    way = Preprocessing((0,), (1.0, 1.0, 1.0), 10.0, 99.5)
+    way = Preprocessing((0,), (1.0, 1.0, 1.0), Intensity(10.0, 99.5))
     assert np.allclose(way.limits([path]), [[100, 995]])
     volume = way([path])
     assert volume.dtype == np.float32
     assert np.allclose(volume[0], np.clip((values - 100) / 895, 0, 1), atol=1e-6)
     assert np.count_nonzero(volume == 1) == 6 and np.count_nonzero(volume == 0) == 101
-    unclipped = Preprocessing((0,), (1.0, 1.0, 1.0), 10.0, 99.5, clip=False)([path])
+    unclipped = Preprocessing((0,), (1.0, 1.0, 1.0), Intensity(10.0, 99.5, clip=False))([path])
     assert unclipped.min() == pytest.approx(-100 / 895) and unclipped.max() == pytest.approx(900 / 895)
 
 
 def test_unit_range_and_back():
     rng = np.random.default_rng(0)
     volume = np.stack([rng.normal(50, 20, (5, 6, 7)), rng.normal(-1000, 3, (5, 6, 7))]).astype(np.float32)
-    limits = intensity_range(volume, 2.0, 98.0)
+    limits = Intensity(2.0, 98.0).limits(volume)
     assert limits.shape == (2, 2) and np.allclose(limits[0], np.percentile(volume[0], [2, 98]))
     back = from_unit_range(to_unit_range(volume, limits, clip=False), limits)
     assert np.abs(back - volume).max() < 1e-3
@@ -192,7 +192,7 @@ def test_channels_of_a_4d_image(four_channels):
     for channels in [(0,), (2,), (2, 0), (3, 1, 2, 0)]:
         volume = Preprocessing(channels, (1.0, 1.0, 1.0)).read([path])
         assert np.array_equal(volume, np.moveaxis(voxels[..., list(channels)], 3, 0))
-    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), 0, 100)([path])  # each channel by its own limits
+    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), Intensity(0, 100))([path])  # each channel by its own limits
     assert scaled.min((1, 2, 3)).tolist() == [0] * 4 and scaled.max((1, 2, 3)).tolist() == [1] * 4
 
 
@@ -242,7 +242,7 @@ def broken(tmp_path, write_image, what: str):
     if what == "2d":
         voxels = voxels[0]
     if what == "5d":
-        voxels = voxels[..., None, None]
+        voxels = np.stack([voxels, voxels], -1)[..., None].repeat(2, -1)
     if what == "missing":
         return path
     write_image(path, voxels)
@@ -266,9 +266,9 @@ def broken(tmp_path, write_image, what: str):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("nan", "channel 0 has 1 NaN or infinite values"),
-        ("infinite", "channel 0 has 1 NaN or infinite values"),
-        ("constant", "constant between its percentiles"),
+        ("nan", "has 1 NaN voxels. Set intensity.nan_is_background to true"),
+        ("infinite", "has 1 infinite voxels"),
+        ("constant", "constant: every voxel is 7"),
         ("2d", "a 3D image, or 4D"),
         ("5d", "a 3D image, or 4D"),
         ("missing", "cannot be read"),
