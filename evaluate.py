@@ -44,7 +44,7 @@ import utils
 from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
-from ldm.datasets import Case, find_cases, read_json, size_at, stream, volume_size
+from ldm.datasets import Case, find_cases, read_json, rounded, size_at, stream, volume_size
 from ldm.encoders import LatentEncoder
 from ldm.logs import read_log
 from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
@@ -195,7 +195,7 @@ def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessi
         way = configs.preprocessing_of(inputs.config)
     else:
         _, sizes = ras_geometry(inputs.sources[GENERATED].cases[0].images[0])
-        way = Preprocessing((0,), tuple(round(float(size), 4) for size in sizes))
+        way = Preprocessing((0,), tuple(rounded(size) for size in sizes))
     if channels is None:
         return way
     if len(channels) != len(way.channels) and inputs.config:
@@ -239,7 +239,7 @@ def geometry_notes(source: Source, way: Preprocessing, size: Sequence[int]) -> l
     """What is done to volumes that are not on the grid already."""
     found = [ras_geometry(case.images[0]) for case in source.cases]
     notes, total = [], len(found)
-    other = [sizes for _, sizes in found if not np.allclose(sizes, way.spacing, atol=1e-3)]
+    other = [sizes for _, sizes in found if not np.allclose(sizes, way.spacing, rtol=1e-3, atol=0)]
     if other:
         kinds = sorted({" x ".join(f"{side:.3g}" for side in sizes) for sizes in other})
         notes.append(

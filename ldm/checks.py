@@ -33,6 +33,7 @@ from ldm.transforms import (
 
 AS_BY_DEFAULT = Intensity()
 ABOVE_WINDOW, TIMES_USUAL = 0.1, 5  # share of the voxels above the window, and above that of most cases
+WRAPPED = 2**16 - 2**12  # -4096 of 16 bit, read without a sign
 CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that are the same may lie
 
 
@@ -249,6 +250,8 @@ def check_voxels(
             used = number if several else channel
             way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
             fault, what = _voxel_fault(voxels, way)
+            if image.get_data_dtype() == np.uint16:
+                what = what or _wrapped(voxels)
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
@@ -279,6 +282,19 @@ def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, 
     limits = intensity.limits(voxels[None])[0]
     fault = intensity.unmappable(voxels, limits)
     return fault, None if fault else intensity.squeezed(voxels, limits)
+
+
+def _wrapped(voxels: np.ndarray) -> str | None:
+    """Whether 16 bit without a sign hold two heaps of values at the ends and nothing between: numbers below 0
+    have become large ones."""
+    large, middle = voxels > WRAPPED, (voxels > 2**15) & (voxels <= WRAPPED)
+    share = large.mean()
+    if middle.any() or not 0.001 < share < 0.999 or len(np.unique(voxels[large])) < 3:
+        return None
+    return (
+        f"{share:.1%} of its voxels lie above {WRAPPED}, none from {2**15} to there: negative numbers stored "
+        "without a sign?"
+    )
 
 
 def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:

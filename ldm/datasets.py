@@ -284,9 +284,14 @@ def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[floa
     about `longest_side` voxels."""
     shape, sizes = ras_geometry(cases[0].images[0])
     if longest_side is None:
-        return [round(float(size), 4) for size in sizes]
+        return [rounded(size) for size in sizes]
     factor = max(1, round(float((shape * sizes).max()) / (longest_side * sizes.min())))
-    return [round(float(sizes.min()) * factor, 4)] * 3
+    return [rounded(sizes.min() * factor)] * 3
+
+
+def rounded(size: float) -> float:
+    """A voxel size in mm to 4 decimals, and to 4 digits at least: headers have it in float32."""
+    return round(float(size), max(4, 3 - math.floor(math.log10(size))))
 
 
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int) -> list[int]:

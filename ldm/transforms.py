@@ -10,6 +10,7 @@ inference build the way from `Preprocessing` alone.
 import functools
 import gzip
 import io
+import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from scipy.ndimage import gaussian_filter
 from ldm import UserError
 from ldm.processes import tell
 
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
 RAS = axcodes2ornt("RAS")
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
@@ -102,9 +104,10 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
             raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Fix the header.")
     name, factor = _unit(image)
     image.affine[:3] *= factor
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     sizes = nib.affines.voxel_sizes(image.affine)
+    singular = abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes)
+    if not np.isfinite(image.affine).all() or singular:
+        raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
         stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
         raise UserError(

@@ -275,8 +275,8 @@ def test_channels_that_are_asked_for(tmp_path):
     case = Case("a", (save(tmp_path / "a.nii.gz", voxels),))
     reasons = [problem.reason for problem in check_voxels(case).problems]
     assert reasons == [
-        "channel 1 has 1 NaN voxels. Set intensity.nan_is_background to true in the config if they lie outside "
-        "of the body; else fix or remove the file",
+        "channel 1 has 1 NaN voxels. Set intensity.nan_is_background to true in the config if they lie "
+        "outside of the body; else fix or remove the file",
         "channel 2 all zero",
     ]
     assert not check_voxels(case, channels=[0]).problems

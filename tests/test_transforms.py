@@ -192,7 +192,9 @@ def test_channels_of_a_4d_image(four_channels):
     for channels in [(0,), (2,), (2, 0), (3, 1, 2, 0)]:
         volume = Preprocessing(channels, (1.0, 1.0, 1.0)).read([path])
         assert np.array_equal(volume, np.moveaxis(voxels[..., list(channels)], 3, 0))
-    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), Intensity(0, 100))([path])  # each channel by its own limits
+    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), Intensity(0, 100))(
+        [path]
+    )  # each channel by its own limits
     assert scaled.min((1, 2, 3)).tolist() == [0] * 4 and scaled.max((1, 2, 3)).tolist() == [1] * 4
 
 
