@@ -22,7 +22,7 @@ from pathlib import Path
 import utils
 from ldm import UserError, latents
 from ldm.checkpoints import sha256_of, weights_hash
-from ldm.datasets import find_cases, typical_limits
+from ldm.datasets import typical_limits
 
 
 @utils.command
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 3: the manifest
     def finish() -> int:
-        found = find_cases(environment["data_base_dir"], config["data"]["pattern"])
+        found = utils.find_data(config, environment)
         used = {case.name for case in [*train.cases, *val.cases]}
         manifest = {
             "about": about,

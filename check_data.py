@@ -28,7 +28,8 @@ import numpy as np
 import utils
 from ldm import UserError, configs
 from ldm.checks import Problem, check_cases, note_lines, stray_files
-from ldm.datasets import Case, find_cases
+from ldm.datasets import Case
+from ldm.layouts import find_cases
 from ldm.transforms import ras_geometry
 
 
@@ -55,19 +56,19 @@ def main(argv=None):
         raise UserError("--set overrides keys of a config: give -c CONFIG_FILE too.")
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: give 1 or more.")
-    source = args.folders
+    source, where, how = args.folders, {"generated": False, "say": print}, {}
     if args.environment_file:
-        source = utils.load_environment(args.environment_file)["data_base_dir"]
+        environment = utils.load_environment(args.environment_file)
+        source, where["outputs"] = environment["data_base_dir"], utils.own_folders(environment)
     elif len(source) == 1:
         source = source[0]
-    pattern, how = None, {}
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
-        pattern, how["channels"] = config["data"]["pattern"], configs.channels_of(config)
-        how["intensity"] = configs.intensity_of(config)
+        where |= {key: config["data"][key] for key in ("pattern", "contrasts", "subject")}
+        how["channels"], how["intensity"] = configs.channels_of(config), configs.intensity_of(config)
 
     # Step 2: read it
-    training, validation = find_cases(source, pattern)
+    training, validation = find_cases(source, **where)
     cases = training + validation
     problems, intensities = check_cases(cases, workers=args.jobs, **how)
     problems += stray_files(cases)

@@ -44,8 +44,9 @@ import utils
 from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
-from ldm.datasets import Case, find_cases, read_json, rounded, size_at, stream, volume_size
+from ldm.datasets import Case, read_json, rounded, size_at, stream, volume_size
 from ldm.encoders import LatentEncoder
+from ldm.layouts import find_cases
 from ldm.logs import read_log
 from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
 from ldm.processes import Run
@@ -173,7 +174,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     sources = {}
     for name, folder in named.items():
         if folder:
-            found, validation = find_cases(folder)
+            found, validation = find_cases(folder, say=run.say)
             sources[name] = Source(name, str(folder), [*found, *validation])
         elif name == GENERATED:
             folder = environment["output_dir"]

@@ -41,7 +41,6 @@ from ldm.datasets import (
     EpochSampler,
     VolumeDataset,
     choose_spacing,
-    find_cases,
     parse_json,
     read_json,
     split_cases,
@@ -51,6 +50,7 @@ from ldm.decoding import Budget
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
 from ldm.latents import PARTS, check_data
+from ldm.layouts import find_cases
 from ldm.logs import TextLog, read_log, write_log
 from ldm.losses import missing_package
 from ldm.networks import (
@@ -378,6 +378,28 @@ def _device_name(kind: str) -> str:
 # ---------------------------------------------------------------- data
 
 
+def own_folders(environment: dict) -> list[Path]:
+    """Where the scripts write: what lies there is no data."""
+    return [environment[key] for key in ("model_dir", "output_dir", "cache_dir", "tfevent_path")]
+
+
+def find_data(
+    config: dict, environment: dict, say: Callable[[str], None] | None = None
+) -> tuple[list[Case], list[Case]]:
+    """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
+    without what this run or inference.py wrote."""
+    data = config["data"]
+    return find_cases(
+        environment["data_base_dir"],
+        data["pattern"],
+        contrasts=data["contrasts"],
+        subject=data["subject"],
+        outputs=own_folders(environment),
+        generated=False,
+        say=say,
+    )
+
+
 def prepare_data(
     config: dict, environment: dict, run: Run, skip_bad: bool = False, write: bool = True
 ) -> tuple[list[Case], list[Case]]:
@@ -399,7 +421,7 @@ def prepare_data(
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
         run.from_main(lambda: fetch_task01(base) and None)
-    cases, validation = find_cases(base, config["data"]["pattern"])
+    cases, validation = find_data(config, environment, run.say)
     bad = run.from_main(
         lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad, write, run.say)
     )
@@ -526,11 +548,14 @@ def what_latents_follow_from(config: dict) -> dict:
     section, data = config["diffusion_train"], config["data"]
     keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
     about = {key: copy.deepcopy(config[key]) for key in keys}
-    for key in ("window", "nan_is_background"):  # as in caches that are older than these keys
+    # Keys that came later are named where they are used: caches from before them stay what they are.
+    for key in ("window", "nan_is_background"):
         if not about["intensity"][key]:
             del about["intensity"][key]
+    later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
     return {
         **about,
+        **later,
         "diffusion_train.patch_size": section["patch_size"],
         "diffusion_train.augment": section["augment"],
         "data.pattern": data["pattern"],
@@ -548,7 +573,7 @@ def check_cached_data(folder: Path, manifest: dict, config: dict, environment: d
     """
     base, path = environment["data_base_dir"], environment["model_dir"] / SPLIT
     if all(one.exists() for one in (base if isinstance(base, list) else [base])):
-        cases, validation = find_cases(base, config["data"]["pattern"])
+        cases, validation = find_data(config, environment, run.say)
         check_data(folder, manifest, [*cases, *validation])
     else:
         run.say(f"data: {base} is not there; the latents in {folder} stand for them")

@@ -28,7 +28,7 @@ import inference
 import train_autoencoder
 import train_diffusion
 from ldm.checkpoints import load_checkpoint
-from ldm.datasets import find_cases
+from ldm.layouts import find_cases
 
 SAMPLES = 30
 VERSIONS = {  # of each training volume, so that a diffusion model of few does not learn them by heart

@@ -1,11 +1,5 @@
-"""Find the cases of a data set, split them, and serve them to a loader.
+"""Split the cases of a data set, and serve them to a loader. `ldm.layouts` finds them."""
 
-Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
-BIDS-like folder of NIfTI files with an optional `participants.tsv`, and a JSON list of training and
-validation files.
-"""
-
-import csv
 import hashlib
 import json
 import math
@@ -22,9 +16,6 @@ from ldm import UserError, brief
 from ldm.checkpoints import written_whole
 from ldm.transforms import Preprocessing, augmentation, fit, ras_geometry
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
-LABEL_SUFFIXES = ("_dseg", "_seg", "_label", "_mask")
-LABEL_FOLDERS = {"derivatives", "labels", "labelstr", "labelsts", "masks"}
 TYPICAL_CASES = 16
 LEFT_BEHIND = 24 * 3600  # seconds without a change, after which no one is writing a volume any more
 
@@ -42,56 +33,6 @@ class Case:
     label: Path | None = None
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
-
-
-def find_cases(source: Path | Sequence[Path], pattern: str | None = None) -> tuple[list[Case], list[Case]]:
-    """List the cases of a data set, sorted by name.
-
-    Args:
-        source: a folder, the parent of one, a `.json` list, or several of these.
-        pattern: glob of the images of a plain folder.
-
-    Returns:
-        (cases, validation): `validation` is empty unless the data set itself names validation cases.
-
-    Raises:
-        UserError: nothing there, or names that are not unique.
-
-    Whether all files that a data set names are there and can be read is what `ldm.checks` tells.
-    """
-    if not isinstance(source, (str, Path)):
-        found = [(Path(one), *find_cases(Path(one), pattern)) for one in source]
-        cases = [_renamed(case, f"{root.name}/") for root, train, _ in found for case in train]
-        validation = [_renamed(case, f"{root.name}/") for root, _, held_out in found for case in held_out]
-    else:
-        cases, validation = _find_in(Path(source), pattern)
-    names = [case.name for case in [*cases, *validation]]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{source}: the case '{twice}' is there twice. Every case needs a name of its own.")
-    return cases, validation
-
-
-def _renamed(case: Case, prefix: str) -> Case:
-    return Case(prefix + case.name, case.images, case.label, prefix + case.subject, case.covariates)
-
-
-def _find_in(source: Path, pattern: str | None) -> tuple[list[Case], list[Case]]:
-    if source.suffix == ".json":
-        return _from_json_list(source)
-    if not source.is_dir():
-        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
-    if (source / "dataset.json").is_file():
-        return _from_dataset_json(source)
-    inside = sorted(path.parent for path in source.glob("*/dataset.json"))
-    if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
-        return _from_dataset_json(inside[0])
-    if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
-        raise UserError(
-            f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
-        )
-    return _from_plain_folder(source, pattern), []
 
 
 def parse_json(text: str) -> object:
@@ -124,145 +65,6 @@ def read_json(path: str | Path, what: str = "") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{where}: should hold a JSON object.")
     return content
-
-
-def _stem(path: Path | str) -> str:
-    name = Path(path).name
-    return next((name[: -len(end)] for end in IMAGE_SUFFIXES if name.endswith(end)), Path(name).stem)
-
-
-def _listed(entries: list, root: Path, where: str) -> list[Case]:
-    """Cases of a list of `{"image": ..., "label": ...}` or of plain file names, below `root`."""
-    cases = []
-    for number, entry in enumerate(entries):
-        entry = {"image": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or "image" not in entry:
-            raise UserError(f'{where}: entry {number} has no "image".')
-        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f'{where}: "image" of entry {number} should be a file name or a list of them.')
-        if not isinstance(entry.get("label"), str | None):
-            raise UserError(f'{where}: "label" of entry {number} should be a file name.')
-        images = tuple(root / name for name in names)
-        label = root / entry["label"] if entry.get("label") is not None else None
-        name = str(entry.get("name", _stem(images[0])))
-        others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
-        cases.append(Case(name, images, label, str(entry.get("subject", _subject_of(name))), others))
-    if not cases:
-        raise UserError(f"{where}: lists no training cases.")
-    return sorted(cases, key=lambda case: case.name)
-
-
-def _from_json_list(path: Path) -> tuple[list[Case], list[Case]]:
-    content = read_json(path)
-    if not isinstance(content.get("training"), list):
-        raise UserError(
-            f'{path}: should hold a list "training" of {{"image": file}}, and may hold "validation".'
-        )
-    validation = content.get("validation") or []
-    if not isinstance(validation, list):
-        raise UserError(f'{path}: "validation" should be a list of {{"image": file}}.')
-    return (
-        _listed(content["training"], path.parent, f"{path}, training"),
-        _listed(validation, path.parent, f"{path}, validation") if validation else [],
-    )
-
-
-def _from_dataset_json(root: Path) -> tuple[list[Case], list[Case]]:
-    path = root / "dataset.json"
-    content = read_json(path)
-    if isinstance(content.get("training"), list):  # Medical Segmentation Decathlon
-        return _listed(content["training"], root, str(path)), []
-    if not isinstance(content.get("channel_names"), dict) or not content["channel_names"]:
-        raise UserError(
-            f'{path}: has neither a list "training" (Decathlon) nor an object "channel_names" (nnU-Net) that '
-            "names a channel."
-        )
-    ending = content.get("file_ending", ".nii.gz")
-    if ending not in IMAGE_SUFFIXES:
-        raise UserError(f"{path}: file_ending {ending} is not read; convert the images to .nii.gz.")
-    channels = len(content["channel_names"])
-    files = (root / "imagesTr").glob(f"[!.]*{ending}")
-    cases = []
-    for name in sorted({image.name[: -len(ending)].rpartition("_")[0] for image in files}):
-        images = tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(channels))
-        label = root / "labelsTr" / f"{name}{ending}"
-        cases.append(Case(name, images, label if label.is_file() else None, _subject_of(name)))
-    if not cases:
-        raise UserError(f"{root / 'imagesTr'}: no *_0000{ending} images there.")
-    return cases, []
-
-
-def _subject_of(name: str) -> str:
-    """`sub-01` of `sub-01_ses-2_T1w`: the BIDS subject, or the whole name where it has none."""
-    return name.split("_")[0] if name.startswith("sub-") else name
-
-
-def _from_plain_folder(root: Path, pattern: str | None) -> list[Case]:
-    try:
-        found = sorted(root.glob(pattern or "**/*"))
-    except (NotImplementedError, ValueError, IndexError):  # absolute, "**a", "."; pathlib's own words differ
-        raise UserError(
-            f"data.pattern is {brief(repr(pattern))}, no pattern of files below a folder; one such as "
-            '"**/*_T1w.nii.gz" is due.'
-        ) from None
-    paths = [
-        path
-        for path in found
-        if path.name.endswith(IMAGE_SUFFIXES)
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    if pattern is None:
-        paths = [
-            path
-            for path in paths
-            if not _stem(path).endswith(LABEL_SUFFIXES)
-            and not LABEL_FOLDERS & {part.lower() for part in path.relative_to(root).parts[:-1]}
-        ]
-    if not paths:
-        what = f"no image matches {pattern!r}" if pattern else f"no image ({', '.join(IMAGE_SUFFIXES)})"
-        raise UserError(f"{root}: {what} there. Name another folder (`data_base_dir`, or the option).")
-    contrasts = {_stem(path).rpartition("_")[2] for path in paths if path.name.startswith("sub-")}
-    if pattern is None and len(contrasts) > 1:
-        some = sorted(contrasts)
-        raise UserError(
-            f"{root}: holds several kinds of image ({', '.join(some)}). Choose one by "
-            f'"data": {{"pattern": "**/*_{some[0]}.*"}} in the config.'
-        )
-    rows = _participants(root / "participants.tsv")
-    names = [_stem(path) for path in paths]
-    if len(set(names)) < len(names):  # the same file name in a folder a subject
-        names = [_stem(path.relative_to(root).as_posix().replace("/", "_")) for path in paths]
-    cases = []
-    for name, path in zip(names, paths, strict=True):
-        labels = [path.with_name(_stem(path) + end + path.name[len(_stem(path)) :]) for end in LABEL_SUFFIXES]
-        label = next((one for one in labels if one.is_file() and one not in paths), None)
-        subject = _subject_of(name)
-        cases.append(Case(name, (path,), label, subject, rows.get(subject, {})))
-    return cases
-
-
-def _participants(path: Path) -> dict[str, dict]:
-    """Rows of a BIDS `participants.tsv` by subject, or none where the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            # Strict, since a quotation mark that is not closed would swallow the rows after it.
-            rows = list(csv.DictReader(file, delimiter="\t", strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a tab-separated table in UTF-8 ({error}).") from None
-    if rows and "participant_id" not in rows[0]:
-        raise UserError(f"{path}: has no column participant_id.")
-    subjects = {}
-    for row in rows:
-        subject = row["participant_id"]
-        if None in row:
-            raise UserError(f"{path}: the row of {brief(subject)} has more fields than there are columns.")
-        if subject in subjects:
-            raise UserError(f"{path}: {brief(subject)} is there twice. Every subject needs one row.")
-        subjects[subject] = row
-    return subjects
 
 
 def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[list[Case], list[Case]]:

@@ -18,7 +18,8 @@ import check_data
 import train_autoencoder
 from ldm import UserError
 from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values
-from ldm.datasets import Case, find_cases
+from ldm.datasets import Case
+from ldm.layouts import find_cases
 from ldm.transforms import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, Preprocessing, open_image, read_image
 
 ROOT = Path(__file__).resolve().parents[1]

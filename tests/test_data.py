@@ -24,12 +24,12 @@ from ldm.datasets import (
     EpochSampler,
     VolumeDataset,
     choose_spacing,
-    find_cases,
     split_cases,
     stream,
     version_of,
     volume_size,
 )
+from ldm.layouts import find_cases
 from ldm.processes import Run
 from ldm.transforms import Intensity, Preprocessing, augmentation
 
@@ -286,8 +286,13 @@ def test_list_of_folders_prefixes_names(tmp_path, touch):
     cases, _ = find_cases([tmp_path / "A", tmp_path / "B"])
     assert names(cases) == ["A/only_A", "A/x", "B/only_B", "B/x"]
     assert len({case.subject for case in cases}) == 4
-    with pytest.raises(UserError, match="'A/only_A' is there twice"):
+    with pytest.raises(UserError, match="A: is named twice in the list"):
         find_cases([tmp_path / "A", tmp_path / "A"])
+    with pytest.raises(UserError, match="A: lies in .* Name one"):
+        find_cases([tmp_path, tmp_path / "A"])
+    touch(tmp_path / "more" / "A", "x.nii.gz")  # of one last name
+    cases, _ = find_cases([tmp_path / "A", tmp_path / "more" / "A"])
+    assert names(cases) == [f"{tmp_path.name}/A/only_A", f"{tmp_path.name}/A/x", "more/A/x"]
 
 
 # ---- splitting
@@ -313,13 +318,14 @@ def prepare(root: Path, model_dir: Path, run):
         "seed": 0,
         "spacing": None,
         "longest_side": None,
-        "data": {"pattern": None, "val_fraction": 0.2},
+        "data": {"pattern": None, "contrasts": None, "subject": None, "val_fraction": 0.2},
         "channel": 0,
         "intensity": {"lower_percentile": 0.0, "upper_percentile": 99.5},
         "autoencoder_train": {"augment": {"foreground_prob": 0.0}},
         "diffusion_train": {"augment": {"foreground_prob": 0.0}},
     }
     environment = {"data_base_dir": root, "model_dir": model_dir, "download_brats": False}
+    environment |= dict.fromkeys(("output_dir", "cache_dir", "tfevent_path"), model_dir)
     return utils.prepare_data(config, environment, run), config
 
 

@@ -18,8 +18,9 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import configs
-from ldm.datasets import VolumeDataset, find_cases
+from ldm.datasets import VolumeDataset
 from ldm.encoders import LatentEncoder
+from ldm.layouts import find_cases
 from ldm.training import Stepper
 
 pytestmark = pytest.mark.skipif(

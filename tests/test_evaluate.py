@@ -19,8 +19,8 @@ from monai.networks.nets import DenseNet121
 import evaluate
 import inference
 from ldm import backbones, configs, distances, provenance
-from ldm.datasets import find_cases
 from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.layouts import find_cases
 from ldm.transforms import Preprocessing
 
 

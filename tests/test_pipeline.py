@@ -19,7 +19,8 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import configs
-from ldm.datasets import choose_spacing, find_cases
+from ldm.datasets import choose_spacing
+from ldm.layouts import find_cases
 from ldm.training import Clock, Stepper, learning_rate, make_ema
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt")
