@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +20,10 @@ from ldm.networks import (
 from ldm.schemas import StrictValidator
 from ldm.transforms import Preprocessing
 
+MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
+FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}  # by a checkpoint
+RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
+ONLY_HOW = {"use_checkpoint", "use_checkpointing", "use_flash_attention"}  # of networks: memory, not results
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
 
 
@@ -66,6 +71,47 @@ def completed(config: dict) -> dict:
     schema, config = _schema(), copy.deepcopy(config)
     _fill_defaults(config, schema, schema)
     return config
+
+
+def differences(trained: dict, config: dict) -> dict[str, tuple]:
+    """By dotted key, what each of two configs says where they differ; None where one says nothing."""
+    found = {}
+    for key in sorted(trained.keys() | config.keys()):
+        was, now = trained.get(key), config.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found |= {f"{key}.{below}": pair for below, pair in differences(was, now).items()}
+        elif was != now:
+            found[key] = was, now
+    return found
+
+
+def check_fixed(trained: dict, config: dict, keys: Sequence[str], path: Path, remedy: str = "") -> None:
+    """See that a config has the values that a checkpoint's weights mean nothing without.
+
+    Args:
+        trained: the config in the checkpoint.
+        keys: some of `FIXED`.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        UserError: a value differs; the key is named.
+    """
+    trained = completed(trained)
+    some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
+    for key, (was, now) in differences(some, others).items():
+        if key.rpartition(".")[2] not in ONLY_HOW:
+            raise UserError(
+                f"{path}: was trained with {key} {brief(was)}, the config says {brief(now)}."
+                f" {remedy}".rstrip()
+            )
+
+
+def changes(trained: dict, config: dict) -> str:
+    """What a config changes of a checkpoint's, on one line; a spacing that the data decide is no change."""
+    found = differences(completed(trained), config)
+    if config["spacing"] is None:
+        found = {key: pair for key, pair in found.items() if key not in ("spacing", "longest_side")}
+    return "; ".join(f"{key} {brief(now)}, was {brief(was)}" for key, (was, now) in found.items())
 
 
 def _schema() -> dict:

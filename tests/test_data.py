@@ -53,7 +53,7 @@ def touch(write_image):
 
     def make(folder: Path, *names: str) -> Path:
         for name in names:
-            write_image(folder / name, VOXELS)
+            write_image(folder / name, VOXELS + sum(name.encode()))  # no two alike
         return folder
 
     return make
