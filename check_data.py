@@ -9,8 +9,8 @@ With a config, only its channels are asked for and its percentiles are used. Not
 
 What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
 infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is due;
-labels that are missing, or have values that dataset.json does not name; scans that are there twice; macOS's
-`._*` files.
+labels that are missing, or have values that dataset.json does not name; scans that are there twice; patients
+under both training and validation of a list; macOS's `._*` files.
 
 Exit codes: 0 all good, 1 the disk failed, 2 wrong usage, or something is wrong with the data.
 """
@@ -25,6 +25,7 @@ import utils
 from ldm import UserError, configs
 from ldm.checks import Problem, check_cases, stray_files
 from ldm.datasets import Case, find_cases
+from ldm.splits import shared_subjects
 from ldm.transforms import ras_geometry
 
 
@@ -67,7 +68,7 @@ def main(argv=None):
     training, validation = find_cases(source, pattern)
     cases = training + validation
     problems, intensities = check_cases(cases, workers=args.jobs, **how)
-    problems += stray_files(cases)
+    problems += shared_subjects(training, validation) + stray_files(cases)
 
     # Step 3: say what is wrong
     if not problems:

@@ -26,7 +26,10 @@ def read_split(path: Path) -> tuple[list[str], list[str]]:
     """The names of the training and of the validation cases. Raises UserError: the file holds no split."""
     content = read_json(path, "split")
     if what := fault(SPLIT, content):
-        raise UserError(f"{path}: {what}. Expected two lists of case names, `training` and `validation`.")
+        raise UserError(
+            f"{path}: {what}. Expected two lists of case names, `training` and `validation`. Restore it, "
+            "or choose another model_dir."
+        )
     return content["training"], content["validation"]
 
 
@@ -102,25 +105,32 @@ def leaks(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
     Files are read only where their sizes agree, in a few places first, and whole only where these agree too.
     The same voxels in files of other bytes are found by `ldm.checks.check_cases`.
     """
+    found = shared_subjects(train, validation)
+    leaking = {problem.case for problem in found}
     if is_single_subject(train, validation):
         return []
-    subjects = {case.subject: case for case in train}
-    files = {_real(path): case for case in train for path in case.images}
-    found = []
-    for case in validation:
-        own = [(path, _real(path)) for path in case.images]
-        same = next(((path, files[real]) for path, real in own if real in files), None)
-        if other := subjects.get(case.subject):
-            reason = f"is of subject {brief(case.subject)}, as {other.name} is, under training"
-            found.append(Problem(case.name, case.images[0], reason))
-        elif same:
-            found.append(Problem(case.name, same[0], f"is also under training, as {same[1].name}"))
-    leaking = {problem.case for problem in found}
-    rest = {_real(path): case for case in validation if case.name not in leaking for path in case.images}
-    for path, other in _twins(list(files), list(rest)):
-        reason = f"holds the same bytes as {other}, under training as {files[other].name}"
-        found.append(Problem(rest[path].name, path, reason))
+    files, own = (
+        {_real(path): case for case in some if case.name not in leaking for path in case.images}
+        for some in (train, validation)
+    )
+    same = [(path, path) for path in own if path in files]
+    twins = _twins(list(files), [path for path in own if path not in files])
+    for path, other in [*same, *twins]:
+        what = "is" if path == other else f"holds the same bytes as {other}, which is"
+        reason = f"{what} also under training, as {files[other].name}"
+        found.append(Problem(own[path].name, path, reason))
     return found
+
+
+def shared_subjects(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
+    """Validation cases of a subject that is trained on, unless it is the only one."""
+    subjects = {} if is_single_subject(train, validation) else {case.subject: case.name for case in train}
+    told = "is of subject {}, who is under training too, as {}"
+    return [
+        Problem(case.name, case.images[0], told.format(brief(case.subject), subjects[case.subject]))
+        for case in validation
+        if case.subject in subjects
+    ]
 
 
 def _twins(some: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
