@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = utils.what_latents_follow_from(config)
 
     # Step 1: data and autoencoder
-    train, val = utils.volumes_to_encode(config, environment, run, args.skip_bad)
+    train, val = utils.volumes_to_encode(config, environment, run, args.skip_bad, path)
     if train.versions is None:
         raise UserError(
             "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "

@@ -10,7 +10,7 @@ With a config, only its channels are asked for and its `intensity` is used. Noth
 What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
 infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is
 expected; labels that are missing, or have values that dataset.json does not name; scans that are there twice;
-macOS's `._*` files.
+patients under both training and validation of a list; macOS's `._*` files.
 
 What is no fault, but may not be what you think, is noted in a line and changes no exit code: a stray voxel or
 padding that sets the range of intensities, a header in other units than mm, in disagreement with itself, or
@@ -30,6 +30,7 @@ from ldm import UserError, configs
 from ldm.checks import Problem, check_cases, note_lines, stray_files
 from ldm.datasets import Case
 from ldm.layouts import find_cases
+from ldm.splits import shared_subjects
 from ldm.transforms import ras_geometry
 
 
@@ -71,7 +72,7 @@ def main(argv=None):
     training, validation = find_cases(source, **where)
     cases = training + validation
     problems, intensities = check_cases(cases, workers=args.jobs, **how)
-    problems += stray_files(cases)
+    problems += shared_subjects(training, validation) + stray_files(cases)
     notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
 
     # Step 3: say what is wrong

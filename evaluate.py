@@ -156,16 +156,20 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
         model_dir = environment["model_dir"]
         autoencoder = utils.autoencoder_path(args, environment)
         log = read_log(model_dir / "train_log.jsonl")
-        if not (args.real and args.train):
-            cases[TRAINING], cases[HELD_OUT] = utils.prepare_data(config, environment, run, write=False)
+    of_the_split = bool(environment) and not (args.real and args.train)
     if autoencoder and (config is None or not config["spacing"]):
         trained = load_checkpoint(autoencoder).get("config")
-        if trained is None:
+        if trained is None and not of_the_split:
             raise UserError(
                 f"{autoencoder}: holds weights alone. Name their config, with a spacing, by -c and -e."
             )
-        trained = configs.completed(trained)
-        config = {**config, "spacing": trained["spacing"], "longest_side": None} if config else trained
+        if trained is not None:
+            trained = configs.completed(trained)
+            config = {**config, "spacing": trained["spacing"], "longest_side": None} if config else trained
+    if of_the_split:
+        cases[TRAINING], cases[HELD_OUT] = utils.prepare_data(
+            config, environment, run, write=False, autoencoder=autoencoder
+        )
     out = args.out or environment["output_dir"] / "evaluation"
     for name in ("metrics.json", "report.html"):
         if (out / name).exists():

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = model_card.read_metrics(args.metrics, digest) if args.metrics else None
     run = Run(0, 1, torch.device("cpu"), None)
     networks = generation.load_networks(
-        *paths.values(), config, args.config_file, args.scale_factor, False, None, run
+        *paths.values(), config, args.config_file, args.scale_factor, False, None, run, ()
     )
     folders = environment["data_base_dir"]
     folders = folders if isinstance(folders, list) else [folders]

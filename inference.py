@@ -316,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bool(args.compile),
         args.max_memory,
         run,
+        args.set,
     )
     process, geometry = networks.process, networks.geometry
 

@@ -44,6 +44,7 @@ from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
 from ldm.networks import check_discriminator_size, latent_size, load_weights
 from ldm.processes import Run
+from ldm.splits import subjects_of
 from ldm.training import Stepper, make_ema
 
 ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
@@ -302,11 +303,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
-    resumed = utils.starting_point(args, environment, "autoencoder", files, run)
+    resumed = utils.starting_point(args, config, environment, "autoencoder", files, run)
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
-    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad)
+    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
     patch_size, _, val_size = sizes = utils.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = configs.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks,
         loader,
         files,
-        {"config": config},
+        {"config": config, "subjects": subjects_of(train_cases, val_cases)},
         operator.gt,
         environment,
         run,

@@ -41,6 +41,7 @@ from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
 from ldm.networks import latent_size, load_weights
 from ldm.processes import Run
+from ldm.splits import PARTS, check_unchanged, subjects_of
 from ldm.training import Stepper, make_ema
 from ldm.transforms import augmentation
 
@@ -120,15 +121,21 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
     weights = manifest["autoencoder"]["weights"]
     check_same(resumed, weights, autoencoder)
     run.from_main(lambda: utils.check_cached_data(folder, manifest, config, environment, run))
-    config["spacing"], config["longest_side"] = manifest["geometry"]["spacing"], None
+    utils.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
     parts = [
         Posteriors(
-            [Case(record["case"], ()) for record in manifest[part]],
+            [
+                Case(record["case"], (), subject=record.get("subject", record["case"]))
+                for record in manifest[part]
+            ],
             [folder / record["entry"] for record in manifest[part]],
             seed,
         )
-        for part in latents.PARTS
+        for part in PARTS
     ]
+    if resumed:
+        path = environment["model_dir"] / utils.SPLIT
+        check_unchanged(path, *(part.cases for part in parts), resumed)
     return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
 
 
@@ -374,14 +381,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
-    resumed = utils.starting_point(args, environment, "diffusion", files, run)
+    resumed = utils.starting_point(args, config, environment, "diffusion", files, run)
 
     # Step 1: latents
     if section["latent_cache"]:
         source = read_cache(config, environment, autoencoder, resumed, run)
         size = source.geometry["size"]
     else:
-        volumes = utils.volumes_to_encode(config, environment, run, args.skip_bad)
+        volumes = utils.volumes_to_encode(config, environment, run, args.skip_bad, autoencoder, resumed)
         size = list(volumes[0].size)
     utils.refuse_what_cannot_fit(rehearse, config, "diffusion_train", [size] * 3, args, run)
     if not section["latent_cache"]:
@@ -398,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "latent_shape": source.shape,
         "geometry": source.geometry,
         "config": config,
+        "subjects": subjects_of(source.train.cases, source.val.cases),
     }
     often = section["sample_interval"]
     if often and not autoencoder.is_file():

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, configs, memory, processes
+from ldm import UserError, brief, configs, memory, processes, splits
 from ldm.checkpoints import (
     SCALE_FACTOR,
     StageFiles,
@@ -49,7 +49,7 @@ from ldm.datasets import (
 from ldm.decoding import Budget
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
-from ldm.latents import PARTS, check_data
+from ldm.latents import MANIFEST, check_data
 from ldm.layouts import find_cases
 from ldm.logs import TextLog, read_log, write_log
 from ldm.losses import missing_package
@@ -64,6 +64,7 @@ from ldm.networks import (
 from ldm.processes import CLEAN_UP, SAID, Run, leave_signals_to_the_main_process
 from ldm.provenance import versions
 from ldm.schemas import StrictValidator
+from ldm.splits import PARTS
 from ldm.transforms import CODE
 
 ROOT = Path(__file__).resolve().parent
@@ -401,54 +402,130 @@ def find_data(
 
 
 def prepare_data(
-    config: dict, environment: dict, run: Run, skip_bad: bool = False, write: bool = True
+    config: dict,
+    environment: dict,
+    run: Run,
+    skip_bad: bool = False,
+    write: bool = True,
+    resumed: dict | None = None,
+    autoencoder: Path | None = None,
 ) -> tuple[list[Case], list[Case]]:
-    """Find the cases and split them; the split is written to `model_dir/split.json` and read from there
-    again.
+    """Find the cases and split them: as `model_dir/split.json` says; where it is not there, the split is made
+    and written there.
 
-    Fixes `config["spacing"]` where the config leaves it open.
+    With a `split.json`, its cases are the run's: others are left out and named. Those of its cases that are
+    gone or bad end a training; else they are left out and named too. Fixes `config["spacing"]` where the
+    config leaves it open.
 
     Args:
-        skip_bad: read every voxel first, and leave out the cases that something is wrong with; they are
-            listed in `model_dir/skipped.json`. Else only the headers are read, and one that is bad ends it.
-        write: else nothing is written or downloaded.
+        skip_bad: read every voxel first. Where the split is made, leave out the cases that something is wrong
+            with; they are listed in `model_dir/skipped.json`. Else only the headers are read, and one that is
+            bad ends it.
+        write: it is for a training; else nothing is written or downloaded.
+        resumed: the checkpoint that is resumed.
+        autoencoder: the file of stage 1's weights. Where there is no split yet, what it was not trained on
+            is held out.
 
     Raises:
-        UserError: no data, or something is wrong with them.
+        UserError: no data, something is wrong with them, or a held-out case is trained on.
     """
-    base, model_dir = environment["data_base_dir"], environment["model_dir"]
+    base = environment["data_base_dir"]
     if environment["download_brats"] and write:
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
         run.from_main(lambda: fetch_task01(base) and None)
     cases, validation = find_data(config, environment, run.say)
-    bad = run.from_main(
-        lambda: _bad_cases([*cases, *validation], config, model_dir, skip_bad, write, run.say)
+    train, val = run.from_main(
+        lambda: _sides(cases, validation, config, environment, run, skip_bad, write, resumed, autoencoder)
     )
-    named = bool(validation)
-    cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
-    if not cases or named and not validation:
-        raise UserError(f"{base}: every {'validation' if cases else 'training'} case is bad.")
-    if bad:
-        run.say(f"data: {len(bad)} bad case(s) left out, listed in {model_dir / 'skipped.json'}")
-    train, val = run.from_main(lambda: _split(cases, validation, config, model_dir, write))
-    if {case.subject for case in train} == {case.subject for case in val}:
+    if splits.is_single_subject(train, val):
         run.say(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
         )
-    if config["spacing"] is None:
-        config["spacing"] = choose_spacing(train, config["longest_side"])
-        config["longest_side"] = None
+    settle_spacing(config, lambda: choose_spacing(train, config["longest_side"]), resumed)
     run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {config['spacing']} mm")
     return train, val
 
 
-def _bad_cases(
-    cases: list[Case], config: dict, model_dir: Path, skip: bool, write: bool, say: Callable[[str], None]
-) -> list[str]:
-    """Names of the cases to leave out; notes are said. Raises UserError where there are some and they may not
-    be."""
-    channels = configs.channels_of(config)
+def settle_spacing(config: dict, choose: Callable[[], list[float]], resumed: dict | None) -> None:
+    """Fix the spacing where the config leaves it open.
+
+    Raises:
+        UserError: it is not that of the checkpoint that is resumed.
+    """
+    if config["spacing"] is None:
+        config["spacing"], config["longest_side"] = choose(), None
+    if resumed:
+        configs.check_fixed(resumed["config"], config, ("spacing",), resumed["path"], configs.RESUMING)
+
+
+def _sides(
+    cases: list[Case],
+    validation: list[Case],
+    config: dict,
+    environment: dict,
+    run: Run,
+    skip_bad: bool,
+    write: bool,
+    resumed: dict | None,
+    autoencoder: Path | None,
+) -> splits.Sides:
+    """The training and the validation cases, without those that are left out, and without a leak."""
+    path, where = environment["model_dir"] / SPLIT, _shown(environment["data_base_dir"])
+    kept, named = path.is_file(), bool(validation)
+    known = load_checkpoint(autoencoder).get("subjects") if autoencoder and autoencoder.is_file() else None
+    if kept:
+        cases, validation = splits.as_kept(path, cases, validation, where, run.say, write)
+    bad = _bad_cases([*cases, *validation], config, path, skip_bad, write, run)
+    cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
+    if not cases or (kept or named) and not validation:
+        raise UserError(f"{where}: every {'validation' if cases else 'training'} case is bad.")
+    problems = []
+    if not validation and not (problems := splits.one_file_of_two_subjects(cases)):
+        before = (resumed or {}).get("subjects") or known
+        alike = splits.split_alike(cases, before) if before else None
+        if alike:
+            run.say(
+                f"data: no {path} yet: held out is what {(resumed or {}).get('path', autoencoder)} held out"
+            )
+        cases, validation = alike or split_cases(cases, config["data"]["val_fraction"], config["seed"])
+    if problems := problems or splits.leaks(cases, validation):
+        first, more = problems[0], f" ({len(problems)} such cases)" if len(problems) > 1 else ""
+        advice = (
+            "Choose another model_dir, for data with each patient on one side and no scan twice."
+            if kept
+            else "Keep each patient on one side and no scan twice; check_data.py lists all."
+        )
+        raise UserError(
+            f"{path if kept else where}: held out and also trained on: {first.case}: {first.file} "
+            f"{first.reason}{more}.\n{advice}"
+        )
+    if resumed:
+        splits.check_unchanged(path, cases, validation, resumed)
+    if known and (seen := splits.on_side(validation, known, "training")):
+        told = f"{autoencoder}: was trained on {len(seen)} of {splits.plural(validation, 'validation case')}"
+        told = f"{told} ({splits.listed(seen)})"
+        if write and autoencoder.parent.resolve() == path.parent.resolve():
+            raise UserError(f"{told}: {path} has changed since. Restore it, or choose another model_dir.")
+        run.say(f"warning: {told}: figures on them are better than on new scans")
+    if write and not kept:
+        names = ([case.name for case in some] for some in (cases, validation))
+        write_json(path, dict(zip(PARTS, names, strict=True)))
+    return cases, validation
+
+
+def _shown(base: Path | list[Path]) -> str:
+    return ", ".join(map(str, base)) if isinstance(base, list) else str(base)
+
+
+def _bad_cases(cases: list[Case], config: dict, path: Path, skip: bool, write: bool, run: Run) -> set[str]:
+    """Names of the cases to leave out; notes are said. Raises UserError where there are some and they may
+    not be.
+
+    Args:
+        path: of the split.json; where it is there, no case may be left out of a training.
+    """
+    channels, kept = configs.channels_of(config), path.is_file()
     stages = (config["autoencoder_train"], config["diffusion_train"])
     labels = any(section["augment"]["foreground_prob"] for section in stages)  # else no one looks at them
     if skip:
@@ -457,43 +534,27 @@ def _bad_cases(
         problems = check_headers(cases, channels, labels)
     notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
     for line in notes[:NOTES_SAID]:
-        say(line)
+        run.say(line)
     if (more := len(notes) - NOTES_SAID) > 0:
-        say(f"note: {more} more notes; check_data.py lists all")
-    bad = sorted({problem.case for problem in problems})
-    if problems and not skip:
-        first = problems[0]
-        raise UserError(
-            f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases are bad.\n"
-            "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
+        run.say(f"note: {more} more notes; check_data.py lists all")
+    bad = {problem.case for problem in problems}
+    if bad and (write if kept else not skip):
+        first, of = problems[0], f" of {path}" if kept else ""
+        remedy = (
+            "Put good copies in their place, or leave them out by --skip-bad in another model_dir."
+            if kept
+            else "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
         )
-    if skip and write:
-        listed = [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems]
-        write_json(model_dir / "skipped.json", listed)
+        raise UserError(
+            f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases{of} are bad.\n{remedy}"
+        )
+    skipped = path.with_name("skipped.json")
+    if skip and write and not kept:
+        write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
+    if bad:
+        told = f": {splits.listed(sorted(bad))}" if kept else f", listed in {skipped}"
+        run.say(f"data: {len(bad)} bad case(s) left out{told}")
     return bad
-
-
-def _split(cases: list[Case], validation: list[Case], config: dict, model_dir: Path, write: bool):
-    path = model_dir / SPLIT
-    by_name = {case.name: case for case in [*cases, *validation]}
-    if path.is_file():
-        split = read_json(path, "split")
-        train, val = split.get("training", []), split.get("validation", [])
-        if set(train) | set(val) != set(by_name):
-            raise UserError(
-                f"{path}: the data set is no longer the one this split was made for. Choose another "
-                "model_dir, or delete the file to split anew."
-            )
-        return [by_name[name] for name in train], [by_name[name] for name in val]
-    train, val = (
-        (cases, validation)
-        if validation
-        else split_cases(cases, config["data"]["val_fraction"], config["seed"])
-    )
-    if write:
-        split = {"training": [case.name for case in train], "validation": [case.name for case in val]}
-        write_json(path, split)
-    return train, val
 
 
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
@@ -527,10 +588,17 @@ def warn_of_padding(cases: Sequence[Case], spacing: Sequence[float], size: Seque
 
 
 def volumes_to_encode(
-    config: dict, environment: dict, run: Run, skip_bad: bool
+    config: dict,
+    environment: dict,
+    run: Run,
+    skip_bad: bool,
+    autoencoder: Path,
+    resumed: dict | None = None,
 ) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and the held-out volumes of stage 2, as images."""
-    train_cases, val_cases = prepare_data(config, environment, run, skip_bad)
+    """The training and the held-out volumes of stage 2, as images; arguments as of `prepare_data`."""
+    train_cases, val_cases = prepare_data(
+        config, environment, run, skip_bad, resumed=resumed, autoencoder=autoencoder
+    )
     _, size, _ = patch_sizes(config, [*train_cases, *val_cases])
     preprocessing, augment = configs.preprocessing_of(config), config["diffusion_train"]["augment"]
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
@@ -574,13 +642,15 @@ def check_cached_data(folder: Path, manifest: dict, config: dict, environment: d
     base, path = environment["data_base_dir"], environment["model_dir"] / SPLIT
     if all(one.exists() for one in (base if isinstance(base, list) else [base])):
         cases, validation = find_data(config, environment, run.say)
-        check_data(folder, manifest, [*cases, *validation])
+        others = check_data(folder, manifest, [*cases, *validation])
+        if others:
+            run.say(f"data: {splits.left_out(others, _shown(base), folder / MANIFEST)}")
     else:
         run.say(f"data: {base} is not there; the latents in {folder} stand for them")
     split = {part: [record["case"] for record in manifest[part]] for part in PARTS}
     if not path.is_file():
         write_json(path, split)
-    elif {part: read_json(path, "split").get(part) for part in PARTS} != split:
+    elif dict(zip(PARTS, splits.read_split(path), strict=True)) != split:
         raise UserError(
             f"{path}: the latents in {folder} were made for another split. Make them anew by "
             "cache_latents.py --fresh, or choose another cache_dir in the environment file."
@@ -634,10 +704,7 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
         max_memory: GB to encode and decode in; None: no limit.
     """
     checkpoint = load_checkpoint(path)
-    trained = configs.completed(checkpoint.get("config", config))
-    for key in ("autoencoder_def", "channel", "spacing", "intensity"):
-        if trained[key] != config[key]:
-            raise UserError(f"{path}: was trained with {key} {trained[key]}, the config says {config[key]}.")
+    configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))
     budget = Budget(max_memory * memory.GB) if max_memory else None
@@ -792,21 +859,34 @@ def claim(model_dir: Path, run: Run) -> None:
     run.from_main(lock)
 
 
-def starting_point(args: argparse.Namespace, environment: dict, stage: str, files: StageFiles, run: Run):
+def starting_point(
+    args: argparse.Namespace, config: dict, environment: dict, stage: str, files: StageFiles, run: Run
+):
     """The checkpoint to go on from, on every rank, or None to start: `--resume FILE`, `--fresh`, else the
     newest that is good, unless `resume_ckpt` is false.
 
-    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept.
+    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept. Keys
+    of the config that differ from the checkpoint's are said.
 
     Raises:
-        UserError: the checkpoint that was named is missing or damaged, or none that is there is good.
+        UserError: the checkpoint that was named is missing or damaged, or none that is there is good; or it
+            was trained with other networks or volumes than the config asks for.
     """
     found, model_dir = {}, environment["model_dir"]
+
+    def check() -> None:
+        """Before anything is moved. A spacing that the data decide is checked when they are found."""
+        keys = [key for key in configs.FIXED[stage] if key != "spacing" or config["spacing"]]
+        configs.check_fixed(
+            found["content"]["config"], config, keys, found["content"]["path"], configs.RESUMING
+        )
+
     log = TextLog(model_dir / "log.txt") if run.is_main else None
 
     def choose() -> Path | None:
         if args.resume:
             found["content"] = load_training_checkpoint(args.resume, files.name)
+            check()
             if files.present() and args.resume.resolve() != files.last.resolve():
                 run.say(f"what is in {files.last.parent} is copied to {set_aside(environment, stage, True)}")
             return args.resume
@@ -819,6 +899,7 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
             run.say(f"starting over{why}: what was there is now in {set_aside(environment, stage)}")
             return None
         path, found["content"] = files.newest(run.say)
+        check()
         return path
 
     path = run.from_main(choose)
@@ -834,7 +915,10 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
         log.begin(facts)
     if path is None:
         return None
-    return found["content"] if run.is_main else load_training_checkpoint(path, files.name)
+    content = found["content"] if run.is_main else load_training_checkpoint(path, files.name)
+    if changes := configs.changes(content["config"], config):
+        run.say(f"differs from the checkpoint's config: {changes}")
+    return content
 
 
 def keep_pair(environment: dict, best: Path, run: Run) -> None:

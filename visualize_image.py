@@ -476,6 +476,7 @@ def denoise(args: argparse.Namespace) -> None:
         compiled,
         args.max_memory,
         run,
+        args.set,
     )
     if args.channel >= (count := len(networks.geometry["limits"])):
         raise UserError(f"--channel {args.channel}: the model makes {count} channel(s), from 0 on.")

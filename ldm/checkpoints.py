@@ -75,6 +75,7 @@ WEIGHTS_OR_NONE = {**WEIGHTS, "type": ["object", "null"]}
 FLOATS = {"type": "dense tensor of floats"}
 AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
 COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
+HASHES = {"type": "array", "items": {"type": "string"}}
 SCALE_FACTOR = {"type": "number", "minimum": 1e-9, "maximum": 1e9}  # 1 / std of latents, with room to spare
 
 
@@ -101,7 +102,8 @@ ENTRIES = {  # of a checkpoint of this project: what each is, in those that have
     "format": SIZE,
     "model": WEIGHTS,
     "config": {"type": "plain object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
-    # how far it was trained
+    # on what, and how far it was trained
+    "subjects": fields(training=HASHES, validation=HASHES),
     **dict.fromkeys(COUNTS, COUNT),
     "seconds": AMOUNT,
     "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},

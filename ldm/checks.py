@@ -192,12 +192,13 @@ def check_cases(
         readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
     problems += [problem for reading in readings for problem in reading.problems]
     bad = {problem.case for problem in problems if not problem.note}
-    first: dict[str, Path] = {}
+    first: dict[str, tuple[str, Path]] = {}
     for case, reading in zip(cases, readings, strict=True):
         # A twin of what is left out for another reason is no twin.
         for file, digest in reading.digests.items() if case.name not in bad else ():
-            if (other := first.setdefault(digest, file)) != file:
-                reason = f"the same voxels as {other.name}: the split may put one on each side. Delete one"
+            if (other := first.setdefault(digest, (case.name, file))) != (case.name, file):
+                twin = other[1].name if other[1].name != file.name else f"{other[0]}, {other[1]}"
+                reason = f"the same voxels as {twin}: the split may put one on each side. Remove one"
                 problems.append(Problem(case.name, file, reason))
     problems += [problem for problem in _above_window(cases, readings) if problem.case not in bad]
     ranges = {

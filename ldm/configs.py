@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +20,19 @@ from ldm.networks import (
 from ldm.schemas import StrictValidator
 from ldm.transforms import Intensity, Preprocessing
 
+# What a checkpoint's weights mean nothing without, and keys of networks that change memory and no result.
+MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
+FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}
+RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
+ONLY_HOW = {
+    "use_checkpoint",
+    "use_checkpointing",
+    "use_flash_attention",
+    "num_splits",
+    "save_mem",
+    "print_info",
+}
+ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
 
 
@@ -101,6 +115,60 @@ def completed(config: dict) -> dict:
     schema, config = _schema(), copy.deepcopy(config)
     _fill_defaults(config, schema, schema)
     return config
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """The values of a config by dotted key."""
+    values = {}
+    for key, value in config.items():
+        below = isinstance(value, dict) and value
+        values |= flat(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return values
+
+
+def differences(trained: dict, config: dict) -> dict[str, tuple[str, str]]:
+    """By dotted key, what each of two configs says where they differ, for a message."""
+
+    def words(value: object) -> str:
+        return "not given" if value is ABSENT else brief(json.dumps(value))
+
+    was, now = flat(trained), flat(config)
+    pairs = {key: (was.get(key, ABSENT), now.get(key, ABSENT)) for key in dict.fromkeys([*now, *was])}
+    return {key: (words(a), words(b)) for key, (a, b) in pairs.items() if a != b}
+
+
+def check_fixed(
+    trained: dict,
+    config: dict,
+    keys: Sequence[str],
+    path: Path,
+    remedy: str = "",
+    source: str = "the config",
+) -> None:
+    """See that a config has the values that a checkpoint's weights mean nothing without.
+
+    Args:
+        trained: the config in the checkpoint.
+        keys: some of `FIXED`.
+        path: of the checkpoint, for the message.
+        source: where the config is from, for the message.
+
+    Raises:
+        UserError: a value differs; the key is named.
+    """
+    trained = completed(trained)
+    some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
+    for key, (was, now) in differences(some, others).items():
+        if key.rpartition(".")[2] not in ONLY_HOW:
+            raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
+
+
+def changes(trained: dict, config: dict) -> str:
+    """What a config changes of a checkpoint's, on one line; a spacing that the data decide is no change."""
+    found = differences(completed(trained), config)
+    if config["spacing"] is None:
+        found = {key: pair for key, pair in found.items() if key not in ("spacing", "longest_side")}
+    return "; ".join(f"{key} {now}, was {was}" for key, (was, now) in found.items())
 
 
 def _schema() -> dict:

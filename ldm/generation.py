@@ -20,6 +20,16 @@ from ldm.networks import check_size, latent_size, load_weights, network_divisor,
 from ldm.processes import NO_MEMORY, Run, amp_dtype
 from ldm.transforms import from_unit_range
 
+CONFIG_COPY = "Use the config it was trained with; config_*.json beside the checkpoint is a copy."
+OPTIONS = {  # that take the place of a key here
+    "seed": "--seed",
+    "diffusion_train.amp": "--amp",
+    "diffusion_train.compile": "--compile",
+    "diffusion_train.batch_size": "--batch-size",
+    "diffusion_train.sample_steps": "--steps",
+}
+USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffusion_train.patch_size")
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -46,11 +56,13 @@ def load_networks(
     compiled: bool,
     max_memory: float | None,
     run: Run,
+    overrides: Sequence[str] | None = None,
 ) -> Networks:
     """Networks of a config with the weights of two checkpoints, on the device.
 
     Args:
         source: the file that the config came from, for messages.
+        overrides: what `--set` changed in it; None: it is of a record, where only the networks count.
         scale_factor: wins over the checkpoint's.
         max_memory: GB to decode in.
 
@@ -62,13 +74,9 @@ def load_networks(
         (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
         (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),
     ):
-        trained = configs.completed(checkpoint.get("config", config))
-        for key in keys:
-            if trained.get(key) != config.get(key):
-                raise UserError(
-                    f"{path}: was trained with another {key} than {source} has. Use the config it "
-                    "was trained with; config_*.json beside the checkpoint is a copy."
-                )
+        configs.check_fixed(checkpoint.get("config", config), config, keys, path, CONFIG_COPY, str(source))
+    if overrides is not None:
+        check_what_the_model_decides(unet_state, config, unet_path, source, overrides, run)
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, autoencoder_state["model"], str(autoencoder_path))
     unet = configs.define_network(config, "diffusion_def")
@@ -100,6 +108,36 @@ def load_networks(
         geometry,
         autoencoder_state.get("validation", {}).get("power"),
     )
+
+
+def check_what_the_model_decides(
+    checkpoint: dict, config: dict, path: Path, source: str | Path, overrides: Sequence[str], run: Run
+) -> None:
+    """See that a config asks for the volumes that a diffusion model was trained on, and tell which keys that
+    `--set` gives have no effect. What is open in the config (null) is as the model has it.
+
+    Raises:
+        UserError: the config asks for others, or `--set` for another seed; the key is named.
+    """
+    trained = checkpoint.get("config")
+    if trained is not None:
+        keys = [key for key in ("channel", "spacing", "intensity") if config[key] is not None]
+        configs.check_fixed(trained, config, keys, path, CONFIG_COPY, str(source))
+    size, asked = checkpoint.get("geometry", {}).get("size"), config["diffusion_train"]["patch_size"]
+    if size and asked and list(size) != list(asked):
+        raise UserError(
+            f"{path}: makes volumes of {size} voxels, as it was trained to; {source} says "
+            f"diffusion_train.patch_size {asked}. {CONFIG_COPY}"
+        )
+    was, now = (configs.flat(one) for one in (configs.completed(trained or {}), config))
+    for key in [override.partition("=")[0] for override in overrides]:
+        below = [one for one in now if f"{one}.".startswith(f"{key}.")]
+        if any(f"{key}.".startswith(f"{one}.") for one in USED) or all(now[k] == was.get(k) for k in below):
+            continue
+        instead = f": give {OPTIONS[key]}" if key in OPTIONS else ""
+        if key == "seed":
+            raise UserError(f"--set {key}: has no effect here{instead}.")
+        run.say(f"note: --set {key} has no effect here{instead}")
 
 
 def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:

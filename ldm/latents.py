@@ -24,11 +24,14 @@ from ldm.encoders import LatentEncoder
 from ldm.networks import plain_names
 from ldm.processes import Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator, fault, fields
+from ldm.splits import PARTS, listed, plural
 
-MANIFEST, PARTS = "manifest.json", ("training", "validation")
+MANIFEST = "manifest.json"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
-RECORDS = {"type": "array", "minItems": 1, "items": fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)}
+RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
+RECORD["properties"]["subject"] = TEXT  # of later caches
+RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
 SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
 SPACING = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
@@ -174,7 +177,13 @@ def add(
         digest = sha256_of(path) if path.is_file() else None
         if digest is None or digest != known.get(entry, digest):
             missing.append(i)
-        records[i] = {"case": case.name, "entry": entry, "sha256": digest, "files": files}
+        records[i] = {
+            "case": case.name,
+            "subject": case.subject,
+            "entry": entry,
+            "sha256": digest,
+            "files": files,
+        }
     shape = None
     for i, entry in encode(encoder, volumes, missing, run, workers, what):
         path = folder / records[i]["entry"]
@@ -258,25 +267,33 @@ def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> Non
     )
 
 
-def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> None:
-    """See that a cache is of these cases, by their names and the sizes of their files; no image is opened.
+def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case]:
+    """See that the cases of a cache are there, by their names and the sizes of their files; no image is
+    opened.
+
+    Returns:
+        The other cases, but for those that were left out when the cache was made.
 
     Raises:
-        UserError: it is not.
+        UserError: a case of the cache is gone, or its files have other sizes.
     """
     records = [record for part in PARTS for record in manifest[part]]
-    due = {case.name: case for case in cases if case.name not in manifest["left_out"]}
+    there = {case.name: case for case in cases}
     names = {record["case"] for record in records}
-    other = sorted(names ^ due.keys())
-    if not other:
-        other = [
-            record["case"]
-            for record in records
-            if [path.stat().st_size if path.is_file() else None for path in due[record["case"]].images]
-            != [file["size"] for file in record["files"]]
-        ]
-    if other:
+    if gone := sorted(names - there.keys()):
         raise UserError(
-            f"{folder}: the latents there are of other data ({len(other)} case(s) differ, {other[0]}). Run "
-            "cache_latents.py again: it makes what changed."
+            f"{folder}: holds latents of {plural(gone)} not found among the data: {listed(gone)}. Put them "
+            "back, or choose another model_dir and cache_dir, where a new split is made."
         )
+    changed = [
+        record["case"]
+        for record in records
+        if [path.stat().st_size if path.is_file() else None for path in there[record["case"]].images]
+        != [file["size"] for file in record["files"]]
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: the latents there are of other data ({plural(changed)} changed: {listed(changed)}). "
+            "Run cache_latents.py again: it makes what changed."
+        )
+    return [case for case in cases if case.name not in {*names, *manifest["left_out"]}]

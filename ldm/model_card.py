@@ -16,6 +16,7 @@ from ldm.generation import Networks
 from ldm.logs import read_log
 from ldm.networks import downsampling
 from ldm.schemas import StrictValidator, fault, fields
+from ldm.splits import read_split
 
 STAGES = {  # file name -> name in the log, section of the config, name in words
     "autoencoder": ("autoencoder", "autoencoder_train", "autoencoder"),
@@ -64,9 +65,6 @@ def history(path: Path, name: str) -> dict:
         minutes = None if seconds is None else seconds / 60
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{log}: not the log of a training ({brief(error)}). Move it away.") from None
-    parts = read_json(split, "split") if split.is_file() else {}
-    if parts and not all(isinstance(parts.get(part), list) for part in ("training", "validation")):
-        raise UserError(f"{split}: should list `training` and `validation` cases. Move it away.")
     return {
         "sha256": sha256_of(path),
         "config": configs.completed(content["config"]) if "config" in content else None,
@@ -74,7 +72,7 @@ def history(path: Path, name: str) -> dict:
         "validation": content.get("validation", {}),
         "steps": steps,
         "minutes": minutes,
-        "cases": [len(parts[part]) for part in ("training", "validation")] if parts else None,
+        "cases": [len(names) for names in read_split(split)] if split.is_file() else None,
     }
 
 

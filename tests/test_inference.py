@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 
 import chain
 import nibabel as nib
@@ -266,6 +267,44 @@ def test_a_config_of_another_model_is_refused(model, key, change, name):
     message = model.refused(inference, "--set", change)
     assert key in message and str(model.model_dir / name) in message
     assert not model.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("spacing=[4,4,4]", "was trained with spacing [2.0, 1.5, 3.0]"),
+        ("channel=1", "was trained with channel 0"),
+        ("intensity.upper_percentile=95", "was trained with intensity.upper_percentile 99.5"),
+        ("diffusion_train.patch_size=[12,16,8]", "makes volumes of [16, 20, 12] voxels"),
+        ("seed=5", "has no effect here: give --seed"),
+    ],
+)
+def test_what_the_model_decides_is_not_changed(model, change, told):
+    """By --set, or by a config file, whose seed is that of the training."""
+    assert told in model.refused(inference, "--set", change)
+    key, value = change.split("=")
+    section, _, last = key.rpartition(".")
+    value = json.loads(value)
+    model.change(**({section: {**model.config.get(section, {}), last: value}} if section else {key: value}))
+    if key == "seed":
+        model.run(inference, "--steps", "1")
+    else:
+        assert told in model.refused(inference) and str(model.config_file) in model.refused(inference)
+        assert not model.output_dir.exists()
+
+
+def test_what_is_set_without_effect_is_said(model):
+    """Unless the model was trained with it, as where a demo hands its options to each script."""
+    keys = (
+        "diffusion_train.lr=1",
+        "diffusion_train.sample_steps=9",
+        "data.val_fraction=0.34",
+        "spacing=null",
+    )
+    said = model.run(inference, "--steps", "1", *(word for key in keys for word in ("--set", key)))
+    assert "note: --set diffusion_train.lr has no effect here\n" in said
+    assert "diffusion_train.sample_steps has no effect here: give --steps" in said
+    assert said.count("note:") == 2
 
 
 # ---------------------------------------------------------------- weights from elsewhere

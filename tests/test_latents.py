@@ -221,12 +221,16 @@ def test_a_cache_of_other_data_is_refused_and_what_changed_is_made(own):
     path = data / "imagesTr" / "scan_2.nii.gz"
     image = nib.load(path)
     nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) ** 2, image.affine), path)
-    assert "1 case(s) differ, scan_2" in own.refused(train_diffusion, *CACHED)
+    assert "1 case changed: scan_2" in own.refused(train_diffusion, *CACHED)
     assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
     listed = json.loads((data / "dataset.json").read_text())
-    listed["training"].pop()
+    last = listed["training"].pop()
     (data / "dataset.json").write_text(json.dumps(listed))
-    assert "1 case(s) differ, scan_5" in own.refused(train_diffusion, *CACHED)
+    assert "1 case not found among the data: scan_5. Put them back" in own.refused(train_diffusion, *CACHED)
+    listed["training"] += [last, {"name": "new", "image": "imagesTr/new.nii.gz"}]
+    (data / "dataset.json").write_text(json.dumps(listed))
+    said = own.run(train_diffusion, *CACHED, "--set", "diffusion_train.max_epochs=1")
+    assert "1 scan in" in said and "left out: new" in said
 
 
 def test_a_cache_of_another_split_is_refused(own):

@@ -330,6 +330,46 @@ def test_resume_ckpt_lets_the_first_run_of_a_stage_start(whole, tmp_path, flag):
     equal(project, whole, train_diffusion)
 
 
+FIXED = [  # what a checkpoint was trained with, and how it is told
+    ("spacing=[4,3,6]", "spacing [2.0, 1.5, 3.0]"),
+    ("channel=1", "channel 0"),
+    ("intensity.upper_percentile=99", "intensity.upper_percentile 99.5"),
+    ("autoencoder_def.norm_eps=0.1", "autoencoder_def.norm_eps not given"),
+]
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+@pytest.mark.parametrize("how", ["the newest", "--resume"])
+def test_promise_23_a_resumed_run_is_the_run_that_was_begun(whole, tmp_path, script, names, how):
+    """Whatever the weights mean nothing without is refused, and nothing is written; a spacing that the data
+    decide is known once they are found."""
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    named = project.model_dir / names[2]
+    before = fingerprint(project.folder)
+    own = [("NoiseScheduler.shift=2", "NoiseScheduler.shift 1.0")] if script is train_diffusion else []
+    for keys, told in [*FIXED, *own, ("spacing=null longest_side=10", FIXED[0][1])]:
+        changed = [word for key in keys.split() for word in ("--set", key)]
+        message = project.refused(script, *(("--resume", named) if how == "--resume" else ()), *changed)
+        assert f"was trained with {told}" in message and "another model_dir" in message
+        after = fingerprint(project.folder)
+        assert before == {name: after[name] for name in before}
+        assert keys.startswith("spacing=null") or before == after  # then the copy that --resume makes
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_promise_23_every_other_change_is_said(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    section = "autoencoder_train" if script is train_autoencoder else "diffusion_train"
+    changed = ("--set", f"{section}.lr=1e-5", "--set", "spacing=null")
+    changed = (*changed, "--set", "autoencoder_def.use_checkpoint=true")  # of its memory, not its results
+    said = project.run(script, "--no-amp", *changed)
+    (line,) = [one for one in said.splitlines() if one.startswith("differs from the checkpoint's config: ")]
+    told = line.partition(": ")[2].split("; ")
+    checkpointing = "autoencoder_def.use_checkpoint true, was not given"
+    assert sorted(told) == sorted([f"{section}.lr 1e-05, was 0.002", checkpointing])
+    assert "differs from" not in project.run(script, "--no-amp")
+
+
 def test_stage_2_does_not_go_on_with_another_autoencoder(whole, tmp_path):
     """The latents of one mean nothing to the diffusion model of another."""
     project = copy_of(whole, tmp_path / "other", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")

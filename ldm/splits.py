@@ -1,0 +1,229 @@
+"""Which cases are trained on and which are held out: kept in `split.json`, free of leaks, and remembered by
+the checkpoints that were trained on it."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from ldm import UserError, brief
+from ldm.checkpoints import sha256_of
+from ldm.checks import Problem
+from ldm.datasets import Case, read_json
+from ldm.schemas import StrictValidator, fault, fields
+
+PARTS = ("training", "validation")
+NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
+SPLIT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
+SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of them
+SHOWN = 5  # names in a message
+
+Sides = tuple[list[Case], list[Case]]
+
+
+def read_split(path: Path) -> tuple[list[str], list[str]]:
+    """The names of the training and of the validation cases. Raises UserError: the file holds no split."""
+    content = read_json(path, "split")
+    if what := fault(SPLIT, content):
+        raise UserError(
+            f"{path}: {what}. Expected two lists of case names, `training` and `validation`. Restore it, "
+            "or choose another model_dir."
+        )
+    return content["training"], content["validation"]
+
+
+def listed(cases: Iterable[Case | str]) -> str:
+    """Some names for a message: `a, b, c`, or the first ones and `...`."""
+    names = [case if isinstance(case, str) else case.name for case in cases]
+    return ", ".join(map(brief, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
+
+
+def plural(cases: Sequence, one: str = "case") -> str:
+    """`1 case`, `3 cases`."""
+    return f"{len(cases)} {one}{'s' * (len(cases) != 1)}"
+
+
+def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
+    """Says of cases that a file does not name them."""
+    verb = "is" if len(cases) == 1 else "are"
+    return f"{plural(cases, 'scan')} in {where} {verb} not in {path} and {verb} left out: {listed(cases)}"
+
+
+def as_kept(
+    path: Path, cases: list[Case], validation: list[Case], where: str, say: Callable, strict: bool
+) -> Sides:
+    """The cases that a split.json names, of those that there are; the others are said to be left out.
+
+    Args:
+        cases, validation: those that the data set has, as it divides them.
+        where: they were found, for messages.
+        say: prints a line.
+        strict: it is for a training, which is refused if a case is gone.
+
+    Raises:
+        UserError: as `strict` says; or nothing is left of a side.
+    """
+    by_name = {case.name: case for case in [*cases, *validation]}
+    names = read_split(path)
+    known = {name for part in names for name in part}
+    gone = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
+    others = [case for case in by_name.values() if case.name not in known]
+    what = f"{plural(gone)} of {path} not found in {where}"
+    if gone and strict:
+        raise UserError(
+            f"{what}: {listed(gone)}. Put them back, or choose another model_dir, where a new split is made."
+        )
+    sides = tuple([by_name[name] for name in part if name in by_name] for part in names)
+    if empty := [part for part, side in zip(PARTS, sides, strict=True) if not side]:
+        raise UserError(f"{what}, and no {empty[0]} case is left: {listed(gone)}. Put them back.")
+    if gone:
+        say(f"warning: {what}, and left out: {listed(gone)}")
+    if others:
+        remedy = ". Another model_dir would take them in" if strict else ""
+        say(f"data: {left_out(others, where, path)}{remedy}")
+    if moved := sorted({case.name for case in validation}.intersection(case.name for case in sides[0])):
+        told = f"{where}: has {listed(moved)} under validation, {path} has under training."
+        if strict:
+            raise UserError(f"{told} Choose another model_dir, where the split is made anew.")
+        say(f"warning: {told} The model was trained on them")
+    return sides
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def is_single_subject(train: Sequence[Case], validation: Sequence[Case]) -> bool:
+    """Whether both sides hold scans of one and the same subject: it is its own validation, on purpose."""
+    return len({case.subject for case in [*train, *validation]}) == 1
+
+
+def leaks(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
+    """Validation cases that are also trained on: of the same subject, the same file under two names (links
+    are followed), or another file of the same bytes.
+
+    Files are read only where their sizes agree, in a few places first, and whole only where these agree too.
+    The same voxels in files of other bytes are found by `ldm.checks.check_cases`.
+    """
+    found = shared_subjects(train, validation)
+    leaking = {problem.case for problem in found}
+    if is_single_subject(train, validation):
+        return []
+    files, own = (
+        {_real(path): case for case in some if case.name not in leaking for path in case.images}
+        for some in (train, validation)
+    )
+    same = [(path, path) for path in own if path in files]
+    twins = _twins(list(files), [path for path in own if path not in files])
+    for path, other in [*same, *twins]:
+        what = "is" if path == other else f"holds the same bytes as {other}, which is"
+        reason = f"{what} also under training, as {files[other].name}"
+        found.append(Problem(own[path].name, path, reason))
+    return found
+
+
+def shared_subjects(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
+    """Validation cases of a subject that is trained on, unless it is the only one."""
+    subjects = {} if is_single_subject(train, validation) else {case.subject: case.name for case in train}
+    told = "is of subject {}, who is under training too, as {}"
+    return [
+        Problem(case.name, case.images[0], told.format(brief(case.subject), subjects[case.subject]))
+        for case in validation
+        if case.subject in subjects
+    ]
+
+
+def _twins(some: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Of the second files those that hold the same bytes as one of the first, with it. Files that cannot be
+    read are told elsewhere."""
+    groups = {None: (some, others)}
+    for key in (_size, _sample, sha256_of):
+        finer = defaultdict(lambda: ([], []))
+        for group, sides in groups.items():
+            for side, paths in enumerate(sides):
+                for path in paths:
+                    try:
+                        finer[group, key(path)][side].append(path)
+                    except OSError:
+                        continue
+        groups = {group: sides for group, sides in finer.items() if all(sides)}
+    return [(path, first[0]) for first, second in groups.values() for path in second]
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it takes links in a circle
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _sample(path: Path) -> bytes:
+    """Hash of some bytes of the start, the middle and the end of a file."""
+    digest, last = hashlib.sha256(), max(0, path.stat().st_size - SAMPLED)
+    with path.open("rb") as file:
+        for place in range(PLACES):
+            file.seek(last * place // (PLACES - 1))
+            digest.update(file.read(SAMPLED))
+    return digest.digest()
+
+
+def one_file_of_two_subjects(cases: Sequence[Case]) -> list[Problem]:
+    """The same file under two subjects: a draw of subjects may put one on each side."""
+    found, first = [], {}
+    for case in cases:
+        for path in case.images:
+            other = first.setdefault(_real(path), case)
+            if other.subject != case.subject:
+                reason = f"is there as {other.name} and as {case.name}: the split may put one on each side"
+                found.append(Problem(case.name, path, reason))
+    return found
+
+
+# ---------------------------------------------------------------- what a checkpoint remembers
+
+
+def subjects_of(train: Sequence[Case], validation: Sequence[Case]) -> dict[str, list[str]]:
+    """For a checkpoint: hashes of the subjects of each side, since names may tell of a person."""
+    sides = zip(PARTS, (train, validation), strict=True)
+    return {part: sorted({_hashed(case.subject) for case in cases}) for part, cases in sides}
+
+
+def _hashed(subject: str) -> str:
+    return hashlib.sha256(subject.encode()).hexdigest()[:16]
+
+
+def on_side(cases: Sequence[Case], subjects: dict[str, list[str]], part: str) -> list[Case]:
+    """The cases whose subject a checkpoint's `subjects` have on this side, and not on the other."""
+    (other,) = set(PARTS) - {part}
+    there = set(subjects[part]) - set(subjects[other])
+    return [case for case in cases if _hashed(case.subject) in there]
+
+
+def split_alike(cases: Sequence[Case], subjects: dict[str, list[str]]) -> Sides | None:
+    """Hold out what a checkpoint's training held out, and train on the rest; None where that leaves nothing
+    on a side."""
+    held_out = {case.name for case in on_side(cases, subjects, "validation")}
+    train = [case for case in cases if case.name not in held_out]
+    validation = [case for case in cases if case.name in held_out]
+    return (train, validation) if train and validation else None
+
+
+def check_unchanged(path: Path, train: Sequence[Case], validation: Sequence[Case], resumed: dict) -> None:
+    """See that no case has changed sides since a run that is resumed was begun.
+
+    Args:
+        path: of the split.json.
+        resumed: the checkpoint.
+
+    Raises:
+        UserError: some have.
+    """
+    if (before := resumed.get("subjects")) is None:  # of an older version
+        return
+    crossed = on_side(validation, before, "training") + on_side(train, before, "validation")
+    if crossed:
+        raise UserError(
+            f"{path}: has changed since {resumed['path']} was begun: {plural(crossed)} changed sides "
+            f"({listed(crossed)}). Restore it, or choose another model_dir."
+        )
