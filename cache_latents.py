@@ -7,8 +7,9 @@
 
 Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`) and the data that stage 2 would read. Written to
 `cache_dir`/latents: for each volume, and for each of its `diffusion_train.augment.versions` random versions
-where it is augmented, the posterior's mean and standard deviation; and `manifest.json`, which tells what they
-follow from. A training that finds there another autoencoder, other transforms or other data is refused.
+where it is augmented, the posterior's mean and standard deviation, encoded in float32; and `manifest.json`,
+which tells what they follow from. A training that finds there another autoencoder, other transforms or other
+data is refused.
 
 The same command again goes on where it stopped, and makes anew what is damaged or whose files have changed.
 `--fresh` deletes the latents of another autoencoder or config first. With `--max-memory GB` volumes are
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--skip-bad", action="store_true", help="read all data first, and leave bad cases out")
     utils.add_max_memory(parser, "encode")
     args = parser.parse_args(argv)
+    if args.amp:
+        raise UserError("--amp: latents that are kept are encoded in float32; leave it out.")
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
     section, workers = config["diffusion_train"], config["data"]["num_workers"]

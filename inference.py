@@ -149,13 +149,15 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
 
     Raises:
         UserError: volumes cannot be decoded within `--max-memory`.
+        ForecastError: the peaks cannot be predicted.
     """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
 
     def peaks(batch: int, amp: bool, max_memory: float | None) -> dict[str, memory.Peak]:
         meter, half = memory.Meter(gpu), utils.half_precision(gpu) if amp else None
         run = Run(0, 1, torch.device("cpu"), half)
-        rehearse(config, size, batch, meter, run)
+        with memory.forecasting():
+            rehearse(config, size, batch, meter, run)
         if max_memory:
             weights = meter.peaks["decoding"].parts["weights"]
             budget = Budget(max_memory * memory.GB, like_gpu=gpu)
@@ -174,7 +176,7 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         options[f"--max-memory {least}"] = (batch, amp, least)
     lower = {}
     for words, option in options.items():
-        with contextlib.suppress(UserError):  # too little to decode in
+        with contextlib.suppress(UserError, memory.ForecastError):  # too little to decode in
             lower[words] = memory.highest(peaks(*option)).total
     lower = {words: total for words, total in sorted(lower.items(), key=lambda item: item[1]) if total < now}
     print(memory.report(found, lower, gpu, half, batch, size))

@@ -346,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         resumed,
     )
+    del resumed  # else its weights and moments would stay in memory beside those of the networks
     count = sum(p.numel() for p in autoencoder.parameters())
     run.say(
         f"autoencoder: {count / 1e6:.1f} M parameters, patches {patch_size}, validation on {val_size}, "

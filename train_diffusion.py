@@ -23,7 +23,7 @@ only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training t
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -166,7 +166,8 @@ def one_of(dataset: Dataset, i: int) -> dict:
 
 @torch.no_grad()
 def posterior_of(batch: dict, encoder: LatentEncoder | None, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept, or encoded now."""
+    """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept, or encoded now, for this step alone,
+    in the precision of the training."""
     if "mean" in batch:
         return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
     with run.autocast():
@@ -341,7 +342,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             encoder = define_encoder()
             with meter.phase("encoding"):
                 image = torch.zeros(1, config["image_channels"], *size, device=run.device)
-                posterior_of({"image": image}, encoder, run)
+                posterior_of({"image": image}, encoder, replace(run, amp_dtype=None))  # as `latents.encode`
             endless = section["augment"]["versions"] is None
             if endless and augmentation(section["augment"], tuple(size), False):
                 batch = {"image": image.expand(count, -1, -1, -1, -1).clone()}
@@ -419,6 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = 0 if source.in_memory and run.device.type == "cpu" else None
     loader = utils.make_loader(WithChance(source.train, source.shape, seed), section, config, run, workers)
     training = Training("diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed)
+    del resumed  # else its weights and moments would stay in memory beside those of the network
     count = sum(p.numel() for p in learner.unet.parameters())
     run.say(
         f"diffusion: {count / 1e6:.1f} M parameters, predicts {process.prediction}, "

@@ -90,7 +90,7 @@ def command(main: Callable) -> Callable:
         message, code = None, None
         try:
             result = main(argv)
-        except (UserError, OSError, FloatingPointError) as error:
+        except (UserError, OSError, FloatingPointError, memory.ForecastError) as error:
             message, code = str(error), 2 if isinstance(error, UserError) else 1
             if message.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
                 message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
@@ -629,6 +629,7 @@ def what_latents_follow_from(config: dict) -> dict:
         "data.pattern": data["pattern"],
         "data.val_fraction": data["val_fraction"],
         "version of the transforms": CODE,
+        "precision": "float32",
     }
 
 
@@ -762,8 +763,11 @@ def meant_for_gpu(args: argparse.Namespace) -> bool:
 
 
 def half_precision(gpu: bool) -> torch.dtype | None:
-    """What mixed precision would compute in on a GPU, or on this CPU."""
-    return torch.bfloat16 if gpu else processes.amp_dtype(torch.device("cpu"))
+    """What mixed precision computes in on this machine's GPU (where it has none: on one that has bf16), or on
+    this CPU."""
+    if gpu and not torch.cuda.is_available():
+        return torch.bfloat16
+    return processes.amp_dtype(torch.device("cuda" if gpu else "cpu"))
 
 
 def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
@@ -772,6 +776,7 @@ def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Nam
 
     Raises:
         UserError: the command line also says where to start, or asks for a trace.
+        ForecastError: the peaks cannot be predicted.
     """
     if others := [f"--{name}" for name in ("fresh", "resume", "profile") if getattr(args, name)]:
         raise UserError(f"--dry-run: nothing is trained; leave out {', '.join(others)}.")
@@ -799,35 +804,47 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 def refuse_what_cannot_fit(
     rehearse: Callable, config: dict, stage: str, sizes: Sequence, args: argparse.Namespace, run: Run
 ) -> None:
-    """On GPUs: warn where the predicted peak is more than there is on any.
+    """On GPUs: warn where the predicted peak is more than is free on any, or cannot be predicted.
+
+    Memory that is in use may be free before the peak, and the libraries' workspace is an allowance: neither
+    refuses a training.
 
     Args:
         sizes: as `patch_sizes` gives them.
 
     Raises:
-        UserError: its tensors alone, without the libraries' workspace, are more than there is.
+        UserError: the tensors alone are more than a whole GPU. Not on Windows, whose driver may put them into
+            main memory, nor where the networks are compiled, which may keep fewer.
     """
     compiled = config[stage]["compile"] if args.compile is None else args.compile
     memories = run.gather(gpu_memory(run.device))
     if None in memories:
         return
-    free, everything = min(memories)
+    free, everything = (min(values) for values in zip(*memories, strict=True))
 
     def check() -> None:
         wanted = planned(config, stage, args)
-        forecast = memory.Forecast(rehearse, stage, sizes, True, torch.bfloat16, run.world_size)
-        peaks = forecast.peaks(wanted)
+        half = processes.amp_dtype(run.device)
+        forecast = memory.Forecast(rehearse, stage, sizes, True, half, run.world_size)
+        try:
+            peaks = forecast.peaks(wanted)
+        except (memory.ForecastError, UserError) as error:
+            # Also a UserError: without values a check may fail that passes with them. Else it comes again.
+            run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
+            return
         peak = memory.highest(peaks)
         if peak.total <= free:
             return
         lower = memory.listed(forecast.savings(wanted, peaks)) or "smaller networks"
-        told = (
-            f"{stage}: this takes about {peak.total / memory.GB:.1f} GB. Of the GPU's "
-            f"{everything / memory.GB:.1f} GB {free / memory.GB:.1f} are free.\nLess by {lower}"
+        needs = f"{stage}: expected peak {peak.total / memory.GB:.1f} GB"
+        if peak.tensors > everything and not compiled and os.name != "nt":
+            raise UserError(
+                f"{needs}, but the GPU has {everything / memory.GB:.1f} GB in all.\nTo lower it: {lower}"
+            )
+        run.say(
+            f"warning: {needs}. Of the GPU's {everything / memory.GB:.1f} GB {free / memory.GB:.1f} are free "
+            f"now.\nTo lower it: {lower}"
         )
-        if peak.tensors > free and not compiled:  # what is compiled may keep less
-            raise UserError(told)
-        run.say(f"warning: {told}")
 
     run.from_main(check)
 

@@ -5,8 +5,12 @@ A cache is a folder with one `.npy` a case, (versions, 2, c, d, h, w) float32, m
 `manifest.json` that says what they follow from: the autoencoder, the way from file to volume, the data. An
 entry is named by the hash of all that, so that an interrupted cache goes on, and is read memory-mapped, so
 that all processes of a machine share one copy.
+
+Whatever is kept is encoded in float32, whatever precision the training has: it is read in every epoch, and
+encoded once.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,11 +62,12 @@ class Posteriors(Dataset):
 
     Args:
         cases: what is served.
-        entries: of each case (versions, 2, c, d, h, w): a tensor, or the file that holds it.
+        entries: of each case (versions, 2, c, d, h, w): the files that hold them; or one tensor of all, which
+            loader processes share, however they are started.
         seed: of the order of versions.
     """
 
-    def __init__(self, cases: Sequence[Case], entries: Sequence[torch.Tensor | Path], seed: int):
+    def __init__(self, cases: Sequence[Case], entries: Sequence[Path] | torch.Tensor, seed: int):
         self.cases, self.entries, self.seed = list(cases), entries, seed
 
     def __len__(self) -> int:
@@ -92,11 +97,26 @@ class _Versions(Dataset):
         return i, version, self.volumes.image(i, version)
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within, a GPU multiplies float32 as float32, not in TF32's 10 bits of mantissa."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @torch.no_grad()
 def encode(
     encoder: LatentEncoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Encode all versions of some volumes: index and (versions, 2, c, d, h, w) float32, on the CPU, of each.
+    Autocast and TF32 are off.
 
     Args:
         workers: loader processes.
@@ -111,7 +131,7 @@ def encode(
     )
     versions = []
     for i, version, image in progress_bar(run, what, items=loader, unit="volume"):
-        with run.autocast():
+        with without_tf32():
             mean, std = encoder.posterior(image[None].to(run.device, non_blocking=True))
         versions.append(torch.stack([mean[0], std[0]]).cpu())
         if version + 1 == volumes.versions:
@@ -122,11 +142,18 @@ def encode(
 def encode_all(
     encoder: LatentEncoder, volumes: VolumeDataset, run: Run, workers: int, what: str
 ) -> Posteriors:
-    """Encode each volume once, each rank its share, and hand every rank all posteriors."""
+    """Encode each volume once, each rank its share, and give every rank all posteriors."""
     mine = range(run.rank, len(volumes), run.world_size)
-    found = dict(encode(encoder, volumes, mine, run, workers, what))
-    everywhere = {i: entry for part in run.gather(found) for i, entry in part.items()}
-    return Posteriors(volumes.cases, [everywhere[i] for i in range(len(volumes))], volumes.seed)
+    entries = None
+    for i, entry in encode(encoder, volumes, mine, run, workers, what):
+        if entries is None:
+            entries = torch.empty(len(volumes), *entry.shape)
+        entries[i] = entry
+    shape = next(filter(None, run.gather(None if entries is None else [*entries.shape])))
+    if entries is None:  # more ranks than volumes
+        entries = torch.empty(shape)
+    run.share(entries)
+    return Posteriors(volumes.cases, entries, volumes.seed)
 
 
 # ---------------------------------------------------------------- the cache
@@ -253,10 +280,10 @@ def _is_whole(path: Path, digest: str) -> bool:
 
 def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> None:
     was, now = manifest["about"], json.loads(json.dumps(about))
-    key = next((key for key in now if was.get(key) != now[key]), None)
+    key = next((key for key in now if key not in was or was[key] != now[key]), None)
     if key is not None:
-        pair = (brief(json.dumps(value)) for value in (was.get(key), now[key]))
-        what = "{} {}; here it is {}".format(key, *pair)
+        then = brief(json.dumps(was[key])) if key in was else "unknown"
+        what = f"{key} {then}; here it is {brief(json.dumps(now[key]))}"
     elif manifest["autoencoder"]["weights"] != weights:
         what = "another autoencoder"
     else:

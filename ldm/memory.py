@@ -54,12 +54,39 @@ FLOAT32_ON_CUDA = (
     "rsqrt", "sum", "sum.dim_IntList", "cumsum", "logsumexp", "linalg_vector_norm", "cosine_similarity",
     "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d",
 )  # fmt: skip
-UNTOLD = (
+NO_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+
+
+class ForecastError(Exception):
+    """The memory of a computation cannot be predicted. This says nothing about whether it can run."""
+
+
+@contextlib.contextmanager
+def forecasting() -> Iterator[None]:
+    """Raise a `ForecastError` in place of what a rehearsal raises, other than a `UserError`.
+
+    This catches `Exception`, since a network's own code runs here on tensors without values and may raise
+    anything: `NO_VALUES` where it asks for one, RuntimeError ("Cannot access data pointer"),
+    NotImplementedError of an operator without a meta kernel, AssertionError and TypeError of torch's own fake
+    kernels, and what the network makes of all these. None of it shows that the true computation would fail.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error.__context__, NO_VALUES):  # a network that cannot be built without values
+            raise _forecast_error(error.__context__) from None
+        raise
+    except Exception as error:
+        raise _forecast_error(error) from None
+
+
+def _forecast_error(error: Exception) -> ForecastError:
+    return ForecastError(f"the memory cannot be predicted ({type(error).__name__}: {brief(error)})")
 
 
 @contextlib.contextmanager
@@ -119,9 +146,6 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         peaks: {phase: Peak}.
-
-    Raises:
-        UserError: on leaving, where a network asks for values.
     """
 
     def __init__(self, like_gpu: bool, ranks: int = 1):
@@ -131,26 +155,25 @@ class Meter(TorchDispatchMode):
         self.live = dict.fromkeys(PARTS, 0)
         self.storages = {}  # id: [part, bytes, weak reference]
         self.highest = None  # the peak so far of the phase that runs
-        self.context = contextlib.ExitStack()
 
     def __enter__(self) -> "Meter":
-        enter = self.context.enter_context
-        enter(torch.inference_mode(False))  # in which autocast would be passed over
-        enter(torch.random.fork_rng(devices=[]))
-        enter(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        if self.like_gpu:
-            enter(cuda_autocast_rules())
-        enter(FakeTensorMode(allow_non_fake_inputs=True))
-        # torch does not move fake modules; they are where they should be.
-        enter(mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
+        with contextlib.ExitStack() as context:
+            enter = context.enter_context
+            enter(torch.inference_mode(False))  # in which autocast would be passed over
+            enter(torch.random.fork_rng(devices=[]))
+            enter(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            if self.like_gpu:
+                enter(cuda_autocast_rules())
+            enter(FakeTensorMode(allow_non_fake_inputs=True))
+            # torch does not move fake modules; they are where they should be.
+            enter(mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
+            self.context = context.pop_all()
         return super().__enter__()
 
     def __exit__(self, kind, error, traceback) -> None:
         super().__exit__(kind, error, traceback)
         self.context.close()
-        if isinstance(error, UNTOLD):
-            raise UserError(f"the memory that this takes cannot be told beforehand: {brief(error)}") from None
 
     def hold(self, part: str, *modules: nn.Module | None) -> None:
         """Count the parameters and buffers of these modules as this part."""
@@ -164,6 +187,7 @@ class Meter(TorchDispatchMode):
             for parameter in stepper.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p: self._count(p.grad, "gradients"))
             self._fill_gradients(stepper)
+            stepper.scaler.scale(stepper.norm)  # the first call makes the scale, in fp16
             take_steps([stepper])
             for tensor in tree_leaves([dict(state) for state in stepper.optimizer.state.values()]):
                 self._count(tensor, "optimiser")
@@ -266,13 +290,19 @@ class Forecast:
     ranks: int = 1
 
     def peaks(self, config: dict) -> dict[str, Peak]:
-        """{phase: Peak}. Raises UserError where they cannot be told, or networks cannot take the sizes."""
+        """{phase: Peak}.
+
+        Raises:
+            ForecastError: they cannot be predicted.
+            UserError: the networks cannot take the sizes.
+        """
         first, second = config["autoencoder_train"], config["diffusion_train"]
         own = first["patch_size"], second["patch_size"], first["val_patch_size"]
         sizes = [mine or size for mine, size in zip(own, self.sizes, strict=True)]
         meter = Meter(self.gpu, self.ranks)
         run = Run(0, 1, torch.device("cpu"), self.half if config[self.stage]["amp"] else None)
-        self.rehearse(config, sizes, meter, run)
+        with forecasting():
+            self.rehearse(config, sizes, meter, run)
         return meter.peaks
 
     def savings(self, config: dict, peaks: dict[str, Peak]) -> dict[str, int]:
@@ -283,7 +313,7 @@ class Forecast:
             changed = copy.deepcopy(config)
             changed[self.stage] |= change
             words = [f"{self.stage}.{key}={json.dumps(value)}" for key, value in change.items()]
-            with contextlib.suppress(UserError):  # too small for a network
+            with contextlib.suppress(UserError, ForecastError):  # too small for a network
                 found[" ".join(words).replace(", ", ",")] = highest(self.peaks(changed)).total
         lower = sorted(found.items(), key=lambda item: item[1])
         return {words: total for words, total in lower if total < now}

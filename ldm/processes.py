@@ -67,6 +67,13 @@ class Run:
             dist.all_gather_object(values, value, group=self.patient)
         return values
 
+    def share(self, rows: torch.Tensor) -> None:
+        """Fill in the rows of a tensor on the CPU that other ranks have: row i is that of rank i modulo the
+        number of ranks. The values themselves are sent; `gather` would pickle them."""
+        if self.world_size > 1:
+            for i, row in enumerate(rows):
+                dist.broadcast(row, i % self.world_size, group=self.patient)
+
     def from_main(self, make: Callable):
         """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
         result = error = None

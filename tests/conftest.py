@@ -1,15 +1,45 @@
 """Fixtures that several test files share. Nothing here trains."""
 
+import signal
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
+from ldm.processes import STOPPING, Interruption
+
 
 def pytest_addoption(parser):
     """`--kills N` for tests/faults."""
     parser.addoption("--kills", type=int, default=3, help="how often tests/faults kills a training")
+
+
+@pytest.fixture(autouse=True)
+def signals_end_pytest(monkeypatch):
+    """A signal from outside ends pytest, though a script that is under test catches it; and no test leaves a
+    handler behind. A test's own signals come from `signal.raise_signal`."""
+    raised, foreign = [], []
+    raise_signal, note = signal.raise_signal, Interruption._note
+
+    def raise_own(number: int) -> None:
+        raised.append(number)
+        raise_signal(number)
+
+    def note_both(self, number: int, frame) -> None:
+        raised.remove(number) if number in raised else foreign.append(number)
+        note(self, number, frame)
+
+    monkeypatch.setattr(signal, "raise_signal", raise_own)
+    monkeypatch.setattr(Interruption, "_note", note_both)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    after = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if foreign:
+        pytest.exit(f"stopped by {signal.Signals(foreign[0]).name}", 128 + foreign[0])
+    assert after == before, "a signal handler was left behind"
 
 
 @pytest.fixture(scope="session")

@@ -335,6 +335,38 @@ def test_a_rank_that_waits_with_its_message_obeys_the_next_signal(monkeypatch):
     assert stop.value.code == 1 and slept
 
 
+UNDER_TEST = '''
+import os
+import signal
+
+from ldm.processes import CLEAN_UP, Interruption
+
+def test_a_script_that_catches_a_signal_from_outside():
+    try:
+        with CLEAN_UP:
+            Interruption()
+            os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        pass
+
+def test_that_comes_after():
+    pass
+'''
+
+
+@posix
+def test_a_signal_to_pytest_ends_it(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(UNDER_TEST)
+    process = launch("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path)
+    try:
+        printed = process.communicate(timeout=120)[0]
+    finally:
+        end(process)
+    assert process.returncode == CODE[signal.SIGTERM] and "stopped by SIGTERM" in printed, printed
+    assert "1 passed" in printed
+
+
 # ---------------------------------------------------------------- two runs in one folder
 
 

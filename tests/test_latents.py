@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from multiprocessing.reduction import ForkingPickler
 
 import chain
 import nibabel as nib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from chain import Project, copy_of, differences, fingerprint
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import cache_latents
@@ -18,6 +20,7 @@ from ldm import latents
 from ldm.checkpoints import save_checkpoint
 from ldm.datasets import Case
 from ldm.latents import Posteriors
+from ldm.processes import Run
 
 CACHED = ("--no-amp", "--set", "diffusion_train.latent_cache=true")
 FLIPS = ("--set", 'diffusion_train.augment={"flip_axes": [0, 1], "versions": 3}')
@@ -139,6 +142,63 @@ def test_each_version_has_its_turn(tmp_path):
             assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["std"], b["std"])
 
 
+class Volumes:
+    """Three volumes in two versions."""
+
+    cases, versions, seed = [Case(name, ()) for name in "abc"], 2, 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def image(self, i: int, version: int) -> torch.Tensor:
+        return torch.rand(1, 64, 64, 32, generator=torch.Generator().manual_seed(10 * i + version))
+
+
+class Encoder:
+    """An encoder of one convolution, which notes whether TF32 is allowed."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.layer, self.tf32 = torch.nn.Conv3d(1, 2, 3, padding=1), []
+
+    def posterior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.tf32 += [backend.allow_tf32 for backend in (torch.backends.cuda.matmul, torch.backends.cudnn)]
+        return self.layer(image).float().chunk(2, 1)
+
+
+@pytest.fixture
+def tf32():
+    """Allowed, as in a training on a GPU."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.usefixtures("tf32")
+def test_what_is_kept_is_encoded_in_float32_whatever_the_training_has():
+    half, full = (Run(0, 1, torch.device("cpu"), amp) for amp in (torch.bfloat16, None))
+    encoder = Encoder()
+    a, b = (latents.encode_all(encoder, Volumes(), run, 0, "encode") for run in (half, full))
+    assert torch.equal(a.entries, b.entries) and a.entries.shape == (3, 2, 2, 1, 64, 64, 32)
+    assert not any(encoder.tf32) and torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+    with torch.no_grad():
+        mean, std = encoder.posterior(Volumes().image(2, 1)[None])
+    assert torch.equal(a.entries[2, 1], torch.stack([mean[0], std[0]]))
+
+
+def test_latents_in_memory_are_pickled_to_no_rank_and_no_loader_process(monkeypatch):
+    """A loader process that is spawned, as on Windows, is told where they lie."""
+    gathered = []
+    monkeypatch.setattr(Run, "gather", lambda self, value: gathered.append(value) or [value])
+    posteriors = latents.encode_all(Encoder(), Volumes(), Run(0, 1, torch.device("cpu")), 0, "encode")
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(gathered))
+    assert posteriors.entries.nbytes > 1e6 and len(ForkingPickler.dumps(posteriors)) < 10_000
+
+
 # ---------------------------------------------------------------- going on
 
 
@@ -211,6 +271,22 @@ def test_a_cache_of_other_transforms_is_refused(own, changes, named):
     flags = [flag for key, value in changes.items() for flag in ("--set", f"{key}={json.dumps(value)}")]
     message = own.refused(train_diffusion, *CACHED, *flags)
     assert named in message and "cache_latents.py --fresh" in message
+
+
+def test_a_cache_that_does_not_say_its_precision_is_refused(own):
+    """Those of before were made in bfloat16 where the machine had it."""
+    manifest = manifest_of(own)
+    assert manifest["about"].pop("precision") == "float32"
+    (folder_of(own) / "manifest.json").write_text(json.dumps(manifest))
+    for script, flags in ((train_diffusion, CACHED), (cache_latents, ())):
+        assert own.refused(script, *flags) == (
+            f"error: {folder_of(own)}: the latents there were made with precision unknown; here it is "
+            '"float32". Make them anew by cache_latents.py --fresh, or choose another cache_dir in the '
+            "environment file."
+        )
+    assert own.refused(cache_latents, "--amp") == (
+        "error: --amp: latents that are kept are encoded in float32; leave it out."
+    )
 
 
 def test_a_cache_of_other_data_is_refused_and_what_changed_is_made(own):

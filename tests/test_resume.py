@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import chain
 import pytest
 import torch
 from chain import Project, copy_of, differences, fingerprint
+from torch.utils._pytree import tree_leaves
 
 import train_autoencoder
 import train_diffusion
 from ldm import UserError
+from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, load_checkpoint, save_checkpoint, weights_hash
 from ldm.training import Stepper
 
@@ -90,6 +94,33 @@ def test_promise_4_a_resume_in_the_middle_of_an_epoch_is_exact(whole, tmp_path, 
     assert middles >= 2
     assert "resumed in epoch" in project.run(script, "--no-amp")
     equal(project, whole, script, ignoring=("config",))  # the loader processes stand in it
+
+
+@pytest.mark.parametrize("script, names", STAGES)
+def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypatch, script, names):
+    """Neither of the one that is resumed nor of the best nor of stage 1's: each would be one more copy of
+    weights, average and moments in main memory until the end. Sums and counters are taken up as they are."""
+    log = ("split.json", "train_log.jsonl", "autoencoder.pt")
+    project = copy_of(whole, tmp_path / "again", *dict.fromkeys([*names, *log]))
+    stage = "autoencoder_train" if script is train_autoencoder else "diffusion_train"
+    read, alive, longer = [], [], ("--set", f"{stage}.max_epochs=5")
+
+    def load(*args, **kwargs):
+        content = torch_load(*args, **kwargs)
+        tensors = [one for one in tree_leaves(content) if isinstance(one, torch.Tensor)]
+        read.extend(weakref.ref(one) for one in tensors if one.numel() > 2)
+        return content
+
+    def epochs(self):
+        gc.collect()
+        alive.extend(tuple(one().shape) for one in read if one() is not None)
+        yield from real_epochs(self)
+
+    torch_load, real_epochs = torch.load, Training.epochs
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(Training, "epochs", epochs)
+    assert "resumed in epoch" in project.run(script, "--no-amp", *longer)
+    assert len(read) > 100 and not alive
 
 
 def steppers(checkpoint: dict) -> list[dict]:
