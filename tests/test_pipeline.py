@@ -1,5 +1,6 @@
 """The scripts one after the other, as a user runs them: what is trained, written, resumed and refused."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -18,7 +19,8 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm import configs
+from benchmarks.measure import flags_kept
+from ldm import UserError, configs
 from ldm.datasets import choose_spacing, find_cases
 from ldm.training import Clock, Stepper, learning_rate, make_ema
 
@@ -675,11 +677,63 @@ def test_several_gpus_without_torchrun_gives_the_line_to_use(fresh, monkeypatch)
     assert not fresh.model_dir.exists() or not any(fresh.model_dir.iterdir())
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What torch says where there are two GPUs; its flags are put back afterwards."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    with flags_kept():
+        yield monkeypatch
+
+
+def test_float32_is_float32_where_results_are_kept_and_fast_where_one_trains(two_gpus):
+    """In whichever order the scripts of a notebook run in one process."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    args = argparse.Namespace(gpus=None, device=None, amp=None)
+    for section in ({}, None, {}):
+        run, training = utils.start(args, section), section is not None
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (training,) * 3
+        assert cudnn.deterministic is not training
+        assert run.precision == ("bfloat16" if training else "float32")
+    args.amp = False
+    assert utils.start(args, {}).precision == "tf32"
+    args.amp = True
+    assert utils.start(args).precision == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "message"),
+    [
+        ("cuda:1", {"LOCAL_WORLD_SIZE": "2"}, "torchrun started 2 processes here"),
+        ("cuda", {"LOCAL_WORLD_SIZE": "4"}, "4 processes for 2 GPUs here"),
+        (None, {"LOCAL_RANK": "2"}, "3 processes for 2 GPUs here"),
+        (
+            "cuda:2",
+            {},
+            "--device cuda:2: found 2 GPUs here (CUDA_VISIBLE_DEVICES is '5,7'), numbered from 0.",
+        ),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(two_gpus, device, variables, message):
+    for key, value in {"WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "5,7", **variables}.items():
+        two_gpus.setenv(key, value)
+    args = argparse.Namespace(gpus=None, device=device, amp=False)
+    with pytest.raises(UserError) as stop:
+        utils.start(args)
+    assert message in str(stop.value)
+    for name in variables:
+        two_gpus.delenv(name)
+    args.device = "cuda:1"
+    assert utils.start(args).device == torch.device("cuda:1")
+
+
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
 def test_cuda_without_a_gpu(done, script, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     message = done.refused(script, "--device", "cuda")
-    assert "--device cuda" in message and "--device cpu" in message
+    assert "finds no CUDA GPU here (CUDA_VISIBLE_DEVICES is ''). Use --device cpu." in message
 
 
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
