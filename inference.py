@@ -199,7 +199,7 @@ def reproduce(args: argparse.Namespace) -> None:
     record = provenance.read_record(args.reproduce)
     config = configs.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
-    path = args.reproduce.with_name(f"{args.reproduce.stem}_reproduced.nii.gz")
+    path = args.reproduce.with_name(f"{args.reproduce.stem}{provenance.REPRODUCED}.nii.gz")
     if path.exists():
         raise UserError(f"{path} is there already. Move it away first.")
     folder = args.reproduce.parent
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
     due = run.from_main(lambda: provenance.missing(paths, request))  # before any rank writes its first
     if len(due) < len(seeds):
-        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there from before")
+        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there already")
 
     # Step 3: sample, decode, write; each rank its share of the batches. A batch that is there in part is
     # drawn whole, so that its volumes are what they would have been.
@@ -371,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
-        run.say(f"inference: {args.num} volumes in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
+        volumes = f"{args.num} volume{'s' * (args.num != 1)}"
+        run.say(f"inference: {volumes} in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
 
 
 if __name__ == "__main__":

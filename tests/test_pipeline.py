@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import chain
 import nibabel as nib
@@ -21,6 +23,7 @@ import train_diffusion
 import utils
 from benchmarks.measure import flags_kept
 from ldm import UserError, configs
+from ldm.checkpoints import sha256_of
 from ldm.datasets import choose_spacing, find_cases
 from ldm.training import Clock, Stepper, learning_rate, make_ema
 
@@ -664,6 +667,53 @@ def test_profile_of_too_few_steps_is_told(encoded):
     few = ("--set", "diffusion_train.max_epochs=1")
     message = encoded.refused(train_diffusion, "--no-amp", "--profile", *few)
     assert "--profile: only" in message and "Raise max_epochs" in message
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_judges_the_samples_that_it_drew_and_no_other_volume(tmp_path, monkeypatch, capsys):
+    """launchers/demo.py, its scripts run in this process on fewer and smaller brains; then once more."""
+    monkeypatch.syspath_prepend(chain.ROOT / "launchers")
+    monkeypatch.chdir(chain.ROOT)
+    demo, out = importlib.import_module("demo"), tmp_path / "demo"
+    small = {"simulate_brains.py": {"96": "8", "4": "10"}, "inference.py": {"50": "2"}}
+
+    def step(python: Path, script: str, *argv: str) -> None:
+        argv = [small.get(script, {}).get(word, word) for word in argv]
+        more = ["--workers", "1"] if script == "simulate_brains.py" else ["--device", "cpu"]
+        importlib.import_module(script.removesuffix(".py")).main([*argv, *more])
+
+    monkeypatch.setattr(demo, "step", step)
+    monkeypatch.setattr(demo.environment, "ready", lambda *_: Path("python"))
+    settings = [
+        *("data.val_fraction=0.25", "autoencoder_def.channels=[8,8,8]", "diffusion_def.channels=[16,32]"),
+        *(
+            f"{stage}_train.{one}"
+            for stage in ("autoencoder", "diffusion")
+            for one in ("max_epochs=1", "amp=false")
+        ),
+    ]
+    folders = {"data", "models", "tensorboard", "samples", "evaluation", "environment.json"}
+    for seed in range(2):
+        words = [word for one in (*settings, f"seed={seed}") for word in ("--set", one)]
+        demo.main(["--out", str(out), *words])
+        assert {path.name for path in out.iterdir()} == folders | ({"old-1"} if seed else set())
+        found = json.loads((out / "evaluation" / "metrics.json").read_text())
+        counts = {name: (one["volumes"], Path(one["folder"])) for name, one in found["sets"].items()}
+        assert counts == {
+            "held-out": (2, out / "data"),
+            "generated": (8, out / "samples"),
+            "training": (6, out / "data"),
+        }
+        assert found["unet_sha256"] == sha256_of(out / "models" / "diffusion_unet.pt")
+        copies = next(figure for figure in found["figures"] if figure["key"] == "copies")
+        assert copies["value"] == 0 and "copies of training scans" not in str(found["verdicts"])
+        assert not any("left out" in note for note in found["notes"])
+        assert "8 volumes" in (out / "evaluation" / "report.html").read_text()
+        printed = capsys.readouterr().out
+        assert printed.count("sample_00000") == 8 and str(out / "evaluation" / "report.html") in printed
+    assert {path.name for path in (out / "old-1").iterdir()} == folders - {"data"}
 
 
 # ---------------------------------------------------------------- wrong usage
