@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--amp: latents that are kept are encoded in float32; leave it out.")
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
-    section, workers = config["diffusion_train"], config["data"]["num_workers"]
-    run = utils.start(args, section)
+    workers = config["data"]["num_workers"]
+    run = utils.start(args)
     path = utils.autoencoder_path(args, environment)
     folder = environment["cache_dir"] / utils.LATENTS
     about = utils.what_latents_follow_from(config)

@@ -6,12 +6,14 @@
     python evaluate.py --real held_out --generated samples --out report
     python evaluate.py -c CONFIG -e ENV --medicalnet resnet_50_23dataset.pth --radimagenet RadImageNet.pth
 
-With `-c` and `-e` the held-out and the training scans are those of the run's split, the samples those in
-`output_dir`, and the features those of its autoencoder; `--out` is `output_dir`/evaluation. Any of them can
-be named instead: `--real` held-out scans, `--generated` samples, `--train` the scans that were trained on,
-each a folder in any layout of docs/data.md or a list. Without `--train` copies are not looked for, and the
-floor is between the two halves of the held-out scans. Without an autoencoder there are no distances in
-features.
+With `-c` and `-e` the held-out and the training scans are those of the run's split, the features those of its
+autoencoder, and the samples those that inference.py drew into `output_dir` with the checkpoints of
+`model_dir` as they are now, by their records; all other volumes there are left out and named. `--out` is
+`output_dir`/evaluation. Any of them can be named instead: `--real` held-out scans, `--generated` samples, of
+one model, `--train` the scans that were trained on, each a folder in any layout of docs/data.md or a list.
+Files of the scans among the samples are left out, and the page says so first. Without `--train` copies are
+not looked for, and the floor is between the two halves of the held-out scans. Without an autoencoder there
+are no distances in features.
 
 All volumes come to one grid, that of the samples, and to the unit range: scans as `intensity` says, samples
 of inference.py by the limits in their records. Volumes that cannot be read or are constant are left
@@ -32,6 +34,7 @@ Exit codes: 0 done, whatever the verdict; 1 a failure at run time; 2 wrong usage
 
 import argparse
 import datetime
+import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,8 +62,6 @@ HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
 SHOWN = 4  # volumes of a set on the page
 PAIRS_SHOWN = 8
 YARDSTICKS = 32  # real volumes that are blurred, at most
-SAMPLES = "sample_*.nii.gz"  # of inference.py
-REPRODUCED = "_reproduced"  # what --reproduce puts behind a sample's name
 
 
 # ---------------------------------------------------------------- command line
@@ -134,13 +135,16 @@ class Source:
 
 @dataclass
 class Inputs:
-    """All that an evaluation reads. `config` is None where neither a run nor an autoencoder is named."""
+    """All that an evaluation reads. `config` is None where neither a run nor an autoencoder is named;
+    `records` are those of the samples that have one."""
 
     sources: dict[str, Source]
     config: dict | None
     autoencoder: Path | None
     log: list[dict]
     out: Path
+    records: list[dict]
+    notes: list[str]
 
 
 def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
@@ -181,17 +185,100 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             found, validation = find_cases(folder, say=run.say)
             sources[name] = Source(name, str(folder), [*found, *validation])
         elif name == GENERATED:
-            folder = environment["output_dir"]
-            if not any(folder.glob(SAMPLES)):
-                raise UserError(
-                    f"{folder}: no samples there. Run inference.py first, or name some by --generated."
-                )
-            sources[name] = Source(name, str(folder), find_cases(folder, SAMPLES)[0])
+            cases[name], records, notes = samples_of_run(environment, autoencoder)
+            sources[name] = Source(name, str(environment["output_dir"]), cases[name])
         elif cases.get(name):
             sources[name] = Source(name, str(environment["data_base_dir"]), cases[name])
-    made = sources[GENERATED]
-    made.cases = [case for case in made.cases if not case.name.endswith(REPRODUCED)]
-    return Inputs(sources, config, autoencoder, log, out)
+    if args.generated:
+        records, notes = check_named_samples(sources[GENERATED])
+    return Inputs(sources, config, autoencoder, log, out, records, notes)
+
+
+def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], list[dict], list[str]]:
+    """The samples of the run's model in `output_dir`, their records, and a note on what else lies there.
+
+    Raises:
+        UserError: there are none, or no model.
+    """
+    folder, unet = environment["output_dir"], environment["model_dir"] / "diffusion_unet.pt"
+    if not unet.is_file():
+        raise UserError(
+            f"{unet}: no such checkpoint. Run train_diffusion.py, or name the samples by --generated."
+        )
+    samples, others = provenance.samples_of(folder, {"autoencoder": autoencoder, "unet": unet})
+    left_out = f"left out: {provenance.told(others)}" if others else ""
+    if not samples:
+        raise UserError(
+            f"{folder}: no samples of {unet} there{f' ({left_out})' * bool(others)}.\n"
+            "Run inference.py, or name the samples by --generated."
+        )
+    cases = [Case(path.name.removesuffix(".nii.gz"), (path,)) for path in samples]
+    return cases, [*samples.values()], [f"{GENERATED}: {left_out}."] if others else []
+
+
+def check_named_samples(source: Source) -> tuple[list[dict], list[str]]:
+    """The records of the samples of a folder that the user named, as far as there are any, and notes on those
+    that have none. What --reproduce made is taken out.
+
+    Raises:
+        UserError: by their records they are of several models.
+    """
+    source.cases = [case for case in source.cases if not case.name.endswith(provenance.REPRODUCED)]
+    found, without, changed, total = [], [], [], len(source.cases)
+    for case in source.cases:
+        try:
+            record = provenance.record_of(case.images[0])
+        except UserError:
+            continue  # read again, and listed, with the volumes
+        if record is None:
+            without.append(case.name)
+            continue
+        found.append(record)
+        if sha256_of(case.images[0]) != record["volume"]["sha256"]:
+            changed.append(case.name)
+    provenance.check_one_model(source.folder, found)
+    notes = []
+    if found and without:
+        some = provenance.some_of(without)
+        notes.append(
+            f"{source.name}: {len(without)} of {total} volumes have no record of inference.py ({some})."
+        )
+    if changed:
+        some = provenance.some_of(changed)
+        notes.append(
+            f"{source.name}: {len(changed)} of {total} volumes were changed after inference.py ({some})."
+        )
+    return found, notes
+
+
+def take_out_scans(sources: dict[str, Source]) -> list[dict]:
+    """Take out the generated volumes that are files of the scans, by path or by their bytes, and say so in
+    lines such as `verdicts` gives.
+
+    Raises:
+        UserError: no other is left.
+    """
+    made, lines = sources[GENERATED], []
+    total, hashed = len(made.cases), functools.cache(sha256_of)
+    for name in (TRAINING, HELD_OUT):
+        by_size = {}  # only files of one size need to be read
+        for case in sources[name].cases if name in sources else ():
+            for path in filter(Path.is_file, case.images):
+                by_size.setdefault(path.stat().st_size, []).append(path)
+
+        def is_scan(path: Path, by_size: dict = by_size) -> bool:
+            rivals = by_size.get(path.stat().st_size, ()) if path.is_file() else ()
+            return any(hashed(path) == hashed(one) for one in rivals)
+
+        scans = [case.name for case in made.cases if any(map(is_scan, case.images))]
+        if not scans:
+            continue
+        if len(scans) == len(made.cases):
+            raise UserError(f"{made.folder}: all generated volumes there are files of the {name} set.")
+        made.cases = [case for case in made.cases if case.name not in scans]
+        text = f"{len(scans)} of {total} generated volumes are files of the {name} set, and are left out"
+        lines.append({"tone": "bad", "text": f"{text}: {provenance.some_of(scans)}."})
+    return lines
 
 
 def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
@@ -465,6 +552,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("evaluate.py is one process: start it without torchrun.")
     inputs = find_inputs(args, run)
     sources, made = inputs.sources, inputs.sources[GENERATED]
+    findings = take_out_scans(sources)
 
     # Step 1: one grid for all, and networks that look at it
     way = preprocessing_for(inputs, args.channel)
@@ -473,7 +561,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = volume_size(made.cases, way.spacing, divisor)
     networks, settings = feature_networks(args, encoder, run)
     classifier = read_classifier(args.classifier, run)
-    notes = [note for source in sources.values() for note in geometry_notes(source, way, size)]
+    notes = [
+        *inputs.notes,
+        *(note for source in sources.values() for note in geometry_notes(source, way, size)),
+    ]
     read = Reader(way, size, run.device)
 
     # Step 2: read every volume once
@@ -487,9 +578,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     figures = evaluation.all_figures(sets, nearest)
     counts = {one.name: len(one) for one in sets.present}
-    lines = verdicts(figures, nearest, counts)
+    lines = [*findings, *verdicts(figures, nearest, counts)]
 
     # Step 4: metrics.json and report.html
+    sampling = provenance.settings_of(inputs.records)
+    told = [
+        f"{one['volumes']} by {one['sampler']}, {one['steps']} steps, {one['precision']}, scale factor "
+        f"{one['scale_factor']:.4g}"
+        for one in sampling
+    ]
+    if told:
+        settings["samples"] = "; ".join(told)
+    if len(sampling) > 1:
+        notes.append(f"{GENERATED}: drawn with different settings: {'; '.join(told)}.")
     digest = sha256_of(inputs.autoencoder) if inputs.autoencoder else None
     if digest:
         settings["autoencoder"] = f"{inputs.autoencoder.name}, SHA-256 {digest}"
@@ -505,6 +606,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "channels": ", ".join(map(str, way.channels)),
             "intensities": f"{way.intensity} become 0 and 1",
             "intervals": "95 %, by drawing volumes anew",
+            "precision": f"all networks compute in {run.precision}",
             **settings,
             "versions": ", ".join(f"{key} {value}" for key, value in provenance.versions().items() if value),
             "machine": f"{platform.system()}, {run.device}",
@@ -512,6 +614,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "notes": notes,
         "nearest": nearest_of_each(sets, nearest),
         "autoencoder_sha256": digest,
+        "unet_sha256": inputs.records[0]["unet"]["sha256"] if inputs.records else None,
+        "sampling": sampling,
     }
     write_report(
         inputs.out / "report.html",

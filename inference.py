@@ -8,11 +8,12 @@
     python inference.py --reproduce outputs/sample_000003.json
 
 Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and, to rounding, whatever
-`--batch-size`. Sampling runs in float32 for that reason; `--amp` trades it for speed. Reads `autoencoder.pt`
-and `diffusion_unet.pt` of `model_dir`, or weights from elsewhere (bare state dicts, old or new names) with
-their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was trained on, their
-intensities in the training set's typical range. No volume is overwritten: the same command again makes those
-that are missing, another one is refused. (torchrun takes `--num` for an option of its own; `-n` is the same.)
+`--batch-size`. Sampling runs in float32 for that reason, on a GPU without TF32; `--amp` trades it for speed.
+Reads `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or weights from elsewhere (bare state dicts,
+old or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that
+was trained on, their intensities in the training set's typical range. No volume is overwritten: the same
+command again makes those that are missing, another one is refused. (torchrun takes `--num` for an option of
+its own; `-n` is the same.)
 
 With `--max-memory GB` (of 10^9 bytes) volumes are decoded within so much memory of the device, the weights of
 both networks included: in slabs, with the statistics of the whole volume, so that they are the same volumes
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, figures, generation, memory, provenance
+from ldm import UserError, configs, figures, generation, memory, processes, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint
 from ldm.decoding import Budget, decoding_peak, weights_bytes
@@ -92,25 +93,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def start(args: argparse.Namespace) -> Run:
-    """Join the other processes, and let the same seed give the same bytes on a GPU too."""
-    run = utils.start(args)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    return run
-
-
 def hardware(run: Run) -> str:
     """The GPU's name, or the kind of CPU and of its vector instructions."""
     if run.device.type == "cuda":
         return torch.cuda.get_device_name(run.device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def precision_of(run: Run) -> str:
-    """What the networks compute in, one of `provenance.PRECISIONS`."""
-    if run.amp_dtype:
-        return str(run.amp_dtype).removeprefix("torch.")
-    return "tf32" if run.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
 
 
 # ---------------------------------------------------------------- networks
@@ -205,9 +192,6 @@ def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
     return utils.planned_sizes(config, args)[1]
 
 
-# ---------------------------------------------------------------- files
-
-
 # ---------------------------------------------------------------- making one again
 
 
@@ -217,7 +201,7 @@ def reproduce(args: argparse.Namespace) -> None:
     record = provenance.read_record(args.reproduce)
     config = configs.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
-    path = args.reproduce.with_name(f"{args.reproduce.stem}_reproduced.nii.gz")
+    path = args.reproduce.with_name(f"{args.reproduce.stem}{provenance.REPRODUCED}.nii.gz")
     if path.exists():
         raise UserError(f"{path} is there already. Move it away first.")
     folder = args.reproduce.parent
@@ -227,13 +211,12 @@ def reproduce(args: argparse.Namespace) -> None:
 
     # Step 1: the same device and precision, and networks
     args.device, args.amp = args.device or record["device"], False
-    run = start(args)
+    run = utils.start(args)
     if run.world_size > 1:
         raise UserError("--reproduce makes one volume: start it without torchrun.")
     if record["precision"] in ("bfloat16", "float16"):
         run.amp_dtype = getattr(torch, record["precision"])
-    tf32 = record["precision"] == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    processes.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     networks = generation.load_networks(
         *checkpoints,
@@ -301,8 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return tell_memory(args, config)
     environment = utils.load_environment(args.environment_file)
-    args.amp = bool(args.amp)
-    run = start(args)
+    run = utils.start(args)
     output_dir = environment["output_dir"]
 
     # Step 1: checkpoints and networks
@@ -329,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sampler": sampler,
         "steps": steps,
         "scale_factor": networks.encoder.scale_factor,
-        "precision": precision_of(run),
+        "precision": run.precision,
         "compile": bool(args.compile),
         "device": run.device.type,
         "hardware": hardware(run),
@@ -347,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
     due = run.from_main(lambda: provenance.missing(paths, request))  # before any rank writes its first
     if len(due) < len(seeds):
-        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there from before")
+        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there already")
 
     # Step 3: sample, decode, write; each rank its share of the batches. A batch that is there in part is
     # drawn whole, so that its volumes are what they would have been.
@@ -392,7 +374,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
-        run.say(f"inference: {args.num} volumes in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
+        volumes = f"{args.num} volume{'s' * (args.num != 1)}"
+        run.say(f"inference: {volumes} in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
 
 
 if __name__ == "__main__":

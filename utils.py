@@ -325,8 +325,13 @@ def load_environment(path: str | Path) -> dict:
 def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     """Join the other processes (found by torchrun's variables) and choose device and precision.
 
+    Args:
+        section: of the config that is trained, whose `amp` says whether in mixed precision. Without one, for
+            volumes, latents and figures that are kept, all is computed in float32 (but for `--amp`) and comes
+            out the same each time: on a GPU without TF32, and by cuDNN's deterministic algorithms.
+
     Raises:
-        UserError: `-g` and the number of processes disagree, or the device is not there.
+        UserError: `-g` and the number of processes disagree, or there is no GPU for this process.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -340,20 +345,11 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         )
         raise UserError(f"-g {args.gpus}, but {under}. Start it as:\n  {line}")
     kind = _device_name(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if kind.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here. Use --device cpu."
-            )
-        index = int(kind.partition(":")[2] or local_rank)
-        if index >= torch.cuda.device_count():
-            raise UserError(f"GPU number {index} is asked for; this machine has {torch.cuda.device_count()}.")
-        torch.cuda.set_device(index)
-        device = torch.device("cuda", index)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    else:
-        device = torch.device("cpu")
+    device = _gpu(kind, local_rank) if kind != "cpu" else torch.device("cpu")
+    training = section is not None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        processes.choose_kernels(tf32=training, repeatable=not training)
     patient = None
     if world_size > 1:
         # With gloo beside NCCL, so that the group of the patient finds all connections made.
@@ -366,14 +362,40 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
             raise OSError(f"the processes do not find each other at {where} ({brief(error)}).") from None
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    amp = args.amp if args.amp is not None else section.get("amp", True) if section else True
+    amp = args.amp if args.amp is not None else training and section.get("amp", True)
     return Run(rank, world_size, device, processes.amp_dtype(device) if amp else None, patient)
 
 
 def _device_name(kind: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
-        raise UserError(f"--device {kind}: cpu, cuda or cuda:N is due.")
+        raise UserError(f"--device {kind}: expected cpu, cuda or cuda:N.")
     return kind
+
+
+def _gpu(kind: str, local_rank: int) -> torch.device:
+    """The GPU of this process: the one that is named, or under torchrun each its own."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
+        )
+    number, count = kind.partition(":")[2], torch.cuda.device_count()
+    there = f"{count} GPU{'s' * (count != 1)} here{chosen}"
+    if number and processes_here > 1:
+        raise UserError(
+            f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
+            "own.\nUse --device cuda; the variable CUDA_VISIBLE_DEVICES chooses the GPUs."
+        )
+    if not number and processes_here > count:
+        raise UserError(
+            f"{processes_here} processes for {there}: each process needs a GPU of its own.\n"
+            f"Use torchrun --nproc_per_node={count}, or --device cpu."
+        )
+    if (index := int(number or local_rank)) >= count:
+        raise UserError(f"--device {kind}: found {there}, numbered from 0.")
+    return torch.device("cuda", index)
 
 
 # ---------------------------------------------------------------- data

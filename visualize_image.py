@@ -461,11 +461,9 @@ def denoise(args: argparse.Namespace) -> None:
     utils.check_scale_factor(args.scale_factor)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
-    args.amp = bool(args.amp)
     run = utils.start(args)
     if run.world_size > 1:
         raise UserError("`denoise` draws one sample: start it without torchrun.")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     model_dir, compiled = environment["model_dir"], bool(args.compile)
     networks = generation.load_networks(
         args.autoencoder or model_dir / "autoencoder.pt",

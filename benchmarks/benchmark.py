@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-import inference
 import simulate_brains
 import train_autoencoder
 import utils
@@ -333,9 +332,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = argparse.Namespace(device=args.device, gpus=None, amp=None)
     with measure.flags_kept():
         flags = {"reference": measure.REFERENCE_FLAGS}
-        run = utils.start(start)  # whether to use mixed precision, each section of the config says
+        run = utils.start(start, {})  # whether to use mixed precision, each section of the config says
         flags["ours"] = measure.read_flags()
-        inference.start(start)
+        utils.start(start)
         flags["inference"] = measure.read_flags()
         config = read_config(args, run.device.type)
         report = {

@@ -99,7 +99,8 @@ def conditions(halves: dict[str, Path], folder: Path, spacing: float) -> dict[st
     sigma = [spacing / size for size in sizes]
     return {
         "real scans": (second, first),
-        "copies": (scans, held),
+        # Brighter, since files of the training set themselves are left out.
+        "copies": (changed(scans, folder / "copies", lambda x, rng: 2 * x), held),
         "mirrored copies": (changed(scans, folder / "mirrored", lambda x, rng: x[::-1]), held),
         "blurred copies": (
             changed(scans, folder / "blurred", lambda x, rng: gaussian_filter(x, sigma)),

@@ -6,8 +6,10 @@ page that says how good they are.
     ./demo.sh --set diffusion_train.max_minutes=20   # another value than config/config_demo.json has
 
 Started by demo.sh and demo.bat, by any Python from 3.11 on: makes .venv first (see environment.py), then runs
-the project's scripts in it, each as its printed line says. Run again, it moves the models and pictures of the
-run before to old-1, old-2, ... in the same folder and begins anew; simulated brains are used again.
+the project's scripts in it, each as its printed line says. Everything goes to outputs/demo, each kind to a
+folder of its own: data (the simulated brains), models, tensorboard, samples, evaluation (the page). Run
+again, it moves what the run before made to old-1, old-2, ... in the same folder and begins anew; simulated
+brains are used again.
 """
 
 import argparse
@@ -24,7 +26,8 @@ import environment
 from environment import ROOT
 
 CONFIG = "config/config_demo.json"
-SIMULATED = "data"  # inside --out
+SIMULATED = "data"  # inside --out, as are these:
+MODELS, CURVES, SAMPLES, PAGE = "models", "tensorboard", "samples", "evaluation"
 ENVIRONMENT = "environment.json"  # inside --out, and the mark by which an earlier demo is known
 
 
@@ -38,9 +41,9 @@ def main(argv=None):
     set_aside(out)
     places = {
         "data_base_dir": shown(data),
-        "model_dir": shown(out / "models"),
-        "tfevent_path": shown(out / "tensorboard"),
-        "output_dir": shown(out),
+        "model_dir": shown(out / MODELS),
+        "tfevent_path": shown(out / CURVES),
+        "output_dir": shown(out / SAMPLES),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / ENVIRONMENT).write_text(json.dumps(places, indent=4) + "\n", encoding="utf-8")
@@ -58,14 +61,14 @@ def main(argv=None):
     step(python, "train_autoencoder.py", *common)
     step(python, "train_diffusion.py", *common)
     step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")
-    step(python, "evaluate.py", *common)
+    step(python, "evaluate.py", *common, "--out", shown(out / PAGE))
 
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     print(f"\nDone in {minutes} min {seconds} s.")
     print(f"  trained on        {shown(data)}")
-    print(f"  models            {shown(out / 'models')}")
+    print(f"  models            {shown(out / MODELS)}")
     print(f"  environment file  {shown(out / ENVIRONMENT)}")
-    print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / 'tensorboard')}")
+    print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / CURVES)}")
     for path in made(out):
         print(f"  written           {shown(path)}")
 
@@ -150,18 +153,10 @@ def step(python, script, *arguments):
 
 def made(out):
     """The volumes, pictures and pages that the scripts wrote."""
-    own = {SIMULATED, "models", "tensorboard"}
-    for path in sorted((out / "models").glob("*")):
-        if path.suffix in (".png", ".gif"):
-            yield path
-    for path in sorted(out.rglob("*")):
-        top = path.relative_to(out).parts[0]
-        if (
-            top not in own
-            and not top.startswith("old-")
-            and path.name.endswith((".nii.gz", ".png", ".gif", ".html"))
-        ):
-            yield path
+    for folder in (MODELS, SAMPLES, PAGE):
+        for path in sorted((out / folder).glob("*")):
+            if path.name.endswith((".nii.gz", ".png", ".gif", ".html")):
+                yield path
 
 
 def shown(path):

@@ -44,6 +44,14 @@ class Run:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
+    @property
+    def precision(self) -> str:
+        """What networks compute in: float32, tf32 (products of 10 bits), bfloat16 or float16."""
+        if self.amp_dtype:
+            return str(self.amp_dtype).removeprefix("torch.")
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return "tf32" if self.device.type == "cuda" and tf32 else "float32"
+
     def autocast(self):
         """Mixed precision, or nothing where it is off."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -91,6 +99,19 @@ class Run:
         if error:
             raise error
         return result
+
+
+def choose_kernels(tf32: bool, repeatable: bool) -> None:
+    """How GPUs compute in float32: one home for the four flags, so that one script leaves none to the next in
+    the same process.
+
+    Args:
+        tf32: matrix products and convolutions round their inputs to 10 bits of mantissa, for speed.
+        repeatable: the same bytes each time; else the algorithms that cuDNN finds fastest for each size.
+    """
+    # The flags of old: torch refuses to mix them with `fp32_precision`, and torch.compile reads these.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not repeatable, repeatable
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)

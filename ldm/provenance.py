@@ -1,16 +1,18 @@
 """The files of generated volumes: each has a record beside it, a JSON that says what it was made of, so that
-the record and the checkpoints suffice to make it again."""
+the record and the checkpoints suffice to make it again, and no other volume is taken for a sample."""
 
 import hashlib
 import json
 import platform
 import subprocess
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from ldm import UserError, brief
 from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, sha256_of, write_json, written_whole
-from ldm.datasets import read_json
+from ldm.datasets import IMAGE_SUFFIXES, read_json
 from ldm.diffusion import SAMPLERS
 from ldm.schemas import StrictValidator, fault, fields
 
@@ -21,14 +23,15 @@ CHECKPOINTS = ("autoencoder", "unet")
 PACKAGES = ("torch", "monai", "monai-generative", "nibabel", "numpy")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
 ROOT = Path(__file__).resolve().parents[1]
-
+REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside checkpoints and config
+REPRODUCED = "_reproduced"  # what --reproduce puts behind a sample's name
 
 TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 SCHEMA = fields(
     seed=SEED,
-    batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `same_request`
+    batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `differences`
     sampler={"enum": list(SAMPLERS)},
     steps={**SIZE, "maximum": MOST_STEPS},
     scale_factor=SCALE_FACTOR,
@@ -112,19 +115,24 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def same_request(path: Path, request: dict) -> bool:
-    """Whether the record at `path` is of a volume that this request asks for as well.
+def differences(path: Path, request: dict) -> str:
+    """In what a volume, by its record at `path`, was made otherwise than this request asks for; "" where it
+    is the same volume.
 
     The batch does not count, nor the device: a volume is the same, to rounding, whatever it was drawn with.
     """
+    if not path.is_file():
+        return "it has no record"
     try:
         record = read_record(path)
     except UserError:
-        return False
-    keys = ("seed", "sampler", "steps", "scale_factor", "precision", "config_sha256")
-    return all(record[key] == request[key] for key in keys) and all(
-        record[key]["sha256"] == request[key]["sha256"] for key in CHECKPOINTS
-    )
+        return "its record cannot be used"
+    keys = [key for key in ("seed", *REQUEST) if record[key] != request[key]]
+    found = [f"{key} {record[key]}, now {request[key]}" for key in keys]
+    found += [f"another {key}" for key in CHECKPOINTS if record[key]["sha256"] != request[key]["sha256"]]
+    if record["config_sha256"] != request["config_sha256"]:
+        found.append("another config")
+    return "; ".join(found)
 
 
 def find_checkpoint(record: dict, key: str, folder: Path, given: Path | None) -> Path:
@@ -171,9 +179,8 @@ def record_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
 
 
-def limits_of(path: Path) -> list[list[float]] | None:
-    """The intensities that are 0 and 1 in the autoencoder's units, for each channel of a generated volume,
-    from its record; None for any other volume.
+def record_of(path: Path) -> dict | None:
+    """The record of a generated volume; None for any other volume.
 
     Raises:
         UserError: there is a record, and it is damaged.
@@ -182,9 +189,109 @@ def limits_of(path: Path) -> list[list[float]] | None:
     if not path.name.endswith(".nii.gz") or not record.is_file():
         return None
     content = read_json(record, "record")
-    if not isinstance(content.get("volume"), dict) or "limits" not in content["volume"]:
-        return None  # the JSON of a BIDS scan, or a record from before there were limits in it
-    return read_record(record)["volume"]["limits"]
+    if not isinstance(content.get("volume"), dict):
+        return None  # the JSON of a BIDS scan
+    return read_record(record)
+
+
+def limits_of(path: Path) -> list[list[float]] | None:
+    """The intensities that are 0 and 1 in the autoencoder's units, for each channel of a generated volume,
+    from its record; None for any other volume, and where the record is older than the limits.
+
+    Raises:
+        UserError: there is a record, and it is damaged.
+    """
+    record = record_of(path)
+    return record["volume"].get("limits") if record else None
+
+
+# ---------------------------------------------------------------- which volumes are whose samples
+
+
+def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, dict], dict[str, list[str]]]:
+    """The volumes that a model drew into a folder: those directly in it whose records name these checkpoints,
+    as they are now, and whose bytes are those recorded.
+
+    Args:
+        checkpoints: the file of each of `CHECKPOINTS`.
+
+    Returns:
+        (samples, others): the samples' records by file, sorted by name; and the names of all other volumes in
+        the folder and below it, by the reason why they are none.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
+    hashes = {key: sha256_of(path) for key, path in checkpoints.items()}
+    samples, others = {}, {}
+    for path in sorted(folder.rglob("*")):
+        if not path.name.endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
+            continue
+        inside = path.relative_to(folder).parts
+        record, reason = None, f"in {inside[0]}/"
+        if len(inside) == 1:
+            record, reason = _own(path, checkpoints, hashes)
+        if record:
+            samples[path] = record
+        else:
+            others.setdefault(reason, []).append(path.name)
+    return samples, others
+
+
+def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tuple[dict | None, str]:
+    """The record of a sample of these checkpoints; or None, and why it is none."""
+    if path.name.endswith(f"{REPRODUCED}.nii.gz"):
+        return None, "made by --reproduce"
+    try:
+        record = record_of(path)
+    except UserError:
+        return None, "with a damaged record"
+    if record is None:
+        return None, "without a record of inference.py"
+    for key in CHECKPOINTS[::-1]:
+        if record[key]["sha256"] != hashes[key]:
+            same_file = Path(record[key]["path"]).resolve() == checkpoints[key].resolve()
+            return None, f"from before {checkpoints[key].name} changed" if same_file else f"of another {key}"
+    if sha256_of(path) != record["volume"]["sha256"]:
+        return None, "changed since inference.py wrote them"
+    return record, ""
+
+
+def told(others: dict[str, list[str]], most: int = 3) -> str:
+    """One line on volumes by reason: `96 in data/; 2 of another unet (sample_000000, sample_000001)`."""
+    parts = []
+    for reason, names in others.items():
+        some = "" if reason.endswith("/") else f" ({some_of(names, most)})"
+        parts.append(f"{len(names)} {reason}{some}")
+    return "; ".join(parts)
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
+def check_one_model(folder: str, records: Iterable[dict]) -> None:
+    """Raise UserError where volumes of a folder, by their records, are of several models."""
+    records = list(records)
+    key = next((key for key in CHECKPOINTS[::-1] if len({one[key]["sha256"] for one in records}) > 1), None)
+    if key is None:
+        return
+    counts = Counter((one[key]["path"], one[key]["sha256"][:12]) for one in records)
+    each = ", ".join(f"{count} of {path} (SHA-256 {digest})" for (path, digest), count in counts.items())
+    raise UserError(
+        f"{folder}: holds samples of {len(counts)} models: {each}.\n"
+        "Put those of each into a folder of its own, and name one by --generated."
+    )
+
+
+def settings_of(records: Iterable[dict]) -> list[dict]:
+    """How samples were drawn: each combination of `REQUEST` with the number of its volumes, most first."""
+    counts = Counter(tuple(one[key] for key in REQUEST) for one in records)
+    return [dict(zip(REQUEST, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
+
+
+# ---------------------------------------------------------------- what is still to be made
 
 
 def missing(paths: dict[int, Path], request: dict) -> set[int]:
@@ -199,16 +306,17 @@ def missing(paths: dict[int, Path], request: dict) -> set[int]:
         there = [one for one in (path, record) if one.exists()]
         if not there:
             continue
-        ours = same_request(record, {"seed": seed, **request})
-        if ours and path in there:
-            ours = sha256_of(path) == read_record(record)["volume"]["sha256"]
-        if not ours:
-            taken.append(there[0])
+        how = differences(record, {"seed": seed, **request})
+        if not how and path in there and sha256_of(path) != read_record(record)["volume"]["sha256"]:
+            how = "it was changed since"
+        if how:
+            taken.append((there[0], how))
         elif path in there:
             made.add(seed)
     if taken:
+        path, how = taken[0]
         raise UserError(
-            f"{taken[0]} is there already ({len(taken)} of {len(paths)}). "
+            f"{path} is there already ({len(taken)} of {len(paths)}), made otherwise: {how}. "
             "Choose another --seed or output_dir."
         )
     folder = next(iter(paths.values())).parent

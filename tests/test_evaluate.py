@@ -84,12 +84,13 @@ def refused(*argv) -> str:
 
 @pytest.fixture(scope="module")
 def of_the_run(done, tmp_path_factory) -> dict:
-    """The chain's run: 2 held-out and 4 training scans, 3 samples."""
+    """The chain's run: 2 held-out and 4 training scans, 3 samples, the last with other settings."""
     project = copy_of(
         done, tmp_path_factory.mktemp("run") / "p", "autoencoder.pt", "diffusion_unet.pt", "split.json"
     )
     shutil.copy(done.model_dir / "train_log.jsonl", project.model_dir)
-    project.run(inference, "--num", "3", "--steps", "2", "--no-amp")
+    project.run(inference, "--num", "2", "--steps", "2", "--no-amp")
+    project.run(inference, "--seed", "2", "--steps", "3", "--no-amp")
     project.run(evaluate)
     content = json.loads((project.output_dir / "evaluation" / "metrics.json").read_text())
     return {**content, "by_key": {f["key"]: f for f in content["figures"]}, "project": project}
@@ -104,6 +105,16 @@ def test_a_run_is_evaluated_on_its_split(of_the_run, done):
         "training": len(split["training"]),
     }
     assert of_the_run["settings"]["grid"].startswith("16 x 20 x 12 voxels of 2 x 1.5 x 3 mm")
+    record = json.loads((of_the_run["project"].output_dir / "sample_000000.json").read_text())
+    assert of_the_run["unet_sha256"] == record["unet"]["sha256"]
+    common = {key: record[key] for key in ("sampler", "scale_factor", "precision")}
+    assert of_the_run["sampling"] == [
+        {**common, "steps": 2, "volumes": 2},
+        {**common, "steps": 3, "volumes": 1},
+    ]
+    (note,) = [note for note in of_the_run["notes"] if "different settings" in note]
+    assert "2 by heun, 2 steps, float32, scale factor" in note and "1 by heun, 3 steps" in note
+    assert of_the_run["settings"]["precision"] == "all networks compute in float32"
     page = (of_the_run["project"].output_dir / "evaluation" / "report.html").read_text()
     assert "sample_000002" in page and of_the_run["verdicts"][0]["text"][:20] in page
 
@@ -169,16 +180,85 @@ def test_a_second_evaluation_does_not_replace_the_first(of_the_run):
     assert "is there already" in of_the_run["project"].refused(evaluate)
 
 
-def test_reproduced_samples_are_not_counted_twice(of_the_run, tmp_path):
+def rewritten(path: Path, **changes) -> None:
+    """Other values in the record of a volume."""
+    record = provenance.record_path(path)
+    record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
+
+
+def test_only_samples_of_this_runs_model_are_taken(of_the_run, scans, tmp_path):
+    """Nothing that lies in a data set, an `old-N` or another run below the output folder, nothing else beside
+    them; all of it named."""
     project = of_the_run["project"]
-    again = project.output_dir / "sample_000000_reproduced.nii.gz"
-    shutil.copy(project.output_dir / "sample_000000.nii.gz", again)
+    out, record = tmp_path / "out", json.loads((project.output_dir / "sample_000000.json").read_text())
+    shutil.copytree(project.output_dir, out, ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copytree(project.output_dir, out / "old-1", ignore=shutil.ignore_patterns("evaluation"))
+    chain.make_data(out / "data", cases=4)
+    for path in (out / "data" / "imagesTr").iterdir():
+        path.rename(path.with_name(path.name.replace("scan", "sample")))
+    sample = (out / "sample_000000.nii.gz").read_bytes()
+    for seed in range(3, 9):
+        (out / f"sample_{seed:06d}.nii.gz").write_bytes(sample)
+        (out / f"sample_{seed:06d}.json").write_text(json.dumps(record))
+    (out / "sample_000000_reproduced.nii.gz").write_bytes(sample)
+    (out / "sample_000003.json").unlink()
+    (out / "sample_000004.json").write_text("{}")  # as beside a BIDS scan
+    (out / "sample_000005.json").write_text(json.dumps({**record, "steps": 0}))
+    rewritten(out / "sample_000006.nii.gz", unet={**record["unet"], "sha256": "0" * 64})
+    rewritten(out / "sample_000007.nii.gz", autoencoder={"path": "other.pt", "sha256": "0" * 64})
+    shutil.copy(scans["more"] / "scan_00.nii.gz", out / "sample_000008.nii.gz")
+    environment = {"output_dir": out, "model_dir": project.model_dir}
+    cases, records, notes = evaluate.samples_of_run(environment, project.model_dir / "autoencoder.pt")
+    assert [case.name for case in cases] == [f"sample_{seed:06d}" for seed in range(3)]
+    assert [one["seed"] for one in records] == [0, 1, 2]
+    assert set(notes[0].removeprefix("generated: left out: ").removesuffix(".").split("; ")) == {
+        "4 in data/",
+        "3 in old-1/",
+        "1 made by --reproduce (sample_000000_reproduced.nii.gz)",
+        "2 without a record of inference.py (sample_000003.nii.gz, sample_000004.nii.gz)",
+        "1 with a damaged record (sample_000005.nii.gz)",
+        "1 from before diffusion_unet.pt changed (sample_000006.nii.gz)",
+        "1 of another autoencoder (sample_000007.nii.gz)",
+        "1 changed since inference.py wrote them (sample_000008.nii.gz)",
+    }
+
+
+def test_a_run_whose_samples_are_of_a_model_before_is_told_so(of_the_run, tmp_path):
+    project = of_the_run["project"]
+    unet = project.model_dir / "diffusion_unet.pt"
+    before = unet.read_bytes()
+    torch.save({**project.checkpoint(unet.name), "epoch": 99}, unet)  # trained further
     try:
-        project.run(evaluate, "--out", tmp_path / "out")
+        message = project.refused(evaluate, "--out", tmp_path / "out")
     finally:
-        again.unlink()
-    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert content["sets"]["generated"]["volumes"] == 3
+        unet.write_bytes(before)
+    assert f"no samples of {unet} there (left out: 3 from before diffusion_unet.pt changed (" in message
+    assert message.endswith("Run inference.py, or name the samples by --generated.")
+    unet.rename(unet.with_name("away.pt"))
+    try:
+        assert f"{unet}: no such checkpoint" in project.refused(evaluate, "--out", tmp_path / "out")
+    finally:
+        unet.with_name("away.pt").rename(unet)
+
+
+def test_samples_that_are_named_are_of_one_model(of_the_run, scans, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(of_the_run["project"].output_dir, made, ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copy(scans["more"] / "scan_00.nii.gz", made)
+    shutil.copy(made / "sample_000001.nii.gz", made / "sample_000001_reproduced.nii.gz")
+    shutil.copy(made / "sample_000001.nii.gz", made / "sample_000002.nii.gz")
+    source = evaluate.Source("generated", "made", find_cases(made)[0])
+    records, notes = evaluate.check_named_samples(source)
+    assert len(records) == 3 and len(source.cases) == 4
+    assert notes == [
+        "generated: 1 of 4 volumes have no record of inference.py (scan_00).",
+        "generated: 1 of 4 volumes were changed after inference.py (sample_000002).",
+    ]
+    unet = records[0]["unet"]
+    rewritten(made / "sample_000000.nii.gz", unet={"path": "other.pt", "sha256": "0" * 64})
+    message = refused("--real", scans["held"], "--generated", made, "--out", tmp_path / "x")
+    assert "made: holds samples of 2 models: 1 of other.pt (SHA-256 000000000000), 2 of " in message
+    assert unet["sha256"][:12] in message and "name one by --generated" in message
 
 
 # ---------------------------------------------------------------- sets that are known
@@ -265,12 +345,18 @@ def test_copies_are_flagged_and_held_out_scans_are_not(scans, tmp_path):
 
 
 def test_scans_that_were_trained_on_and_are_held_out_are_leaks(scans, tmp_path):
-    held = shutil.copytree(scans["held"], tmp_path / "held")
+    """Among the samples they are none, and the page says so first."""
+    held, made = (shutil.copytree(scans[name], tmp_path / name) for name in ("held", "more"))
     for i in range(3):
         shutil.copy(scans["training"] / f"scan_{i:02d}.nii.gz", held / f"again_{i}.nii.gz")
-    found = evaluated(
-        tmp_path / "out", "--real", held, "--generated", scans["more"], "--train", scans["training"]
-    )
+    for i in (5, 6):
+        shutil.copy(scans["training"] / f"scan_{i:02d}.nii.gz", made / f"again_{i}.nii.gz")
+    found = evaluated(tmp_path / "out", "--real", held, "--generated", made, "--train", scans["training"])
+    assert found["sets"]["generated"]["volumes"] == 8
+    told = "2 of 10 generated volumes are files of the training set, and are left out: again_5, again_6."
+    assert found["verdicts"].pop(0) == {"tone": "bad", "text": told}
+    message = refused("--real", scans["held"], "--generated", scans["held"], "--out", tmp_path / "x")
+    assert "held: all generated volumes there are files of the held-out set." in message
     assert found["by_key"]["copies"]["value"] == 0
     assert found["by_key"]["copies"]["floor"] == pytest.approx(100 * 3 / 13)
     assert "3 of the held-out scans are copies too" in found["verdicts"][0]["text"]
@@ -378,7 +464,8 @@ def test_channels_are_chosen_and_are_there(scans, tmp_path):
     rng = np.random.default_rng(2)
     both = folder_of(tmp_path / "both", [np.stack([blob(rng), 0.1 * blob(rng)], -1) for _ in range(4)])
     first = evaluated(tmp_path / "first", "--real", scans["held"], "--generated", both)
-    second = evaluated(tmp_path / "second", "--real", both, "--generated", both, "--channel", "1")
+    made = folder_of(tmp_path / "made", [np.stack([blob(rng), blob(rng)], -1) for _ in range(4)])
+    second = evaluated(tmp_path / "second", "--real", both, "--generated", made, "--channel", "1")
     assert first["settings"]["channels"] == "0" and second["settings"]["channels"] == "1"
     message = refused("--real", scans["held"], "--generated", both, "--channel", 1, "--out", tmp_path / "x")
     assert "no held-out volume can be used" in message and "channel" in message

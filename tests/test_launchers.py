@@ -228,7 +228,7 @@ def test_demo_from_nothing_and_once_more(project):
         ["train_autoencoder.py", *common],
         ["train_diffusion.py", *common],
         ["inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50"],
-        ["evaluate.py", *common],
+        ["evaluate.py", *common, "--out", "outputs/demo/evaluation"],
     ]
     assert calls[2:] == [simulate, *stages]
     assert {call["folder"] for call in project.calls[2:]} == {str(project.folder)}
@@ -237,10 +237,10 @@ def test_demo_from_nothing_and_once_more(project):
         "data_base_dir": "outputs/demo/data",
         "model_dir": "outputs/demo/models",
         "tfevent_path": "outputs/demo/tensorboard",
-        "output_dir": "outputs/demo",
+        "output_dir": "outputs/demo/samples",
     }
     assert re.search(r"Done in \d+ min \d+ s", done.stdout)
-    for place in ("outputs/demo/data", "outputs/demo/models", "outputs/demo/inference.py.png"):
+    for place in ("outputs/demo/data", "outputs/demo/models", "outputs/demo/samples/inference.py.png"):
         assert place in done.stdout
 
     (out / "models" / "train_autoencoder.py.png").write_text("the first")
@@ -248,8 +248,8 @@ def test_demo_from_nothing_and_once_more(project):
     assert done.returncode == 0 and calls == stages, "neither installed nor simulated again"
     assert (out / "old-1" / "models" / "train_autoencoder.py.png").read_text() == "the first"
     assert (out / "models" / "train_autoencoder.py.png").read_text() == ""
-    assert (out / "old-1" / "inference.py.png").exists() and (out / "data" / "dataset.json").exists()
-    assert "old-1/inference" not in done.stdout
+    assert (out / "old-1" / "samples" / "inference.py.png").exists()
+    assert (out / "data" / "dataset.json").exists() and "old-1/samples" not in done.stdout
 
     project.demo()
     assert (out / "old-2" / "models").exists() and not (out / "old-2" / "old-1").exists()

@@ -334,7 +334,7 @@ def test_there_are_configs_that_are_named_by_a_size():
 def test_bad_device(given):
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit):
         dry(train_autoencoder, "-c", given, "--device", "tpu")
-    assert "--device tpu: cpu, cuda or cuda:N is due" in err.getvalue()
+    assert "--device tpu: expected cpu, cuda or cuda:N" in err.getvalue()
 
 
 def test_refusal_names_the_largest_saving_first(tmp_path, monkeypatch):

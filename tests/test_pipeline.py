@@ -1,9 +1,12 @@
 """The scripts one after the other, as a user runs them: what is trained, written, resumed and refused."""
 
+import argparse
 import contextlib
+import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import chain
 import nibabel as nib
@@ -18,8 +21,9 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm import configs
-from ldm.checkpoints import save_checkpoint
+from benchmarks.measure import flags_kept
+from ldm import UserError, configs
+from ldm.checkpoints import save_checkpoint, sha256_of
 from ldm.datasets import choose_spacing
 from ldm.layouts import find_cases
 from ldm.training import Clock, Stepper, learning_rate, make_ema
@@ -670,6 +674,53 @@ def test_profile_of_too_few_steps_is_told(encoded):
     assert "--profile: only" in message and "Raise max_epochs" in message
 
 
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_judges_the_samples_that_it_drew_and_no_other_volume(tmp_path, monkeypatch, capsys):
+    """launchers/demo.py, its scripts run in this process on fewer and smaller brains; then once more."""
+    monkeypatch.syspath_prepend(chain.ROOT / "launchers")
+    monkeypatch.chdir(chain.ROOT)
+    demo, out = importlib.import_module("demo"), tmp_path / "demo"
+    small = {"simulate_brains.py": {"96": "8", "4": "10"}, "inference.py": {"50": "2"}}
+
+    def step(python: Path, script: str, *argv: str) -> None:
+        argv = [small.get(script, {}).get(word, word) for word in argv]
+        more = ["--workers", "1"] if script == "simulate_brains.py" else ["--device", "cpu"]
+        importlib.import_module(script.removesuffix(".py")).main([*argv, *more])
+
+    monkeypatch.setattr(demo, "step", step)
+    monkeypatch.setattr(demo.environment, "ready", lambda *_: Path("python"))
+    settings = [
+        *("data.val_fraction=0.25", "autoencoder_def.channels=[8,8,8]", "diffusion_def.channels=[16,32]"),
+        *(
+            f"{stage}_train.{one}"
+            for stage in ("autoencoder", "diffusion")
+            for one in ("max_epochs=1", "amp=false")
+        ),
+    ]
+    folders = {"data", "models", "tensorboard", "samples", "evaluation", "environment.json"}
+    for seed in range(2):
+        words = [word for one in (*settings, f"seed={seed}") for word in ("--set", one)]
+        demo.main(["--out", str(out), *words])
+        assert {path.name for path in out.iterdir()} == folders | ({"old-1"} if seed else set())
+        found = json.loads((out / "evaluation" / "metrics.json").read_text())
+        counts = {name: (one["volumes"], Path(one["folder"])) for name, one in found["sets"].items()}
+        assert counts == {
+            "held-out": (2, out / "data"),
+            "generated": (8, out / "samples"),
+            "training": (6, out / "data"),
+        }
+        assert found["unet_sha256"] == sha256_of(out / "models" / "diffusion_unet.pt")
+        copies = next(figure for figure in found["figures"] if figure["key"] == "copies")
+        assert copies["value"] == 0 and "copies of training scans" not in str(found["verdicts"])
+        assert not any("left out" in note for note in found["notes"])
+        assert "8 volumes" in (out / "evaluation" / "report.html").read_text()
+        printed = capsys.readouterr().out
+        assert printed.count("sample_00000") == 8 and str(out / "evaluation" / "report.html") in printed
+    assert {path.name for path in (out / "old-1").iterdir()} == folders - {"data"}
+
+
 # ---------------------------------------------------------------- wrong usage
 
 
@@ -681,11 +732,63 @@ def test_several_gpus_without_torchrun_gives_the_line_to_use(fresh, monkeypatch)
     assert not fresh.model_dir.exists() or not any(fresh.model_dir.iterdir())
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What torch says where there are two GPUs; its flags are put back afterwards."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    with flags_kept():
+        yield monkeypatch
+
+
+def test_float32_is_float32_where_results_are_kept_and_fast_where_one_trains(two_gpus):
+    """In whichever order the scripts of a notebook run in one process."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    args = argparse.Namespace(gpus=None, device=None, amp=None)
+    for section in ({}, None, {}):
+        run, training = utils.start(args, section), section is not None
+        assert (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark) == (training,) * 3
+        assert cudnn.deterministic is not training
+        assert run.precision == ("bfloat16" if training else "float32")
+    args.amp = False
+    assert utils.start(args, {}).precision == "tf32"
+    args.amp = True
+    assert utils.start(args).precision == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "message"),
+    [
+        ("cuda:1", {"LOCAL_WORLD_SIZE": "2"}, "torchrun started 2 processes here"),
+        ("cuda", {"LOCAL_WORLD_SIZE": "4"}, "4 processes for 2 GPUs here"),
+        (None, {"LOCAL_RANK": "2"}, "3 processes for 2 GPUs here"),
+        (
+            "cuda:2",
+            {},
+            "--device cuda:2: found 2 GPUs here (CUDA_VISIBLE_DEVICES is '5,7'), numbered from 0.",
+        ),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(two_gpus, device, variables, message):
+    for key, value in {"WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "5,7", **variables}.items():
+        two_gpus.setenv(key, value)
+    args = argparse.Namespace(gpus=None, device=device, amp=False)
+    with pytest.raises(UserError) as stop:
+        utils.start(args)
+    assert message in str(stop.value)
+    for name in variables:
+        two_gpus.delenv(name)
+    args.device = "cuda:1"
+    assert utils.start(args).device == torch.device("cuda:1")
+
+
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
 def test_cuda_without_a_gpu(done, script, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     message = done.refused(script, "--device", "cuda")
-    assert "--device cuda" in message and "--device cpu" in message
+    assert "finds no CUDA GPU here (CUDA_VISIBLE_DEVICES is ''). Use --device cpu." in message
 
 
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])

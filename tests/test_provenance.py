@@ -444,7 +444,16 @@ def test_another_request_is_refused(model, what):
         record.write_text("{}")
     before = fingerprint(model.output_dir)
     message = model.refused(inference, "--steps", "2", "--num", "3", *more.get(what, ()))
-    assert "is there already" in message and "--seed" in message
+    told = {
+        "steps": "made otherwise: steps 2, now 3.",
+        "scale factor": "made otherwise: scale_factor ",
+        "config": "made otherwise: another config.",
+        "checkpoint": "made otherwise: another unet.",
+        "volume": "made otherwise: it was changed since.",
+        "no record": "made otherwise: it has no record.",
+        "record": "made otherwise: its record cannot be used.",
+    }
+    assert "is there already" in message and told[what] in message and "--seed" in message
     assert fingerprint(model.output_dir) == before
 
 
