@@ -9,8 +9,9 @@ The config (docs/config.md lists its keys) says what to train, the environment f
 go. The loss is L1 or L2, KL, perceptual and patch-adversarial, each with its weight; a weight of 0 builds
 nothing.
 
-Written to `model_dir`: `autoencoder.pt` (best PSNR on held-out volumes so far), `autoencoder_last.pt`
-(newest, with optimiser and discriminator) and `autoencoder_prev.pt` (the one before it),
+Written to `model_dir`: `autoencoder.pt` (lowest held-out loss so far: reconstruction, gradient and perceptual
+terms with their weights, on whole volumes), `autoencoder_last.pt` (newest, with optimiser and discriminator)
+and `autoencoder_prev.pt` (the one before it),
 `config_autoencoder.json` (as resolved), `split.json`, `train_log.jsonl` (numbers), `log.txt` (what was said),
 `losses.png` (up to date), `reconstruction.gif` (a sweep through a held-out scan and its reconstruction); to
 `output_dir`: `reconstructions.png`; to `tfevent_path`/autoencoder: TensorBoard, with the same held-out scans,
@@ -22,32 +23,30 @@ only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training t
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
+from torch.utils.data import Dataset
 
 import utils
 from ldm import UserError, configs, figures
 from ldm.bookkeeping import Training
-from ldm.checkpoints import StageFiles
+from ldm.checkpoints import StageFiles, load_checkpoint
 from ldm.datasets import VolumeDataset, stream
 from ldm.encoders import LatentEncoder, set_posterior_std
 from ldm.initialisation import start_as_block_transform
-from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence
+from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
 from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.networks import check_discriminator_size, latent_size, load_weights
+from ldm.networks import check_discriminator_size, latent_size, load_weights, on_device
 from ldm.processes import Run
 from ldm.splits import subjects_of
 from ldm.training import Stepper, make_ema
 
-ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
 INITIAL_CASES = 16  # whose principal components a block transform starts from
 AMPLIFIED = 4  # as small differences are hard to see
@@ -55,14 +54,35 @@ COMPARED = f"scan, reconstruction, difference x {AMPLIFIED}"
 RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
 
-def posterior_noise(batch: dict, dataset: VolumeDataset, shape: Sequence[int], seed: int) -> torch.Tensor:
-    """The posterior draw of each volume of a batch, (B, *shape): a function of (seed, epoch, case)."""
-    cases = [
-        (int(epoch), dataset.cases[i].name) for epoch, i in zip(batch["epoch"], batch["index"], strict=True)
-    ]
-    return torch.stack(
-        [torch.randn(tuple(shape), generator=stream(seed, "posterior", *case)) for case in cases]
-    )
+# What the held-out loss follows from: where one is another than it was, losses of before do not compare.
+JUDGED_BY = (
+    "recon_loss",
+    "gradient_weight",
+    "perceptual_weight",
+    "perceptual_network",
+    "perceptual_slice_ratio",
+    "val_patch_size",
+)
+
+
+class WithPosteriorDraw(Dataset):
+    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w): a function of (seed, epoch,
+    case), drawn by the loader's processes.
+
+    Args:
+        shape: of the latents, (c, d, h, w).
+    """
+
+    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        generator = stream(self.seed, "posterior", epoch, self.cases[i].name)
+        return {**self.dataset[key], "eps": torch.randn(self.shape, generator=generator)}
 
 
 class AutoencoderLoss(nn.Module):
@@ -72,6 +92,8 @@ class AutoencoderLoss(nn.Module):
     def __init__(self, section: dict, perceptual_weights: str | None):
         super().__init__()
         self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
+        weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
+        self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
         self.perceptual = None
         if section["perceptual_weight"]:
             self.perceptual = PerceptualLoss(
@@ -80,16 +102,29 @@ class AutoencoderLoss(nn.Module):
 
     def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
         """Terms by name, unweighted, and their weighted sum as "loss"."""
-        section, reconstruction = self.section, reconstruction.float()
-        terms = {"recon_loss": self.recon(reconstruction, images), "kl_loss": kl_divergence(mean, std)}
-        loss = terms["recon_loss"] + section["kl_weight"] * terms["kl_loss"]
-        if section["gradient_weight"]:
+        terms = self._distances(images, reconstruction, generator)
+        terms = {"recon_loss": terms.pop("recon_loss"), "kl_loss": kl_divergence(mean, std), **terms}
+        weights = {**self.weights, "kl_loss": self.section["kl_weight"]}
+        return {**terms, "loss": self._weighted(terms, weights)}
+
+    def held_out(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
+        """How far reconstructions are from images: the terms of that, unweighted, and their weighted sum as
+        "loss". KL says nothing of it, and the adversarial term changes with its discriminator."""
+        terms = self._distances(images, reconstruction, generator)
+        return {**terms, "loss": self._weighted(terms, self.weights)}
+
+    def _distances(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
+        reconstruction = reconstruction.float()
+        terms = {"recon_loss": self.recon(reconstruction, images)}
+        if "gradient_loss" in self.weights:
             terms["gradient_loss"] = gradient_difference(reconstruction, images)
-            loss = loss + section["gradient_weight"] * terms["gradient_loss"]
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
-            loss = loss + section["perceptual_weight"] * terms["perceptual_loss"]
-        return {**terms, "loss": loss}
+        return terms
+
+    @staticmethod
+    def _weighted(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+        return sum(weights[name] * term for name, term in terms.items())
 
 
 def discriminator_loss(
@@ -98,42 +133,66 @@ def discriminator_loss(
     """Least-squares loss of the discriminator on reconstructions and images, in one pass."""
     logits = discriminator(torch.cat([reconstruction.detach(), images]).contiguous())[-1]
     fake, real = logits.float().chunk(2)
-    return 0.5 * (
-        ADVERSARIAL(fake, target_is_real=False, for_discriminator=True)
-        + ADVERSARIAL(real, target_is_real=True, for_discriminator=True)
-    )
+    return 0.5 * (least_squares(fake, 0.0) + least_squares(real, 1.0))
 
 
 @torch.no_grad()
-def judged_reconstruction(encoder: LatentEncoder, image: torch.Tensor, run: Run) -> tuple[torch.Tensor, dict]:
-    """Of one volume (1, C, D, H, W): its reconstruction, and PSNR, SSIM and L1."""
+def judged_reconstruction(
+    encoder: LatentEncoder, criterion: AutoencoderLoss, image: torch.Tensor, slices: torch.Generator, run: Run
+) -> tuple[torch.Tensor, dict]:
+    """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, and the held-out loss with its
+    terms. `slices` draws those that a 2D perceptual network compares."""
     with run.autocast():
         reconstruction = encoder.reconstruct(image)
-    return reconstruction, reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+    numbers = reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+    return reconstruction, {**numbers, **criterion.held_out(image, reconstruction, slices)}
 
 
 @torch.no_grad()
-def validate(encoder: LatentEncoder, dataset: VolumeDataset, run: Run) -> tuple[dict, dict]:
-    """Reconstruct the held-out volumes, each rank its share.
+def validate(
+    encoder: LatentEncoder, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
+) -> tuple[dict, dict]:
+    """Reconstruct the held-out volumes, each rank its share. What is drawn is a function of the case alone.
 
     Returns:
-        Means over all volumes of PSNR, SSIM, L1 and the share of the fine spectral power that is kept; and up
-        to 4 pairs of image and reconstruction (C, D, H, W) by the name of the case, for pictures: of a rank,
-        the same cases each time.
+        Means over all volumes of the held-out loss and its terms, PSNR, SSIM, L1 and the share of the fine
+        spectral power that is kept; and up to 4 pairs of image and reconstruction (C, D, H, W) by the name of
+        the case, for pictures: of a rank, the same cases each time.
     """
     encoder.eval()
-    sums, pairs = torch.zeros(6, dtype=torch.float64), {}
+    names = ["loss", *criterion.weights, "psnr", "ssim", "l1", "power", "real power"]
+    sums, pairs = torch.zeros(len(names) + 1, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
-        image = dataset[(0, i)]["image"][None].to(run.device)
-        reconstruction, numbers = judged_reconstruction(encoder, image, run)
-        powers = band_power(reconstruction), band_power(image)
-        values = [numbers["psnr"], numbers["ssim"], numbers["l1"], *powers, torch.ones(1)]
-        sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
+        case, image = dataset.cases[i].name, dataset[(0, i)]["image"][None].to(run.device)
+        slices = stream(dataset.seed, "slices", "validation", case)
+        reconstruction, numbers = judged_reconstruction(encoder, criterion, image, slices, run)
+        numbers |= {"power": band_power(reconstruction), "real power": band_power(image)}
+        sums += torch.tensor([*(float(numbers[name]) for name in names), 1.0], dtype=torch.float64)
         if len(pairs) < 4:
-            pairs[dataset.cases[i].name] = image[0].cpu(), reconstruction[0].cpu()
-    psnr, ssim, l1, kept, real, count = run.sum(sums).tolist()
-    scores = {"psnr": psnr / count, "ssim": ssim / count, "l1": l1 / count, "power": kept / count}
-    return {**scores, "power_share": kept / real if real else math.nan}, pairs
+            pairs[case] = image[0].cpu(), reconstruction[0].cpu()
+    *sums, count = run.sum(sums).tolist()
+    scores = {name: one / count for name, one in zip(names, sums, strict=True)}
+    real = scores.pop("real power")
+    return {**scores, "power_share": scores["power"] / real if real else math.nan}, pairs
+
+
+def judge_again(
+    files: StageFiles, config: dict, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
+) -> float:
+    """The held-out loss of the best weights so far: as it was measured, or measured now, where that was by
+    other terms or weights or by PSNR alone, as it once was. So a worse one never replaces them."""
+    best, section = load_checkpoint(files.best), config["autoencoder_train"]
+    measured = best["config"].get("autoencoder_train", {})
+    if "loss" in best.get("validation", {}) and all(measured.get(key) == section[key] for key in JUDGED_BY):
+        return best["best"]
+    autoencoder = configs.define_network(config, "autoencoder_def")
+    load_weights(autoencoder, best["model"], str(files.best))
+    scores, _ = validate(LatentEncoder(on_device(autoencoder, run.device)), criterion, dataset, run)
+    run.say(
+        f"{files.best} was chosen by another measure. Its held-out loss by this config is "
+        f"{scores['loss']:.4g}, which the next best has to beat."
+    )
+    return scores["loss"]
 
 
 def compared(scan: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequence[float]) -> np.ndarray:
@@ -195,14 +254,15 @@ class Networks:
 
 
 def build_networks(
-    config: dict, autoencoder: nn.Module, patch_size, perceptual_weights, compiled: bool, run: Run
+    config: dict, autoencoder: nn.Module, patch_size, val_size, perceptual_weights, compiled: bool, run: Run
 ) -> Networks:
     """Autoencoder, losses and, where its weight is not 0, the discriminator, on the device and wrapped."""
     section = config["autoencoder_train"]
     criterion = AutoencoderLoss(section, perceptual_weights).to(run.device)
-    if criterion.perceptual and not criterion.perceptual.is_3d and min(patch_size) <= LPIPS_SIDE:
+    smallest = min(patch_size, val_size, key=min)
+    if criterion.perceptual and not criterion.perceptual.is_3d and min(smallest) <= LPIPS_SIDE:
         raise UserError(
-            f"autoencoder_train.perceptual_network: slices of {patch_size} are too small for a 2D "
+            f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
             f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
         )
     encoder = LatentEncoder(utils.prepare_network(autoencoder, section, run))
@@ -245,9 +305,7 @@ def train_batch(
             with run.autocast():
                 logits = judge(reconstruction.contiguous())[-1]
             judge.requires_grad_(True)
-            terms["adversarial_loss"] = ADVERSARIAL(
-                logits.float(), target_is_real=True, for_discriminator=False
-            )
+            terms["adversarial_loss"] = least_squares(logits.float(), 1.0)
             terms["loss"] = terms["loss"] + weight * terms["adversarial_loss"]
         networks.stepper.backward(terms["loss"])
     if adversarial_on:
@@ -272,21 +330,22 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
         autoencoder = configs.define_network(config, "autoencoder_def")
-        networks = build_networks(config, autoencoder, patch_size, UNTRAINED, False, run)
+        networks = build_networks(config, autoencoder, patch_size, val_size, UNTRAINED, False, run)
         meter.hold("weights", networks.encoder, networks.criterion, networks.judge)
         meter.hold("averaged weights", networks.ema)
         meter.hold_steppers(networks.steppers)
+        slices = stream(config["seed"], "slices")
         with meter.phase("training"):
             images = torch.zeros(batch_size, channels, *patch_size, device=run.device)
             eps = torch.zeros(
                 batch_size, *latent_shape_of(config, autoencoder, patch_size), device=run.device
             )
-            slices = stream(config["seed"], "slices")
             train_batch(networks, images, eps, slices, networks.judge is not None, True, run)
             take_steps(networks.steppers)
         with meter.phase("validation"):
             image = torch.zeros(1, channels, *val_size, device=run.device)
-            judged_reconstruction(LatentEncoder(networks.shown).eval(), image, run)
+            encoder = LatentEncoder(networks.shown).eval()
+            judged_reconstruction(encoder, networks.criterion, image, slices, run)
 
 
 @utils.command
@@ -315,7 +374,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
     )
     val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
-    loader = utils.make_loader(train_set, section, config, run)
     utils.warn_of_padding(train_cases, config["spacing"], patch_size, run)
 
     # Step 2: networks
@@ -330,23 +388,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_posterior_std(autoencoder, section["initial_posterior_std"])
     compiled = section["compile"] if args.compile is None else args.compile
     networks = build_networks(
-        config, autoencoder, patch_size, environment["perceptual_weights"], compiled, run
+        config, autoencoder, patch_size, val_size, environment["perceptual_weights"], compiled, run
     )
     latent_shape = latent_shape_of(config, autoencoder, patch_size)
+    loader = utils.make_loader(WithPosteriorDraw(train_set, latent_shape, seed), section, config, run)
 
     # Step 3: where to go on
-    training = Training(
-        "autoencoder",
-        networks,
-        loader,
-        files,
-        {"config": config, "subjects": subjects_of(train_cases, val_cases)},
-        operator.gt,
-        environment,
-        run,
-        resumed,
-    )
+    facts = {"config": config, "subjects": subjects_of(train_cases, val_cases)}
+    training = Training("autoencoder", networks, loader, files, facts, environment, run, resumed)
     del resumed  # else its weights and moments would stay in memory beside those of the networks
+    if training.best is not None:
+        training.best = judge_again(files, config, networks.criterion, val_set, run)
     count = sum(p.numel() for p in autoencoder.parameters())
     run.say(
         f"autoencoder: {count / 1e6:.1f} M parameters, patches {patch_size}, validation on {val_size}, "
@@ -359,8 +411,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             networks.encoder.train()
             adversarial_on = networks.judge is not None and epoch >= section["adversarial_warmup_epochs"]
             for number, batch, last in training.batches():
-                images = batch["image"].to(run.device, non_blocking=True)
-                eps = posterior_noise(batch, train_set, latent_shape, seed).to(run.device, non_blocking=True)
+                images, eps = (batch[key].to(run.device, non_blocking=True) for key in ("image", "eps"))
                 slices = stream(seed, "slices", epoch, number)
                 terms = train_batch(networks, images, eps, slices, adversarial_on, last, run)
                 training.step(terms, batch, last, networks.steppers[: 1 + adversarial_on])
@@ -368,11 +419,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     return
             if args.profile or not training.end_epoch():
                 continue
-            scores, pairs = validate(LatentEncoder(networks.shown), val_set, run)
-            if training.is_best(scores["psnr"]):
+            scores, pairs = validate(LatentEncoder(networks.shown), networks.criterion, val_set, run)
+            if training.is_best(scores["loss"]):
                 utils.keep_pair(environment, files.best, run)
-            training.keep(scores["psnr"], scores)
-            training.bar.set_description(f"autoencoder, held-out PSNR {scores['psnr']:.2f} dB")
+            training.keep(scores)
+            told = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
+            training.bar.set_description(f"autoencoder, held-out {told}")
             if run.is_main:
                 for case, (scan, reconstruction) in pairs.items():
                     picture = compared(scan[0], reconstruction[0], config["spacing"])
@@ -390,8 +442,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         figures.animate(figures.axial_sweep([scans[0], reconstructions[0]]), model_dir / "reconstruction.gif")
     run.say(
-        f"autoencoder: held-out PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, "
-        f"L1 {scores['l1']:.4f}, {scores['power_share']:.2f} of the fine spectral power, "
+        f"autoencoder: held-out loss {scores['loss']:.4f} (best {training.best:.4f}), "
+        f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, "
+        f"{scores['power_share']:.2f} of the fine spectral power, "
         f"after {training.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"

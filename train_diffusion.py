@@ -21,7 +21,6 @@ over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from
 only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training that cannot fit is refused.
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -419,8 +418,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
     workers = 0 if source.in_memory and run.device.type == "cpu" else None
     loader = utils.make_loader(WithChance(source.train, source.shape, seed), section, config, run, workers)
-    training = Training("diffusion", learner, loader, files, facts, operator.lt, environment, run, resumed)
-    del resumed  # else its weights and moments would stay in memory beside those of the network
+    training = Training("diffusion", learner, loader, files, facts, environment, run, resumed)
+    del resumed  # else its weights and moments would stay in memory beside those of the networks
     count = sum(p.numel() for p in learner.unet.parameters())
     run.say(
         f"diffusion: {count / 1e6:.1f} M parameters, predicts {process.prediction}, "
@@ -459,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     training.log.image(f"samples/seed_{number}", picture, training.clock.step)
             if validate_now:
                 scores = validate(shown, source.val, scale_factor, process, section, seed, run)
-                training.keep(scores["loss"], scores)
+                training.keep(scores)
                 training.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
     # Step 5: what came of it

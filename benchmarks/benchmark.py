@@ -125,9 +125,12 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
     config, run = bench.config, bench.run
     torch.manual_seed(config["seed"])
     if part == "autoencoder":
-        ours = functools.partial(project.Autoencoder, config, bench.patches, run)
-        stage = ours() if side == "ours" else reference.Autoencoder(config, run)
-        return training_work(bench, stage, bench.patches, "autoencoder_train", side)
+        if side == "reference":
+            stage, dataset = reference.Autoencoder(config, run), bench.patches
+        else:
+            stage = project.Autoencoder(config, bench.patches, run)
+            dataset = stage.dataset
+        return training_work(bench, stage, dataset, "autoencoder_train", side)
     define = reference.define_network if side == "reference" else project.define_network
     unet = define(config, "diffusion_def", run)
     autoencoder = define(config, "autoencoder_def", run).eval().requires_grad_(False)

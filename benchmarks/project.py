@@ -41,28 +41,28 @@ def define_network(config: dict, key: str, run: Run) -> nn.Module:
 class Autoencoder:
     """Stage 1 with all terms of its loss on.
 
+    Its batches are those of a loader of `dataset`.
+
     Args:
         config: resolved.
-        dataset: what the batches come from.
+        dataset: the volumes.
         run: device and precision.
     """
 
     def __init__(self, config: dict, dataset: Dataset, run: Run):
-        self.section, self.seed = config["autoencoder_train"], config["seed"]
-        self.dataset, self.run = dataset, run_of(self.section, run)
-        size = dataset[(0, 0)]["image"].shape[1:]
+        self.section = config["autoencoder_train"]
+        self.run, size = run_of(self.section, run), dataset[(0, 0)]["image"].shape[1:]
         autoencoder = configs.define_network(config, "autoencoder_def")
-        self.latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
+        latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
         self.networks = train_autoencoder.build_networks(
-            config, autoencoder, size, None, self.section["compile"], self.run
+            config, autoencoder, size, size, None, self.section["compile"], self.run
         )
+        self.dataset = train_autoencoder.WithPosteriorDraw(dataset, latent_shape, config["seed"])
         self.clock = Clock(self.section, len(dataset))
 
     def step(self, batch: dict) -> None:
-        """One step of each network on {"image": (B, C, D, H, W)}, as the loader makes it."""
-        images = batch["image"].to(self.run.device, non_blocking=True)
-        eps = train_autoencoder.posterior_noise(batch, self.dataset, self.latent_shape, self.seed)
-        eps = eps.to(self.run.device, non_blocking=True)
+        """One step of each network on a batch of the dataset, as the loader makes it."""
+        images, eps = (batch[key].to(self.run.device, non_blocking=True) for key in ("image", "eps"))
         train_autoencoder.train_batch(
             self.networks, images, eps, slices=None, adversarial_on=True, last=True, run=self.run
         )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Training:
                 training.step(terms, batch, last, steppers)
             if training.end_epoch():
                 ...                                        # validate
-                training.keep(score, scores)
+                training.keep(scores)
 
     Whatever happens next is a function of (seed, epoch, batch, rank) and of what is saved here, so that a run
     that was killed at any moment and one that never was write the same weights and the same log.
@@ -70,7 +70,6 @@ class Training:
         loader: of `make_loader`.
         files: the stage's checkpoints.
         facts: what goes into each checkpoint besides, `config` among it.
-        better: `better(score, best)`, such as `operator.gt`.
         resumed: of `starting_point`.
     """
 
@@ -81,13 +80,12 @@ class Training:
         loader: DataLoader,
         files: StageFiles,
         facts: dict,
-        better: Callable[[float, float], bool],
         environment: dict,
         run: Run,
         resumed: dict | None,
     ):
         self.stage, self.learner, self.loader, self.files = stage, learner, loader, files
-        self.facts, self.better, self.run = facts, better, run
+        self.facts, self.run = facts, run
         self.section, self.seed = facts["config"][f"{stage}_train"], facts["config"]["seed"]
         self.epoch, self.batch, step, sums = self._position(resumed)
         self.means, self.done = Means(sums), False
@@ -300,16 +298,20 @@ class Training:
     def _where(self) -> dict:
         return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._division()}
 
-    def is_best(self, score: float) -> bool:
-        """Whether no validation before had a better score."""
-        return self.best is None or self.better(score, self.best)
+    def is_best(self, loss: float) -> bool:
+        """Whether no validation before had as low a held-out loss."""
+        return self.best is None or loss < self.best
 
-    def keep(self, score: float, scores: dict[str, float]) -> None:
-        """Log the validation of this epoch, and keep the weights if they are the best so far.
+    def keep(self, scores: dict[str, float]) -> None:
+        """Log the validation of this epoch, and keep the weights if their held-out loss is the lowest so far.
+
+        Args:
+            scores: "loss", by which the best is chosen, and whatever else was measured.
 
         Raises:
-            FloatingPointError: the score is not finite.
+            FloatingPointError: the loss is not finite.
         """
+        score = scores["loss"]
         if not math.isfinite(score):
             raise FloatingPointError(
                 f"validation gives {score} in epoch {self.epoch}. What to do: docs/NaN_FIX_GUIDE.md"

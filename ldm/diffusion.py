@@ -54,6 +54,7 @@ class NoiseProcess:
             # log a^2 at t = -1 .. T-1, between which it is interpolated, as Lu et al., 2022, do: (T + 1,)
             logs = self.alphas_cumprod.log()
             self.log_squared_signal = torch.cat([logs.new_zeros(1), logs])
+            self.log_squared_signals = {}  # by device: a copy at each step would have to be waited for
 
     @classmethod
     def from_config(cls, section: dict) -> "NoiseProcess":
@@ -115,7 +116,9 @@ class NoiseProcess:
         if self.is_flow:
             s = t.double() / self.num_train_timesteps
             return 1 - s, s
-        logs = self.log_squared_signal.to(t.device)
+        if t.device not in self.log_squared_signals:
+            self.log_squared_signals[t.device] = self.log_squared_signal.to(t.device)
+        logs = self.log_squared_signals[t.device]
         place = (t.double() + 1).clamp(0, self.num_train_timesteps)  # index 0 is t = -1
         below = place.long().clamp(max=self.num_train_timesteps - 1)
         log = torch.lerp(logs[below], logs[below + 1], place - below)
@@ -223,7 +226,7 @@ def _steps(process: NoiseProcess, times: torch.Tensor, progress) -> Iterator[tup
 
 
 def _at(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return t.expand(len(x)).to(x.device)
+    return torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)  # a copy would be waited for
 
 
 def sample_ddpm(model: Model, process: NoiseProcess, x, times, generators, progress=iter) -> torch.Tensor:
@@ -322,7 +325,7 @@ def sample_euler(
 ) -> torch.Tensor:
     """Euler steps along the velocity field of rectified flow. First order."""
     for t, nxt in progress(list(zip(times[:-1], times[1:], strict=True))):
-        x = x + model(x, _at(t, x).to(x)) * ((t - nxt).item() / process.num_train_timesteps)
+        x = x + model(x, _at(t, x).to(x.dtype)) * ((t - nxt).item() / process.num_train_timesteps)
     return x
 
 
@@ -333,9 +336,9 @@ def sample_heun(
     the network knows no time 0 (Karras et al., 2022, alg. 1). Second order."""
     for t, nxt in progress(list(zip(times[:-1], times[1:], strict=True))):
         size = (t - nxt).item() / process.num_train_timesteps
-        velocity = model(x, _at(t, x).to(x))
+        velocity = model(x, _at(t, x).to(x.dtype))
         if nxt:
-            velocity = (velocity + model(x + size * velocity, _at(nxt, x).to(x))) / 2
+            velocity = (velocity + model(x + size * velocity, _at(nxt, x).to(x.dtype))) / 2
         x = x + size * velocity
     return x
 

@@ -1,4 +1,4 @@
-"""The terms of the autoencoder's loss. The adversarial term and its discriminator are MONAI's."""
+"""The terms of the autoencoder's loss. The discriminator of the adversarial term is MONAI's."""
 
 from pathlib import Path
 
@@ -28,6 +28,16 @@ def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> to
     return sum(error.diff(dim=axis).abs().mean() for axis in (-3, -2, -1))
 
 
+def least_squares(logits: torch.Tensor, target: float) -> torch.Tensor:
+    """Least-squares adversarial loss (Mao et al., 2017) of the discriminator's output against 1 (real) or 0.
+
+    MONAI's `PatchAdversarialLoss`, its leaky ReLU before the loss included. That one makes its target on the
+    CPU and copies it at every call, for which a GPU is waited for.
+    """
+    judged = nn.functional.leaky_relu(logits, 0.05)
+    return nn.functional.mse_loss(judged, torch.full_like(judged, target))
+
+
 MEDICALNET_DEPTHS = {"medicalnet_resnet10": 10, "medicalnet_resnet50": 50}
 UNTRAINED = object()  # in place of a file of weights: random ones, to count what the network takes
 
@@ -36,8 +46,9 @@ class PerceptualLoss(nn.Module):
     """Distance of two volumes in the features of a frozen network, whose weights come from a local file.
 
     `squeeze`, `vgg`, `alex`: LPIPS (Zhang et al., 2018; package lpips) on slices of the three planes, summed
-    over the planes. `medicalnet_*`: 3D features of MedicalNet (Chen et al., 2019), normalised over channels,
-    squared difference.
+    over the planes; volumes in [0, 1] are mapped to [-1, 1], the range that it was trained on.
+    `medicalnet_*`: 3D features of MedicalNet (Chen et al., 2019), normalised over channels, squared
+    difference.
 
     Args:
         network: one of the names above.
@@ -67,7 +78,7 @@ class PerceptualLoss(nn.Module):
             else:
                 self.network = _lpips(network, state, str(weights))
         except UserError as error:
-            raise UserError(f"perceptual_weights: {error} Mend that, {without}.") from None
+            raise UserError(f"perceptual_weights: {error} Fix that, {without}.") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
@@ -85,15 +96,34 @@ class PerceptualLoss(nn.Module):
         for axis in (2, 3, 4):
             a, b = (x.movedim(axis, 1).flatten(0, 1) for x in (reconstruction, image))
             count = max(1, int(len(a) * self.slice_ratio))
-            chosen = torch.randperm(len(a), generator=generator)[:count].to(a.device)
-            total = (
-                total + self.network(a[chosen].expand(-1, 3, -1, -1), b[chosen].expand(-1, 3, -1, -1)).mean()
-            )
+            chosen = torch.randperm(len(a), generator=generator)[:count].to(a.device, non_blocking=True)
+            total = total + lpips_distance(self.network, a[chosen], b[chosen]).mean()
         return total
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
-        x = trunk(self.network, standardised(x))
-        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+        return unit_vectors(trunk(self.network, standardised(x)))
+
+
+def unit_vectors(features: torch.Tensor) -> torch.Tensor:
+    """Features (B, c, ...) over their norm along the channels.
+
+    The constant lies below the root: the gradient of a norm is NaN where all channels are zero, as they are
+    behind a ReLU in an even region.
+    """
+    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+def lpips_distance(network: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """LPIPS of grey slices (n, 1, H, W) in [0, 1], (n, 1, 1, 1): Zhang et al., 2018, eq. 1.
+
+    `network(a, b, normalize=True)` of the package lpips, with `unit_vectors` in place of its own, which has
+    NaN gradients at zero features.
+    """
+    of_a, of_b = (network.net(network.scaling_layer((2 * x - 1).expand(-1, 3, -1, -1))) for x in (a, b))
+    return sum(
+        linear((unit_vectors(one) - unit_vectors(other)).square()).mean((2, 3), keepdim=True)
+        for linear, one, other in zip(network.lins, of_a, of_b, strict=True)
+    )
 
 
 def missing_package(network: str) -> str | None:

@@ -158,17 +158,35 @@ def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def make_ema(network: nn.Module, decay: float) -> AveragedModel | None:
+class Average(AveragedModel):
     """Exponential moving average of the weights; the decay rises with the steps, (1 + n) / (10 + n), up to
-    `decay`."""
-    if not decay:
-        return None
+    `decay`. Buffers are those of the network.
 
-    def update(averages, weights, count):
-        n = float(count)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+    The count stays on the CPU: torch's own update copies it to the device at each step, and a function of it
+    back, for which a GPU is waited for.
+    """
 
-    return AveragedModel(network, multi_avg_fn=update)
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take up the weights after a step."""
+        n = int(self.n_averaged)
+        averages, weights = list(self.module.parameters()), list(model.parameters())
+        if n == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+        self.n_averaged += 1
+
+
+def make_ema(network: nn.Module, decay: float) -> Average | None:
+    """The average of the weights, or None where there is none."""
+    return Average(network, decay) if decay else None
 
 
 class Means:
@@ -186,8 +204,10 @@ class Means:
         for name, value in terms.items():
             value = value.detach().double()
             finite = value.isfinite()
-            pair = torch.stack([torch.where(finite, value, 0.0), finite.double()])
-            self.sums[name] = self.sums[name].to(pair.device) + pair if name in self.sums else pair
+            pair = torch.stack([value.nan_to_num(0.0, 0.0, 0.0), finite.double()])
+            if name in self.sums:
+                pair = self.sums[name].to(pair.device, non_blocking=True) + pair
+            self.sums[name] = pair
 
     def totals(self, sum_over_ranks: Callable) -> dict[str, torch.Tensor]:
         """{term: (sum, count)} of all ranks, on the CPU."""
