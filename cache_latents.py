@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
+    utils.check_writable(environment, "cache_dir", "model_dir")
     section, workers = config["diffusion_train"], config["data"]["num_workers"]
     run = utils.start(args, section)
     path = utils.autoencoder_path(args, environment)

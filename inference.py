@@ -299,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return tell_memory(args, config)
     environment = utils.load_environment(args.environment_file)
+    utils.check_writable(environment, "output_dir")
     args.amp = bool(args.amp)
     run = start(args)
     output_dir = environment["output_dir"]

@@ -53,8 +53,9 @@ class Autoencoder:
         size = dataset[(0, 0)]["image"].shape[1:]
         autoencoder = configs.define_network(config, "autoencoder_def")
         self.latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
+        criterion = train_autoencoder.AutoencoderLoss(self.section, None)
         self.networks = train_autoencoder.build_networks(
-            config, autoencoder, size, None, self.section["compile"], self.run
+            config, autoencoder, size, criterion, self.section["compile"], self.run
         )
         self.clock = Clock(self.section, len(dataset))
 

@@ -67,7 +67,7 @@ class PerceptualLoss(nn.Module):
             else:
                 self.network = _lpips(network, state, str(weights))
         except UserError as error:
-            raise UserError(f"perceptual_weights: {error} Mend that, {without}.") from None
+            raise UserError(f"perceptual_weights: {error} Fix that, {without}.") from None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
