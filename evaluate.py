@@ -116,6 +116,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("medicalnet", "radimagenet"):
         if len(getattr(args, name) or []) > 2:
             raise UserError(f"--{name}: a file, and its SHA-256 if that is to be checked.")
+    utils.find_files(
+        autoencoder=[args.autoencoder],
+        medicalnet=(args.medicalnet or [])[:1],
+        radimagenet=(args.radimagenet or [])[:1],
+        classifier=args.classifier or [],
+    )
     args.gpus, args.amp = None, False
     return args
 

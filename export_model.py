@@ -30,7 +30,7 @@ import torch
 
 import utils
 from ldm import configs, export, generation, model_card
-from ldm.checkpoints import written_whole
+from ldm.checkpoints import MADE_BY, require_checkpoint, written_whole
 from ldm.processes import Run
 
 
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
         "diffusion_unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
+    for path, role in zip(paths.values(), MADE_BY, strict=True):
+        require_checkpoint(path, role)
     origin = {name: model_card.history(path, name) for name, path in paths.items()}
     digest = origin["autoencoder"]["sha256"]
     metrics = model_card.read_metrics(args.metrics, digest) if args.metrics else None

@@ -254,11 +254,17 @@ class Networks:
 
 
 def build_networks(
-    config: dict, autoencoder: nn.Module, patch_size, val_size, perceptual_weights, compiled: bool, run: Run
+    config: dict,
+    autoencoder: nn.Module,
+    patch_size: Sequence[int],
+    val_size: Sequence[int],
+    criterion: AutoencoderLoss,
+    compiled: bool,
+    run: Run,
 ) -> Networks:
     """Autoencoder, losses and, where its weight is not 0, the discriminator, on the device and wrapped."""
     section = config["autoencoder_train"]
-    criterion = AutoencoderLoss(section, perceptual_weights).to(run.device)
+    criterion = criterion.to(run.device)
     smallest = min(patch_size, val_size, key=min)
     if criterion.perceptual and not criterion.perceptual.is_3d and min(smallest) <= LPIPS_SIDE:
         raise UserError(
@@ -330,7 +336,8 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
         autoencoder = configs.define_network(config, "autoencoder_def")
-        networks = build_networks(config, autoencoder, patch_size, val_size, UNTRAINED, False, run)
+        criterion = AutoencoderLoss(config["autoencoder_train"], UNTRAINED)
+        networks = build_networks(config, autoencoder, patch_size, val_size, criterion, False, run)
         meter.hold("weights", networks.encoder, networks.criterion, networks.judge)
         meter.hold("averaged weights", networks.ema)
         meter.hold_steppers(networks.steppers)
@@ -358,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return utils.tell_memory(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file)
     section, seed = config["autoencoder_train"], config["seed"]
+    utils.check_writable(environment, *utils.FOLDERS)
+    criterion = AutoencoderLoss(section, environment["perceptual_weights"])  # before anything is downloaded
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     utils.claim(model_dir, run)
@@ -387,9 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if section["initial_posterior_std"]:
         set_posterior_std(autoencoder, section["initial_posterior_std"])
     compiled = section["compile"] if args.compile is None else args.compile
-    networks = build_networks(
-        config, autoencoder, patch_size, val_size, environment["perceptual_weights"], compiled, run
-    )
+    networks = build_networks(config, autoencoder, patch_size, val_size, criterion, compiled, run)
     latent_shape = latent_shape_of(config, autoencoder, patch_size)
     loader = utils.make_loader(WithPosteriorDraw(train_set, latent_shape, seed), section, config, run)
 

@@ -374,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return utils.tell_memory(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
+    utils.check_writable(environment, *utils.FOLDERS)
     section, seed = config["diffusion_train"], config["seed"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     run = utils.start(args, section)

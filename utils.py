@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -28,10 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief, configs, memory, processes, splits
 from ldm.checkpoints import (
+    NO_SPACE,
     SCALE_FACTOR,
     StageFiles,
     load_checkpoint,
     load_training_checkpoint,
+    require_checkpoint,
     weights_hash,
     write_json,
 )
@@ -265,7 +268,7 @@ def _apply_override(config: dict, override: str) -> None:
 
 
 PATH = {  # that every system takes; an empty one would be the working directory
-    "description": "a path, of names of up to 255 printable characters,",
+    "description": "a path of names of up to 255 printable characters",
     "type": "string",
     "minLength": 1,
     "maxLength": 1000,
@@ -273,13 +276,14 @@ PATH = {  # that every system takes; an empty one would be the working directory
 }
 PATH_OR_NONE = {"description": f"{PATH['description']} or null", "anyOf": [PATH, {"type": "null"}]}
 SOURCES = {"type": "array", "items": PATH, "minItems": 1}
+FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # that results go to
 ENVIRONMENT = {  # those with a default may be left out
     "data_base_dir": {"description": "a folder or a list of folders", "anyOf": [PATH, SOURCES]},
     "model_dir": PATH,
     "tfevent_path": PATH,
     "output_dir": PATH,
-    "resume_ckpt": {"description": "bool", "type": "boolean", "default": None},
-    "download_brats": {"description": "bool", "type": "boolean", "default": False},
+    "resume_ckpt": {"description": "true or false", "type": "boolean", "default": None},
+    "download_brats": {"description": "true or false", "type": "boolean", "default": False},
     "perceptual_weights": {**PATH_OR_NONE, "default": None},
     "cache_dir": {**PATH_OR_NONE, "default": None},
 }
@@ -293,7 +297,8 @@ def load_environment(path: str | Path) -> dict:
     `model_dir`/cache).
 
     Raises:
-        UserError: an unknown or missing key, or a value that `ENVIRONMENT` does not allow; the key is named.
+        UserError: an unknown or missing key, a value that `ENVIRONMENT` does not allow, or a file where a
+            folder is expected; the key is named.
     """
     environment = read_json(path, "environment file")
     for key, value in environment.items():
@@ -301,8 +306,8 @@ def load_environment(path: str | Path) -> dict:
             near = difflib.get_close_matches(key, ENVIRONMENT, 1)
             raise UserError(f"{path}: unknown key {brief(key)}.{f' Did you mean {near[0]}?' if near else ''}")
         if not StrictValidator(ENVIRONMENT[key]).is_valid(value):
-            due = ENVIRONMENT[key]["description"]
-            raise UserError(f"{path}: {key} is {brief(repr(value))}; {due} is due.")
+            what = f"expected {ENVIRONMENT[key]['description']}, found {brief(repr(value))}"
+            raise UserError(f"{path}: {key}: {what}.")
     for key, about in ENVIRONMENT.items():
         if "default" not in about and key not in environment:
             raise UserError(f"{path}: {key} is missing. config/environment.json.example shows the keys.")
@@ -316,7 +321,35 @@ def load_environment(path: str | Path) -> dict:
         environment["perceptual_weights"] = os.path.expanduser(environment["perceptual_weights"])
     cache = environment["cache_dir"]
     environment["cache_dir"] = Path(cache).expanduser() if cache else environment["model_dir"] / "cache"
+    for key in FOLDERS:
+        if not (there := _nearest(environment[key])).is_dir():
+            raise UserError(f"{path}: {key} {environment[key]}: {there} is not a folder.")
     return environment
+
+
+def _nearest(folder: Path) -> Path:
+    """What is there of a path: itself, or the nearest of its parents."""
+    return next(one for one in [folder, *folder.absolute().parents] if os.path.lexists(one))
+
+
+def check_writable(environment: dict, *keys: str) -> None:
+    """See that files can be written to these folders, or to where they will be made, before hours of work.
+
+    Raises:
+        UserError: they cannot; the key is named.
+        OSError: the disk is full.
+    """
+    for key in keys:
+        try:
+            with tempfile.TemporaryFile(dir=_nearest(environment[key])):
+                pass
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
+            raise UserError(
+                f"{key} {environment[key]}: cannot be written ({error.strerror}). Name a folder that you own "
+                "in the environment file."
+            ) from None
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -706,17 +739,28 @@ def make_loader(
 # ---------------------------------------------------------------- networks
 
 
+def find_files(**named: Sequence[str | Path | None]) -> None:
+    """See that the files that options name are there, before hours of work; None stands for none.
+
+    Raises:
+        UserError: one is not; the option is named.
+    """
+    for option, paths in named.items():
+        for path in filter(None, paths):
+            if not Path(path).is_file():
+                raise UserError(f"--{option.replace('_', '-')} {path}: no such file. Check the path.")
+
+
 def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool = True) -> Path:
     """The file of stage 1's weights: `--autoencoder`, or the one in `model_dir`.
 
     Raises:
-        UserError: it is `needed` and not there.
+        UserError: it is named, or `needed`, and not there.
     """
+    find_files(autoencoder=[args.autoencoder])
     path = args.autoencoder or environment["model_dir"] / "autoencoder.pt"
-    if needed and not path.is_file():
-        raise UserError(
-            f"{path}: no trained autoencoder. Run train_autoencoder.py first, or name one by --autoencoder."
-        )
+    if needed:
+        require_checkpoint(path, "autoencoder")
     return path
 
 
@@ -726,7 +770,7 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
     Args:
         max_memory: GB to encode and decode in; None: no limit.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, "autoencoder")
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))

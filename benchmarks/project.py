@@ -54,8 +54,9 @@ class Autoencoder:
         self.run, size = run_of(self.section, run), dataset[(0, 0)]["image"].shape[1:]
         autoencoder = configs.define_network(config, "autoencoder_def")
         latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
+        criterion = train_autoencoder.AutoencoderLoss(self.section, None)
         self.networks = train_autoencoder.build_networks(
-            config, autoencoder, size, size, None, self.section["compile"], self.run
+            config, autoencoder, size, size, criterion, self.section["compile"], self.run
         )
         self.dataset = train_autoencoder.WithPosteriorDraw(dataset, latent_shape, config["seed"])
         self.clock = Clock(self.section, len(dataset))

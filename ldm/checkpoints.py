@@ -4,7 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -322,15 +324,31 @@ def load_training_checkpoint(path: Path, name: str) -> dict:
     Raises:
         UserError: as `load_checkpoint`, and where an entry is missing.
     """
+    if not path.is_file():
+        raise UserError(
+            f"--resume {path}: no such checkpoint. Name a *_last.pt, or leave --resume out: the same command "
+            "resumes from the newest in model_dir."
+        )
     content = load_checkpoint(path)
     if "stepper" not in content:
         raise UserError(
-            f"{path}: holds weights but no optimiser, so a training cannot go on from it. Name a *_last.pt."
+            f"{path}: holds weights but no optimiser, so no training can resume from it. Name a *_last.pt."
         )
     for key in TO_GO_ON_FROM[name]:
         if key not in content:
-            raise UserError(f"{path}: {key} is missing; the training of {name} cannot go on from it.")
+            raise UserError(f"{path}: {key} is missing; the training of {name} cannot resume from it.")
     return {**content, "path": path}
+
+
+MADE_BY = {"autoencoder": "train_autoencoder.py", "unet": "train_diffusion.py"}
+
+
+def require_checkpoint(path: Path, role: str) -> None:
+    """Raise UserError, with the next step, unless the checkpoint of a role (one of `MADE_BY`) is there."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such checkpoint. Run {MADE_BY[role]} first, or name a file of weights by --{role}."
+        )
 
 
 def _read_pickle(path: Path) -> dict:
@@ -338,32 +356,52 @@ def _read_pickle(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise UserError(f"{path}: damaged ({damaged} fails its checksum). Use another checkpoint.")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles and TorchScript, which an error tells better
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of this project, or a bare state dict that others released, on the CPU; a file named
+def _why_unread(path: Path, error: Exception) -> str:
+    """What a file is that torch.load refuses. Torch's own words advise to read it with `weights_only=False`,
+    which runs whatever code it holds."""
+    more = re.search(r"GLOBAL (\S+)", text := str(error))
+    if more or (zipfile.is_zipfile(path) and "TorchScript" in text):
+        kind = f"a pickle that holds more than tensors ({more[1]})" if more else "a TorchScript program"
+        return (
+            f"{kind}. It is refused, since reading it could run code. Save its weights alone where you trust "
+            "it: docs/TROUBLESHOOTING.md, Weights from elsewhere."
+        )
+    reason = "" if "weights_only" in text else f" ({brief(f'{type(error).__name__}: {text}')})"
+    return f"not a checkpoint of tensors, or damaged{reason}. Copy it again, or use another."
+
+
+def load_checkpoint(path: Path, role: str | None = None) -> dict:
+    """Read a checkpoint of this project, or weights that others released, on the CPU; a file named
     `*.safetensors` as such.
 
+    Args:
+        role: which network is meant, where a file of others holds several: one of `MADE_BY`.
+
     Returns:
-        The checkpoint; a bare state dict comes as `{"model": state}`.
+        The checkpoint; weights of others come as `{"model": state}`, with their `scale_factor` where the file
+        has one.
 
     Raises:
         UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do, or
-            the SHA-256 of safetensors), holding more than tensors and plain values, of a later format, or
-            with an entry that is not what `ENTRIES` says.
+            the SHA-256 of safetensors), holding more than tensors and plain values, of a later format,
+            with an entry that is not what `ENTRIES` says, or with several networks none of which is meant.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint.")
+        raise UserError(f"{path}: no such file. Check the path.")
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except UserError:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
-        raise UserError(
-            f"{path}: not a checkpoint of tensors, or damaged ({type(error).__name__}: {brief(error)}). Copy "
-            "it again, or use another."
-        ) from None
+        raise UserError(f"{path}: {_why_unread(path, error)}") from None
+    factor = content.get("scale_factor") if isinstance(content, dict) else None
+    if isinstance(factor, torch.Tensor) and factor.numel() == 1:  # as MAISI has it
+        content = {**content, "scale_factor": factor.item()}
     if isinstance(content, dict) and "format" in content:
         version = content["format"]
         if StrictValidator(SIZE).is_valid(version) and version > FORMAT:
@@ -371,9 +409,32 @@ def load_checkpoint(path: Path) -> dict:
         if what := fault(CHECKPOINT, content):
             raise UserError(f"{path}: an entry is not what it should be: {what}. Use another checkpoint.")
         return content
-    for key in ("state_dict", "model"):  # MONAI's and others' habits
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not Validator(WEIGHTS).is_valid(content):
+    return _weights_of_others(path, content, role)
+
+
+STATE_DICTS = ("state_dict", "model", "model_state_dict")  # MONAI's, Lightning's and others' habits
+KNOWN_BY = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
+
+
+def _weights_of_others(path: Path, content: object, role: str | None) -> dict:
+    """The one state dict of a file, or the one of its role, and the scale factor beside it."""
+    is_weights = Validator(WEIGHTS).is_valid
+    if is_weights(content):
+        return {"model": content}
+    networks = {k: v for k, v in content.items() if is_weights(v)} if isinstance(content, dict) else {}
+    if not networks:
         raise UserError(f"{path}: holds neither a checkpoint of this project nor a state dict.")
-    return {"model": content}
+    meant = [key for key in networks if any(word in str(key).lower() for word in KNOWN_BY.get(role, ()))]
+    usual = [key for key in STATE_DICTS if key in networks]
+    chosen = meant or usual[:1] or list(networks)
+    if len(chosen) > 1:
+        raise UserError(
+            f"{path}: holds several networks ({brief(', '.join(map(str, chosen)))}). Save the state dict of "
+            "the one that is meant to a file of its own."
+        )
+    found = {"model": networks[chosen[0]]}
+    if "scale_factor" not in content:
+        return found
+    if what := fault(Validator(fields(scale_factor=SCALE_FACTOR)), content):
+        raise UserError(f"{path}: {what}. Use another checkpoint.")
+    return {**found, "scale_factor": content["scale_factor"]}

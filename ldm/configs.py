@@ -17,7 +17,7 @@ from ldm.networks import (
     instantiate,
     resolve_references,
 )
-from ldm.schemas import StrictValidator
+from ldm.schemas import StrictValidator, explained
 from ldm.transforms import Intensity, Preprocessing
 
 # What a checkpoint's weights mean nothing without, and keys of networks that change memory and no result.
@@ -184,10 +184,7 @@ def _explain(error) -> str:
         near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
         hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
         return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
-    if error.validator == "required":
-        return f"{where or 'config'}: {error.message}."
-    allowed = error.schema.get("description", "").split(". ")[0]
-    return f"{where}: {brief(error.message)}. ({allowed})"
+    return f"{explained(error)}."
 
 
 def _fill_defaults(section: dict, schema: dict, root: dict) -> None:

@@ -57,7 +57,7 @@ def read_json(path: str | Path, what: str = "") -> dict:
     path = Path(path)
     where = f"{what} {path}".strip()
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark first
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except ValueError as error:

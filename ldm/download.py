@@ -119,7 +119,7 @@ def find_gap(folder: Path) -> str | None:
     if not description.is_file():
         return "it holds no dataset.json"
     try:
-        dataset = parse_json(description.read_text(encoding="utf-8"))
+        dataset = parse_json(description.read_text(encoding="utf-8-sig"))
         # The Decathlon lists training cases as {"image": ..., "label": ...} and test cases as bare names.
         training = [name for case in dataset["training"] for name in (case["image"], case["label"])]
         test = [case["image"] if isinstance(case, dict) else case for case in dataset.get("test", [])]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ldm import UserError, configs, memory
-from ldm.checkpoints import load_checkpoint, weights_hash
+from ldm.checkpoints import load_checkpoint, require_checkpoint, weights_hash
 from ldm.decoding import Budget, weights_bytes
 from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder
@@ -69,7 +69,11 @@ def load_networks(
     Raises:
         UserError: files, config and each other do not fit, or weights and `max_memory`.
     """
-    autoencoder_state, unet_state = load_checkpoint(autoencoder_path), load_checkpoint(unet_path)
+    require_checkpoint(autoencoder_path, "autoencoder")
+    require_checkpoint(unet_path, "unet")
+    autoencoder_state, unet_state = (
+        load_checkpoint(path, role) for path, role in ((autoencoder_path, "autoencoder"), (unet_path, "unet"))
+    )
     for checkpoint, path, keys in (
         (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
         (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),

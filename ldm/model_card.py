@@ -52,7 +52,7 @@ def history(path: Path, name: str) -> dict:
         UserError: no checkpoint, or one to go on from, whose weights are not the averaged ones; or the log or
             the split is none.
     """
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, "autoencoder" if name == "autoencoder" else "unet")
     if "stepper" in content:
         raise UserError(
             f"{path}: is there to go on from; its weights are neither the best nor averaged. Name {name}.pt."

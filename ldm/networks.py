@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import typing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -108,10 +109,10 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
         if value is default is None:  # where an int is declared, at times
             continue
         if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
-            raise UserError(f"{where}.{key}: {brief(value)} is not from 0 to {MOST}.")
+            raise UserError(f"{where}.{key}: expected whole numbers from 0 to {MOST}, found {brief(value)}.")
         if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
             kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")
-            raise UserError(f"{where}.{key}: {brief(value)} is not of type {kind}.")
+            raise UserError(f"{where}.{key}: expected {kind}, found {brief(value)}.")
     return cls
 
 
@@ -314,7 +315,8 @@ def plain_names(state: dict) -> dict:
 
 
 def load_weights(network: nn.Module, state: dict, where: str) -> None:
-    """Load a state dict, strictly; names of monai-generative are translated to MONAI's.
+    """Load a state dict, strictly; the network's part of a larger one, such as Lightning's, is found by its
+    names, and names of monai-generative are translated to MONAI's.
 
     In monai-generative the attention's output projection `proj_attn` is in the file but never applied.
     MONAI's own
@@ -323,10 +325,10 @@ def load_weights(network: nn.Module, state: dict, where: str) -> None:
 
     Raises:
         UserError: names, shapes or types that do not fit the network, or values that are not finite; the
-            first of each kind is named.
+            first of each kind is named. Or the state dict holds several such networks.
     """
-    state = plain_names(dict(state))
     own = network.state_dict()
+    state = _part_of(plain_names(dict(state)), own, where)
     if set(state) != set(own):
         state = _translated(state, own)
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -352,6 +354,28 @@ def load_weights(network: nn.Module, state: dict, where: str) -> None:
     if what:
         raise UserError(f"{where}: weights do not fit the network in the config: {', '.join(what)}.")
     network.load_state_dict(state)
+
+
+def _part_of(state: dict, own: dict, where: str) -> dict:
+    """What lies below one prefix, such as `autoencoder.`, of a state dict that has none of the network's
+    names: the prefix with most of them."""
+    if any(name in own for name in state):
+        return state
+    found = Counter()
+    for name in state:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            found[".".join(parts[:i]) + "."] += ".".join(parts[i:]) in own
+    most = max(found.values(), default=0)
+    if most < len(own) / 4:
+        return state
+    prefixes = [prefix for prefix, count in found.items() if count == most]
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{where}: holds several networks of this kind ({', '.join(prefixes)}). Save the state dict of "
+            "the one that is meant to a file of its own."
+        )
+    return {name.removeprefix(p): state[name] for p in prefixes for name in state if name.startswith(p)}
 
 
 def _translated(state: dict, own: dict) -> dict:

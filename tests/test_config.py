@@ -1,8 +1,10 @@
 """Configs are data: the tutorial's own run here, wrong ones are refused with the key named."""
 
 import copy
+import errno
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,7 @@ def test_older_and_newer_name_of_the_epochs(load):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_is_whole(path):
     config = utils.load_config(path)
+    train_autoencoder.AutoencoderLoss(config["autoencoder_train"], None)  # needs no file of weights
     sizes = [parameters(config, key) for key in ("autoencoder_def", "diffusion_def")]
     if path.stem == "config_demo":
         assert sum(sizes) < 50e6  # for a laptop
@@ -208,7 +211,7 @@ def test_override_reaches_what_refers_to_it(load):
         ("lr", "--set lr: should be key=value"),
         ("=3", "--set =3: should be key=value"),
         ("autoencoder_train.learning_rate=1", "unknown key autoencoder_train.learning_rate"),
-        ("autoencoder_train.lr=fast", r"autoencoder_train\.lr: 'fast' is not of type 'number'"),
+        ("autoencoder_train.lr=fast", r'autoencoder_train\.lr: expected a number above 0, found "fast"\.'),
         ("autoencoder_train.lr.first=1", "lr is no section"),
         ("..=1", "unknown key"),
     ],
@@ -246,19 +249,29 @@ def changed(path: str, value) -> dict:
             0.001,
             "unknown key NoiseScheduler.beta_strat. Did you mean beta_start",
         ),
-        ("autoencoder_train.lr", "1e-5", "autoencoder_train.lr: '1e-5' is not of type 'number'"),
-        ("autoencoder_train.lr", 0, "autoencoder_train.lr"),
-        ("autoencoder_train.batch_size", 1.5, "autoencoder_train.batch_size: 1.5"),
-        ("autoencoder_train.batch_size", 2.0, "autoencoder_train.batch_size: 2.0 is not of type 'integer'"),
-        ("autoencoder_train.batch_size", True, "autoencoder_train.batch_size: True"),
-        ("autoencoder_train.patch_size", [64, 64], "autoencoder_train.patch_size"),
-        ("autoencoder_train.recon_loss", "l3", "autoencoder_train.recon_loss: 'l3' is not one of"),
-        ("autoencoder_train", [], r"autoencoder_train: \[\] is not of type 'object'"),
-        ("spatial_dims", 2, "spatial_dims: 2 is not one of"),
-        ("channel", "0", "channel: '0'"),
-        ("channel", [0, 0], "channel"),
-        ("spacing", [1, 1, 0], r"spacing\.2: 0"),
-        ("seed", -1, "seed: -1"),
+        ("autoencoder_train.lr", "1e-5", 'autoencoder_train.lr: expected a number above 0, found "1e-5".'),
+        ("autoencoder_train.lr", 0, "autoencoder_train.lr: expected a number above 0, found 0."),
+        ("autoencoder_train.batch_size", 1.5, "expected a whole number from 1 to 65536, found 1.5"),
+        (
+            "autoencoder_train.batch_size",
+            2.0,
+            "batch_size: expected a whole number from 1 to 65536, found 2.0",
+        ),
+        ("autoencoder_train.batch_size", True, "batch_size: expected .*, found true"),
+        ("autoencoder_train.patch_size", [64, 64], "patch_size: expected a list of 3 .* or null, found"),
+        ("autoencoder_train.recon_loss", "l3", 'recon_loss: expected "l1" or "l2", found "l3".'),
+        ("autoencoder_train", [], r"autoencoder_train: expected an object {...}, found \[\]\."),
+        ("spatial_dims", 2, "spatial_dims: expected 3, found 2"),
+        ("channel", "0", 'channel: expected a whole number from 0 to 65535 or a list of 1 .*, found "0"'),
+        ("channel", [0, 0], r"channel: expected .*, each once, found \[0, 0\]"),
+        ("spacing", [1, 1, 0], r"spacing\.2: expected a number above 0, found 0\."),
+        ("seed", -1, "seed: expected a whole number from 0 to .*, found -1"),
+        (
+            "autoencoder_train.adam_betas",
+            [0, 1],
+            "betas.1: expected a number of at least 0 and below 1, found 1",
+        ),
+        ("data.pattern", 3, "data.pattern: expected text or null, found 3"),
         ("channel", [0, 1], r"channel names 2 channel\(s\), image_channels is 1"),
         ("longest_side", 64, "spacing or longest_side, not both"),
         ("intensity", {"lower_percentile": 99.5}, "lower_percentile must lie below upper_percentile"),
@@ -273,9 +286,9 @@ def test_wrong_key_or_value_is_named(load, path, value, message):
 def test_missing_network_is_named(load):
     config = tutorial()
     del config["autoencoder_def"]["_target_"]
-    refused(load, config, "autoencoder_def: '_target_' is a required property")
+    refused(load, config, "autoencoder_def._target_ is missing")
     del config["autoencoder_def"]
-    refused(load, config, "'autoencoder_def' is a required property")
+    refused(load, config, "autoencoder_def is missing")
     config = tutorial()
     del config["diffusion_def"]
     with pytest.raises(UserError, match="diffusion_def: missing"):
@@ -452,15 +465,15 @@ def test_environment_of_the_tutorial(tmp_path):
     "change, message",
     [
         ({"model_dri": "m"}, "unknown key model_dri. Did you mean model_dir"),
-        ({"model_dir": 3}, "model_dir is 3"),
-        ({"model_dir": ["m"]}, "model_dir is"),
-        ({"model_dir": None}, "model_dir is None"),
-        ({"resume_ckpt": "true"}, "resume_ckpt is 'true'; bool is due"),
-        ({"resume_ckpt": 1}, "resume_ckpt is 1"),
-        ({"data_base_dir": {}}, "data_base_dir is {}"),
+        ({"model_dir": 3}, "model_dir: expected a path of names of up to 255 printable characters, found 3"),
+        ({"model_dir": ["m"]}, "model_dir: expected a path"),
+        ({"model_dir": None}, "model_dir: expected a path .*, found None"),
+        ({"resume_ckpt": "true"}, "resume_ckpt: expected true or false, found 'true'"),
+        ({"resume_ckpt": 1}, "resume_ckpt: expected true or false, found 1"),
+        ({"data_base_dir": {}}, "data_base_dir: expected a folder or a list of folders, found {}"),
         ({"data_base_dir": [1]}, "data_base_dir"),
         ({"data_base_dir": []}, "data_base_dir"),
-        ({"perceptual_weights": True}, "perceptual_weights is True"),
+        ({"perceptual_weights": True}, "perceptual_weights: expected .*, found True"),
     ],
 )
 def test_environment_that_is_wrong(tmp_path, change, message):
@@ -472,6 +485,39 @@ def test_environment_that_is_wrong(tmp_path, change, message):
 def test_environment_with_a_key_missing(tmp_path, key):
     with pytest.raises(UserError, match=f"{key} is missing"):
         environment(tmp_path, {k: v for k, v in ENVIRONMENT.items() if k != key})
+
+
+@pytest.mark.parametrize("key", utils.FOLDERS)
+def test_a_folder_for_results_that_is_a_file_is_named(tmp_path, key):
+    (tmp_path / "file").touch()
+    for value in (str(tmp_path / "file"), str(tmp_path / "file/below/it")):
+        with pytest.raises(UserError, match=rf"environment\.json: {key} .*file is not a folder\."):
+            environment(tmp_path, ENVIRONMENT | {key: value})
+
+
+@pytest.mark.parametrize(
+    "code, kind", [(errno.EACCES, UserError), (errno.EROFS, UserError), (errno.ENOSPC, OSError)]
+)
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path, monkeypatch, code, kind):
+    def refuse(dir):
+        raise OSError(code, os.strerror(code))
+
+    utils.check_writable({"model_dir": tmp_path / "a/b"}, "model_dir")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(utils.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        kind, match="model_dir .*b: cannot be written" if kind is UserError else "space"
+    ) as end:
+        utils.check_writable({"model_dir": tmp_path / "a/b"}, "model_dir")
+    assert type(end.value) is kind
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    """Which Windows editors put before the text."""
+    for name, content in (("config.json", tutorial()), ("environment.json", ENVIRONMENT)):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8-sig")
+    assert utils.load_config(tmp_path / "config.json")["channel"] == 0
+    assert utils.load_environment(tmp_path / "environment.json")["model_dir"] == Path("models")
 
 
 def test_script_ends_with_one_line_and_code_2(tmp_path, capsys, monkeypatch):

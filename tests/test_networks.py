@@ -1,6 +1,8 @@
 """Weights of other origins give the same numbers here; recomputed activations change none."""
 
+import argparse
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from monai.networks.blocks import CrossAttentionBlock, SABlock
 from torch import nn
 
 from ldm import UserError
+from ldm.checkpoints import load_checkpoint
 from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
 from ldm.networks import (
@@ -257,6 +260,133 @@ def test_weights_that_do_not_fit():
         with pytest.raises(UserError, match=rf"model\.pt: weights do not fit .*{message}"):
             load_weights(network, changed, "model.pt")
     assert all(torch.equal(value, before[k]) for k, value in network.state_dict().items())
+
+
+# ---- files of others
+
+
+def optimizer_of(network: nn.Module) -> dict:
+    optimizer = torch.optim.Adam(network.parameters())
+    sum(parameter.sum() for parameter in network.parameters()).backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def below(prefix: str, network: nn.Module) -> dict:
+    return {prefix + name: value for name, value in network.state_dict().items()}
+
+
+def files_of_others(autoencoder: nn.Module, unet: nn.Module, judge: nn.Module) -> dict[str, dict]:
+    """What MAISI's and Lightning's scripts save, and others."""
+    maisi = {"epoch": 3, "loss": torch.tensor(0.1), "num_train_timesteps": 1000}
+    lightning = {"epoch": 3, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 1e-4}}
+    lightning["optimizer_states"] = [optimizer_of(judge)]
+    states = {"unet": unet.state_dict(), "autoencoder": autoencoder.state_dict(), "judge": judge.state_dict()}
+    return {
+        "MAISI": {**maisi, "unet_state_dict": states["unet"], "scale_factor": torch.tensor(0.75)},
+        "MAISI, its autoencoder": {"unet_state_dict": states["autoencoder"]},
+        "MAISI, its autoencoder, later": {"epoch": 3, "autoencoder_state_dict": states["autoencoder"]},
+        "with a discriminator": {"state_dict": states["autoencoder"], "discriminator": states["judge"]},
+        "both": {f"{name}_state_dict": state for name, state in states.items()},
+        "DDP": {"model": below("module.", unet)},
+        "Lightning, one network": {**lightning, "state_dict": below("model.", autoencoder)},
+        "Lightning, compiled": {**lightning, "state_dict": below("net._orig_mod.", unet)},
+        "Lightning, all": {
+            **lightning,
+            "state_dict": {
+                **below("autoencoder.", autoencoder),
+                **below("unet.module.", unet),
+                **below("discriminator.", judge),
+            },
+        },
+    }
+
+
+def test_files_of_others_are_read(tmp_path):
+    """With the network's own weights, and MAISI's scale factor, which is a tensor, as a number."""
+    autoencoder, unet = (
+        build("monai", "AutoencoderKL", AUTOENCODER),
+        build("monai", "DiffusionModelUNet", UNET),
+    )
+    judge = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 1, 3))
+    read = []
+    for name, content in files_of_others(autoencoder, unet, judge).items():
+        torch.save(content, tmp_path / "others.pt")
+        for role, network, fits in (
+            ("autoencoder", autoencoder, not {"MAISI", "DDP", "Lightning, compiled"} & {name}),
+            (
+                "unet",
+                unet,
+                not ("its autoencoder" in name or name in ("with a discriminator", "Lightning, one network")),
+            ),
+        ):
+            kind = type(network).__name__
+            other = build("monai", kind, AUTOENCODER if role == "autoencoder" else UNET, seed=1)
+            found = load_checkpoint(tmp_path / "others.pt", role)
+            if not fits:
+                with pytest.raises(UserError, match="do not fit"):
+                    load_weights(other, found["model"], "others.pt")
+                continue
+            load_weights(other, found["model"], "others.pt")
+            weights = network.state_dict()
+            assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
+            assert found.get("scale_factor") == (0.75 if name == "MAISI" else None)
+            read.append((name, role))
+    assert len(read) == 11
+
+
+def test_which_of_several_networks_is_meant_is_asked(tmp_path):
+    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    state, path = network.state_dict(), tmp_path / "two.pt"
+    torch.save({"generator": state, "teacher": state}, path)
+    with pytest.raises(UserError, match=r"two\.pt: holds several networks \(generator, teacher\)\. Save"):
+        load_checkpoint(path)
+    torch.save({"vae": state, "vae_ema": state}, path)
+    with pytest.raises(UserError, match=r"two\.pt: holds several networks \(vae, vae_ema\)\. Save"):
+        load_checkpoint(path, "autoencoder")
+    with pytest.raises(
+        UserError, match=r"two\.pt: holds several networks of this kind \(net\., ema\.\)\. Save"
+    ):
+        load_weights(network, {**below("net.", network), **below("ema.", network)}, "two.pt")
+    for factor in (torch.tensor(0.0), torch.ones(2), "x"):
+        torch.save({"state_dict": state, "scale_factor": factor}, path)
+        with pytest.raises(
+            UserError, match=r"two\.pt: scale_factor: expected a number from 1e-09 to .*, found"
+        ):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content, held", [("network", "torch.nn.modules.linear.Linear"), ("namespace", "argparse")]
+)
+def test_a_pickle_of_more_than_tensors_is_refused_in_words(tmp_path, content, held, zipped):
+    """Torch's own text advises `weights_only=False`, which runs what is in the file."""
+    content = nn.Linear(2, 2) if content == "network" else {"hyper_parameters": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "more.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "more.ckpt")
+    text = str(error.value)
+    assert f"more.ckpt: a pickle that holds more than tensors ({held}" in text and "could run code" in text
+    assert "TROUBLESHOOTING" in text and "weights_only" not in text and "\n" not in text
+
+
+def test_no_file_brings_torchs_advice_to_the_user(tmp_path, recwarn):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "program.pt")
+    (tmp_path / "page.pt").write_text("<html>")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": argparse.Namespace()}))
+    (tmp_path / "empty.pt").touch()
+    recwarn.clear()
+    for name, words in {
+        "program": "TorchScript",
+        "page": "damaged",
+        "plain": "damaged",
+        "empty": "EOF",
+    }.items():
+        with pytest.raises(UserError, match=rf"{name}\.pt: .*{words}") as error:
+            load_checkpoint(tmp_path / f"{name}.pt")
+        assert "weights_only" not in str(error.value)
+    assert not recwarn.list
 
 
 def test_weights_of_another_attention_do_not_fit():
