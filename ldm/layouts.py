@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from ldm import UserError, brief
 from ldm.datasets import Case, parse_json, read_json
 from ldm.provenance import record_path
+from ldm.transforms import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
 FOREIGN_SUFFIXES = (
     ".mha",
     ".mhd",

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ldm import UserError, brief
 from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, sha256_of, write_json, written_whole
-from ldm.datasets import IMAGE_SUFFIXES, read_json
+from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
 from ldm.schemas import StrictValidator, fault, fields
+from ldm.transforms import IMAGE_SUFFIXES
 
 FORMAT = 1
 LAST_SEED = 2**63 - 1
@@ -225,7 +226,7 @@ def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, d
     hashes = {key: sha256_of(path) for key, path in checkpoints.items()}
     samples, others = {}, {}
     for path in sorted(folder.rglob("*")):
-        if not path.name.endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
+        if not path.name.lower().endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
             continue
         inside = path.relative_to(folder).parts
         record, reason = None, f"in {inside[0]}/"

@@ -40,6 +40,7 @@ from ldm.processes import tell
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
 RAS = axcodes2ornt("RAS")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
 FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
