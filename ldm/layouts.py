@@ -425,9 +425,10 @@ def _walk(root: Path, search: Search) -> list[File]:
         seen.add(real)
         try:
             with os.scandir(folder) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+                entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise _unreadable(folder, error) from None
+        inner = []
         for entry in entries:
             where = (*parts, entry.name)
             name, image = "/".join(where), _suffix(entry.name)
@@ -439,7 +440,7 @@ def _walk(root: Path, search: Search) -> list[File]:
                 if real_own := own.get(os.path.realpath(entry.path)):
                     search.passed["folder{s} of this run"].append(str(real_own))
                 elif entry.name[0] != "." and entry.name.lower() not in SYSTEM_FOLDERS:
-                    (linked if entry.is_symlink() else waiting).append((Path(entry.path), where))
+                    (linked if entry.is_symlink() else inner).append((Path(entry.path), where))
             elif entry.name[0] == ".":
                 if image:
                     search.passed["hidden file{s}"].append(name)
@@ -449,7 +450,8 @@ def _walk(root: Path, search: Search) -> list[File]:
             elif image:
                 found.append(File(Path(entry.path), where))
             elif end := next((end for end in FOREIGN_SUFFIXES if entry.name.lower().endswith(end)), None):
-                search.passed[f"{end} file{{s}}, which are not read"].append(name)
+                search.passed[f"{end} file{{s}} not read"].append(name)
+        waiting += reversed(inner)
     return sorted(found, key=lambda file: file.path)
 
 
@@ -707,7 +709,7 @@ def _by_name(images: list[File]) -> Kinds | None:
     """P001/t1.nii.gz and P001/t2.nii.gz."""
     folders = defaultdict(list)
     for file in images:
-        if not VISIT_WORD.fullmatch(file.stem.lower()):
+        if not VISIT_WORD.fullmatch("".join(_words(file.stem))):  # 2001-01-01 too
             folders[file.folder].append(file)
     count = Counter(file.stem for files in folders.values() for file in files)
     several = {}
