@@ -152,7 +152,7 @@ def masks_among(cases: Sequence[Case]) -> list[Problem]:
             reason = (
                 f"holds {values} whole numbers and nothing else, other images hold many: a mask? Move it away"
             )
-            problems.append(Problem(case.name, file, f"{reason}, or choose the images by `data.pattern`"))
+            problems.append(Problem(case.name, file, f"{reason}, or choose the images by data.pattern"))
         else:
             scans += 1
     return problems

@@ -56,6 +56,7 @@ CONTRAST_WORD = re.compile(
     r"(3d)?(t1w?|t1c|t1ce|t1gd|t1n|t2w?|t2f|t2s|t2star|flair|pdw?|dwi|adc|swi|dti|bold|asl|ct|cta|ctres|pet|suv"
     r"|mri?|mra|tof|mprage|mp2rage|dce|stir)"
 )
+CHANNEL_WORD = re.compile(r"_000\d")
 PROCESSED_WORD = re.compile(r"brain|bet|stripped|orig|norm|nu|restore|rawavg")
 VISIT_WORD = re.compile(
     r"(ses|session|visit|v|scan|run|tp|time|timepoint|m|month|y|year|w|week|d|day|frame|bl|baseline|fu|followup"
@@ -488,6 +489,12 @@ def _is_mask(file: File) -> bool:
     )
 
 
+def _is_map_of(file: File, stems: set[tuple]) -> bool:
+    """Whether a file is what SPM's segmentation makes of a scan beside it: c1scan, mwc2scan, y_scan."""
+    match = re.fullmatch(r"(?:[smwr]{0,4}c[1-6]|i?y_|u_)(.+)", file.stem)
+    return bool(match and (file.folder, match[1]) in stems)
+
+
 def _is_generated(file: File) -> bool:
     """Whether inference.py's record lies beside a volume; BIDS scans have a JSON of that name too."""
     record = record_path(file.path)
@@ -542,6 +549,11 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
             search.passed["volume{s} that inference.py made"].append(file.name)
         else:
             chosen.append(file)
+    if not glob:
+        stems = {(file.folder, file.stem) for file in chosen}
+        spm = {file for file in chosen if _is_map_of(file, stems)}
+        search.passed["map{s} of SPM"] = [file.name for file in spm]
+        chosen = [file for file in chosen if file not in spm]
     masks = [file for file in chosen if _is_mask(file)]
     if not (glob and len(masks) == len(chosen)):  # a pattern that names masks alone means them
         search.passed["mask{s}"] += [file.name for file in masks]
@@ -588,6 +600,7 @@ def _label_of(file: File, labels: dict[tuple, Path], replaced: bool) -> Path | N
     if not replaced:
         tries = [(file.folder, f"{stem}{mark}{word}") for word in LABEL_WORDS for mark in "_-"]
     else:
+        stem = stem.removesuffix("_0000")  # nnU-Net's number of the channel
         rest, mark, last = re.fullmatch(r"(.*?)([_-]?)([^_-]*)", stem, re.DOTALL).groups()
         tries = [] if last.isdigit() else [(file.folder, f"{rest}{mark}{word}") for word in LABEL_WORDS]
         for word in LABEL_WORDS:
@@ -639,7 +652,7 @@ def _kinds(images: list[File]) -> Kinds | None:
     if len(kinds := sorted({_bids_kind(file.stem) for file in bids} - {""})) > 1:
         return Kinds(kinds, f"**/*_{_last(kinds)}.*", [f"_{kind}" for kind in kinds], {})
     others = [file for file in images if not file.stem.startswith("sub-")]
-    return _by_folder(others) or _by_name(others) or _by_ending(others)
+    return _by_folder(others) or _by_name(others) or _by_ending(others) or _by_beginning(others)
 
 
 def _last(kinds: list[str]) -> str:
@@ -653,19 +666,19 @@ def _bids_kind(stem: str) -> str:
     return "_".join(word for word in words if word.startswith(VERSIONS) or "-" not in word)
 
 
-def _is_contrast(name: str) -> bool:
-    return any(CONTRAST_WORD.fullmatch(word) for word in _words(name))
+def _contrasts_in(name: str) -> tuple[str, ...]:
+    return tuple(word for word in _words(name) if CONTRAST_WORD.fullmatch(word))
 
 
 def _by_folder(images: list[File]) -> Kinds | None:
     """T1/P001.nii.gz and T2/P001.nii.gz, or P001/T1/x.nii.gz and P001/T2/x.nii.gz."""
-    groups, units = defaultdict(set), {}
+    groups, units = defaultdict(dict), {}
     for file in images:
         for i, part in enumerate(file.folder):
-            if _is_contrast(part):
-                groups[file.folder[:i]].add(part)
+            if words := _contrasts_in(part):
+                groups[file.folder[:i]][part] = words
                 units[file] = "/".join((*file.folder[:i], *file.folder[i + 1 :], file.stem))
-    kinds = sorted({part for parts in groups.values() if len(parts) > 1 for part in parts})
+    kinds = sorted({part for parts in groups.values() if len(set(parts.values())) > 1 for part in parts})
     return Kinds(kinds, f"**/{kinds[0]}/**/*", None, units) if kinds else None
 
 
@@ -683,17 +696,15 @@ def _by_ending(images: list[File]) -> Kinds | None:
             files[""] = next(file for file in images if (file.folder, file.stem) == (folder, rest))
     kinds, bare, of = set(), False, {}
     for (folder, rest), files in units.items():
-        counted = {
-            ending: "visit" if VISIT_WORD.fullmatch(ending[1:].lower()) else ending
-            for ending in files
-            if ending
-            and (
-                endings[ending] > 1
-                or _is_contrast(ending)
-                or PROCESSED_WORD.fullmatch(ending[1:].lower())
-                or VISIT_WORD.fullmatch(ending[1:].lower())
-            )
-        }
+        counted = {}
+        for ending in files:
+            word = ending[1:].lower()
+            if CHANNEL_WORD.fullmatch(ending) and endings[ending] > 1:  # nnU-Net's, without its dataset.json
+                counted[ending] = ending
+            elif ending and VISIT_WORD.fullmatch(word):
+                counted[ending] = "visit"
+            elif ending and (endings[ending] > 1 or _contrasts_in(word) or PROCESSED_WORD.fullmatch(word)):
+                counted[ending] = ending
         told = set(counted.values()) | ({""} if "" in files and set(counted.values()) - {"visit"} else set())
         if len(told) > 1:
             kinds |= set(counted)
@@ -719,10 +730,26 @@ def _by_name(images: list[File]) -> Kinds | None:
             several[folder] = told
     kinds = sorted({file.stem for files in several.values() for file in files})
     # Sites that number their patients alike have many names in few folders.
-    if not kinds or not any(map(_is_contrast, kinds)) and len(kinds) > len(several):
+    if not kinds or not any(map(_contrasts_in, kinds)) and len(kinds) > len(several):
         return None
     units = {file: "/".join(folder) for folder, files in several.items() for file in files}
     return Kinds(kinds, f"**/{kinds[0]}.*", kinds, units)
+
+
+def _by_beginning(images: list[File]) -> Kinds | None:
+    """scan.nii, mscan.nii and wmscan.nii, as SPM calls what it made of a scan."""
+    stems, units = {(file.folder, file.stem): file for file in images}, {}
+    beginnings = set()
+    for file in images:
+        for i in range(1, min(5, len(file.stem))):
+            scan = stems.get((file.folder, file.stem[i:]))
+            if scan and re.fullmatch("[smwr]+", file.stem[:i]):
+                beginnings.add(file.stem[:i])
+                units[file] = units[scan] = "/".join((*file.folder, scan.stem))
+    if not beginnings:
+        return None
+    kinds = sorted(beginnings, key=len)
+    return Kinds(["no beginning", *kinds], f"**/{kinds[-1]}*", None, units)
 
 
 def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -> list[Case]:

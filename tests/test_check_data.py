@@ -616,4 +616,4 @@ def test_a_mask_of_any_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
     assert not masks_among([case for case in cases if case.name in {"liver.nii.gz", "organs.nii"}])  # no scan
     read = []
     monkeypatch.setattr("ldm.checks.read_image", lambda path: read.append(path.name) or read_image(path))
-    assert not masks_among([cases[0], cases[1], cases[5]]) and len(read) == 1  # of a good data set, one scan
+    assert not masks_among(cases[:2]) and len(read) == 1  # of a good data set, one scan

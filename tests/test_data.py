@@ -332,7 +332,9 @@ def prepare(root: Path, model_dir: Path, run):
 def test_single_case_is_its_own_validation_and_said_so(tmp_path, touch, run, capsys):
     (train, val), _ = prepare(touch(tmp_path / "one", "a.nii.gz"), tmp_path / "models", run)
     assert names(train) == names(val) == ["a"]
-    assert "warning: a single subject (a)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: a single subject (a)" in said
+    assert f"found: 1 image, 0 labels, 1 subject in {tmp_path / 'one'}\n" in said
 
 
 def test_split_is_written_once_and_kept(tmp_path, touch, run, capsys):

@@ -322,6 +322,13 @@ LAYOUTS = {
         "ct_train, mr_train",
         {"pattern": "**/ct_train/**/*"},
     ),
+    "FLARE22": Layout(
+        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)]
+        + [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
+        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)],
+        ["FLARE22_Tr_0001_0000", "FLARE22_Tr_0002_0000"],
+        [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
+    ),
     "BTCV": Layout(
         [f"RawData/Training/{f}/{f}000{i}.nii.gz" for f in ("img", "label") for i in (1, 2)],
         [f"RawData/Training/img/img000{i}.nii.gz" for i in (1, 2)],
@@ -516,26 +523,32 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files, kinds",
+    "files, kinds, patients",
     [
-        (["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"], "_t1, _t2"),  # of a single patient, by their names
-        (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre"),
-        (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre"),
-        (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2"),
-        (["p1/T1/x.nii.gz", "p1/FLAIR/x.nii.gz"], "FLAIR, T1"),
-        (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain"),
+        (
+            ["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"],
+            "_t1, _t2",
+            1,
+        ),  # of a single patient, by their names
+        (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre", 2),
+        (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
+        (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
+        (["p1/T1/x.nii.gz", "p1/FLAIR/x.nii.gz"], "FLAIR, T1", 1),
+        (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain", 1),
+        (["p1.nii", "mp1.nii", "p2.nii", "mp2.nii"], "no beginning, m", 2),  # SPM
+        (
+            ["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"],
+            "_0000, _0001",
+            2,
+        ),  # channels of nnU-Net
     ],
 )
-def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds):
+def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds, patients):
     root = make(tmp_path, *files)
     with pytest.raises(UserError, match=re.escape(f"holds several kinds of image ({kinds})")):
         find_cases(root)
-    _, subjects, _ = found(root, pattern="**/*.nii.gz")  # all of them, since the user says so
-    assert (
-        len(subjects) == len(files)
-        and len(set(subjects.values())) == len(files) // 2
-        or len(set(subjects.values())) == 1
-    )
+    _, subjects, _ = found(root, pattern="**/*")  # all of them, since the user says so
+    assert len(subjects) == len(files) and len(set(subjects.values())) == patients
 
 
 @pytest.mark.parametrize(
@@ -548,7 +561,9 @@ def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, f
         ["train/p1.nii.gz", "train/p2.nii.gz", "test/p3.nii.gz"],
         ["AD/p1.nii.gz", "AD/p2.nii.gz", "CN/p3.nii.gz", "CN/p4.nii.gz"],
         ["siteA/p1/T1.nii.gz", "siteA/p2/T1.nii.gz", "siteB/p3/T1.nii.gz", "siteB/p4/T1.nii.gz"],
-        ["mask_study/a.nii", "T1_masked.nii", "vol_unmasked.nii"][1:],
+        ["T1_masked.nii", "vol_unmasked.nii"],
+        ["Breast_MRI_001/pre.nii", "Breast_MRI_002/pre.nii"],
+        [f"scan_{i:04d}.nii" for i in range(3)],
     ],
 )
 def test_scans_of_different_patients_are_subjects_of_their_own(tmp_path, files):
@@ -583,6 +598,14 @@ def test_contrasts_in_folders_of_their_own_and_as_whole_names(tmp_path):
     wmh = make(tmp_path / "wmh", *(f"{i}/{c}.nii.gz" for i in ("s0", "s1") for c in ("T1", "FLAIR", "seg")))
     cases, _ = find_cases(wmh, contrasts=["FLAIR", "T1"])
     assert [case.name for case in cases] == ["s0", "s1"] and cases[0].label == wmh / "s0" / "seg.nii.gz"
+
+
+def test_maps_that_spm_makes_of_a_scan_are_passed_over(tmp_path):
+    root = make(
+        tmp_path, *(f"{begin}{scan}.nii" for scan in ("p1", "c1") for begin in ("", "c1", "mwc2", "y_"))
+    )
+    images, _, passed = found(root)
+    assert images == ["c1.nii", "p1.nii"] and passed.startswith("6 maps of SPM")
 
 
 # ---- subjects
