@@ -10,7 +10,7 @@ With a config, only its channels are asked for and its percentiles are used. Not
 What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
 infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is due;
 labels that are missing, or have values that dataset.json does not name; scans that are there twice; macOS's
-`._*` files.
+`._*` files; masks among the images. What was found, and what was passed over by kind, is the first line.
 
 Exit codes: 0 all good, 1 the disk failed, 2 wrong usage, or something is wrong with the data.
 """
@@ -35,7 +35,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="data set, or a JSON list")
-    parser.add_argument("-c", "--config-file", help="which channels, pattern and percentiles: JSON")
+    parser.add_argument("-c", "--config-file", help="which files, channels and percentiles: JSON")
     parser.add_argument("-e", "--environment-file", help="where the data are, in place of DIR: JSON")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"

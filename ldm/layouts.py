@@ -86,6 +86,7 @@ class File:
 
     path: Path
     parts: tuple[str, ...]
+    is_link: bool = False
 
     @property
     def folder(self) -> tuple[str, ...]:
@@ -112,6 +113,7 @@ class Search:
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     folder_each: str = ""  # a folder that was taken for a patient, if one was
     read: list[Path] = field(default_factory=list)  # the folders and lists that were
+    plain: bool = False  # whether a plain folder was among them
 
     def subject_of(self, name: str, path: str) -> str:
         """The patient of a scan: by `data.subject`, or as the public sets name it; else the scan's name."""
@@ -188,6 +190,8 @@ def _line(cases: list[Case], validation: list[Case], search: Search) -> str:
         f"{_count(sum(case.label is not None for case in every), 'label{s}')}, "
         f"{subjects}{by} in {', '.join(map(str, search.read))}"
     )
+    if search.pattern is not None and not search.plain:
+        line += " (data.pattern is for plain folders, and not used)"
     return f"{line}; passed over: {_passed(search)}" if any(search.passed.values()) else line
 
 
@@ -247,24 +251,31 @@ def _renamed(case: Case, prefix: str) -> Case:
 
 def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
     search.read.append(source)
+    if source.suffix != ".json" and not source.is_dir():
+        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
+    own = (source / "dataset.json").is_file()
+    inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))
+    lists = source.suffix == ".json" or own or inside
+    if lists and search.contrasts:
+        raise UserError(
+            f"{source}: names its files itself; data.contrasts is for plain folders. Remove that key."
+        )
+    if not lists:
+        search.plain = True
+        return _from_plain_folder(source, search), []
     if source.suffix == ".json":
         return _from_json_list(source, search)
-    if not source.is_dir():
-        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
-    if (source / "dataset.json").is_file():
+    if own:
         return _from_dataset_json(source, search)
-    inside = sorted(path.parent for path in source.glob("*/dataset.json"))
     if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
         search.read[-1] = inside[0]
         beside = [name for name in _names_in(source) if name[0] != "." and (source / name).is_dir()]
         search.passed["folder{s} beside it"] = [name for name in beside if name != inside[0].name]
         return _from_dataset_json(inside[0], search)
-    if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
-        raise UserError(
-            f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
-        )
-    return _from_plain_folder(source, search), []
+    names = ", ".join(path.name for path in inside)
+    raise UserError(
+        f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
+    )
 
 
 # ---------------------------------------------------------------- lists
@@ -449,7 +460,7 @@ def _walk(root: Path, search: Search) -> list[File]:
                 if image or not PurePosixPath(entry.name).suffix:
                     search.passed["link{s} to nowhere"].append(name)
             elif image:
-                found.append(File(Path(entry.path), where))
+                found.append(File(Path(entry.path), where, entry.is_symlink()))
             elif end := next((end for end in FOREIGN_SUFFIXES if entry.name.lower().endswith(end)), None):
                 search.passed[f"{end} file{{s}} not read"].append(name)
         waiting += reversed(inner)
@@ -557,9 +568,12 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
     masks = [file for file in chosen if _is_mask(file)]
     if not (glob and len(masks) == len(chosen)):  # a pattern that names masks alone means them
         search.passed["mask{s}"] += [file.name for file in masks]
-        chosen = [file for file in chosen if file not in set(masks)]
+        masks = set(masks)
+        chosen = [file for file in chosen if file not in masks]
+    if not any(file.is_link for file in chosen):
+        return chosen
     seen, once = set(), []
-    for file in sorted(chosen, key=lambda file: file.path.is_symlink()):
+    for file in sorted(chosen, key=lambda file: file.is_link):
         real = os.path.realpath(file.path)
         if real in seen:
             search.passed["link{s} to a file that is read anyway"].append(file.name)
@@ -684,7 +698,7 @@ def _by_folder(images: list[File]) -> Kinds | None:
 
 def _by_ending(images: list[File]) -> Kinds | None:
     """P001_t1.nii.gz and P001_t2.nii.gz, or P001.nii.gz and P001_brain.nii.gz."""
-    stems = {(file.folder, file.stem) for file in images}
+    stems = {(file.folder, file.stem): file for file in images}
     units, endings = defaultdict(dict), Counter()
     for file in images:
         rest, mark, last = re.fullmatch(r"(.*?)([_-]?)([^_-]*)", file.stem, re.DOTALL).groups()
@@ -693,7 +707,7 @@ def _by_ending(images: list[File]) -> Kinds | None:
             endings[mark + last] += 1
     for (folder, rest), files in units.items():
         if (folder, rest) in stems:
-            files[""] = next(file for file in images if (file.folder, file.stem) == (folder, rest))
+            files[""] = stems[folder, rest]
     kinds, bare, of = set(), False, {}
     for (folder, rest), files in units.items():
         counted = {}

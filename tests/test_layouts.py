@@ -517,6 +517,10 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
         f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder beside it (siteB), "
         "1 test scan of the list (imagesTs/c.nii.gz), 1 file that dataset.json does not name (b.nii.gz)"
     ]
+    find_cases(root, "*.nii.gz", say=line.append)
+    assert f"in {root} (data.pattern is for plain folders, and not used); passed over" in line[1]
+    with pytest.raises(UserError, match=r"data\.contrasts is for plain folders"):
+        find_cases(root, contrasts=["_t1"])
 
 
 # ---- contrasts
@@ -529,7 +533,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
             ["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"],
             "_t1, _t2",
             1,
-        ),  # of a single patient, by their names
+        ),  # of one patient: known names
         (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre", 2),
         (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
         (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
@@ -540,7 +544,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
             ["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"],
             "_0000, _0001",
             2,
-        ),  # channels of nnU-Net
+        ),  # nnU-Net
     ],
 )
 def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds, patients):
