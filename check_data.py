@@ -8,9 +8,10 @@ Folders are read in any layout of docs/data.md; without one, `data_base_dir` of 
 With a config, only its channels are asked for and its `intensity` is used. Nothing is changed.
 
 What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
-infinite, all zero, constant or nearly empty volumes; files of a case on different grids; 4D where 3D is
-expected; labels that are missing, or have values that dataset.json does not name; scans that are there twice;
-patients under both training and validation of a list; macOS's `._*` files.
+infinite, all zero, constant or nearly empty volumes; masks among the images; files of a case on different
+grids; 4D where 3D is expected; labels that are missing, or have values that dataset.json does not name; scans
+that are there twice; patients under both training and validation of a list; macOS's `._*` files. The first
+line says what was found, and by kind what was passed over.
 
 What is no fault, but may not be what you think, is noted in a line and changes no exit code: a stray voxel or
 padding that sets the range of intensities, a header in other units than mm, in disagreement with itself, or
@@ -40,7 +41,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="data set, or a JSON list")
-    parser.add_argument("-c", "--config-file", help="which channels, pattern and intensities: JSON")
+    parser.add_argument("-c", "--config-file", help="which files, channels and intensities: JSON")
     parser.add_argument("-e", "--environment-file", help="where the data are, in place of DIR: JSON")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"

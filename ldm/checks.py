@@ -7,6 +7,7 @@ of harm that a config key averts: its case is trained on. Nothing here raises be
 import hashlib
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,7 @@ def check_headers(
             for case in cases
             if case.label is None
         ]
+    problems += masks_among([case for case in cases if case.name not in bad])
     return _in_order(problems, cases)
 
 
@@ -156,6 +158,70 @@ def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.S
     if distance > CORNER_TOLERANCE * nib.affines.voxel_sizes(first.affine).min():
         return f"lies elsewhere than {name}: its affine puts a corner {distance:.3g} mm away"
     return None
+
+
+# ---------------------------------------------------------------- masks
+
+MASK_VALUES = 128  # distinct values of a mask at most: the fullest label maps of a body have about 120
+LEAST_BYTES = 2**16  # of a file's voxels, below which packing tells nothing
+MOST_PACKED = 1032  # bytes that gzip makes of one
+
+
+def masks_among(cases: Sequence[Case]) -> list[Problem]:
+    """Images that hold few whole numbers where others hold many.
+
+    A mask packs far better than a scan. Only files that do are read, the best first, until some prove to be
+    scans: a good data set costs a look at the end or the middle of each file.
+    """
+    files = [(case, file) for case in cases for file in case.images]
+    with ThreadPoolExecutor(8) as pool:
+        packed = list(pool.map(_packed_share, [file for _, file in files]))
+    known = sorted((share, i) for i, share in enumerate(packed) if share is not None)
+    if not known or _few_values(files[known[-1][1]][1]):
+        return []
+    problems, scans = [], 0
+    for share, i in known:
+        if share > known[-1][0] / 4 or scans == 8:
+            break
+        case, file = files[i]
+        if values := _few_values(file):
+            reason = (
+                f"holds {values} whole numbers and nothing else, other images hold many: a mask? Move it away"
+            )
+            problems.append(Problem(case.name, file, f"{reason}, or choose the images by data.pattern"))
+        else:
+            scans += 1
+    return problems
+
+
+def _packed_share(file: Path) -> float | None:
+    """What packing makes of a file, as a share of its bytes; None where that cannot be told."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            if opened.read(2) == b"\x1f\x8b":
+                opened.seek(-4, os.SEEK_END)  # where gzip keeps the length of what it packed
+                whole = int.from_bytes(opened.read(4), "little")
+                # What deflate cannot do is the end of a file that was cut short.
+                return size / whole if LEAST_BYTES <= whole <= MOST_PACKED * size else None
+            opened.seek(size // 2)
+            piece = opened.read(2**18)
+            return len(zlib.compress(piece, 1)) / len(piece) if size >= LEAST_BYTES else None
+    except OSError:
+        return None
+
+
+def _few_values(file: Path) -> int:
+    """How many distinct values an image holds, where they are 2 to `MASK_VALUES` whole numbers; else 0."""
+    try:
+        voxels = np.asanyarray(read_image(file).dataobj).ravel()
+    except UserError:  # told by who reads every voxel
+        return 0
+    for some in (voxels[:: max(1, voxels.size // 10**4)], voxels):  # a scan shows itself in a few
+        values = np.unique(some)
+        if len(values) > MASK_VALUES or not np.array_equal(values, np.rint(values)):
+            return 0
+    return len(values) if len(values) > 1 else 0
 
 
 # ---------------------------------------------------------------- voxels

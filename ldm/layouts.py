@@ -56,6 +56,7 @@ CONTRAST_WORD = re.compile(
     r"(3d)?(t1w?|t1c|t1ce|t1gd|t1n|t2w?|t2f|t2s|t2star|flair|pdw?|dwi|adc|swi|dti|bold|asl|ct|cta|ctres|pet|suv"
     r"|mri?|mra|tof|mprage|mp2rage|dce|stir)"
 )
+CHANNEL_WORD = re.compile(r"_000\d")
 PROCESSED_WORD = re.compile(r"brain|bet|stripped|orig|norm|nu|restore|rawavg")
 VISIT_WORD = re.compile(
     r"(ses|session|visit|v|scan|run|tp|time|timepoint|m|month|y|year|w|week|d|day|frame|bl|baseline|fu|followup"
@@ -85,6 +86,7 @@ class File:
 
     path: Path
     parts: tuple[str, ...]
+    is_link: bool = False
 
     @property
     def folder(self) -> tuple[str, ...]:
@@ -111,6 +113,7 @@ class Search:
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     folder_each: str = ""  # a folder that was taken for a patient, if one was
     read: list[Path] = field(default_factory=list)  # the folders and lists that were
+    plain: bool = False  # whether a plain folder was among them
 
     def subject_of(self, name: str, path: str) -> str:
         """The patient of a scan: by `data.subject`, or as the public sets name it; else the scan's name."""
@@ -187,6 +190,8 @@ def _line(cases: list[Case], validation: list[Case], search: Search) -> str:
         f"{_count(sum(case.label is not None for case in every), 'label{s}')}, "
         f"{subjects}{by} in {', '.join(map(str, search.read))}"
     )
+    if search.pattern is not None and not search.plain:
+        line += " (data.pattern is for plain folders, and not used)"
     return f"{line}; passed over: {_passed(search)}" if any(search.passed.values()) else line
 
 
@@ -246,24 +251,31 @@ def _renamed(case: Case, prefix: str) -> Case:
 
 def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
     search.read.append(source)
+    if source.suffix != ".json" and not source.is_dir():
+        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
+    own = (source / "dataset.json").is_file()
+    inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))
+    lists = source.suffix == ".json" or own or inside
+    if lists and search.contrasts:
+        raise UserError(
+            f"{source}: names its files itself; data.contrasts is for plain folders. Remove that key."
+        )
+    if not lists:
+        search.plain = True
+        return _from_plain_folder(source, search), []
     if source.suffix == ".json":
         return _from_json_list(source, search)
-    if not source.is_dir():
-        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
-    if (source / "dataset.json").is_file():
+    if own:
         return _from_dataset_json(source, search)
-    inside = sorted(path.parent for path in source.glob("*/dataset.json"))
     if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
         search.read[-1] = inside[0]
         beside = [name for name in _names_in(source) if name[0] != "." and (source / name).is_dir()]
         search.passed["folder{s} beside it"] = [name for name in beside if name != inside[0].name]
         return _from_dataset_json(inside[0], search)
-    if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
-        raise UserError(
-            f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
-        )
-    return _from_plain_folder(source, search), []
+    names = ", ".join(path.name for path in inside)
+    raise UserError(
+        f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
+    )
 
 
 # ---------------------------------------------------------------- lists
@@ -425,9 +437,10 @@ def _walk(root: Path, search: Search) -> list[File]:
         seen.add(real)
         try:
             with os.scandir(folder) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+                entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise _unreadable(folder, error) from None
+        inner = []
         for entry in entries:
             where = (*parts, entry.name)
             name, image = "/".join(where), _suffix(entry.name)
@@ -439,7 +452,7 @@ def _walk(root: Path, search: Search) -> list[File]:
                 if real_own := own.get(os.path.realpath(entry.path)):
                     search.passed["folder{s} of this run"].append(str(real_own))
                 elif entry.name[0] != "." and entry.name.lower() not in SYSTEM_FOLDERS:
-                    (linked if entry.is_symlink() else waiting).append((Path(entry.path), where))
+                    (linked if entry.is_symlink() else inner).append((Path(entry.path), where))
             elif entry.name[0] == ".":
                 if image:
                     search.passed["hidden file{s}"].append(name)
@@ -447,9 +460,10 @@ def _walk(root: Path, search: Search) -> list[File]:
                 if image or not PurePosixPath(entry.name).suffix:
                     search.passed["link{s} to nowhere"].append(name)
             elif image:
-                found.append(File(Path(entry.path), where))
+                found.append(File(Path(entry.path), where, entry.is_symlink()))
             elif end := next((end for end in FOREIGN_SUFFIXES if entry.name.lower().endswith(end)), None):
-                search.passed[f"{end} file{{s}}, which are not read"].append(name)
+                search.passed[f"{end} file{{s}} not read"].append(name)
+        waiting += reversed(inner)
     return sorted(found, key=lambda file: file.path)
 
 
@@ -484,6 +498,12 @@ def _is_mask(file: File) -> bool:
         or any(MASK_FOLDER.fullmatch(word) for part in file.folder for word in _words(part))
         or any(part.lower() == "ground_truth" for part in file.folder)
     )
+
+
+def _is_map_of(file: File, stems: set[tuple]) -> bool:
+    """Whether a file is what SPM's segmentation makes of a scan beside it: c1scan, mwc2scan, y_scan."""
+    match = re.fullmatch(r"(?:[smwr]{0,4}c[1-6]|i?y_|u_)(.+)", file.stem)
+    return bool(match and (file.folder, match[1]) in stems)
 
 
 def _is_generated(file: File) -> bool:
@@ -540,12 +560,20 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
             search.passed["volume{s} that inference.py made"].append(file.name)
         else:
             chosen.append(file)
+    if not glob:
+        stems = {(file.folder, file.stem) for file in chosen}
+        spm = {file for file in chosen if _is_map_of(file, stems)}
+        search.passed["map{s} of SPM"] = [file.name for file in spm]
+        chosen = [file for file in chosen if file not in spm]
     masks = [file for file in chosen if _is_mask(file)]
     if not (glob and len(masks) == len(chosen)):  # a pattern that names masks alone means them
         search.passed["mask{s}"] += [file.name for file in masks]
-        chosen = [file for file in chosen if file not in set(masks)]
+        masks = set(masks)
+        chosen = [file for file in chosen if file not in masks]
+    if not any(file.is_link for file in chosen):
+        return chosen
     seen, once = set(), []
-    for file in sorted(chosen, key=lambda file: file.path.is_symlink()):
+    for file in sorted(chosen, key=lambda file: file.is_link):
         real = os.path.realpath(file.path)
         if real in seen:
             search.passed["link{s} to a file that is read anyway"].append(file.name)
@@ -586,6 +614,7 @@ def _label_of(file: File, labels: dict[tuple, Path], replaced: bool) -> Path | N
     if not replaced:
         tries = [(file.folder, f"{stem}{mark}{word}") for word in LABEL_WORDS for mark in "_-"]
     else:
+        stem = stem.removesuffix("_0000")  # nnU-Net's number of the channel
         rest, mark, last = re.fullmatch(r"(.*?)([_-]?)([^_-]*)", stem, re.DOTALL).groups()
         tries = [] if last.isdigit() else [(file.folder, f"{rest}{mark}{word}") for word in LABEL_WORDS]
         for word in LABEL_WORDS:
@@ -637,7 +666,7 @@ def _kinds(images: list[File]) -> Kinds | None:
     if len(kinds := sorted({_bids_kind(file.stem) for file in bids} - {""})) > 1:
         return Kinds(kinds, f"**/*_{_last(kinds)}.*", [f"_{kind}" for kind in kinds], {})
     others = [file for file in images if not file.stem.startswith("sub-")]
-    return _by_folder(others) or _by_name(others) or _by_ending(others)
+    return _by_folder(others) or _by_name(others) or _by_ending(others) or _by_beginning(others)
 
 
 def _last(kinds: list[str]) -> str:
@@ -651,25 +680,25 @@ def _bids_kind(stem: str) -> str:
     return "_".join(word for word in words if word.startswith(VERSIONS) or "-" not in word)
 
 
-def _is_contrast(name: str) -> bool:
-    return any(CONTRAST_WORD.fullmatch(word) for word in _words(name))
+def _contrasts_in(name: str) -> tuple[str, ...]:
+    return tuple(word for word in _words(name) if CONTRAST_WORD.fullmatch(word))
 
 
 def _by_folder(images: list[File]) -> Kinds | None:
     """T1/P001.nii.gz and T2/P001.nii.gz, or P001/T1/x.nii.gz and P001/T2/x.nii.gz."""
-    groups, units = defaultdict(set), {}
+    groups, units = defaultdict(dict), {}
     for file in images:
         for i, part in enumerate(file.folder):
-            if _is_contrast(part):
-                groups[file.folder[:i]].add(part)
+            if words := _contrasts_in(part):
+                groups[file.folder[:i]][part] = words
                 units[file] = "/".join((*file.folder[:i], *file.folder[i + 1 :], file.stem))
-    kinds = sorted({part for parts in groups.values() if len(parts) > 1 for part in parts})
+    kinds = sorted({part for parts in groups.values() if len(set(parts.values())) > 1 for part in parts})
     return Kinds(kinds, f"**/{kinds[0]}/**/*", None, units) if kinds else None
 
 
 def _by_ending(images: list[File]) -> Kinds | None:
     """P001_t1.nii.gz and P001_t2.nii.gz, or P001.nii.gz and P001_brain.nii.gz."""
-    stems = {(file.folder, file.stem) for file in images}
+    stems = {(file.folder, file.stem): file for file in images}
     units, endings = defaultdict(dict), Counter()
     for file in images:
         rest, mark, last = re.fullmatch(r"(.*?)([_-]?)([^_-]*)", file.stem, re.DOTALL).groups()
@@ -678,20 +707,18 @@ def _by_ending(images: list[File]) -> Kinds | None:
             endings[mark + last] += 1
     for (folder, rest), files in units.items():
         if (folder, rest) in stems:
-            files[""] = next(file for file in images if (file.folder, file.stem) == (folder, rest))
+            files[""] = stems[folder, rest]
     kinds, bare, of = set(), False, {}
     for (folder, rest), files in units.items():
-        counted = {
-            ending: "visit" if VISIT_WORD.fullmatch(ending[1:].lower()) else ending
-            for ending in files
-            if ending
-            and (
-                endings[ending] > 1
-                or _is_contrast(ending)
-                or PROCESSED_WORD.fullmatch(ending[1:].lower())
-                or VISIT_WORD.fullmatch(ending[1:].lower())
-            )
-        }
+        counted = {}
+        for ending in files:
+            word = ending[1:].lower()
+            if CHANNEL_WORD.fullmatch(ending) and endings[ending] > 1:  # nnU-Net's, without its dataset.json
+                counted[ending] = ending
+            elif ending and VISIT_WORD.fullmatch(word):
+                counted[ending] = "visit"
+            elif ending and (endings[ending] > 1 or _contrasts_in(word) or PROCESSED_WORD.fullmatch(word)):
+                counted[ending] = ending
         told = set(counted.values()) | ({""} if "" in files and set(counted.values()) - {"visit"} else set())
         if len(told) > 1:
             kinds |= set(counted)
@@ -707,7 +734,7 @@ def _by_name(images: list[File]) -> Kinds | None:
     """P001/t1.nii.gz and P001/t2.nii.gz."""
     folders = defaultdict(list)
     for file in images:
-        if not VISIT_WORD.fullmatch(file.stem.lower()):
+        if not VISIT_WORD.fullmatch("".join(_words(file.stem))):  # 2001-01-01 too
             folders[file.folder].append(file)
     count = Counter(file.stem for files in folders.values() for file in files)
     several = {}
@@ -717,10 +744,26 @@ def _by_name(images: list[File]) -> Kinds | None:
             several[folder] = told
     kinds = sorted({file.stem for files in several.values() for file in files})
     # Sites that number their patients alike have many names in few folders.
-    if not kinds or not any(map(_is_contrast, kinds)) and len(kinds) > len(several):
+    if not kinds or not any(map(_contrasts_in, kinds)) and len(kinds) > len(several):
         return None
     units = {file: "/".join(folder) for folder, files in several.items() for file in files}
     return Kinds(kinds, f"**/{kinds[0]}.*", kinds, units)
+
+
+def _by_beginning(images: list[File]) -> Kinds | None:
+    """scan.nii, mscan.nii and wmscan.nii, as SPM calls what it made of a scan."""
+    stems, units = {(file.folder, file.stem): file for file in images}, {}
+    beginnings = set()
+    for file in images:
+        for i in range(1, min(5, len(file.stem))):
+            scan = stems.get((file.folder, file.stem[i:]))
+            if scan and re.fullmatch("[smwr]+", file.stem[:i]):
+                beginnings.add(file.stem[:i])
+                units[file] = units[scan] = "/".join((*file.folder, scan.stem))
+    if not beginnings:
+        return None
+    kinds = sorted(beginnings, key=len)
+    return Kinds(["no beginning", *kinds], f"**/{kinds[-1]}*", None, units)
 
 
 def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -> list[Case]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import check_data
 import train_autoencoder
 from ldm import UserError
-from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values
+from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
 from ldm.datasets import Case
 from ldm.layouts import find_cases
 from ldm.transforms import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, Preprocessing, open_image, read_image
@@ -81,7 +81,8 @@ def decathlon(folder: Path, names, ending: str = ".nii.gz") -> Path:
 
 
 def run(capsys, *argv) -> tuple[int, list[str]]:
-    """Exit code and printed lines of check_data.py; an error line stands for its output."""
+    """Exit code and printed lines of check_data.py, but that on what was found; an error line stands for its
+    output."""
     code = 0
     try:
         check_data.main([*map(str, argv)])
@@ -89,7 +90,10 @@ def run(capsys, *argv) -> tuple[int, list[str]]:
         code = stop.code
     out, err = capsys.readouterr()
     assert "Traceback" not in err
-    return code, out.splitlines() + [line for line in err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    lines = out.splitlines()
+    assert errors or lines[0].startswith("found: ")
+    return code, lines[1:] + errors
 
 
 def rows(lines: list[str]) -> list[tuple[str, str, str]]:
@@ -220,7 +224,8 @@ OF_HEADERS |= {"label_shape", "label_shifted", "label_flipped", "label_4d"}
 
 
 def test_headers_alone_tell_what_headers_can(bad_data, monkeypatch):
-    monkeypatch.setattr("ldm.checks.read_image", None)  # no voxel is read
+    monkeypatch.setattr("ldm.checks.read_image", None)  # no voxel is read,
+    monkeypatch.setattr("ldm.checks.masks_among", lambda cases: [])  # but for this
     cases, _ = find_cases(bad_data)
     assert {problem.case for problem in check_headers(cases)} == OF_HEADERS
     without = {problem.case for problem in check_headers(cases, labels=False)}
@@ -488,7 +493,7 @@ def test_no_false_alarm_on_real_data(shared_data, capsys, name):
 
 def test_every_odd_file(shared_data, capsys):
     code, lines = run(capsys, shared_data / "odd")
-    assert code == 2 and lines[-1] == "10 cases, 3 problems in 3 cases"
+    assert code == 2 and lines[-1] == "8 cases, 3 problems in 3 cases"  # and two masks, passed over
     reasons = {case: reason for case, _, reason in rows(lines)}
     assert set(reasons) == {"4d_3vol", "broken_truncated_gzip", "nan_background"}
     assert "4D, expected 3D" in reasons["4d_3vol"]
@@ -588,3 +593,28 @@ def test_a_training_start_checks_the_headers_and_skip_bad_leaves_bad_cases_out(t
     for path in (project.data / "imagesTr").glob("*.nii.gz"):
         path.write_bytes(b"")
     assert "every training case is bad" in project.refused(train_autoencoder, "--skip-bad", "--fresh")
+
+
+def test_a_mask_of_any_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
+    """Packed or not, among scans: few whole numbers where others hold many."""
+    shape, cases = (48, 48, 48), []
+    scan = np.random.default_rng(0).integers(0, 900, shape).astype(np.int16)
+    ball = ((np.indices(shape) - 24) ** 2).sum(0) < 200
+    for name, voxels in {
+        "a.nii.gz": scan,
+        "b.nii": scan[::-1].astype(np.float32),
+        "liver.nii.gz": ball.astype(np.uint8),
+        "organs.nii": (ball * (np.arange(48) // 16)).astype(np.float32),
+        "empty.nii.gz": np.zeros(shape, np.uint8),
+        "smooth.nii.gz": np.where(ball, scan, 0),
+    }.items():
+        cases.append(Case(name, (save(tmp_path / name, voxels),)))
+    problems = check_headers(cases)
+    assert [(p.case, p.reason.partition(", other")[0]) for p in problems] == [
+        ("liver.nii.gz", "holds 2 whole numbers and nothing else"),
+        ("organs.nii", "holds 3 whole numbers and nothing else"),
+    ]
+    assert not masks_among([case for case in cases if case.name in {"liver.nii.gz", "organs.nii"}])  # no scan
+    read = []
+    monkeypatch.setattr("ldm.checks.read_image", lambda path: read.append(path.name) or read_image(path))
+    assert not masks_among(cases[:2]) and len(read) == 1  # of a good data set, one scan

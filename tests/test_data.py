@@ -330,9 +330,12 @@ def prepare(root: Path, model_dir: Path, run):
 
 
 def test_single_case_is_its_own_validation_and_said_so(tmp_path, touch, run, capsys):
-    (train, val), _ = prepare(touch(tmp_path / "one", "a.nii.gz"), tmp_path / "models", run)
+    root = touch(tmp_path / "one", "a.nii.gz", "models/made.nii.gz")  # what the run wrote is no data
+    (train, val), _ = prepare(root, root / "models", run)
     assert names(train) == names(val) == ["a"]
-    assert "warning: a single subject (a)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: a single subject (a)" in said
+    assert f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder of this run" in said
 
 
 def test_split_is_written_once_and_kept(tmp_path, touch, run, capsys):

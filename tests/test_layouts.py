@@ -1,7 +1,9 @@
 """What is taken for an image, a label and a subject, and what is passed over and said: in the layouts of
 public data sets, under the names that their authors give, and in folders as users keep them."""
 
+import gzip
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from ldm import UserError
+from ldm.checks import check_headers
 from ldm.layouts import find_cases
 
 VOLUME = nibabel.Nifti1Image(np.arange(64, dtype=np.float32).reshape(4, 4, 4), np.eye(4)).to_bytes()
@@ -20,7 +23,7 @@ def make(root: Path, *names: str) -> Path:
     """Files of one small volume below a folder, whatever their names end in: finding opens none."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(VOLUME)
+        (root / name).write_bytes(gzip.compress(VOLUME) if name.lower().endswith("gz") else VOLUME)
     return root
 
 
@@ -33,7 +36,8 @@ def listed(root: Path, content: dict) -> Path:
 class Layout:
     """A public data set: its files, and what is to be found in them, by names below its folder.
 
-    `passed` is the end of the line, without names; `refused` are the kinds that the message lists where no key chooses, and `keys` what then chooses.
+    `passed` is the end of the line, without names; `refused` are the kinds that the message lists where no
+    key chooses, and `keys` what then chooses.
     """
 
     files: list[str]
@@ -318,6 +322,13 @@ LAYOUTS = {
         "ct_train, mr_train",
         {"pattern": "**/ct_train/**/*"},
     ),
+    "FLARE22": Layout(
+        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)]
+        + [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
+        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)],
+        ["FLARE22_Tr_0001_0000", "FLARE22_Tr_0002_0000"],
+        [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
+    ),
     "BTCV": Layout(
         [f"RawData/Training/{f}/{f}000{i}.nii.gz" for f in ("img", "label") for i in (1, 2)],
         [f"RawData/Training/img/img000{i}.nii.gz" for i in (1, 2)],
@@ -397,3 +408,238 @@ def test_a_public_data_set_is_read_as_its_authors_mean_it(tmp_path, name):
     [line] = said
     passed = re.sub(r" \([^()]*\)", "", line.partition("; passed over: ")[2])
     assert line.startswith("found: ") and sorted(passed.split(", ")) == sorted(layout.passed.split(", "))
+
+
+def found(root: Path, **keys) -> tuple[list[str], dict[str, str], str]:
+    """Names of the images below a folder, subjects by case, and what the line says was passed over."""
+    said = []
+    cases, validation = find_cases(root, **keys, say=said.append)
+    images = [path.relative_to(root).as_posix() for case in [*cases, *validation] for path in case.images]
+    return images, {case.name: case.subject for case in cases}, said[0].partition("; passed over: ")[2]
+
+
+# ---- files that are not read
+
+
+def test_other_formats_hidden_files_and_upper_case_are_told_by_kind(tmp_path):
+    root = make(
+        tmp_path, "a.nii.gz", "B.NII.GZ", "c.mha", "d.mha", "e.img", "e.hdr", "f/1.dcm", "._a.nii.gz", "x.txt"
+    )
+    images, _, passed = found(root)
+    assert images == ["B.NII.GZ", "a.nii.gz"]
+    assert nibabel.load(root / "B.NII.GZ").shape == (4, 4, 4)
+    assert passed == (
+        "1 hidden file (._a.nii.gz), 2 .mha files not read (c.mha, d.mha), 1 .hdr file not read "
+        "(e.hdr), 1 .img file not read (e.img), 1 .dcm file not read (f/1.dcm)"
+    )
+
+
+def test_where_there_is_no_image_the_message_says_what_there_is(tmp_path):
+    make(tmp_path, "Case00.mhd", "Case00.raw", "Case00_segmentation.mhd")  # PROMISE12
+    with pytest.raises(UserError, match=r"no image .* there \(passed over: 2 \.mhd files not read"):
+        find_cases(tmp_path)
+    make(tmp_path / "masks", "a_seg.nii.gz")
+    with pytest.raises(UserError, match=r"there \(passed over: 1 mask \(a_seg\.nii\.gz\)\)"):
+        find_cases(tmp_path / "masks")
+    assert found(tmp_path / "masks", pattern="*_seg.nii.gz")[0] == ["a_seg.nii.gz"]  # masks that are meant
+
+
+@pytest.fixture
+def link():
+    def make_link(path: Path, to: Path) -> None:
+        try:
+            path.symlink_to(to, target_is_directory=to.is_dir())
+        except OSError:
+            pytest.skip("this user may not make links")
+
+    return make_link
+
+
+def test_links_are_followed_once_and_never_in_circles(tmp_path, link):
+    root = make(tmp_path / "data", "a.nii.gz", "real/b.nii.gz")
+    outside = make(tmp_path / "outside", "c.nii.gz", "deep/d.nii.gz")
+    link(root / "elsewhere", outside)
+    link(outside / "deep" / "back", root)
+    link(root / "again.nii.gz", root / "a.nii.gz")
+    link(root / "again", root / "real")
+    link(root / "gone.nii.gz", tmp_path / "gone.nii.gz")
+    link(root / "itself", root / "itself")
+    images, _, passed = found(root)
+    assert images == ["a.nii.gz", "elsewhere/c.nii.gz", "elsewhere/deep/d.nii.gz", "real/b.nii.gz"]
+    assert passed == (
+        "2 links to nowhere (gone.nii.gz, itself), "
+        "2 links to a folder that is read anyway (again, elsewhere/deep/back), "
+        + "1 link to a file that is read anyway (again.nii.gz)"
+    )
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    root = make(tmp_path, "a.nii.gz", "closed/b.nii.gz")
+    make(tmp_path, "lost+found/c.nii.gz")  # closed to all but root on every ext4 disk, and no data
+    listing = os.scandir
+
+    def scandir(path):
+        if Path(path).name in {"closed", "lost+found"}:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr("ldm.layouts.os.scandir", scandir)
+    with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
+        find_cases(root)
+
+
+def test_what_the_run_wrote_is_no_data(tmp_path):
+    root = make(
+        tmp_path, "a.nii.gz", "runs/models/b.nii.gz", "runs/out/c.nii.gz", "shown/sample_000001.nii.gz"
+    )
+    record = {"format": 1, "seed": 1, "sampler": "ddim", "volume": {}}
+    (root / "shown" / "sample_000001.json").write_text(json.dumps(record))
+    (root / "a.json").write_text('{"MagneticFieldStrength": 3}')  # as BIDS has beside each scan
+    images, _, passed = found(
+        root, outputs=[root / "runs" / "models", root / "runs" / "out", root], generated=False
+    )
+    assert images == ["a.nii.gz"]
+    assert passed == (
+        f"2 folders of this run (such as {root / 'runs' / 'models'}), "
+        "1 volume that inference.py made (shown/sample_000001.nii.gz)"
+    )
+    assert "shown/sample_000001.nii.gz" in found(root)[0]  # which is what an evaluation asks for
+
+
+def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
+    root = make(tmp_path / "Task", "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "imagesTr/._a.nii.gz")
+    listed(root, {"training": ["imagesTr/a.nii.gz"], "test": ["imagesTs/c.nii.gz"]})
+    (tmp_path / "siteB").mkdir()
+    line = []
+    cases, validation = find_cases(tmp_path, say=line.append)
+    assert len(cases) == 1 and not validation
+    assert line == [
+        f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder beside it (siteB), "
+        "1 test scan of the list (imagesTs/c.nii.gz), 1 file that dataset.json does not name (b.nii.gz)"
+    ]
+    find_cases(root, "*.nii.gz", say=line.append)
+    assert f"in {root} (data.pattern is for plain folders, and not used); passed over" in line[1]
+    with pytest.raises(UserError, match=r"data\.contrasts is for plain folders"):
+        find_cases(root, contrasts=["_t1"])
+
+
+# ---- contrasts
+
+
+@pytest.mark.parametrize(
+    "files, kinds, patients",
+    [
+        (
+            ["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"],
+            "_t1, _t2",
+            1,
+        ),  # of one patient: known names
+        (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre", 2),
+        (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
+        (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
+        (["p1/T1/x.nii.gz", "p1/FLAIR/x.nii.gz"], "FLAIR, T1", 1),
+        (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain", 1),
+        (["p1.nii", "mp1.nii", "p2.nii", "mp2.nii"], "no beginning, m", 2),  # SPM
+        (
+            ["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"],
+            "_0000, _0001",
+            2,
+        ),  # nnU-Net
+    ],
+)
+def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds, patients):
+    root = make(tmp_path, *files)
+    with pytest.raises(UserError, match=re.escape(f"holds several kinds of image ({kinds})")):
+        find_cases(root)
+    _, subjects, _ = found(root, pattern="**/*")  # all of them, since the user says so
+    assert len(subjects) == len(files) and len(set(subjects.values())) == patients
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a.nii.gz", "b.nii", "c.mgz"],
+        ["scan_1.nii.gz", "scan_2.nii.gz"],
+        ["patient_anna.nii.gz", "patient_bob.nii.gz"],
+        ["siteA/s01.nii.gz", "siteA/s02.nii.gz", "siteA/s03.nii.gz", "siteB/s01.nii.gz", "siteB/s02.nii.gz"],
+        ["train/p1.nii.gz", "train/p2.nii.gz", "test/p3.nii.gz"],
+        ["AD/p1.nii.gz", "AD/p2.nii.gz", "CN/p3.nii.gz", "CN/p4.nii.gz"],
+        ["siteA/p1/T1.nii.gz", "siteA/p2/T1.nii.gz", "siteB/p3/T1.nii.gz", "siteB/p4/T1.nii.gz"],
+        ["T1_masked.nii", "vol_unmasked.nii"],
+        ["Breast_MRI_001/pre.nii", "Breast_MRI_002/pre.nii"],
+        [f"scan_{i:04d}.nii" for i in range(3)],
+    ],
+)
+def test_scans_of_different_patients_are_subjects_of_their_own(tmp_path, files):
+    images, subjects, passed = found(make(tmp_path, *files))
+    assert len(images) == len(set(subjects.values())) == len(files) and not passed
+
+
+def test_contrasts_become_channels_and_a_case_that_lacks_one_is_an_error_of_that_case(tmp_path):
+    names = [f"{p}/{p}_{c}.nii.gz" for p in ("P001", "P002") for c in ("t1", "t1ce", "t2")]
+    root = make(tmp_path, *names, "P001/P001_seg.nii.gz")
+    (root / "P002" / "P002_t1ce.nii.gz").unlink()
+    cases, _ = find_cases(root, contrasts=["_t1ce", "_t1"])
+    assert [[path.name for path in case.images] for case in cases] == [
+        ["P001_t1ce.nii.gz", "P001_t1.nii.gz"],
+        ["P002_t1ce.nii.gz", "P002_t1.nii.gz"],
+    ]
+    assert [case.label and case.label.name for case in cases] == ["P001_seg.nii.gz", None]
+    [problem] = check_headers(cases, labels=False)
+    assert (
+        problem.case == "P002" and problem.file.name == "P002_t1ce.nii.gz" and "not there" in problem.reason
+    )
+    with pytest.raises(UserError, match=r"no image ends like one of data\.contrasts \(_pd\)"):
+        find_cases(root, contrasts=["_pd"])
+
+
+def test_contrasts_in_folders_of_their_own_and_as_whole_names(tmp_path):
+    ixi = make(tmp_path / "ixi", *(f"IXI-{c}/IXI00{i}-Guys-{c}.nii.gz" for i in (2, 3) for c in ("T1", "PD")))
+    cases, _ = find_cases(ixi, contrasts=["-T1", "-PD"])
+    assert [case.name for case in cases] == ["IXI002-Guys", "IXI003-Guys"] and all(
+        len(c.images) == 2 for c in cases
+    )
+    wmh = make(tmp_path / "wmh", *(f"{i}/{c}.nii.gz" for i in ("s0", "s1") for c in ("T1", "FLAIR", "seg")))
+    cases, _ = find_cases(wmh, contrasts=["FLAIR", "T1"])
+    assert [case.name for case in cases] == ["s0", "s1"] and cases[0].label == wmh / "s0" / "seg.nii.gz"
+
+
+def test_maps_that_spm_makes_of_a_scan_are_passed_over(tmp_path):
+    root = make(
+        tmp_path, *(f"{begin}{scan}.nii" for scan in ("p1", "c1") for begin in ("", "c1", "mwc2", "y_"))
+    )
+    images, _, passed = found(root)
+    assert images == ["c1.nii", "p1.nii"] and passed.startswith("6 maps of SPM")
+
+
+# ---- subjects
+
+
+def test_visits_below_a_patient_stay_together(tmp_path):
+    visits = [
+        f"{p}/{v}/T1.nii.gz"
+        for p, many in (("anna", 2), ("bob", 1), ("eve", 3))
+        for v in ("bl", "m12", "m24")[:many]
+    ]
+    said = []
+    cases, _ = find_cases(make(tmp_path, *visits), say=said.append)
+    assert [case.subject for case in cases] == ["anna"] * 2 + ["bob"] + ["eve"] * 3
+    assert "3 subjects (a folder each, such as anna) in" in said[0]
+    dates = [f"s/{p}/{d}.nii.gz" for p in ("anna", "bob", "eve") for d in ("2001-01-01", "2003-01-01")]
+    assert len(set(found(make(tmp_path / "b", *dates))[1].values())) == 3
+
+
+def test_subject_is_a_regular_expression_with_one_group(tmp_path):
+    root = make(tmp_path, "x1-a.nii.gz", "x1-b.nii.gz", "x2-a.nii.gz")
+    keys = {"pattern": "*.nii.gz", "subject": r"^(x\d)"}
+    assert found(root, **keys)[1] == {"x1-a": "x1", "x1-b": "x1", "x2-a": "x2"}
+    listed(root, {"training": ["x1-a.nii.gz", {"image": "x1-b.nii.gz", "subject": "other"}, "x2-a.nii.gz"]})
+    assert found(root, subject=r"^(x\d)")[1] == {"x1-a": "x1", "x1-b": "other", "x2-a": "x2"}
+    for subject, message in (
+        (r"x(\d", "no regular expression"),
+        (r"x\d", "expected one group in parentheses, found 0"),
+        (r"(x)(\d)", "expected one group in parentheses, found 2"),
+        (r"y(\d)", r"finds no subject in x1-a\.nii\.gz"),
+    ):
+        with pytest.raises(UserError, match=r"data\.subject is .*" + message):
+            find_cases(root, subject=subject)
