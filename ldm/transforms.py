@@ -105,8 +105,8 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     name, factor = _unit(image)
     image.affine[:3] *= factor
     sizes = nib.affines.voxel_sizes(image.affine)
-    singular = abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes)
-    if not np.isfinite(image.affine).all() or singular:
+    finite = np.isfinite(image.affine).all()
+    if not finite or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes):
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
         stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
@@ -351,8 +351,8 @@ class Intensity:
             a = np.percentile(above, 2)
             if a - low > FAR_BELOW_PADDING * (high - low):
                 return (
-                    f"{share:.1%} of its voxels are {low:.4g}, nearly all others lie above {a:.4g}: padding "
-                    "takes up much of the range. Set intensity.window"
+                    f"{share:.1%} of its voxels are {low:.4g} or less, nearly all others lie above {a:.4g}: "
+                    "padding takes up much of the range. Set intensity.window"
                 )
         return None
 
