@@ -40,7 +40,8 @@ from ldm.processes import tell
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
 RAS = axcodes2ornt("RAS")
-SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
+SMALLEST_VOXEL, LARGEST_VOXEL = 1e-4, 100.0  # mm; beyond these a header is damaged, or in other units
+MICROSCOPY = 0.01  # mm; voxels below this are rather in another unit, unless the header says micrometres
 LARGEST_VIEW = 5000.0  # mm along a side
 FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
 PIXDIM_TOLERANCE = 0.01  # of a voxel size
@@ -160,6 +161,9 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
         return []
     header, (name, factor) = image.header, _unit(image)
     notes = [f"header in {name}, converted to mm"] if name != "mm" else []
+    sizes = nib.affines.voxel_sizes(image.affine)
+    if sizes.max() < MICROSCOPY and factor != MM[3][1]:
+        notes.append(f"voxels of {_times(sizes)} mm: is the unit in its header wrong?")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append(
             "no orientation in its header (qform_code and sform_code are 0): its axes are taken for left, "
@@ -167,7 +171,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
         )
     if header["sform_code"] == 0:
         return notes
-    sizes, pixdim = nib.affines.voxel_sizes(image.affine), np.array(header.get_zooms()[:3]) * factor
+    pixdim = np.array(header.get_zooms()[:3]) * factor
     if not np.allclose(pixdim, sizes, rtol=PIXDIM_TOLERANCE):
         notes.append(
             f"pixdim says voxels of {_times(pixdim)} mm, the sform {_times(sizes)} mm: the sform wins"
@@ -489,6 +493,11 @@ def _resample(
         raise UserError(
             f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
             f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
+        )
+    if (np.array(voxels.shape) - 1 < target / sizes / 2).any():
+        raise UserError(
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
+            f"{_times(target)} mm. Choose a finer `spacing`, in mm."
         )
     if not nearest:
         sigma = np.maximum(0, (target / sizes - 1) / 2)

@@ -159,7 +159,7 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
     ),
     "singular": (lambda i, _: changed(i, 280, bytes(48)), "affine is not invertible"),
     "affine_nan": (lambda i, _: changed(i, 280, struct.pack("<f", np.nan)), "affine is not invertible"),
-    "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-4, 1])), "voxels are 1 x 1 x 0.0005 mm"),
+    "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-5, 1])), "voxels are 1 x 1 x 5e-05 mm"),
     "giant_voxels": (lambda i, _: save(i, noise(1), np.diag([150, 1, 1, 1])), "voxels are 150 x 1 x 1 mm"),
     "giant": (lambda i, _: save(i, noise(1, (2, 2, 60)), np.diag([1, 1, 90, 1])), "covers .* x 5.4 m"),
     "label_shape": (

@@ -320,6 +320,13 @@ def test_a_header_in_a_wrong_unit_is_refused(tmp_path):
     ):
         open_image(path)
     assert open_image(headed(path, "unknown")).affine[2, 2] == 3
+    metres = FLIPPED * [1e-3, 1e-3, 1e-3, 1]
+    (note,) = header_notes(open_image(headed(path, affine=metres)))
+    assert note == "voxels of 0.002 x 0.002 x 0.003 mm: is the unit in its header wrong?"
+    with pytest.raises(
+        UserError, match=r"covers 0\.012 x .* mm, a single voxel along an axis at 2 x 2 x 2 mm"
+    ):
+        Preprocessing((0,), SPACING).read([path])
 
 
 def test_what_a_header_says_twice_or_not_at_all_is_noted(tmp_path):
