@@ -151,7 +151,7 @@ def read(path: Path, channel: int) -> nib.Nifti1Image:
         UserError: it cannot be read, or no voxel is a number.
     """
     image = read_image(path)
-    voxels = voxels_of(path, image, channel if len(image.shape) == 4 else 0)
+    voxels = voxels_of(path, image, channel if len(image.shape) > 3 else 0)
     bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
     if bad == voxels.size:
         raise UserError(f"{path}: all its voxels are NaN or infinite; there is nothing to show.")

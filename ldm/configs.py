@@ -99,7 +99,8 @@ def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
         )
     section |= dict.fromkeys(ends)
     pairs = window if isinstance(window[0], list) else [window]
-    if not all(isinstance(pair, list) and len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
+    numbers = all(isinstance(pair, list) and not any(isinstance(one, list) for one in pair) for pair in pairs)
+    if not numbers or not all(len(pair) == 2 and pair[0] < pair[1] for pair in pairs):
         raise UserError(
             f"{path}: intensity.window: expected [low, high], such as [-1000, 1000], or a list with one such "
             f"pair for each channel; found {brief(json.dumps(window))}."

@@ -41,7 +41,8 @@ from ldm.processes import tell
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
 RAS = axcodes2ornt("RAS")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
-SMALLEST_VOXEL, LARGEST_VOXEL = 1e-3, 100.0  # mm; beyond these a header is damaged, or in other units
+SMALLEST_VOXEL, LARGEST_VOXEL = 1e-4, 100.0  # mm; beyond these a header is damaged, or in other units
+MICROSCOPY = 0.01  # mm; voxels below this are rather in another unit, unless the header says micrometres
 LARGEST_VIEW = 5000.0  # mm along a side
 FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
 PIXDIM_TOLERANCE = 0.01  # of a voxel size
@@ -106,8 +107,8 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     name, factor = _unit(image)
     image.affine[:3] *= factor
     sizes = nib.affines.voxel_sizes(image.affine)
-    singular = abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes)
-    if not np.isfinite(image.affine).all() or singular:
+    finite = np.isfinite(image.affine).all()
+    if not finite or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes):
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
         stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
@@ -161,6 +162,9 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
         return []
     header, (name, factor) = image.header, _unit(image)
     notes = [f"header in {name}, converted to mm"] if name != "mm" else []
+    sizes = nib.affines.voxel_sizes(image.affine)
+    if sizes.max() < MICROSCOPY and factor != MM[3][1]:
+        notes.append(f"voxels of {_times(sizes)} mm: is the unit in its header wrong?")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append(
             "no orientation in its header (qform_code and sform_code are 0): its axes are taken for left, "
@@ -168,7 +172,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
         )
     if header["sform_code"] == 0:
         return notes
-    sizes, pixdim = nib.affines.voxel_sizes(image.affine), np.array(header.get_zooms()[:3]) * factor
+    pixdim = np.array(header.get_zooms()[:3]) * factor
     if not np.allclose(pixdim, sizes, rtol=PIXDIM_TOLERANCE):
         notes.append(
             f"pixdim says voxels of {_times(pixdim)} mm, the sform {_times(sizes)} mm: the sform wins"
@@ -352,8 +356,8 @@ class Intensity:
             a = np.percentile(above, 2)
             if a - low > FAR_BELOW_PADDING * (high - low):
                 return (
-                    f"{share:.1%} of its voxels are {low:.4g}, nearly all others lie above {a:.4g}: padding "
-                    "takes up much of the range. Set intensity.window"
+                    f"{share:.1%} of its voxels are {low:.4g} or less, nearly all others lie above {a:.4g}: "
+                    "padding takes up much of the range. Set intensity.window"
                 )
         return None
 
@@ -490,6 +494,11 @@ def _resample(
         raise UserError(
             f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
             f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
+        )
+    if (np.array(voxels.shape) - 1 < target / sizes / 2).any():
+        raise UserError(
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
+            f"{_times(target)} mm. Choose a finer `spacing`, in mm."
         )
     if not nearest:
         sigma = np.maximum(0, (target / sizes - 1) / 2)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import check_data
 import train_autoencoder
+import utils
 from ldm import UserError
 from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
 from ldm.datasets import Case
@@ -156,9 +157,14 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
     "two_d": (lambda i, _: save(i, noise(1, (9, 9))), r"shape \(9, 9\); expected a 3D image"),
     "five_d": (lambda i, _: save(i, noise(1, (9, 9, 2, 2, 2))), r"shape \(9, 9, 2, 2, 2\); expected a 3D"),
     "four_d": (lambda i, _: save(i, noise(1, (*SHAPE, 3))), r"has 3 channel\(s\), .*: 4D, expected 3D"),
+    "channels_first": (lambda i, _: save(i, noise(1, (1, *SHAPE))), "channels first"),
+    "single_slice": (
+        lambda i, lab: (save(i, noise(1, (10, 12, 1))), save(lab, np.zeros((10, 12, 1), np.uint8))),
+        r"shape \(10, 12, 1\): a single slice; expected a volume",
+    ),
     "singular": (lambda i, _: changed(i, 280, bytes(48)), "affine is not invertible"),
     "affine_nan": (lambda i, _: changed(i, 280, struct.pack("<f", np.nan)), "affine is not invertible"),
-    "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-4, 1])), "voxels are 1 x 1 x 0.0005 mm"),
+    "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-5, 1])), "voxels are 1 x 1 x 5e-05 mm"),
     "giant_voxels": (lambda i, _: save(i, noise(1), np.diag([150, 1, 1, 1])), "voxels are 150 x 1 x 1 mm"),
     "giant": (lambda i, _: save(i, noise(1, (2, 2, 60)), np.diag([1, 1, 90, 1])), "covers .* x 5.4 m"),
     "label_shape": (
@@ -219,6 +225,7 @@ def test_the_number_of_workers_changes_nothing(bad_data, capsys, monkeypatch, jo
 
 
 OF_HEADERS = {"empty_file", "text", "scaling", "offset", "complex", "colour", "two_d", "five_d", "four_d"}
+OF_HEADERS |= {"channels_first", "single_slice"}
 OF_HEADERS |= {"singular", "affine_nan", "microscope", "giant_voxels", "giant"}
 OF_HEADERS |= {"label_shape", "label_shifted", "label_flipped", "label_4d"}
 
@@ -358,6 +365,55 @@ def test_a_missing_file_is_named_by_the_script(tmp_path, capsys):
     (folder / "labelsTr/b.nii.gz").unlink()
     code, lines = run(capsys, folder)
     assert code == 2 and str(folder / "labelsTr" / "b.nii.gz") in "\n".join(lines)
+
+
+def test_a_note_is_no_fault(tmp_path, capsys):
+    """Of headers one line for all files, of intensities one a volume; nothing is left out for them."""
+    scans = {name: noise(seed) for seed, name in enumerate("abcd")}
+    scans["b"][3, 4, 5] = -1e7
+    scans["c"] = np.round(1000 * scans["c"] - 30).astype(np.int16).view(np.uint16)
+    for name, voxels in scans.items():
+        image = nib.Nifti1Image(voxels, AFFINE if name == "d" else np.diag([2000, 1500, 3000, 1]))
+        image.header.set_xyzt_units("mm" if name == "d" else "micron")
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    code, lines = run(capsys, tmp_path)
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert (
+        code == 0 and notes == lines[:-1] and lines[-1].startswith("no faults: 4 cases of 10 x 12 x 8 voxels")
+    )
+    assert notes[0] == "note: 3 files (a.nii.gz, ...): header in micrometres, converted to mm"
+    assert notes[1].startswith(f"note: {tmp_path / 'b.nii.gz'}: minimum -1e+07, but 99.9 % of its voxels lie")
+    assert "c.nii.gz: 2.6%" in notes[2] and "negative numbers stored without a sign" in notes[2]
+    assert len(notes) == 3
+    code, lines = run(capsys, tmp_path, "-c", CONFIG, "--set", "intensity.lower_percentile=0.5")
+    assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
+    said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
+    for skip in (False, True):
+        assert utils._bad_cases(find_cases(tmp_path)[0], config, tmp_path, skip, False, said.append) == []
+    assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2
+    assert sum("b.nii.gz: minimum" in line for line in said) == 1  # where voxels are read
+
+
+def test_a_window_finds_volumes_in_other_units(tmp_path, capsys):
+    """With one, volumes are held against each other; without, each has its own percentiles."""
+    for seed, name in enumerate("abcd"):
+        save(tmp_path / f"{name}.nii.gz", 2000 * noise(seed) - 1000 + 1024 * (name == "b"))
+    save(tmp_path / "e.nii.gz", 1500 + 500 * noise(9))
+    window = ["-c", CONFIG, "--set", "intensity={}", "--set", "intensity.window=[-1000,1000]"]
+    code, (note, *lines) = run(capsys, tmp_path, *window)
+    assert code == 2 and "b.nii.gz: 50.3% of its voxels lie above intensity.window, 0.0% in most" in note
+    ((case, _, reason),) = rows(lines)
+    assert case == "e" and "lie outside of intensity.window, -1000 to 1000. Is it in other units?" in reason
+    code, lines = run(capsys, tmp_path)
+    assert code == 0 and len(lines) == 1
+
+
+def test_nan_is_background_where_the_config_says_so(tmp_path, capsys):
+    for seed, name in enumerate("ab"):
+        save(tmp_path / f"{name}.nii.gz", np.where(noise(seed) < 0.3, np.nan, noise(seed)))
+    assert run(capsys, tmp_path, "-c", CONFIG)[0] == 2
+    code, lines = run(capsys, tmp_path, "-c", CONFIG, "--set", "intensity.nan_is_background=true")
+    assert code == 0 and "minima 0.3" in lines[-1]
 
 
 def test_dot_underscore_files_are_listed_and_belong_to_no_case(tmp_path, capsys):

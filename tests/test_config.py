@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import train_autoencoder
 import utils
-from ldm import UserError, configs
+from ldm import UserError, configs, generation
 from ldm.checkpoints import write_json
 from ldm.diffusion import NoiseProcess
 from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
@@ -174,6 +174,27 @@ def test_resolved_config_reads_back_as_itself(load, tmp_path):
     assert utils.load_config(tmp_path / "resolved.json") == config
 
 
+def test_a_window_takes_the_place_of_the_percentiles(load, tmp_path):
+    config = load({**tutorial(), "intensity": {"window": [-1000, 1000]}})
+    assert configs.intensity_of(config) == Intensity(None, None, window=((-1000.0, 1000.0),))
+    write_json(tmp_path / "resolved.json", config)
+    assert utils.load_config(tmp_path / "resolved.json") == config
+    two = {"channel": [1, 0], "image_channels": 2, "intensity": {"window": [[0, 1], [2, 3]]}}
+    assert configs.intensity_of(load({**tutorial(), **two})).window == ((0.0, 1.0), (2.0, 3.0))
+    weights_from_elsewhere = config | {"spacing": [1, 1, 1]}
+    geometry = generation.geometry_of({}, weights_from_elsewhere, tmp_path)
+    assert geometry["limits"] == [[-1000, 1000]]
+
+
+def test_older_checkpoints_and_caches_have_the_same_intensities(load):
+    config = load(tutorial())
+    old = {"lower_percentile": 0.0, "upper_percentile": 99.5, "clip": True}
+    assert configs.completed({**config, "intensity": old})["intensity"] == config["intensity"]
+    assert utils.what_latents_follow_from(config)["intensity"] == old
+    config["intensity"]["window"] = [0, 1]
+    assert utils.what_latents_follow_from(config)["intensity"] == {**old, "window": [0, 1]}
+
+
 def test_documentation_is_generated_from_the_schema():
     spec = importlib.util.spec_from_file_location("make_config_md", ROOT / "docs" / "make_config_md.py")
     module = importlib.util.module_from_spec(spec)
@@ -275,6 +296,12 @@ def changed(path: str, value) -> dict:
         ("channel", [0, 1], r"channel names 2 channel\(s\), image_channels is 1"),
         ("longest_side", 64, "spacing or longest_side, not both"),
         ("intensity", {"lower_percentile": 99.5}, "lower_percentile must lie below upper_percentile"),
+        ("intensity", {"lower_percentile": None}, "intensity: expected two percentiles, or a window"),
+        ("intensity", {"window": [0, 1], "upper_percentile": 99}, "a window or percentiles, not both"),
+        ("intensity", {"window": [1, 0]}, r"intensity.window: expected \[low, high\]"),
+        ("intensity", {"window": [0, [1, 2]]}, r"intensity.window: expected \[low, high\]"),
+        ("intensity", {"window": [[0, 1], [0, 1]]}, r"intensity.window: 2 pair\(s\) for 1 channel"),
+        ("intensity.window", [], "intensity.window"),
         ("autoencoder_train.lr", float("nan"), "autoencoder_train.lr"),
         ("autoencoder_train.lr", float("inf"), "autoencoder_train.lr"),
     ],

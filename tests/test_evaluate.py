@@ -18,10 +18,11 @@ from monai.networks.nets import DenseNet121
 
 import evaluate
 import inference
-from ldm import backbones, configs, distances, provenance
+from ldm import UserError, backbones, configs, distances, provenance
+from ldm.datasets import Case
 from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
 from ldm.layouts import find_cases
-from ldm.transforms import Preprocessing
+from ldm.transforms import Intensity, Preprocessing
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +144,20 @@ def test_a_sample_comes_back_in_the_units_of_the_autoencoder(of_the_run):
     assert read(case)[0, 0].numpy() == pytest.approx(np.clip((stored - low) / (high - low), 0, 1), abs=1e-5)
     project_limits = project.checkpoint("diffusion_unet.pt")["geometry"]["limits"]
     assert [[low, high]] == project_limits
+
+
+def test_nan_in_a_sample_is_no_background(of_the_run, tmp_path):
+    """Whatever the config says of scans: a network's NaN is a fault."""
+    source = of_the_run["project"].output_dir / "sample_000001.nii.gz"
+    image = nib.load(source)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[0] = np.nan
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / source.name)
+    record = provenance.record_path(source)
+    (tmp_path / record.name).write_bytes(record.read_bytes())
+    way = Preprocessing((0,), SPACING, Intensity(nan_is_background=True))
+    with pytest.raises(UserError, match=r"sample_000001\.nii\.gz: has \d+ NaN voxels"):
+        evaluate.Reader(way, SHAPE, torch.device("cpu"))(Case("a", (tmp_path / source.name,)))
 
 
 def test_every_figure_has_a_value_or_a_reason(of_the_run):

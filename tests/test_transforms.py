@@ -2,7 +2,9 @@
 
 import gzip
 import itertools
+import re
 import struct
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -14,12 +16,14 @@ from hypothesis import strategies as st
 from ldm import UserError
 from ldm.transforms import (
     CHUNK,
+    CODE,
     MGH_TAGS,
     Intensity,
     Preprocessing,
     augmentation,
     fit,
     from_unit_range,
+    header_notes,
     open_image,
     ras_geometry,
     read_image,
@@ -175,6 +179,187 @@ def test_unit_range_and_back():
     clipped = from_unit_range(to_unit_range(volume, limits, clip=True), limits)
     wide = limits[:, :, None, None, None]
     assert np.abs(clipped - np.clip(volume, wide[:, 0], wide[:, 1])).max() < 1e-3
+
+
+CT = np.linspace(-3024, 1500, 343).reshape(7, 7, 7).astype(np.float32)
+WINDOW = Intensity(None, None, window=((-1000.0, 1000.0),))
+GRID = (1.0, 1.0, 1.0)
+
+
+def test_a_window_is_the_same_in_every_volume_and_gives_its_units_back(tmp_path, write_image):
+    path = write_image(tmp_path / "ct.nii", CT)
+    volume = Preprocessing((0,), GRID, WINDOW)([path])
+    assert np.allclose(volume[0], np.clip((CT + 1000) / 2000, 0, 1), atol=1e-6)
+    limits = Preprocessing((0,), GRID, WINDOW).limits([tmp_path / "not read.nii"])
+    assert limits.tolist() == [[-1000, 1000]]
+    assert np.allclose(from_unit_range(volume, limits)[0], np.clip(CT, -1000, 1000), atol=1e-3)
+    wide = Preprocessing((0,), GRID, replace(WINDOW, clip=False))([path])
+    assert np.allclose(wide[0], (CT + 1000) / 2000, atol=1e-5)
+
+
+def test_each_channel_may_have_a_window_of_its_own(tmp_path, write_image):
+    path = write_image(tmp_path / "a.nii", np.stack([CT, CT / 1000, 0 * CT], -1))
+    pair = replace(WINDOW, window=((-1.0, 1.0), (-1000.0, 1000.0)))
+    volume = Preprocessing((1, 0), GRID, pair)([path])  # in the order of the channels that are used
+    assert np.allclose(volume[0], volume[1], atol=1e-6) and 0.3 < volume.mean() < 0.4
+    far = replace(WINDOW, window=((-1000.0, 1000.0), (2000.0, 3000.0)))
+    message = (
+        r"a\.nii: channel 1: its values, -3\.024 to 1\.5, lie outside of intensity\.window, 2000 to 3000"
+    )
+    with pytest.raises(UserError, match=message):
+        Preprocessing((0, 1), GRID, far)([path])
+
+
+@pytest.mark.parametrize("way, low", [(Intensity(), 100), (WINDOW, -1000)])
+def test_nan_is_background_before_anything_is_resampled(tmp_path, write_image, way, low):
+    voxels = np.random.default_rng(0).uniform(100, 900, (8, 8, 8)).astype(np.float32)
+    voxels[4, 4, 4] = 100
+    whole = voxels.copy()
+    voxels[:3], whole[:3] = np.nan, low
+    way = replace(way, nan_is_background=True)
+    paths = [write_image(tmp_path / "nan.nii", voxels), write_image(tmp_path / "whole.nii", whole)]
+    volumes = [Preprocessing((0,), SPACING, way)([path]) for path in paths]
+    assert np.array_equal(*volumes) and (volumes[0][0, 0] == 0).all()
+    write_image(paths[0], np.where(voxels > 800, np.inf, voxels))
+    with pytest.raises(UserError, match=r"nan\.nii: has \d+ infinite voxels"):
+        Preprocessing((0,), SPACING, way)([paths[0]])
+    write_image(paths[0], voxels * np.nan)
+    with pytest.raises(UserError, match=r"nan\.nii: every voxel is NaN"):
+        Preprocessing((0,), SPACING, way)([paths[0]])
+
+
+def scan(padding: float = 0.0, share: float = 0.5, low: float = 20, high: float = 800) -> np.ndarray:
+    """Bright noise beside a share of padding."""
+    values = np.random.default_rng(0).uniform(low, high, 27000).astype(np.float32)
+    values[: int(share * values.size)] = padding
+    return values.reshape(30, 30, 30)
+
+
+def with_stray(volume: np.ndarray, *values: float) -> np.ndarray:
+    volume = volume.copy()
+    volume[15, 15, : len(values)] = values
+    return volume
+
+
+@pytest.mark.parametrize(
+    "volume, way, message",
+    [
+        (with_stray(scan(), -1e7), Intensity(), r"minimum -1e\+07, but 99\.9 % .* between 0 and 79\d"),
+        (with_stray(scan(), -1e7), Intensity(0.5), None),
+        (with_stray(scan(), -1e7), Intensity(0.5, clip=False), r"minimum -1e\+07"),
+        (with_stray(scan(), 1e7), Intensity(), None),
+        (
+            with_stray(scan(), 1e7),
+            Intensity(0, 100),
+            r"maximum 1e\+07, but .*: lower intensity.upper_percent",
+        ),
+        (scan(-3024, 0.2, -1000, 500), Intensity(), r"20\.0% of its voxels are -3024 or less, .* padding"),
+        (scan(-3024, 0.2, -1000, 500), Intensity(0.5), "padding"),
+        (scan(-3024, 0.2, -1000, 500), WINDOW, None),
+        (scan(-1024, 0.2, -1000, 500), Intensity(), None),
+        (scan(0, 0.7, 400), Intensity(), None),  # a mask's background beside bright tissue
+        (scan(-1, 0.2, -1, 0.5), WINDOW, r"a small part of intensity\.window, -1000 to 1000. Is it in other"),
+        (np.random.default_rng(0).normal(size=(40, 40, 40)), Intensity(), None),
+    ],
+)
+def test_what_squeezes_the_intensities_is_told(volume, way, message):
+    found = way.squeezed(volume, way.limits(volume[None])[0])
+    assert found is None if message is None else re.search(message, found), found
+
+
+def test_a_volume_that_is_squeezed_is_told_of_once(tmp_path, write_image, capsys):
+    path = write_image(tmp_path / "stray.nii", with_stray(scan(), -1e7))
+    for _ in range(2):
+        Preprocessing((0,), GRID)([path])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"warning: {path}: minimum -1e+07, but")
+
+
+def test_volumes_that_older_versions_cached_are_found():
+    """New keys are in the name of a cached volume only where they are used."""
+    old = "Preprocessing(channels=(0,), spacing=(1.0, 1.0, 1.0), lower=0.0, upper=99.5, clip=True) " + CODE
+    assert Preprocessing((0,), GRID).key == old
+    ways = [Intensity(), WINDOW, replace(WINDOW, window=((0.0, 1.0),)), Intensity(nan_is_background=True)]
+    assert len({Preprocessing((0,), GRID, way).key for way in ways}) == 4
+
+
+# ---- headers
+
+
+FLIPPED = np.diag([-2.0, 2.0, 3.0, 1.0])
+
+
+def headed(path, unit="mm", sform=1, qform=1, turned=None, affine=FLIPPED):
+    """An image with this header; its qform is `turned` where that is given."""
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((6, 7, 8), np.float32), affine)
+    image.header.set_xyzt_units(unit, "sec")
+    image.set_qform(affine if turned is None else turned, qform)
+    image.set_sform(affine, sform)
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("meter", 1e3)])
+def test_other_units_are_converted_to_mm(tmp_path, unit, mm, ending):
+    plain, affine = headed(tmp_path / f"mm{ending}"), FLIPPED.copy()
+    affine[:3] /= mm
+    other = headed(tmp_path / f"other{ending}", unit, affine=affine)
+    assert np.allclose(open_image(other).affine, open_image(plain).affine)
+    assert ras_geometry(other)[1].tolist() == pytest.approx([2, 2, 3])
+    volumes = [Preprocessing((0,), SPACING).read([path]) for path in (plain, other)]
+    assert volumes[1].shape == (1, 6, 7, 12) and np.allclose(*volumes, atol=1e-4)
+    (note,) = header_notes(open_image(other))
+    assert re.fullmatch("header in (micro)?metres, converted to mm", note)
+
+
+def test_a_header_in_a_wrong_unit_is_refused(tmp_path):
+    path = headed(tmp_path / "a.nii", "meter")
+    with pytest.raises(
+        UserError, match=r"2000 x 2000 x 3000 mm \(2 x 2 x 3 metres in its header\); expected"
+    ):
+        open_image(path)
+    assert open_image(headed(path, "unknown")).affine[2, 2] == 3
+    metres = FLIPPED * [1e-3, 1e-3, 1e-3, 1]
+    (note,) = header_notes(open_image(headed(path, affine=metres)))
+    assert note == "voxels of 0.002 x 0.002 x 0.003 mm: is the unit in its header wrong?"
+    with pytest.raises(
+        UserError, match=r"covers 0\.012 x .* mm, a single voxel along an axis at 2 x 2 x 2 mm"
+    ):
+        Preprocessing((0,), SPACING).read([path])
+
+
+def test_what_a_header_says_twice_or_not_at_all_is_noted(tmp_path):
+    path, mirrored = tmp_path / "a.nii", np.diag([2.0, 2.0, 3.0, 1.0])
+    assert not header_notes(open_image(headed(path)))
+    assert not header_notes(open_image(headed(path, sform=0)))
+    assert not header_notes(open_image(headed(path, qform=0, turned=mirrored)))
+    (note,) = header_notes(open_image(headed(path, turned=mirrored)))
+    assert note == "qform and sform place it 20 mm apart: the sform wins"
+    (note,) = header_notes(open_image(headed(path, turned=np.diag([-1.0, 1.0, 1.0, 1.0]))))
+    assert note == "pixdim says voxels of 1 x 1 x 1 mm, the sform 2 x 2 x 3 mm: the sform wins"
+    (note,) = header_notes(open_image(headed(path, sform=0, qform=0)))
+    assert note.startswith("no orientation in its header") and note.endswith("for left, anterior, superior")
+    assert open_image(path).affine[0, 0] == -2  # as the note says
+
+
+@pytest.mark.parametrize("more, channels", [((1,), 1), ((1, 1), 1), ((2, 1), 2), ((1, 2), 2)])
+def test_axes_of_length_1_do_not_matter(tmp_path, write_image, more, channels):
+    voxels = np.random.default_rng(0).random((5, 6, 7, channels), np.float32)
+    path = write_image(tmp_path / "a.nii.gz", voxels.reshape(5, 6, 7, *more))
+    volume = Preprocessing(tuple(range(channels)), GRID).read([path])
+    assert np.array_equal(volume, np.moveaxis(voxels, -1, 0))
+    with pytest.raises(UserError, match=rf"has {channels} channel"):
+        Preprocessing((channels,), GRID).read([path])
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 7, 8), (4, 6, 7, 8), (1, 1, 6, 7, 8)])
+def test_channels_first_is_asked(tmp_path, write_image, shape):
+    path = write_image(tmp_path / "a.nii.gz", np.ones(shape, np.float32))
+    with pytest.raises(
+        UserError, match=r"a\.nii\.gz: shape \(\d.*\): channels first\? Expected X, Y, Z and then"
+    ):
+        open_image(path)
 
 
 # ---- channels
