@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
+from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance, splits
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
 from ldm.datasets import Case, find_cases, read_json, size_at, stream, volume_size
@@ -129,6 +129,7 @@ class Source:
     folder: str
     cases: list[Case]
     left_out: dict[str, str] = field(default_factory=dict)  # by case, why
+    notes: list[str] = field(default_factory=list)  # for the page
 
 
 @dataclass
@@ -188,9 +189,21 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             sources[name] = Source(name, str(folder), find_cases(folder, SAMPLES)[0])
         elif cases.get(name):
             sources[name] = Source(name, str(environment["data_base_dir"]), cases[name])
+            sources[name].notes += notes_on_the_split(environment["model_dir"], sources[name])
     made = sources[GENERATED]
     made.cases = [case for case in made.cases if not case.name.endswith(REPRODUCED)]
     return Inputs(sources, config, autoencoder, log, out)
+
+
+def notes_on_the_split(model_dir: Path, source: Source) -> list[str]:
+    """What is said of the cases of split.json that are no longer there, or have become bad."""
+    path, there = model_dir / utils.SPLIT, {case.name for case in source.cases}
+    if not path.is_file():
+        return []
+    names = splits.read_split(path)[source.name == HELD_OUT]
+    gone = [name for name in names if name not in there]
+    told = f"{source.name}: {len(gone)} of {len(names)} cases of {path} are not there or bad, and left out"
+    return [f"{told}: {splits.listed(gone)}"] if gone else []
 
 
 def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
@@ -476,6 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 2: read every volume once
     sets, shown = gather(inputs, read, networks, encoder, classifier, run)
     for source in sources.values():
+        notes += source.notes
         notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
 
     # Step 3: figures, and what they say

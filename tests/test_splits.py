@@ -292,5 +292,7 @@ def test_an_evaluation_takes_the_cases_of_the_split(done, tmp_path, capsys):
     assert (
         found[evaluate.TRAINING] == split["training"][1:] and found[evaluate.HELD_OUT] == split["validation"]
     )
+    assert f"1 of 4 cases of {project.model_dir / 'split.json'}" in inputs.sources[evaluate.TRAINING].notes[0]
+    assert inputs.sources[evaluate.HELD_OUT].notes == []
     said = capsys.readouterr().out
     assert "left out: broken" in said and f"left out: {split['training'][0]}" in said
