@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--fresh", action="store_true", help="delete the latents that are there, and start over")
-    add("--skip-bad", action="store_true", help="read all data first, and leave bad cases out")
+    add("--skip-bad", action="store_true", help="read all data first; as for the trainings")
     utils.add_max_memory(parser, "encode")
     args = parser.parse_args(argv)
     if args.amp:

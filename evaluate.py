@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
+from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance, splits
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
 from ldm.datasets import Case, read_json, rounded, size_at, stream, volume_size
@@ -185,19 +185,20 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
         if (out / name).exists():
             raise UserError(f"{out / name} is there already. Name another folder by --out, or move it away.")
     named = {HELD_OUT: args.real, GENERATED: args.generated, TRAINING: args.train}
-    sources = {}
+    sources, notes = {}, []
     for name, folder in named.items():
         if folder:
             found, validation = find_cases(folder, say=run.say)
             sources[name] = Source(name, str(folder), [*found, *validation])
         elif name == GENERATED:
-            cases[name], records, notes = samples_of_run(environment, autoencoder)
+            cases[name], records, on_samples = samples_of_run(environment, autoencoder)
             sources[name] = Source(name, str(environment["output_dir"]), cases[name])
         elif cases.get(name):
             sources[name] = Source(name, str(environment["data_base_dir"]), cases[name])
+            notes += notes_on_the_split(environment["model_dir"], sources[name])
     if args.generated:
-        records, notes = check_named_samples(sources[GENERATED])
-    return Inputs(sources, config, autoencoder, log, out, records, notes)
+        records, on_samples = check_named_samples(sources[GENERATED])
+    return Inputs(sources, config, autoencoder, log, out, records, [*on_samples, *notes])
 
 
 def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], list[dict], list[str]]:
@@ -285,6 +286,17 @@ def take_out_scans(sources: dict[str, Source]) -> list[dict]:
         text = f"{len(scans)} of {total} generated volumes are files of the {name} set, and are left out"
         lines.append({"tone": "bad", "text": f"{text}: {provenance.some_of(scans)}."})
     return lines
+
+
+def notes_on_the_split(model_dir: Path, source: Source) -> list[str]:
+    """What is said of the cases of split.json that are no longer there, or have become bad."""
+    path, there = model_dir / utils.SPLIT, {case.name for case in source.cases}
+    if not path.is_file():
+        return []
+    names = splits.read_split(path)[source.name == HELD_OUT]
+    gone = [name for name in names if name not in there]
+    told = f"{source.name}: {len(gone)} of {len(names)} cases of {path} are not there or bad, and left out"
+    return [f"{told}: {splits.listed(gone)}"] if gone else []
 
 
 def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessing:

@@ -190,7 +190,8 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="read all data first, leave bad cases out and list them in model_dir/skipped.json",
+        help="read all data first; where there is no split.json yet, leave bad cases out and list them in "
+        "model_dir/skipped.json",
     )
     parser.add_argument(
         "--profile", action="store_true", help="write a trace of a few steps to model_dir and end"
@@ -535,26 +536,26 @@ def _sides(
     cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
     if not cases or (kept or named) and not validation:
         raise UserError(f"{where}: every {'validation' if cases else 'training'} case is bad.")
-    problems = []
+    what = ""
     if not validation and not (problems := splits.one_file_of_two_subjects(cases)):
         before = (resumed or {}).get("subjects") or known
-        alike = splits.split_alike(cases, before) if before else None
-        if alike:
+        if before and (alike := splits.split_alike(cases, before)):
+            cases, validation = alike
             run.say(
                 f"data: no {path} yet: held out is what {(resumed or {}).get('path', autoencoder)} held out"
             )
-        cases, validation = alike or split_cases(cases, config["data"]["val_fraction"], config["seed"])
-    if problems := problems or splits.leaks(cases, validation):
+        else:
+            cases, validation = split_cases(cases, config["data"]["val_fraction"], config["seed"])
+    if validation:
+        what, problems = "held out and also trained on: ", splits.leaks(cases, validation)
+    if problems:
         first, more = problems[0], f" ({len(problems)} such cases)" if len(problems) > 1 else ""
         advice = (
             "Choose another model_dir, for data with each patient on one side and no scan twice."
             if kept
             else "Keep each patient on one side and no scan twice; check_data.py lists all."
         )
-        raise UserError(
-            f"{path if kept else where}: held out and also trained on: {first.case}: {first.file} "
-            f"{first.reason}{more}.\n{advice}"
-        )
+        raise UserError(f"{path if kept else where}: {what}{first.file} {first.reason}{more}.\n{advice}")
     if resumed:
         splits.check_unchanged(path, cases, validation, resumed)
     if known and (seen := splits.on_side(validation, known, "training")):

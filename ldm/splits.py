@@ -105,20 +105,21 @@ def leaks(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
     Files are read only where their sizes agree, in a few places first, and whole only where these agree too.
     The same voxels in files of other bytes are found by `ldm.checks.check_cases`.
     """
-    found = shared_subjects(train, validation)
-    leaking = {problem.case for problem in found}
     if is_single_subject(train, validation):
         return []
-    files, own = (
-        {_real(path): case for case in some if case.name not in leaking for path in case.images}
-        for some in (train, validation)
-    )
-    same = [(path, path) for path in own if path in files]
-    twins = _twins(list(files), [path for path in own if path not in files])
-    for path, other in [*same, *twins]:
-        what = "is" if path == other else f"holds the same bytes as {other}, which is"
-        reason = f"{what} also under training, as {files[other].name}"
-        found.append(Problem(own[path].name, path, reason))
+    found = shared_subjects(train, validation)
+    leaking = {problem.case for problem in found}
+    rest = [case for case in validation if case.name not in leaking]
+    files = {_real(path): case.name for case in train for path in case.images}
+    own = [path for case in rest for path in map(_real, case.images)]
+    twins = dict(_twins(list(files), [path for path in own if path not in files]))
+    twins |= {path: path for path in own if path in files}
+    for case in rest:
+        path = _real(case.images[0])
+        if all(_real(one) in twins for one in case.images):  # all channels: cases may share an atlas
+            what = "is" if path == twins[path] else f"holds the same bytes as {twins[path]}, which is"
+            reason = f"{what} also under training, as {files[twins[path]]}"
+            found.append(Problem(case.name, case.images[0], reason))
     return found
 
 
@@ -169,14 +170,13 @@ def _sample(path: Path) -> bytes:
 
 
 def one_file_of_two_subjects(cases: Sequence[Case]) -> list[Problem]:
-    """The same file under two subjects: a draw of subjects may put one on each side."""
+    """The same files under two subjects: a draw of subjects may put one on each side."""
     found, first = [], {}
     for case in cases:
-        for path in case.images:
-            other = first.setdefault(_real(path), case)
-            if other.subject != case.subject:
-                reason = f"is there as {other.name} and as {case.name}: the split may put one on each side"
-                found.append(Problem(case.name, path, reason))
+        other = first.setdefault(tuple(map(_real, case.images)), case)
+        if other.subject != case.subject:
+            reason = f"is there as {other.name} and as {case.name}: the split may put one on each side"
+            found.append(Problem(case.name, case.images[0], reason))
     return found
 
 

@@ -122,10 +122,10 @@ LEAKS = {  # training, validation, what is said
     "session": (["sub-1_ses-1.nii", "a.nii"], ["sub-1_ses-2.nii"], "of subject sub-1, who"),
     "path": (["a.nii", "b.nii"], [{"name": "other", "image": "x/../b.nii"}], "is also under training, as b"),
     "bytes": (["a.nii", "b.nii"], ["copy.nii"], "holds the same bytes as"),
-    "one channel": (
+    "channels": (
         [{"image": ["a.nii", "b.nii"]}, {"image": ["c.nii", "d.nii"]}],
-        [{"image": ["e.nii", "d.nii"]}],
-        "under training, as c",
+        [{"image": ["copy.nii", "a.nii"]}],
+        "holds the same bytes as",
     ),
 }
 
@@ -148,6 +148,12 @@ def test_promise_22_a_list_with_a_leak_is_refused(scans, tmp_path, capsys, kind)
         stop.value.code == 2
         and ("subject" if "subject" in told else "same voxels") in capsys.readouterr().out
     )
+
+
+def test_an_atlas_that_cases_share_is_no_leak(scans, tmp_path):
+    root = scans(*FIVE)
+    path = listed(root / "list.json", [{"image": ["a.nii", "e.nii"]}], [{"image": ["b.nii", "e.nii"]}])
+    assert prepare(path, tmp_path / "models") == (["a"], ["b"])
 
 
 def test_promise_22_no_draw_parts_a_file_from_itself(scans, tmp_path):
@@ -286,5 +292,7 @@ def test_an_evaluation_takes_the_cases_of_the_split(done, tmp_path, capsys):
     assert (
         found[evaluate.TRAINING] == split["training"][1:] and found[evaluate.HELD_OUT] == split["validation"]
     )
+    assert f"1 of 4 cases of {project.model_dir / 'split.json'}" in inputs.sources[evaluate.TRAINING].notes[0]
+    assert inputs.sources[evaluate.HELD_OUT].notes == []
     said = capsys.readouterr().out
     assert "left out: broken" in said and f"left out: {split['training'][0]}" in said
