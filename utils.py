@@ -89,16 +89,12 @@ def command(main: Callable) -> Callable:
         try:
             result = main(argv)
         except (UserError, OSError, FloatingPointError, memory.ForecastError) as error:
-            message, code = str(error), 2 if isinstance(error, UserError) else 1
-            if message.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
-                message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+            message, code = processes.words_of(error), 2 if isinstance(error, UserError) else 1
         except (RuntimeError, MemoryError) as error:
-            code = 1
-            if isinstance(error, MemoryError) or processes.NO_MEMORY.search(str(error)):
-                message = f"out of memory ({brief(error)}). What to change: docs/TROUBLESHOOTING.md"
-            elif dist.is_initialized() and LOST.search(str(error)):
+            code, message = 1, processes.memory_failure(error)
+            if message is None and dist.is_initialized() and LOST.search(str(error)):
                 message = f"another process of this run ended or hangs ({brief(error)}); it says why."
-            else:
+            if message is None:
                 raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
