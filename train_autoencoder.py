@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
-    resumed = utils.starting_point(args, environment, "autoencoder", files, run)
+    resumed = utils.starting_point(args, config, environment, "autoencoder", files, run)
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data

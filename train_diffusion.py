@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
     utils.claim(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
-    resumed = utils.starting_point(args, environment, "diffusion", files, run)
+    resumed = utils.starting_point(args, config, environment, "diffusion", files, run)
 
     # Step 1: latents
     if section["latent_cache"]:

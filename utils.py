@@ -766,14 +766,17 @@ def claim(model_dir: Path, run: Run) -> None:
     run.from_main(lock)
 
 
-def starting_point(args: argparse.Namespace, environment: dict, stage: str, files: StageFiles, run: Run):
+def starting_point(
+    args: argparse.Namespace, config: dict, environment: dict, stage: str, files: StageFiles, run: Run
+):
     """The checkpoint to go on from, on every rank, or None to start: `--resume FILE`, `--fresh`, else the
     newest that is good, unless `resume_ckpt` is false.
 
     What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept.
 
     Raises:
-        UserError: the checkpoint that was named is missing or damaged, or none that is there is good.
+        UserError: the checkpoint that was named is missing or damaged, or none that is there is good; or
+            there are no data to start over on.
     """
     found, model_dir = {}, environment["model_dir"]
     log = TextLog(model_dir / "log.txt") if run.is_main else None
@@ -789,6 +792,11 @@ def starting_point(args: argparse.Namespace, environment: dict, stage: str, file
                 run.say(f"{files.last.parent}: no checkpoint of this stage to go on from, so it starts.")
             return None
         if args.fresh or environment["resume_ckpt"] is False:
+            from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
+            if not from_cache and not environment["download_brats"]:
+                find_cases(
+                    environment["data_base_dir"], config["data"]["pattern"]
+                )  # before anything is moved
             why = "" if args.fresh else " (resume_ckpt is false; remove it to go on instead)"
             run.say(f"starting over{why}: what was there is now in {set_aside(environment, stage)}")
             return None

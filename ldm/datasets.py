@@ -404,8 +404,8 @@ class VolumeDataset(Dataset):
                 reason = error.__context__ or error
                 tell(
                     f"warning: {self.cache_dir}: the cache cannot be written ({reason.strerror or reason}). "
-                    "Volumes that are not in it are read from their files in each epoch, which is slower. Free "
-                    "space, choose another cache_dir, or set data.cache_rate to 0"
+                    "Volumes that are not in it are read from their files in each epoch, which is slower. "
+                    "Free space, choose another cache_dir, or set data.cache_rate to 0"
                 )
         return volume
 

@@ -17,6 +17,7 @@ from ldm import figures
 from ldm.checkpoints import written_whole
 from ldm.processes import CLEAN_UP, SAID, tell
 
+WRITERS = "tensorboard.summary.writer.event_file_writer"  # whose thread writes to the disk
 DRAWING_SHARE = 0.05  # of the time of training that drawing the curves may take
 DRAWING_SECONDS = 0.5  # that it takes, until it is known
 
@@ -42,8 +43,8 @@ class TrainLog:
             self.writer = SummaryWriter(str(events), purge_step=step + 1)
         except OSError as error:
             raise OSError(
-                f"{events}: TensorBoard's files could not be written ({error.strerror or error}). Free space, "
-                "or choose another tfevent_path in the environment file."
+                f"{events}: TensorBoard's files could not be written ({error.strerror or error}). Free "
+                "space, or choose another tfevent_path in the environment file."
             ) from None
         kept, mine = [], 0
         for entry in read_log(path):
@@ -68,8 +69,9 @@ class TrainLog:
         except OSError as error:
             self.writer = None
             tell(
-                f"warning: {self.events}: TensorBoard's files could not be written ({error.strerror or error}). "
-                f"The training continues without them; {self.path} has the numbers"
+                f"warning: {self.events}: TensorBoard's files could not be written "
+                f"({error.strerror or error}). The training continues without them; {self.path} has the "
+                "numbers"
             )
 
     def record(self, **entry) -> None:
@@ -123,9 +125,7 @@ def _without_tensorboard(hook: Callable) -> Callable:
     raises the same."""
 
     def filtered(args) -> None:
-        if not (
-            isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
-        ):
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__ == WRITERS):
             hook(args)
 
     return filtered

@@ -588,9 +588,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(cases, tmp_path, capsys,
     for i in (0, 1, 2, 1):
         np.testing.assert_array_equal(dataset.volume(i), due[i])
     assert capsys.readouterr().out == (
-        f"warning: {tmp_path / 'cache'}: the cache cannot be written (No space left on device). Volumes that are not in "
-        "it are read from their files in each epoch, which is slower. Free space, choose another cache_dir, or "
-        "set data.cache_rate to 0\n"
+        f"warning: {tmp_path / 'cache'}: the cache cannot be written ({os.strerror(errno.ENOSPC)}). Volumes "
+        "that are not in it are read from their files in each epoch, which is slower. Free space, choose "
+        "another cache_dir, or set data.cache_rate to 0\n"
     )
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
