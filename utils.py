@@ -88,8 +88,10 @@ def command(main: Callable) -> Callable:
         message, code = None, None
         try:
             result = main(argv)
-        except (UserError, OSError, FloatingPointError, memory.ForecastError) as error:
+        except (UserError, FloatingPointError, memory.ForecastError) as error:
             message, code = processes.words_of(error), 2 if isinstance(error, UserError) else 1
+        except OSError as error:
+            message, code = processes.disk_failure(error), 1
         except (RuntimeError, MemoryError) as error:
             code, message = 1, processes.memory_failure(error)
             if message is None and dist.is_initialized() and LOST.search(str(error)):

@@ -1,6 +1,7 @@
 """This process among the others: who it is, what they agree on, and the signals that stop them."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ NO_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|ArrayMemoryError", re.IGNORECASE
 )
 NO_SHARED_MEMORY = re.compile("shared memory|</torch_|bus error|ancdata", re.IGNORECASE)
+NO_FILE_NAMED = re.compile(r"\[Errno (\d+)\] [^:]*")  # the words of an OSError that names none
 LOADER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
 SAID = logging.getLogger("ldm")  # what the main process says, for `ldm.logs.TextLog`; it prints nothing
@@ -40,6 +42,19 @@ def words_of(error: Exception) -> str:
         return text
     _, found, message = text.rpartition(f"{type(error).__name__}: ")
     return (message if found else text.splitlines()[-1]).strip()
+
+
+def disk_failure(error: OSError) -> str:
+    """What to tell of a failure of the system: its words, and a remedy where they name no file."""
+    words = words_of(error)
+    number = int(match[1]) if (match := NO_FILE_NAMED.fullmatch(words)) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{words}: a disk is full, or /dev/shm, which loader processes need (data.num_workers 0 does not)"
+        )
+    if number == errno.EMFILE:
+        return f"{words}: set data.num_workers to 0, or raise the limit (ulimit -n 65536)"
+    return words
 
 
 def memory_failure(error: RuntimeError | MemoryError) -> str | None:
