@@ -93,17 +93,15 @@ def command(main: Callable) -> Callable:
         message, code = None, None
         try:
             result = main(argv)
-        except (UserError, OSError, FloatingPointError, memory.ForecastError) as error:
-            message, code = str(error), 2 if isinstance(error, UserError) else 1
-            if message.startswith("Caught "):  # in a loader process: torch puts the whole traceback before it
-                message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        except (UserError, FloatingPointError, memory.ForecastError) as error:
+            message, code = processes.words_of(error), 2 if isinstance(error, UserError) else 1
+        except OSError as error:
+            message, code = processes.disk_failure(error), 1
         except (RuntimeError, MemoryError) as error:
-            code = 1
-            if isinstance(error, MemoryError) or processes.NO_MEMORY.search(str(error)):
-                message = f"out of memory ({brief(error)}). What to change: docs/TROUBLESHOOTING.md"
-            elif dist.is_initialized() and LOST.search(str(error)):
+            code, message = 1, processes.memory_failure(error)
+            if message is None and dist.is_initialized() and LOST.search(str(error)):
                 message = f"another process of this run ended or hangs ({brief(error)}); it says why."
-            else:
+            if message is None:
                 raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -953,8 +951,9 @@ def starting_point(
     of the config that differ from the checkpoint's are said.
 
     Raises:
-        UserError: the checkpoint that was named is missing or damaged, or none that is there is good; or it
-            was trained with other networks or volumes than the config asks for.
+        UserError: the checkpoint that was named is missing or damaged, or none that is there is good; it was
+            trained with other networks or volumes than the config asks for; or there are no data to start
+            over on.
     """
     found, model_dir = {}, environment["model_dir"]
 
@@ -979,6 +978,11 @@ def starting_point(
                 run.say(f"{files.last.parent}: no checkpoint of this stage to go on from, so it starts.")
             return None
         if args.fresh or environment["resume_ckpt"] is False:
+            from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
+            if not from_cache and not environment["download_brats"]:
+                find_cases(
+                    environment["data_base_dir"], config["data"]["pattern"]
+                )  # before anything is moved
             why = "" if args.fresh else " (resume_ckpt is false; remove it to go on instead)"
             run.say(f"starting over{why}: what was there is now in {set_aside(environment, stage)}")
             return None

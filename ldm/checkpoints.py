@@ -11,8 +11,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from jsonschema import validators
 from safetensors import safe_open
@@ -174,6 +176,13 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file as `written_whole` writes. NumPy's own writing to a file keeps to itself why a disk
+    refuses, so it is given no file."""
+    with written_whole(path) as file:
+        np.save(SimpleNamespace(write=file.write), array)
 
 
 def write_json(path: Path, content: dict | list) -> None:

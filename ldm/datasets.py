@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ldm import UserError, brief
-from ldm.checkpoints import written_whole
+from ldm.checkpoints import write_array
+from ldm.processes import tell
 from ldm.transforms import Preprocessing, augmentation, fit, ras_geometry
 
 TYPICAL_CASES = 16
@@ -167,6 +168,7 @@ class VolumeDataset(Dataset):
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
         self.cache_dir = cache_dir
         self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
+        self.cache_is_writable = True  # until it is not; then it is only read
         if self.cached:
             _clear_left_behind(cache_dir)
 
@@ -195,16 +197,24 @@ class VolumeDataset(Dataset):
         facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         key = hashlib.sha256(repr((kind, facts, self.preprocessing.key)).encode()).hexdigest()[:32]
         path = self.cache_dir / f"{key}.npy"
-        if not path.is_file():
-            volume = make(case)
-            with written_whole(path) as file:
-                np.save(file, volume)
-        try:
-            return np.load(path, mmap_mode="c")  # writable, as torch wants it, but never written
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: this cached volume is damaged ({error}). Delete it; it is made anew."
-            ) from None
+        if path.is_file():
+            try:
+                return np.load(path, mmap_mode="c")  # writable, as torch wants it, but never written
+            except (OSError, ValueError, EOFError) as error:
+                tell(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
+        volume = make(case)
+        if self.cache_is_writable:
+            try:
+                write_array(path, volume)
+            except OSError as error:
+                self.cache_is_writable = False
+                reason = error.__context__ or error
+                tell(
+                    f"warning: {self.cache_dir}: the cache cannot be written ({reason.strerror or reason}). "
+                    "Volumes that are not in it are read from their files in each epoch, which is slower. "
+                    "Free space, choose another cache_dir, or set data.cache_rate to 0"
+                )
+        return volume
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key

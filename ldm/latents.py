@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief
 from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_json, written_whole
+from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_array, write_json
 from ldm.datasets import Case, VolumeDataset, read_json, version_of
 from ldm.encoders import LatentEncoder
 from ldm.networks import plain_names
@@ -201,7 +201,7 @@ def add(
         facts = repr((key, case.name, [file["sha256"] for file in files]))
         entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
         path = folder / entry
-        digest = sha256_of(path) if path.is_file() else None
+        digest = sha256_of(path) if _is_readable(path) else None
         if digest is None or digest != known.get(entry, digest):
             missing.append(i)
         records[i] = {
@@ -214,8 +214,7 @@ def add(
     shape = None
     for i, entry in encode(encoder, volumes, missing, run, workers, what):
         path = folder / records[i]["entry"]
-        with written_whole(path) as file:
-            np.save(file, entry.numpy())
+        write_array(path, entry.numpy())
         records[i]["sha256"] = sha256_of(path)
     if records:
         first = next(iter(records.values()))
@@ -272,6 +271,15 @@ def _manifest(folder: Path) -> dict:
     if what := fault(COMPLETE if "training" in manifest else BEGUN, manifest):
         raise UserError(f"{folder / MANIFEST}: {what}. Make the cache anew by cache_latents.py --fresh.")
     return manifest
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file has an array of the length that it says; without a hash no more is known."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _is_whole(path: Path, digest: str) -> bool:

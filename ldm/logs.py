@@ -3,9 +3,10 @@ the model folder; and TensorBoard."""
 
 import json
 import logging
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldm import figures
 from ldm.checkpoints import written_whole
 from ldm.processes import CLEAN_UP, SAID, tell
 
+WRITERS = "tensorboard.summary.writer.event_file_writer"  # whose thread writes to the disk
 DRAWING_SHARE = 0.05  # of the time of training that drawing the curves may take
 DRAWING_SECONDS = 0.5  # that it takes, until it is known
 
@@ -34,8 +36,16 @@ class TrainLog:
     """
 
     def __init__(self, stage: str, path: Path, events: Path, step: int, lines: int):
-        self.stage, self.path, self.lines = stage, path, lines
-        self.writer = SummaryWriter(str(events), purge_step=step + 1)
+        self.stage, self.path, self.lines, self.events = stage, path, lines, events
+        CLEAN_UP.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _without_tensorboard(threading.excepthook)
+        try:
+            self.writer = SummaryWriter(str(events), purge_step=step + 1)
+        except OSError as error:
+            raise OSError(
+                f"{events}: TensorBoard's files could not be written ({error.strerror or error}). Free "
+                "space, or choose another tfevent_path in the environment file."
+            ) from None
         kept, mine = [], 0
         for entry in read_log(path):
             mine += entry["stage"] == stage
@@ -47,7 +57,22 @@ class TrainLog:
     def scalars(self, step: int, values: dict) -> None:
         """Numbers of a step, to TensorBoard."""
         for key, value in values.items():
-            self.writer.add_scalar(key, float(value), step)
+            self._to_tensorboard("add_scalar", key, float(value), step)
+
+    def _to_tensorboard(self, method: str, *args) -> None:
+        """Call a method of the writer. A disk that fails under it ends no training: that is told once, and
+        TensorBoard gets no more."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args)
+        except OSError as error:
+            self.writer = None
+            tell(
+                f"warning: {self.events}: TensorBoard's files could not be written "
+                f"({error.strerror or error}). The training continues without them; {self.path} has the "
+                "numbers"
+            )
 
     def record(self, **entry) -> None:
         """A line of `train_log.jsonl`, and to TensorBoard: `val_*` as `validation/*`, the rest as
@@ -62,12 +87,15 @@ class TrainLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, **rounded}) + "\n")
         except OSError as error:
-            raise OSError(f"{self.path} could not be written ({error.strerror or error}).") from None
+            raise OSError(
+                f"{self.path} could not be written ({error.strerror or error}). Free space, and run the same "
+                "command again: it resumes."
+            ) from None
         self.lines += 1
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
         """A grey picture (rows, columns) in [0, 1], to TensorBoard."""
-        self.writer.add_image(tag, np.ascontiguousarray(picture)[None], step)
+        self._to_tensorboard("add_image", tag, np.ascontiguousarray(picture)[None], step)
 
     def draw(self) -> None:
         """Draw `losses.png`, as of now."""
@@ -89,7 +117,18 @@ class TrainLog:
     def close(self) -> None:
         """Draw the curves, and flush what is left."""
         self.draw()
-        self.writer.close()
+        self._to_tensorboard("close")
+
+
+def _without_tensorboard(hook: Callable) -> Callable:
+    """A `threading.excepthook` that leaves out what ends TensorBoard's thread: the next call of its writer
+    raises the same."""
+
+    def filtered(args) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__ == WRITERS):
+            hook(args)
+
+    return filtered
 
 
 class TextLog(logging.Handler):

@@ -1,5 +1,6 @@
 """Cases found in every layout, split by subject, and served: the same whoever asks, in whatever order."""
 
+import errno
 import json
 import os
 import pickle
@@ -550,23 +551,56 @@ def test_cache_follows_preprocessing_and_file(cases, tmp_path, write_image):
     assert one.volume(0).shape == (1, 3, 3, 3)
 
 
-@pytest.mark.parametrize("failure", [OSError("no space left on device"), KeyboardInterrupt()])
-def test_interrupted_write_leaves_nothing_to_be_read(cases, tmp_path, monkeypatch, failure):
+def test_interrupted_write_leaves_nothing_to_be_read(cases, tmp_path, monkeypatch):
     dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), cache_dir=tmp_path / "cache", cache_rate=1.0)
     save = np.save
 
     def half(file, array):
         save(file, array[:, :4])
         seen.extend((tmp_path / "cache").glob("*.npy"))
-        raise failure
+        raise KeyboardInterrupt
 
     seen = []
     monkeypatch.setattr(ldm.datasets.np, "save", half)
-    with pytest.raises(type(failure)):
+    with pytest.raises(KeyboardInterrupt):
         dataset.volume(0)
     monkeypatch.undo()
     assert seen == [] and list((tmp_path / "cache").iterdir()) == []
     assert dataset.volume(0).tobytes() == VolumeDataset(cases, PREPROCESSING, (8, 8, 8)).volume(0).tobytes()
+
+
+@pytest.mark.parametrize("left", [0, 100, -100], ids=["nothing", "half a header", "too few values"])
+def test_a_damaged_volume_in_the_cache_is_made_again(cases, tmp_path, capsys, left):
+    dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), cache_dir=tmp_path / "cache", cache_rate=1.0)
+    due = np.array(dataset.volume(0))
+    (path,) = (tmp_path / "cache").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:left])
+    np.testing.assert_array_equal(dataset.volume(0), due)
+    assert capsys.readouterr().out.count(f"warning: {path}: this cached volume is damaged (") == 1
+    assert path.read_bytes() == content
+    dataset.volume(0)
+    assert not capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cases, tmp_path, capsys, monkeypatch):
+    """And told once. What is there is read."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), cache_dir=tmp_path / "cache", cache_rate=1.0)
+    due = [np.array(PREPROCESSING(case.images)) for case in cases[:3]]
+    dataset.volume(0)
+    monkeypatch.setattr(os, "fsync", full)
+    for i in (0, 1, 2, 1):
+        np.testing.assert_array_equal(dataset.volume(i), due[i])
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path / 'cache'}: the cache cannot be written ({os.strerror(errno.ENOSPC)}). Volumes "
+        "that are not in it are read from their files in each epoch, which is slower. Free space, choose "
+        "another cache_dir, or set data.cache_rate to 0\n"
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_what_a_killed_write_left_in_the_cache_is_cleared_and_no_write_that_is_under_way(cases, tmp_path):

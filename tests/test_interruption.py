@@ -14,11 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import chain
+import numpy as np
 import pytest
 import torch
 from chain import ROOT, Project, copy_of, differences, fingerprint
 from filelock import FileLock, Timeout
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+import cache_latents
 import train_autoencoder
 import train_diffusion
 import utils
@@ -335,7 +338,7 @@ def test_a_rank_that_waits_with_its_message_obeys_the_next_signal(monkeypatch):
     assert stop.value.code == 1 and slept
 
 
-UNDER_TEST = '''
+UNDER_TEST = """
 import os
 import signal
 
@@ -351,7 +354,7 @@ def test_a_script_that_catches_a_signal_from_outside():
 
 def test_that_comes_after():
     pass
-'''
+"""
 
 
 @posix
@@ -537,6 +540,49 @@ def test_a_log_that_cannot_grow_ends_the_run(half, whole, tmp_path):
     equal(project, whole, train_diffusion)
 
 
+def test_tensorboards_full_disk_is_told_once_and_ends_no_training(whole, tmp_path, monkeypatch, capfd):
+    """Its files are written by a thread, whose own traceback is of no use to anyone."""
+    project, count, real = fresh(whole, tmp_path / "run", train_diffusion), [], RecordWriter.write
+
+    def write(self, data):
+        count.append(1)
+        if len(count) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    events, log = project.folder / "tensorboard" / "diffusion", project.model_dir / "train_log.jsonl"
+    assert project.run(train_diffusion, "--no-amp").count("warning: ") == 1
+    told = (
+        f"warning: {events}: TensorBoard's files could not be written ({os.strerror(errno.ENOSPC)}). The "
+        f"training continues without them; {log} has the numbers\n"
+    )
+    assert told in (project.model_dir / "log.txt").read_text()
+    assert "Traceback" not in capfd.readouterr().err
+    equal(project, whole, train_diffusion)
+
+
+def test_a_place_where_tensorboard_cannot_write_is_told_at_the_start(whole, tmp_path):
+    project = fresh(whole, tmp_path / "run", train_diffusion)
+    (tmp_path / "file").write_text("a file")
+    project.set_environment(tfevent_path=str(tmp_path / "file"))
+    message = project.refused(train_diffusion, "--no-amp", code=1)
+    assert message.startswith(f"error: {tmp_path / 'file' / 'diffusion'}: TensorBoard's files could not be")
+    assert "choose another tfevent_path" in message
+
+
+@posix
+def test_a_full_disk_under_the_cache_of_latents_names_its_reason(whole, tmp_path):
+    project = fresh(whole, tmp_path / "run", train_diffusion)
+    limit_file_size(5_000)
+    try:
+        message = project.refused(cache_latents, code=1)
+    finally:
+        limit_file_size(None)
+    assert message.startswith(f"error: {project.model_dir / 'cache' / 'latents'}{os.sep}")
+    assert f".npy could not be written ({os.strerror(errno.EFBIG)})" in message
+
+
 def test_a_log_that_is_no_file_ends_the_run(half, tmp_path):
     project = halfway(half, tmp_path / "run", train_diffusion)
     log, before = project.model_dir / "train_log.jsonl", checkpoints(project)
@@ -563,6 +609,61 @@ def test_a_read_only_model_dir_is_told(whole, tmp_path):
     project = fresh(whole, tmp_path / "run", train_autoencoder)
     project.set_environment(model_dir="/sys/models")
     assert "/sys/models" in project.refused(train_autoencoder, code=1)
+
+
+# ---------------------------------------------------------------- memory of loader processes
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def no_array() -> None:
+    np.empty(2**62, np.int8)
+
+
+@posix
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (killed, "a loader process was ended by the system (DataLoader worker (pid"),
+        (
+            partial(
+                fail, RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+            ),
+            "the loader processes ran out of shared memory (unable to allocate shared memory(shm)",
+        ),
+        (no_array, "out of memory (numpy"),
+        (partial(fail, MemoryError()), "out of memory (MemoryError)"),
+        (
+            partial(fail, OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+            f"[Errno {errno.EMFILE}] {os.strerror(errno.EMFILE)}: set data.num_workers to 0",
+        ),
+        (
+            partial(fail, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+            f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: a disk is full, or /dev/shm",
+        ),
+    ],
+    ids=["killed", "no shared memory", "no array", "no memory", "no more files", "no space"],
+)
+def test_a_loader_process_without_memory_ends_the_run(whole, tmp_path, monkeypatch, fault, told):
+    project = fresh(whole, tmp_path / "run", train_autoencoder)
+    main, real = os.getpid(), utils.VolumeDataset.volume
+
+    def volume(self, i: int):
+        if os.getpid() != main:  # never in this process
+            fault()
+        return real(self, i)
+
+    monkeypatch.setattr(utils.VolumeDataset, "volume", volume)
+    message = project.refused(train_autoencoder, "--no-amp", "--set", "data.num_workers=1", code=1)
+    assert message.startswith(f"error: {told}") and message.count("\n") == 0, message
+    assert "data.num_workers" in message or "docs/TROUBLESHOOTING.md" in message
+    released(project)
 
 
 # ---------------------------------------------------------------- the data

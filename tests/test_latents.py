@@ -222,16 +222,31 @@ def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
+@pytest.mark.parametrize("how", ["empty", "truncated"])
+def test_a_damaged_entry_of_an_unfinished_cache_is_made_anew(cached, own, how):
+    """Whose manifest does not hold its hash yet."""
+    manifest = manifest_of(own)
+    path = folder_of(own) / manifest["training"][0]["entry"]
+    path.write_bytes(b"") if how == "empty" else chain.damage(path, how)
+    begun = {key: manifest[key] for key in ("about", "autoencoder")}
+    (folder_of(own) / "manifest.json").write_text(json.dumps(begun))
+    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
+
+
 def test_a_finished_cache_is_left_as_it_is(own):
     before = fingerprint(folder_of(own))
     assert "0 encoded, 6 there from before" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == before
 
 
-@pytest.mark.parametrize("how", ["gone", "truncated", "bits"])
+@pytest.mark.parametrize("how", ["gone", "empty", "truncated", "bits"])
 def test_a_damaged_entry_is_found_and_made_anew(cached, own, how):
     path = folder_of(own) / manifest_of(own)["training"][1]["entry"]
-    path.unlink() if how == "gone" else chain.damage(path, how)
+    if how in ("gone", "empty"):
+        path.unlink() if how == "gone" else path.write_bytes(b"")
+    else:
+        chain.damage(path, how)
     message = own.refused(train_diffusion, *CACHED)
     assert "1 of 6 entries are missing or damaged" in message and path.name in message
     assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")

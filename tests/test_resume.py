@@ -345,6 +345,15 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
     assert "trained to the end already" in project.run(script, "--resume", project.model_dir / names[1])
 
 
+@pytest.mark.parametrize("script, names", STAGES)
+def test_fresh_moves_nothing_where_there_are_no_data(whole, tmp_path, script, names):
+    project = copy_of(whole, tmp_path / "again", *dict.fromkeys([*AUTOENCODER, *names]), "train_log.jsonl")
+    before = fingerprint(project.model_dir)
+    project.set_environment(data_base_dir=str(tmp_path / "mistyped"))
+    assert f"{tmp_path / 'mistyped'}: no such data folder" in project.refused(script, "--fresh")
+    assert fingerprint(project.model_dir) == before
+
+
 def test_fresh_and_resume_exclude_each_other(whole, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_autoencoder.main(whole.argv("--fresh", "--resume", str(tmp_path / "x.pt")))
