@@ -33,6 +33,7 @@ Exit codes: 0 done, whatever the verdict; 1 a failure at run time; 2 wrong usage
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import platform
@@ -197,7 +198,8 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             sources[name] = Source(name, str(environment["data_base_dir"]), cases[name])
             notes += notes_on_the_split(environment["model_dir"], sources[name])
     if args.generated:
-        records, on_samples = check_named_samples(sources[GENERATED])
+        unet = environment["model_dir"] / "diffusion_unet.pt" if environment else None
+        records, on_samples = check_named_samples(sources[GENERATED], unet)
     return Inputs(sources, config, autoencoder, log, out, records, [*on_samples, *notes])
 
 
@@ -223,38 +225,49 @@ def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], li
     return cases, [*samples.values()], [f"{GENERATED}: {left_out}."] if others else []
 
 
-def check_named_samples(source: Source) -> tuple[list[dict], list[str]]:
-    """The records of the samples of a folder that the user named, as far as there are any, and notes on those
-    that have none. What --reproduce made is taken out.
+def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], list[str]]:
+    """The records of the samples of a folder that the user named, as far as there are any, and notes on what
+    is not as expected. What --reproduce made is taken out, and so is a sample that is there twice.
+
+    Args:
+        unet: of the run beside which they are judged, or None.
 
     Raises:
-        UserError: by their records they are of several models.
+        UserError: there are none, or by their records they are of several models.
     """
-    source.cases = [case for case in source.cases if not case.name.endswith(provenance.REPRODUCED)]
-    found, without, changed, total = [], [], [], len(source.cases)
-    for case in source.cases:
-        try:
+    named = [case for case in source.cases if not case.name.endswith(provenance.REPRODUCED)]
+    if not named:
+        raise UserError(f"{source.folder}: no {source.name} volumes there but what --reproduce made.")
+    records, source.cases, without, twice, changed = {}, [], [], [], []
+    for case in named:
+        record = None
+        with contextlib.suppress(UserError):  # a damaged one is listed when its volume is read
             record = provenance.record_of(case.images[0])
-        except UserError:
-            continue  # read again, and listed, with the volumes
+        key = record and (record["seed"], record["volume"]["sha256"])
+        if key in records:
+            twice.append(case.name)
+            continue
+        source.cases.append(case)
         if record is None:
             without.append(case.name)
             continue
-        found.append(record)
+        records[key] = record
         if sha256_of(case.images[0]) != record["volume"]["sha256"]:
             changed.append(case.name)
+    found = [*records.values()]
     provenance.check_one_model(source.folder, found)
-    notes = []
-    if found and without:
-        some = provenance.some_of(without)
-        notes.append(
-            f"{source.name}: {len(without)} of {total} volumes have no record of inference.py ({some})."
+    notes = [
+        f"{source.name}: {len(names)} of {len(named)} volumes {what} ({provenance.some_of(names)})."
+        for what, names in (
+            ("have no record of inference.py", without if found else []),
+            ("were changed after inference.py wrote them", changed),
+            ("are there twice and count once", twice),
         )
-    if changed:
-        some = provenance.some_of(changed)
-        notes.append(
-            f"{source.name}: {len(changed)} of {total} volumes were changed after inference.py ({some})."
-        )
+        if names
+    ]
+    if found and unet and unet.is_file() and (digest := found[0]["unet"]["sha256"]) != sha256_of(unet):
+        drawn = f"{found[0]['unet']['path']} (SHA-256 {digest[:12]})"
+        notes.append(f"{source.name}: drawn by {drawn}, which is not {unet} as it is now.")
     return found, notes
 
 

@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path, role in zip(paths.values(), MADE_BY, strict=True):
         require_checkpoint(path, role)
     origin = {name: model_card.history(path, name) for name, path in paths.items()}
-    digest = origin["autoencoder"]["sha256"]
-    metrics = model_card.read_metrics(args.metrics, digest) if args.metrics else None
+    digests = [one["sha256"] for one in origin.values()]
+    metrics = model_card.read_metrics(args.metrics, *digests) if args.metrics else None
     run = Run(0, 1, torch.device("cpu"), None)
     networks = generation.load_networks(
         *paths.values(), config, args.config_file, args.scale_factor, False, None, run, ()

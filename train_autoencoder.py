@@ -447,7 +447,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
             spacing=config["spacing"],
         )
-        figures.animate(figures.axial_sweep([scans[0], reconstructions[0]]), model_dir / "reconstruction.gif")
+        sweep = figures.axial_sweep([scans[0], reconstructions[0]], ("held-out scan", "reconstruction"))
+        figures.animate(sweep, model_dir / "reconstruction.gif")
     run.say(
         f"autoencoder: held-out loss {scores['loss']:.4f} (best {training.best:.4f}), "
         f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, "

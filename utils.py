@@ -980,9 +980,7 @@ def starting_point(
         if args.fresh or environment["resume_ckpt"] is False:
             from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
             if not from_cache and not environment["download_brats"]:
-                find_cases(
-                    environment["data_base_dir"], config["data"]["pattern"]
-                )  # before anything is moved
+                find_data(config, environment)  # before anything is moved
             why = "" if args.fresh else " (resume_ckpt is false; remove it to go on instead)"
             run.say(f"starting over{why}: what was there is now in {set_aside(environment, stage)}")
             return None

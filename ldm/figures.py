@@ -337,18 +337,28 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
         loss_figure(records).savefig(file, format="png", dpi=110)
 
 
-def axial_sweep(volumes: Sequence[torch.Tensor], most: int = 100) -> list[np.ndarray]:
+def axial_sweep(
+    volumes: Sequence[torch.Tensor], names: Sequence[str] = (), most: int = 100
+) -> list[np.ndarray]:
     """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
     highest, those of one height beside each other, as a radiologist has them; small ones are enlarged.
 
     Args:
+        names: of the volumes, written above them.
         most: pictures; of more slices, every n-th.
     """
     whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
     columns, rows, slices = whole.shape
     size = tuple(side * max(1, 200 // rows) for side in (columns, rows))
     shown = [np.ascontiguousarray(np.rot90(whole[:, :, k])) for k in range(0, slices, -(-slices // most))]
-    return [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in shown]
+    frames = [np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BICUBIC)) for one in shown]
+    if not names:
+        return frames
+    strip = Image.new("L", (size[0], MARGIN))
+    for i, name in enumerate(names):
+        place = (i * size[0] // len(names) + GAP, MARGIN // 2)
+        ImageDraw.Draw(strip).text(place, name, 255, _font(12), anchor="lm")
+    return [np.vstack([np.asarray(strip) / 255, frame]) for frame in frames]
 
 
 def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:

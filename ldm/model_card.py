@@ -31,7 +31,7 @@ FIGURE["properties"] |= dict.fromkeys(("better", "missing", "unit", "counts"), T
 FIGURE["properties"]["floor"] = NUMBER_OR_NONE
 METRICS = fields(figures={"type": "array", "items": FIGURE})  # the part of evaluate.py's file that is shown
 METRICS["properties"]["verdicts"] = {"type": "array", "items": fields(tone=TEXT, text=TEXT)}
-METRICS["properties"]["autoencoder_sha256"] = TEXT_OR_NONE
+METRICS["properties"] |= dict.fromkeys(("autoencoder_sha256", "unet_sha256"), TEXT_OR_NONE)
 
 
 # ---------------------------------------------------------------- what is known
@@ -76,24 +76,26 @@ def history(path: Path, name: str) -> dict:
     }
 
 
-def read_metrics(path: Path, autoencoder: str) -> dict:
+def read_metrics(path: Path, autoencoder: str, unet: str) -> dict:
     """The figures and verdicts of an evaluation.
 
     Args:
         autoencoder: SHA-256 of the file of the one that is exported.
+        unet: the same of the UNet.
 
     Raises:
-        UserError: they are none, or of another autoencoder.
+        UserError: they are none, or of another autoencoder or UNet.
     """
     content = read_json(path, "metrics")
     if what := fault(StrictValidator(METRICS), content):
         raise UserError(f"metrics {path}: {what}. Give the metrics.json that evaluate.py wrote.")
-    named = content.get("autoencoder_sha256")
-    if named and named != autoencoder:
-        raise UserError(
-            f"metrics {path}: of a model with another autoencoder (SHA-256 {named[:12]}, exported "
-            f"{autoencoder[:12]}). Evaluate this model, or leave --metrics out."
-        )
+    for name, exported in (("autoencoder", autoencoder), ("unet", unet)):
+        named = content.get(f"{name}_sha256")
+        if named and named != exported:
+            raise UserError(
+                f"metrics {path}: of a model with another {name} (SHA-256 {named[:12]}, exported "
+                f"{exported[:12]}). Evaluate this model, or leave --metrics out."
+            )
     return {"figures": content["figures"], "verdicts": content.get("verdicts", [])}
 
 

@@ -262,17 +262,24 @@ def test_samples_that_are_named_are_of_one_model(of_the_run, scans, tmp_path):
     shutil.copy(scans["more"] / "scan_00.nii.gz", made)
     shutil.copy(made / "sample_000001.nii.gz", made / "sample_000001_reproduced.nii.gz")
     shutil.copy(made / "sample_000001.nii.gz", made / "sample_000002.nii.gz")
+    for end in ("nii.gz", "json"):
+        shutil.copy(made / f"sample_000000.{end}", made / f"zzz.{end}")
     source = evaluate.Source("generated", "made", find_cases(made)[0])
-    records, notes = evaluate.check_named_samples(source)
+    other = made / "sample_000000.json"  # of other bytes than the UNet's
+    records, notes = evaluate.check_named_samples(source, other)
     assert len(records) == 3 and len(source.cases) == 4
-    assert notes == [
-        "generated: 1 of 4 volumes have no record of inference.py (scan_00).",
-        "generated: 1 of 4 volumes were changed after inference.py (sample_000002).",
-    ]
     unet = records[0]["unet"]
-    rewritten(made / "sample_000000.nii.gz", unet={"path": "other.pt", "sha256": "0" * 64})
+    drawn = f"drawn by {unet['path']} (SHA-256 {unet['sha256'][:12]}), which is not {other} as it is now."
+    assert notes == [
+        "generated: 1 of 5 volumes have no record of inference.py (scan_00).",
+        "generated: 1 of 5 volumes were changed after inference.py wrote them (sample_000002).",
+        "generated: 1 of 5 volumes are there twice and count once (zzz).",
+        f"generated: {drawn}",
+    ]
+    rewritten(made / "zzz.nii.gz", unet={"path": "other.pt", "sha256": "0" * 64}, seed=1, batch=[1])
     message = refused("--real", scans["held"], "--generated", made, "--out", tmp_path / "x")
-    assert "made: holds samples of 2 models: 1 of other.pt (SHA-256 000000000000), 2 of " in message
+    assert "made: holds samples of 2 models: " in message
+    assert "1 of other.pt (SHA-256 000000000000)" in message
     assert unet["sha256"][:12] in message and "name one by --generated" in message
 
 

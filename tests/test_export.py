@@ -487,10 +487,8 @@ def test_nothing_is_overwritten(done, tmp_path):
         ('{"figures": [{"group": "a", "name": "PSNR", "value": "1"}]}', "value"),
         ('{"figures": [{"group": "a", "name": "b", "value": NaN}]}', "value"),
         ('{"figures": [], "verdicts": [{"text": 1, "tone": ""}]}', "verdicts"),
-        (
-            '{"figures": [], "autoencoder_sha256": "%s"}' % ("0" * 64),
-            "another autoencoder",
-        ),
+        ('{"figures": [], "autoencoder_sha256": "%s"}' % ("0" * 64), "another autoencoder"),
+        ('{"figures": [], "unet_sha256": "%s"}' % ("0" * 64), "another unet"),
         (None, "cannot be read"),
     ],
 )

@@ -159,7 +159,8 @@ def test_the_model_folder_shows_stage_1(watched):
     project, _ = watched
     sizes = Image.open(project.model_dir / "reconstruction.gif").size
     depth = project.checkpoint("autoencoder.pt")["config"]["autoencoder_train"]["patch_size"]
-    assert depth is None and sizes == (10 * 2 * chain.SHAPE[0], 10 * chain.SHAPE[1])  # enlarged
+    assert depth is None  # then a slice is enlarged, and names stand above it
+    assert sizes == (10 * 2 * chain.SHAPE[0], 10 * chain.SHAPE[1] + 18)
     assert frames(project.model_dir / "reconstruction.gif") == chain.SHAPE[2]
     assert str(project.model_dir / "reconstruction.gif") in project.printed["said"]
     assert (project.model_dir / "losses.png").is_file() and not (project.output_dir / "losses.png").exists()
