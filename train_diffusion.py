@@ -38,7 +38,7 @@ from ldm.diffusion import NoiseProcess, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
-from ldm.networks import latent_size, load_weights
+from ldm.networks import freeze_unreached, latent_size, load_weights, small_input
 from ldm.processes import Run
 from ldm.training import Stepper, make_ema
 from ldm.transforms import augmentation
@@ -305,7 +305,9 @@ class Learner:
 def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     """The diffusion network on the device, wrapped, with its optimiser."""
     section = config["diffusion_train"]
-    unet = utils.prepare_network(configs.define_network(config, "diffusion_def"), section, run)
+    unet = configs.define_network(config, "diffusion_def")
+    freeze_unreached(unet, small_input(config, "diffusion_def"), timesteps=torch.zeros(1, device="meta"))
+    unet = utils.prepare_network(unet, section, run)
     wrapped = utils.wrap_network(unet, section, run, compiled)
     return Learner(
         unet, wrapped, Stepper(wrapped, section, run.amp_dtype), make_ema(unet, section["ema_decay"])
