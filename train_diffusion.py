@@ -34,7 +34,7 @@ from ldm import UserError, configs, figures, latents
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, weights_hash
 from ldm.datasets import Case, VolumeDataset, stream, typical_limits
-from ldm.diffusion import NoiseProcess, sample_latents
+from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
@@ -365,11 +365,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
+    section, noise = config["diffusion_train"], config["NoiseScheduler"]
+    section["timestep_sampling"] = check_scheduler(noise, section["timestep_sampling"])
     if args.dry_run:
         return utils.tell_memory(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
-    section, seed = config["diffusion_train"], config["seed"]
-    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    seed = config["seed"]
+    NoiseProcess.from_config(noise)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
@@ -388,7 +390,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not section["latent_cache"]:
         source = encode_data(config, *volumes, autoencoder, resumed, run)
 
-    # Step 2: their scale factor
+    # Step 2: the noise process, and the scale factor of the latents
+    process = NoiseProcess.from_config(noise, source.shape[1:])
+    if resumed and resumed.get("shift", noise.get("shift", 1.0)) != process.shift:
+        process.shift = resumed.get("shift", noise.get("shift", 1.0))
+        run.say(f"the times keep the shift of {process.shift:g} that this training began with")
+    if noise.get("clip_sample"):
+        run.say("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
     scale_factor = resumed["scale_factor"] if resumed else measure_scale(source, run)
     run.say(
         f"scale factor {scale_factor:.6f} over {len(source.train)} training volumes, latents {source.shape}"
@@ -398,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": source.autoencoder,
         "latent_shape": source.shape,
         "geometry": source.geometry,
+        "shift": process.shift,
         "config": config,
     }
     often = section["sample_interval"]

@@ -365,7 +365,7 @@ def test_log_txt_holds_what_was_said_in_each_run(done):
         assert f"  {fact}" in text
     assert f"torch {torch.__version__}" in text and "python 3." in text
     told = [line for line in lines if "  autoencoder, epoch " in line]
-    assert len(told) == 4 and "step 12: held-out psnr " in told[-1]
+    assert len(told) == 4 and "step 12: held-out loss " in told[-1]
 
 
 def test_log_txt_marks_a_resume_and_goes_along_with_a_fresh_start(encoded):
