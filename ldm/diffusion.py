@@ -160,9 +160,7 @@ class NoiseProcess:
         return cls(alphas_cumprod, prediction, steps)
 
     @classmethod
-    def _from_scheduler(
-        cls, scheduler: nn.Module, target: str, size: Sequence[int] | None
-    ) -> "NoiseProcess":
+    def _from_scheduler(cls, scheduler: nn.Module, target: str, size: Sequence[int] | None) -> "NoiseProcess":
         if hasattr(scheduler, "alphas_cumprod"):
             kind = str(getattr(scheduler, "prediction_type", "epsilon"))
             return cls(scheduler.alphas_cumprod, kind, scheduler.num_train_timesteps)

@@ -203,6 +203,18 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
             stepper(*sides).load_state_dict(state, "last.pt")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:generative")
+def test_frozen_parameters_are_told_of(whole, tmp_path):
+    project = copy_of(whole, tmp_path / "generative", "autoencoder.pt", "split.json")
+    unet = {k: v for k, v in project.config["diffusion_def"].items() if k != "channels"}
+    unet |= {"_target_": "generative.networks.nets.DiffusionModelUNet", "num_channels": [8, 16]}
+    short = project.config["diffusion_train"] | {"max_epochs": 1}
+    project.change(diffusion_def=unet, diffusion_train=short)
+    said = project.run(train_diffusion, "--no-amp")
+    first = "down_blocks.1.attentions.0.proj_attn.weight"
+    assert f"diffusion: 8 parameters that no loss reaches are frozen, such as {first}" in said
+
+
 def test_moments_are_laid_out_in_memory_as_the_parameters_are():
     """A CPU keeps the channels last, a GPU does not; the fused kernels would mix up the voxels."""
     section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
