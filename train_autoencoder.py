@@ -42,7 +42,14 @@ from ldm.initialisation import start_as_block_transform
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
 from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.networks import check_discriminator_size, latent_size, load_weights, on_device
+from ldm.networks import (
+    check_discriminator_size,
+    freeze_unreached,
+    latent_size,
+    load_weights,
+    on_device,
+    small_input,
+)
 from ldm.processes import Run
 from ldm.splits import subjects_of
 from ldm.training import Stepper, make_ema
@@ -271,7 +278,9 @@ def build_networks(
             f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
             f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
         )
-    encoder = LatentEncoder(utils.prepare_network(autoencoder, section, run))
+    encoder = LatentEncoder(autoencoder)
+    freeze_unreached(encoder, small_input(config, "autoencoder_def"), 0.0)
+    encoder.autoencoder = utils.prepare_network(autoencoder, section, run)
     wrapped = utils.wrap_network(encoder, section, run, compiled)
     networks = Networks(
         encoder,

@@ -34,11 +34,11 @@ from ldm import UserError, configs, figures, latents
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, weights_hash
 from ldm.datasets import Case, VolumeDataset, stream, typical_limits
-from ldm.diffusion import NoiseProcess, sample_latents
+from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
-from ldm.networks import latent_size, load_weights
+from ldm.networks import freeze_unreached, latent_size, load_weights, small_input
 from ldm.processes import Run
 from ldm.splits import PARTS, check_unchanged, subjects_of
 from ldm.training import Stepper, make_ema
@@ -313,7 +313,9 @@ class Learner:
 def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
     """The diffusion network on the device, wrapped, with its optimiser."""
     section = config["diffusion_train"]
-    unet = utils.prepare_network(configs.define_network(config, "diffusion_def"), section, run)
+    unet = configs.define_network(config, "diffusion_def")
+    freeze_unreached(unet, small_input(config, "diffusion_def"), timesteps=torch.zeros(1, device="meta"))
+    unet = utils.prepare_network(unet, section, run)
     wrapped = utils.wrap_network(unet, section, run, compiled)
     return Learner(
         unet, wrapped, Stepper(wrapped, section, run.amp_dtype), make_ema(unet, section["ema_decay"])
@@ -371,12 +373,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
     config = utils.load_config(args.config_file, args.set)
+    section, noise = config["diffusion_train"], config["NoiseScheduler"]
+    section["timestep_sampling"] = check_scheduler(noise, section["timestep_sampling"])
     if args.dry_run:
         return utils.tell_memory(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
     utils.check_writable(environment, *utils.FOLDERS)
-    section, seed = config["diffusion_train"], config["seed"]
-    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    seed = config["seed"]
+    NoiseProcess.from_config(noise)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
@@ -395,7 +399,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not section["latent_cache"]:
         source = encode_data(config, *volumes, autoencoder, resumed, run)
 
-    # Step 2: their scale factor
+    # Step 2: the noise process, and the scale factor of the latents
+    process = NoiseProcess.from_config(noise, source.shape[1:])
+    if resumed and resumed.get("shift", noise.get("shift", 1.0)) != process.shift:
+        process.shift = resumed.get("shift", noise.get("shift", 1.0))
+        run.say(f"the times keep the shift of {process.shift:g} that this training began with")
+    if noise.get("clip_sample"):
+        run.say("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
     scale_factor = resumed["scale_factor"] if resumed else measure_scale(source, run)
     run.say(
         f"scale factor {scale_factor:.6f} over {len(source.train)} training volumes, latents {source.shape}"
@@ -405,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": source.autoencoder,
         "latent_shape": source.shape,
         "geometry": source.geometry,
+        "shift": process.shift,
         "config": config,
         "subjects": subjects_of(source.train.cases, source.val.cases),
     }

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm.checkpoints import DIVISION, StageFiles, save_checkpoint, write_json
 from ldm.datasets import stream
 from ldm.logs import TrainLog
+from ldm.networks import plain_names
 from ldm.processes import CLEAN_UP, SAID, Interruption, Run, signals_held_back
 from ldm.training import Clock, Means, Stepper, Watch, learning_rate
 
@@ -89,6 +90,9 @@ class Training:
         self.section, self.seed = facts["config"][f"{stage}_train"], facts["config"]["seed"]
         self.epoch, self.batch, step, sums = self._position(resumed)
         self.means, self.done = Means(sums), False
+        named = plain_names(dict(learner.steppers[0].network.named_parameters()))
+        if frozen := [name for name, parameter in named.items() if not parameter.requires_grad]:
+            run.say(f"{stage}: {len(frozen)} parameters that no loss reaches are frozen, such as {frozen[0]}")
         seconds, masked = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
         if resumed:
             learner.load_state_dict(resumed)

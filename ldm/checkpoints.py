@@ -123,6 +123,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, in those that have
     "scale_factor": SCALE_FACTOR,
     "autoencoder": {"type": "string"},  # `weights_hash`
     "latent_shape": _array(SIZE, 4),
+    "shift": POSITIVE,  # of the times of rectified flow; None of other schedules is anything but 1
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
         size=_array(SIZE, 3),

@@ -7,6 +7,7 @@
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,65 @@ from ldm import UserError
 from ldm.networks import SCHEDULERS, instantiate
 
 Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Arguments of a scheduler named by `_target_` that nothing here follows: the value of what is done anyway,
+# and why no other is.
+FIXED = {
+    "clip_sample_min": (-1.0, "latents are not clipped"),
+    "clip_sample_max": (1.0, "latents are not clipped"),
+    "variance_type": ("fixed_small", "--sampler ddpm draws with the variance of the posterior"),
+    "set_alpha_to_one": (True, "samplers end at the clean end"),
+    "steps_offset": (0, "samplers go through the times that were trained on"),
+    "skip_prk_steps": (True, "--sampler pndm begins without Runge-Kutta steps"),
+    "use_discrete_timesteps": (False, "the times of rectified flow are real numbers"),
+}
+FIXED_FOR = {  # those that matter only beside another one
+    "use_timestep_transform": {
+        "transform_scale": (1.0, "MONAI does not use it. Schedule rectified_flow has `shift` for that"),
+        "spatial_dim": (3, "volumes have three axes"),
+    },
+    "sample_method": {
+        "loc": (0.0, "logit_normal has location 0 and scale 1"),
+        "scale": (1.0, "logit_normal has location 0 and scale 1"),
+    },
+}
+
+
+def check_scheduler(section: dict, sampling: str) -> str:
+    """Whether the options of the config's `NoiseScheduler` are followed, where `_target_` names a scheduler.
+
+    MONAI's `clip_sample` is the exception: it may stand there, as it does in published configs, and is not
+    followed, since it cuts latents of unit variance at 1.
+
+    Args:
+        sampling: `diffusion_train.timestep_sampling`.
+
+    Returns:
+        `sampling`, or what the scheduler's `sample_method` says instead.
+
+    Raises:
+        UserError: an option that would change nothing; it says what is done.
+    """
+    fixed, method = dict(FIXED), section.get("sample_method")
+    if section.get("use_timestep_transform"):
+        fixed |= FIXED_FOR["use_timestep_transform"]
+        if section.get("base_img_size_numel", 1) < 1:
+            raise UserError("NoiseScheduler.base_img_size_numel: a number of voxels is above 0.")
+    if method == "logit-normal":
+        fixed |= FIXED_FOR["sample_method"]
+    for key in section.keys() & fixed.keys():
+        value, why = fixed[key]
+        if section[key] != value:
+            raise UserError(
+                f"NoiseScheduler.{key}: {json.dumps(section[key])} would change nothing: {why}. Set it to "
+                f"{json.dumps(value)} or leave it out."
+            )
+    if method == "uniform" and sampling != "uniform":
+        raise UserError(
+            f"NoiseScheduler.sample_method is uniform, diffusion_train.timestep_sampling {sampling}. Leave "
+            "one of them out."
+        )
+    return "logit_normal" if method == "logit-normal" else sampling
 
 
 class NoiseProcess:
@@ -57,15 +117,18 @@ class NoiseProcess:
             self.log_squared_signals = {}  # by device: a copy at each step would have to be waited for
 
     @classmethod
-    def from_config(cls, section: dict) -> "NoiseProcess":
+    def from_config(cls, section: dict, size: Sequence[int] | None = None) -> "NoiseProcess":
         """Build from the config's `NoiseScheduler`, with its defaults.
 
         The betas are those of MONAI's schedules. Raises UserError for what does not go together.
+
+        Args:
+            size: of the latents, (d, h, w), from which RFlowScheduler's `use_timestep_transform` has its
+                shift. None: without it, as this project once trained under such a config.
         """
         if "_target_" in section:
-            return cls._from_scheduler(
-                instantiate(section, SCHEDULERS, "NoiseScheduler"), section["_target_"]
-            )
+            scheduler = instantiate(section, SCHEDULERS, "NoiseScheduler")
+            return cls._from_scheduler(scheduler, section["_target_"], size)
         steps, prediction = section["num_train_timesteps"], section["prediction_type"]
         is_flow = section["schedule"] == "rectified_flow"
         prediction = prediction or ("velocity" if is_flow else "epsilon")
@@ -97,12 +160,15 @@ class NoiseProcess:
         return cls(alphas_cumprod, prediction, steps)
 
     @classmethod
-    def _from_scheduler(cls, scheduler: nn.Module, target: str) -> "NoiseProcess":
+    def _from_scheduler(cls, scheduler: nn.Module, target: str, size: Sequence[int] | None) -> "NoiseProcess":
         if hasattr(scheduler, "alphas_cumprod"):
             kind = str(getattr(scheduler, "prediction_type", "epsilon"))
             return cls(scheduler.alphas_cumprod, kind, scheduler.num_train_timesteps)
         if type(scheduler).__name__ == "RFlowScheduler":
-            return cls(None, "velocity", scheduler.num_train_timesteps)
+            shift = 1.0
+            if scheduler.use_timestep_transform and size is not None:  # MONAI's `timestep_transform`
+                shift = (math.prod(size) / scheduler.base_img_size_numel) ** (1 / len(size))
+            return cls(None, "velocity", scheduler.num_train_timesteps, shift)
         raise UserError(f"NoiseScheduler._target_: {target} has neither a beta schedule nor straight paths.")
 
     @property

@@ -54,6 +54,7 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
         "autoencoder": weights_hash(autoencoder),
         "latent_shape": networks.latent_shape,
         "geometry": networks.geometry,
+        "shift": networks.process.shift,
     }
     for name, weights, facts in (("autoencoder", autoencoder, {}), ("diffusion_unet", unet, follows)):
         trained = origin[name]

@@ -297,15 +297,20 @@ def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> N
 
 
 def loss_figure(records: Sequence[dict]) -> Figure:
-    """What the training log holds: for each stage its training losses and its validation score by step.
+    """What the training log holds: for each stage its training loss and its held-out scores by step.
+
+    Training and held-out losses have panels of their own, since they do not compare: of crops, weights under
+    way and random times on one side; of whole volumes, averaged weights and fixed times on the other.
 
     Args:
         records: entries of the training log, each with "stage", "step" and numbers.
     """
     panels = [
-        ("autoencoder", ("recon_loss",), "Autoencoder: reconstruction loss", True),
+        ("autoencoder", ("recon_loss",), "Autoencoder: reconstruction loss in training", True),
+        ("autoencoder", ("val_loss",), "Autoencoder: held-out loss", True),
         ("autoencoder", ("val_psnr",), "Autoencoder: held-out PSNR (dB)", False),
-        ("diffusion", ("loss", "val_loss"), "Diffusion: loss", True),
+        ("diffusion", ("loss",), "Diffusion: loss in training", True),
+        ("diffusion", ("val_loss",), "Diffusion: held-out loss", True),
         ("diffusion", tuple(QUARTERS), "Diffusion: held-out loss by noise", True),
     ]
     logged = {(entry["stage"], key) for entry in records for key in entry}

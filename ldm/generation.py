@@ -14,7 +14,7 @@ import torch
 from ldm import UserError, configs, memory
 from ldm.checkpoints import load_checkpoint, require_checkpoint, weights_hash
 from ldm.decoding import Budget, weights_bytes
-from ldm.diffusion import NoiseProcess, sample_latents
+from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
 from ldm.encoders import LatentEncoder
 from ldm.networks import check_size, latent_size, load_weights, network_divisor, on_device
 from ldm.processes import NO_MEMORY, Run, amp_dtype
@@ -99,6 +99,12 @@ def load_networks(
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
     if (was := [*unet_state.get("latent_shape", shape)]) != shape:
         raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
+    noise = config["NoiseScheduler"]
+    process = NoiseProcess.from_config(noise, shape[1:])
+    if "config" in unet_state:  # trained here: older checkpoints do not say their shift
+        process.shift = unet_state.get("shift", noise.get("shift", 1.0))
+    else:
+        check_scheduler(noise, "uniform")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
@@ -107,7 +113,7 @@ def load_networks(
     return Networks(
         encoder,
         compile_for_sampling(unet, run) if compiled else unet,
-        NoiseProcess.from_config(config["NoiseScheduler"]),
+        process,
         shape,
         geometry,
         autoencoder_state.get("validation", {}).get("power"),

@@ -162,9 +162,8 @@ def check_networks(config: dict) -> None:
     for key in ("autoencoder_def", "diffusion_def"):
         if key in config and downsampling(config[key]) > MOST_DOWNSAMPLING:
             raise UserError(f"{key}: {len(_levels(config[key]))} levels are too many.")
-    side, dimensions = 2 * network_divisor(config), config["spatial_dims"]
     with torch.device("meta"), torch.no_grad():
-        images = torch.empty(1, config["image_channels"], *[side] * dimensions)
+        images = small_input(config, "autoencoder_def")
         autoencoder = _checked_layers(config, "autoencoder_def")
         with _explained("autoencoder_def", "as an autoencoder", images):
             latents = autoencoder.encode(images)[0]
@@ -176,6 +175,48 @@ def check_networks(config: dict) -> None:
         with _explained("diffusion_def", "with the autoencoder's latents", latents):
             output = unet(latents, timesteps=torch.zeros(1))
         _check_same("diffusion_def: it predicts", output, "latents", latents)
+
+
+def small_input(config: dict, key: str) -> torch.Tensor:
+    """The smallest images (1, C, D, H, W) that both networks take, or, for `diffusion_def`, such latents: on
+    torch's meta device."""
+    sides, channels = [2 * network_divisor(config)] * config["spatial_dims"], config["image_channels"]
+    if key == "diffusion_def":
+        sides, channels = latent_size(config, sides), config[key]["in_channels"]
+    return torch.empty(1, channels, *sides, device="meta")
+
+
+class _Gradients(nn.Module):
+    """Within one call, so that activations that are computed again see the same parameters."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, parameters: list[torch.Tensor], args: tuple, kwargs: dict) -> tuple:
+        made = self.network(*args, **kwargs)
+        made = [made] if isinstance(made, torch.Tensor) else made
+        return torch.autograd.grad(sum(one.sum() for one in made), parameters, allow_unused=True)
+
+
+def freeze_unreached(network: nn.Module, *args, **kwargs) -> None:
+    """Freeze the parameters that no loss can reach: those that a call of the network with these arguments, on
+    the meta device, does not use. DDP waits for a gradient of every parameter that is not frozen.
+
+    Call it as training does: what another call would use, such as a class embedding, is frozen too.
+    """
+    network_and_call = _Gradients(network)
+    parameters, buffers = (
+        {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+        for named in (network_and_call.named_parameters(), network_and_call.named_buffers())
+    )
+    values = [value.requires_grad_() for value in parameters.values()]
+    with torch.enable_grad():
+        gradients = torch.func.functional_call(
+            network_and_call, {**parameters, **buffers}, (values, args, kwargs)
+        )
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        parameter.requires_grad_(parameter.requires_grad and gradient is not None)
 
 
 def _checked_layers(config: dict, key: str) -> nn.Module:

@@ -69,7 +69,10 @@ class Stepper:
 
     def __init__(self, network: nn.Module, section: dict, amp_dtype: torch.dtype | None):
         self.network, self.section = network, section
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        # Checkpoints number the moments by the place of the parameter among all, frozen ones included.
+        self.everything = dict(enumerate(network.parameters()))
+        self.places = [i for i, p in self.everything.items() if p.requires_grad]
+        self.parameters = [self.everything[i] for i in self.places]
         # The fused kernels, on a CPU too, heed `found_inf` on the device: no one waits to know it.
         self.optimizer = torch.optim.Adam(
             self.parameters, section["lr"], tuple(section["adam_betas"]), fused=True
@@ -112,7 +115,13 @@ class Stepper:
 
     def state_dict(self) -> dict:
         """State of optimiser and scaler."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = self.optimizer.state_dict()
+        moments = {self.places[i]: adam for i, adam in state["state"].items()}
+        groups = [{**group, "params": list(self.places)} for group in state["param_groups"]]
+        return {
+            "optimizer": {"state": moments, "param_groups": groups},
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict, where: str) -> None:
         """Take up the state of a checkpoint: moments, scale and the last learning rate. The optimiser's
@@ -122,19 +131,20 @@ class Stepper:
             UserError: the state is not one of these parameters; `where` names it.
         """
         moments, (group,) = (state["optimizer"][key] for key in ("state", "param_groups"))
-        # A parameter that no loss depends on has no state; one more, or another shape, is of other networks.
-        parameters = dict(enumerate(self.parameters))
-        if not all(i in parameters and _fits(adam, parameters[i]) for i, adam in moments.items()):
+        # A parameter that no loss reaches has no state; one more, or another shape, is of other networks.
+        if not all(i in self.everything and _fits(adam, self.everything[i]) for i, adam in moments.items()):
             raise UserError(
-                f"{where}: the state of its optimiser does not fit the network in the config. Go on with the "
-                "config that it was trained with, or start over with --fresh."
+                f"{where}: the state of its optimiser does not fit the network in the config. Resume with "
+                "the config that it was trained with, or start over with --fresh."
             )
         (options,) = self.optimizer.state_dict()["param_groups"]
         # The fused kernels walk through parameter and moments as they lie in memory, and do not ask whether
         # they lie alike.
+        # Checkpoints of DDP may hold zeros for parameters that were not frozen yet and are now.
         moments = {
-            i: {key: _laid_out_like(parameters[i], value) for key, value in adam.items()}
-            for i, adam in moments.items()
+            i: {key: _laid_out_like(parameter, value) for key, value in moments[place].items()}
+            for i, (place, parameter) in enumerate(zip(self.places, self.parameters, strict=True))
+            if place in moments
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
         if state["scaler"]:

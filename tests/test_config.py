@@ -195,6 +195,21 @@ def test_older_checkpoints_and_caches_have_the_same_intensities(load):
     assert utils.what_latents_follow_from(config)["intensity"] == {**old, "window": [0, 1]}
 
 
+def test_every_key_of_the_schema_is_read():
+    """By its name in the code: one that is not changes nothing, whatever it is set to."""
+    schema = json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+
+    def keys(about: dict) -> set[str]:
+        about = schema["$defs"][about["$ref"].rpartition("/")[2]] if "$ref" in about else about
+        below = about.get("properties", {})
+        return set(below).union(*map(keys, below.values()))
+
+    passed_on = {"num_layers_d", "norm"}  # whole, to the class of the discriminator
+    assert {key for key in keys(schema) - passed_on if f'"{key}"' not in code} == set()
+
+
 def test_documentation_is_generated_from_the_schema():
     spec = importlib.util.spec_from_file_location("make_config_md", ROOT / "docs" / "make_config_md.py")
     module = importlib.util.module_from_spec(spec)

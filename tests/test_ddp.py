@@ -19,6 +19,7 @@ import train_diffusion
 import utils
 from ldm import configs
 from ldm.datasets import VolumeDataset
+from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
 from ldm.layouts import find_cases
 from ldm.training import Stepper
@@ -89,18 +90,47 @@ def one_step(config_file: Path, data: Path) -> dict:
         network = utils.wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
         loss = train_autoencoder.AutoencoderLoss(section, None)
-        items = train_diffusion.WithChance(dataset, [3, 8, 10, 6], seed=0)
-        for number, batch in enumerate(utils.make_loader(items, section, config, run)):
-            eps = train_autoencoder.posterior_noise(batch, dataset, [3, 8, 10, 6], seed=0)
+        first, second = (
+            utils.make_loader(kind(dataset, [3, 8, 10, 6], seed=0), section, config, run)
+            for kind in (train_autoencoder.WithPosteriorDraw, train_diffusion.WithChance)
+        )
+        for number, (batch, chance) in enumerate(zip(first, second, strict=True)):
             with stepper.accumulating(number + 1 == accumulate):
-                terms = loss(batch["image"], *network(batch["image"], eps), torch.Generator())
+                terms = loss(batch["image"], *network(batch["image"], batch["eps"]), torch.Generator())
                 stepper.backward(terms["loss"])
             if number == 0:
-                found["draws"] = [eps, *(batch[key] for key in ("eps", "noise", "uniform"))]
+                found["draws"] = [batch["eps"], *(chance[key] for key in ("eps", "noise", "uniform"))]
             if number + 1 == accumulate:
                 break
         found[accumulate] = [p.grad.clone() for p in encoder.parameters()]
+    found["unused"] = steps_with_unused_parameters(config, run)
     return found
+
+
+def steps_with_unused_parameters(config: dict, run) -> dict:
+    """The weights of a UNet of monai-generative, whose attention never applies its `proj_attn`, after two
+    steps of two accumulated batches, of two volumes each over all ranks."""
+    config["diffusion_def"] = {
+        **{k: v for k, v in config["diffusion_def"].items() if k != "channels"},
+        "_target_": "generative.networks.nets.DiffusionModelUNet",
+        "num_channels": [8, 16],
+    }
+    config["diffusion_train"] |= {"accumulate_steps": 2, "ema_decay": 0.0}
+    torch.manual_seed(0)
+    learner = train_diffusion.build_learner(config, False, run)
+    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    generator, mine = torch.Generator().manual_seed(1), slice(run.rank, None, run.world_size)
+    for _ in range(2):
+        for last in (False, True):
+            z0, noise = torch.randn(2, 2, 3, 8, 8, 8, generator=generator)[:, mine]
+            with learner.stepper.accumulating(last):
+                t = torch.full((len(z0),), 500.0)
+                learner.stepper.backward(
+                    train_diffusion.diffusion_loss(learner.wrapped, process, z0, noise, t, run)
+                )
+        learner.stepper.clip()
+        learner.stepper.step(1e-3, torch.zeros(()))
+    return learner.unet.state_dict()
 
 
 def launch(command: list[str]) -> subprocess.Popen:
@@ -188,6 +218,15 @@ def test_gradients_of_two_halves_are_those_of_the_whole_batch(together):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * size)
     apart = [float((a - b).abs().max()) for a, b in zip(whole[1], whole[2], strict=True)]
     assert max(apart) > 1e-3 * size  # one batch and two are not the same
+
+
+def test_parameters_that_no_loss_reaches_do_not_stop_an_accumulated_step(together):
+    """monai-generative's `proj_attn`: DDP would wait for its gradient ("Expected to have finished
+    reduction")."""
+    whole = one_step(together.config_file, together.data)["unused"]
+    for rank in (0, 1):
+        weights = torch.load(together.folder / f"step_{rank}.pt", weights_only=True)["unused"]
+        chain.assert_weights_close(whole, weights)
 
 
 def test_ranks_draw_noise_of_their_own(together):

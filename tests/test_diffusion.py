@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
+from monai.networks.schedulers.rectified_flow import timestep_transform
 
 from ldm import UserError
-from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler, sample_latents
+from ldm.diffusion import SAMPLERS, NoiseProcess, check_scheduler, choose_sampler, sample_latents
 
 MEAN, VARIANCE = 0.3, 0.5**2
 LINEAR = {
@@ -611,3 +612,62 @@ STRAIGHT = {"schedule": "rectified_flow", "prediction_type": None}
 def test_additions_that_do_not_go_together(changes, message):
     with pytest.raises(UserError, match=message):
         NoiseProcess.from_config(LINEAR | {"prediction_type": "epsilon"} | changes)
+
+
+# ---------------------------------------------------------------- schedulers named by `_target_`
+
+RFLOW = {"_target_": "monai.networks.schedulers.RFlowScheduler"}
+
+
+def test_the_shift_of_rflow_is_monais():
+    """Of the times of training and of sampling, for latents of 24 x 32 x 16 and a base of 12^3 voxels."""
+    transform = {"use_timestep_transform": True, "base_img_size_numel": 12**3}
+    transform["use_discrete_timesteps"] = False
+    process = NoiseProcess.from_config(RFLOW | transform, [24, 32, 16])
+    given = {"input_img_size_numel": 24 * 32 * 16, "base_img_size_numel": 12**3, "spatial_dim": 3}
+    even = torch.linspace(1000, 0, 31, dtype=torch.float64)
+    torch.testing.assert_close(process.sampling_times(30), timestep_transform(even, **given))
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    due = timestep_transform(1000 * (1 - uniform), **given)
+    torch.testing.assert_close(process.draw_times(uniform).double(), due, rtol=1e-6, atol=1e-3)
+    scheduler = RFlowScheduler(**transform)
+    scheduler.set_timesteps(30, input_img_size_numel=24 * 32 * 16)  # to float16 there
+    due = scheduler.timesteps.double()
+    torch.testing.assert_close(process.sampling_times(30)[:-1], due, rtol=1e-3, atol=0)
+    assert process.shift > 1.9 and NoiseProcess.from_config(RFLOW, [24, 32, 16]).shift == 1
+    assert NoiseProcess.from_config(RFLOW | transform).shift == 1  # as this project once trained under it
+
+
+@pytest.mark.parametrize(
+    "scheduler, option",
+    [
+        ("DDPM", {"clip_sample_max": 3.0}),
+        ("DDPM", {"variance_type": "fixed_large"}),
+        ("DDIM", {"set_alpha_to_one": False}),
+        ("DDIM", {"steps_offset": 1}),
+        ("PNDM", {"skip_prk_steps": False}),
+        ("RFlow", {"use_discrete_timesteps": True}),
+        ("RFlow", {"transform_scale": 2.0, "use_timestep_transform": True}),
+        ("RFlow", {"scale": 1.4, "sample_method": "logit-normal"}),
+    ],
+)
+def test_an_option_of_a_scheduler_that_would_change_nothing_is_refused(scheduler, option):
+    section = {"_target_": f"monai.networks.schedulers.{scheduler}Scheduler"}
+    key = next(iter(option))
+    with pytest.raises(UserError, match=rf"^NoiseScheduler\.{key}: .* would change nothing: .* leave it out"):
+        check_scheduler(section | option, "uniform")
+    assert check_scheduler(section, "uniform") == "uniform"
+
+
+def test_an_option_of_a_scheduler_that_is_followed_is_taken():
+    """NV-Generate's own, in which `scale` means nothing; and values of what is done anyway."""
+    maisi = {"use_discrete_timesteps": False, "use_timestep_transform": True, "sample_method": "uniform"}
+    assert check_scheduler(RFLOW | maisi | {"scale": 1.4}, "uniform") == "uniform"
+    assert check_scheduler(RFLOW | {"sample_method": "logit-normal"}, "uniform") == "logit_normal"
+    ddim = {"_target_": "monai.networks.schedulers.DDIMScheduler", "set_alpha_to_one": True}
+    for clip in (True, False):
+        assert check_scheduler(ddim | {"clip_sample": clip}, "logit_normal") == "logit_normal"
+    with pytest.raises(UserError, match=r"sample_method is uniform, diffusion_train\.timestep_sampling"):
+        check_scheduler(RFLOW | maisi, "logit_normal")
+    with pytest.raises(UserError, match=r"base_img_size_numel: a number of voxels is above 0"):
+        check_scheduler(RFLOW | maisi | {"base_img_size_numel": 0}, "uniform")

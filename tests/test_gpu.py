@@ -13,6 +13,7 @@ import evaluate
 import inference
 import train_autoencoder
 import train_diffusion
+from ldm.bookkeeping import Training
 from ldm.decoding import Budget, decode_within
 from ldm.networks import NETWORKS, instantiate
 
@@ -32,6 +33,32 @@ def test_the_chain_trains_and_samples_on_a_gpu(tmp_path, flags):
     assert losses[-1] > losses[0]
     for path in project.output_dir.glob("*.nii.gz"):
         assert np.isfinite(nib.load(path).get_fdata()).all()
+
+
+@pytest.mark.parametrize("schedule", ["rectified_flow", "cosine"])
+def test_a_step_waits_for_nothing_on_the_gpu(tmp_path, monkeypatch, schedule):
+    """Ten steps of each stage, from the fourth on, when libraries have set themselves up; with averages, the
+    adversarial term, clipping and a weight by time. CUDA calls that wait raise."""
+    project = Project(tmp_path / "chain", make_data(tmp_path / "data"))
+    common = {"max_epochs": 7, "val_interval": 100, "clip_grad_norm": 1.0, "save_minutes": None}
+    first = project.config["autoencoder_train"] | common | {"adversarial_warmup_epochs": 0}
+    second = project.config["diffusion_train"] | common | {"min_snr_gamma": 5.0}
+    project.change(autoencoder_train=first, diffusion_train=second, NoiseScheduler={"schedule": schedule})
+    real, steps = Training._steps, []
+
+    def strictly(self, numbered):
+        for item in real(self, numbered):
+            steps.append(self.stage)
+            torch.cuda.set_sync_debug_mode("error" if steps.count(self.stage) > 3 else "default")
+            try:
+                yield item
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Training, "_steps", strictly)
+    for script in (train_autoencoder, train_diffusion):
+        project.run(script, "--device", "cuda")
+    assert steps.count("autoencoder") == steps.count("diffusion") == 14
 
 
 def test_a_gpu_draws_the_sample_that_a_cpu_draws(tmp_path_factory, tmp_path):

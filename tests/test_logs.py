@@ -135,6 +135,7 @@ def test_the_main_rank_shows_its_own_cases_by_name(monkeypatch, world_size, show
     images = torch.rand(5, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
     class HeldOut:
+        seed = 0
         cases = [Case(f"case {i}", ()) for i in range(5)]
 
         def __len__(self):
@@ -149,7 +150,9 @@ def test_the_main_rank_shows_its_own_cases_by_name(monkeypatch, world_size, show
 
     monkeypatch.setattr(Run, "sum", lambda self, tensor: tensor)
     run = Run(0, world_size, torch.device("cpu"))
-    _, pairs = train_autoencoder.validate(Halving(), HeldOut(), run)
+    section = chain.CONFIG["autoencoder_train"] | {"recon_loss": "l1"}
+    criterion = train_autoencoder.AutoencoderLoss(section, None)
+    _, pairs = train_autoencoder.validate(Halving(), criterion, HeldOut(), run)
     assert list(pairs) == [f"case {i}" for i in shown]
     for i, (scan, reconstruction) in zip(shown, pairs.values(), strict=True):
         assert torch.equal(scan, images[i]) and torch.equal(reconstruction, images[i] / 2)
@@ -363,7 +366,7 @@ def test_log_txt_holds_what_was_said_in_each_run(done):
         assert f"  {fact}" in text
     assert f"torch {torch.__version__}" in text and "python 3." in text
     told = [line for line in lines if "  autoencoder, epoch " in line]
-    assert len(told) == 4 and "step 12: held-out psnr " in told[-1]
+    assert len(told) == 4 and "step 12: held-out loss " in told[-1]
 
 
 def test_log_txt_marks_a_resume_and_goes_along_with_a_fresh_start(encoded):

@@ -1,16 +1,29 @@
 """Terms of the autoencoder's loss by hand; perceptual weights come whole from a local file, or not at all."""
 
 import builtins
+import contextlib
+import copy
 import os
 import sys
 import types
 
+import chain
 import pytest
 import torch
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_autoencoder
+import train_diffusion
 from ldm import UserError, backbones
-from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence
+from ldm.diffusion import NoiseProcess
+from ldm.encoders import LatentEncoder
+from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence, least_squares, unit_vectors
+from ldm.networks import NETWORKS, instantiate, resolve_references
+from ldm.processes import Run
+from ldm.training import Means, make_ema
 
 WITHOUT = r"or set autoencoder_train\.perceptual_weight to 0"
 
@@ -49,6 +62,17 @@ def test_gradient_difference_by_hand():
     for axis in (2, 3, 4):
         slope = torch.arange(3.0).reshape([3 if a == axis else 1 for a in range(5)])
         assert gradient_difference(image - 0.5 * slope, image) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_adversarial_loss_is_monais():
+    logits = (4 * numbers(2, 1, 3, 4, 5) - 2).requires_grad_()
+    theirs = PatchAdversarialLoss(criterion="least_squares")
+    for real in (True, False):
+        expected = theirs(logits, target_is_real=real, for_discriminator=True)
+        found = least_squares(logits, float(real))
+        assert torch.equal(found, expected)
+        pair = [torch.autograd.grad(one, logits)[0] for one in (found, expected)]
+        assert torch.equal(*pair)
 
 
 # ---- MedicalNet
@@ -165,9 +189,10 @@ def test_lpips_compares_slices_of_three_planes(squeezenet):
     expected = 0
     for axis in (2, 3, 4):
         pairs = [(a.select(axis, i), b.select(axis, i)) for i in range(a.shape[axis])]
-        expected += sum(loss.network(*(x.repeat(1, 3, 1, 1) for x in pair)).item() for pair in pairs) / len(
-            pairs
-        )
+        pairs = [[x.repeat(1, 3, 1, 1) for x in pair] for pair in pairs]
+        # lpips's own arithmetic, and its own way from [0, 1] to the range that it was trained on
+        expected += sum(loss.network(*pair, normalize=True).item() for pair in pairs) / len(pairs)
+        assert loss.network(*pairs[0]) != pytest.approx(loss.network(*pairs[0], normalize=True), rel=0.05)
     assert expected > 0.01
     assert loss(a, b, seeded()) == pytest.approx(expected, rel=1e-4)
     assert loss(a, b, seeded(1)) == pytest.approx(expected, rel=1e-4)  # all slices, in whatever order
@@ -176,11 +201,32 @@ def test_lpips_compares_slices_of_three_planes(squeezenet):
 
 def test_lpips_draws_its_slices_from_the_generator(squeezenet):
     loss, seen = PerceptualLoss("squeeze", squeezenet[0], slice_ratio=0.2), []
-    loss.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    loss.network.net.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     a, b = numbers(1, 1, 20, 24, 28), numbers(1, 1, 20, 24, 28, seed=1)
     first, again, other = (loss(a, b, seeded(seed)).item() for seed in (0, 0, 1))
     assert first == again != other
-    assert seen[:3] == [4, 4, 5]  # a fifth of 20, 24 and 28
+    assert seen[:6] == [4, 4, 4, 4, 5, 5]  # a fifth of 20, 24 and 28, of both volumes
+
+
+@pytest.mark.parametrize("name", ["squeeze", "medicalnet_resnet10"])
+def test_gradients_are_finite_where_features_are_zero(name, squeezenet, medicalnet):
+    """The gradient of a norm is NaN at 0, where one even region or one dead network would end a training."""
+    loss = PerceptualLoss(name, squeezenet[0] if name == "squeeze" else medicalnet[0])
+    images = [numbers(1, 1, 20, 20, 20), torch.zeros(1, 1, 20, 20, 20)]
+    for dead in (False, True):
+        if dead:
+            for parameter in (loss.network.net if name == "squeeze" else loss.network).parameters():
+                parameter.zero_()
+        for image in images:
+            reconstruction = image.clone().requires_grad_()
+            loss(reconstruction, images[0], seeded()).backward()
+            assert reconstruction.grad.isfinite().all()
+    features = torch.zeros(1, 3, 2, requires_grad=True)
+    with torch.no_grad():
+        features[0, :, 0] = torch.tensor([3.0, 0.0, 4.0])
+    unit_vectors(features).sum().backward()
+    assert unit_vectors(features)[0, :, 0].tolist() == pytest.approx([0.6, 0, 0.8])
+    assert features.grad.isfinite().all()
 
 
 def test_whole_lpips_file(squeezenet, tmp_path):
@@ -190,6 +236,66 @@ def test_whole_lpips_file(squeezenet, tmp_path):
     torch.save(model.state_dict(), tmp_path / "lpips.pth")
     other = PerceptualLoss("squeeze", tmp_path / "lpips.pth").network
     assert all(torch.equal(value, model.state_dict()[k]) for k, value in other.state_dict().items())
+
+
+# ---- what a GPU would be waited for
+
+
+class Waits(TorchDispatchMode):
+    """Notes copies from the CPU to the device that are waited for. The device is torch's meta, which gives no
+    value back: reading one raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            waited = not kwargs.get("non_blocking", len(args) > 2 and args[2])
+            if waited and source.device.type == "cpu" and made.device.type == "meta":
+                self.found.append(func)
+        return made
+
+
+class OnMeta(Run):
+    def autocast(self):
+        return contextlib.nullcontext()
+
+
+def test_a_step_copies_nothing_that_is_waited_for(squeezenet):
+    """Both stages' losses, sums and averages. What kernels do inside is seen by tests/test_gpu.py only."""
+    section = {"recon_loss": "l1", "gradient_weight": 1.0, "kl_weight": 1e-6, "adversarial_weight": 0.1}
+    section |= {"perceptual_weight": 1.0, "perceptual_network": "squeeze", "perceptual_slice_ratio": 0.2}
+    config, run, meta = copy.deepcopy(chain.CONFIG), OnMeta(0, 1, torch.device("meta")), {"device": "meta"}
+    config |= {"image_channels": 1, "latent_channels": 3}
+    config = resolve_references(config, config, "config")
+    encoder, unet = (
+        build(instantiate(config[key], NETWORKS, key)).to("meta")
+        for build, key in ((LatentEncoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
+    )
+    judge = PatchDiscriminator(spatial_dims=3, channels=4, in_channels=1, num_layers_d=1).to("meta")
+    stepper = types.SimpleNamespace(
+        accumulating=lambda last: contextlib.nullcontext(), backward=lambda loss: loss.backward()
+    )
+    criterion = train_autoencoder.AutoencoderLoss(section, squeezenet[0]).to("meta")
+    average, judges = make_ema(encoder, 0.9), (judge, judge, stepper)
+    networks = train_autoencoder.Networks(encoder, encoder, stepper, average, criterion, *judges)
+    process = NoiseProcess(torch.linspace(0.99, 0.01, 100), "epsilon", 100)
+    process.levels(torch.zeros(1, **meta))  # the one copy of the schedule
+    means, z, t = Means({"loss": torch.zeros(2).double()}), torch.empty(2, 3, 8, 8, 8, **meta), torch.ones(2)
+    with Waits() as waits:
+        torch.zeros(1).to("meta")
+    assert len(waits.found) == 1  # such a copy is seen
+    with Waits() as waits:
+        images, eps = torch.empty(2, 1, 20, 24, 28, **meta), torch.empty(2, 3, 10, 12, 14, **meta)
+        means.add(train_autoencoder.train_batch(networks, images, eps, seeded(), True, True, run))
+        for _ in range(2):
+            networks.update_average()
+        loss = train_diffusion.diffusion_loss(unet, process, z, z, t.to("meta", non_blocking=True), run, 5.0)
+        means.add({"loss": loss})
+    assert not waits.found and int(average.n_averaged) == 2
 
 
 # ---- files and packages that are no good

@@ -20,6 +20,7 @@ from ldm.networks import (
     check_discriminator_size,
     check_size,
     downsampling,
+    freeze_unreached,
     instantiate,
     load_weights,
     plain_names,
@@ -420,6 +421,36 @@ def test_checkpointing_changes_no_number(package, name, arguments):
         else:
             assert (a.grad - b.grad).abs().max() <= 1e-6 * max(1, a.grad.abs().max()), key
     load_weights(build(package, name, arguments, seed=1), recomputing.state_dict(), "recomputing.pt")
+
+
+# ---- parameters that no loss reaches
+
+
+def frozen(network: nn.Module, *inputs: torch.Tensor | float, **more: torch.Tensor) -> set[str]:
+    freeze_unreached(network, *inputs, **more)
+    return {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_parameters_that_no_loss_reaches_are_frozen(recomputing):
+    """Those that a backward pass leaves without gradient, and no other; the weights stay."""
+    images, latents = (torch.empty(1, channels, 8, 8, 8, device="meta") for channels in (1, 2))
+    times = torch.zeros(1, device="meta")
+    for package, count in (("generative", 8), ("monai", 0)):
+        encoder = LatentEncoder(build(package, "AutoencoderKL", AUTOENCODER))
+        unet = build(package, "DiffusionModelUNet", UNET | {"num_class_embeds": 3})
+        for network in (encoder.autoencoder, unet) if recomputing else ():
+            add_checkpointing(network)
+        before = copy.deepcopy(encoder.state_dict() | unet.state_dict())
+        labels = torch.zeros(1, dtype=torch.long, device="meta")
+        found = (
+            frozen(encoder, images, 0.0),
+            frozen(unet, latents, timesteps=times, class_labels=labels),
+        )
+        assert [len(names) for names in found] == [count] * 2
+        assert all(".proj_attn." in name for names in found for name in names)
+        after = encoder.state_dict() | unet.state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 # ---- sizes

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import re
 import weakref
 
 import chain
@@ -13,9 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 import train_autoencoder
 import train_diffusion
+import utils
 from ldm import UserError
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, load_checkpoint, save_checkpoint, weights_hash
+from ldm.generation import load_networks
+from ldm.processes import Run
 from ldm.training import Stepper
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
@@ -158,10 +162,10 @@ def test_going_on_with_stage_1_keeps_the_pair_that_belongs_together(whole, tmp_p
     project = copy_of(whole, tmp_path / "again", *names)
     old, epochs = project.model_dir / "old-1", whole.checkpoint("autoencoder_last.pt")["epoch"] + 1
     longer = ("--set", f"autoencoder_train.max_epochs={epochs + 1}")
-    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": 99.0})
+    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": -9.0})
     assert "is in" not in project.run(train_autoencoder, "--no-amp", *longer)  # it stays the best
     assert not old.exists()
-    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": -9.0})
+    save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": 99.0})
     longer = ("--set", f"autoencoder_train.max_epochs={epochs + 3}")
     said = project.run(train_autoencoder, "--no-amp", *longer)
     assert said.count("a copy of both is in") == 1 and f"a copy of both is in {old}" in said
@@ -215,6 +219,12 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     one.clip()
     one.step(1e-2, torch.zeros(()))
     state = one.state_dict()
+    frozen = stepper(2, 3, 4).network.requires_grad_(True)
+    frozen[1].requires_grad_(False)  # as networks are built today; the state is from when it was not
+    frozen = Stepper(frozen, section, None)
+    frozen.load_state_dict(copy.deepcopy(state), "last.pt")
+    assert len(frozen.parameters) == 2 and sorted(frozen.state_dict()["optimizer"]["state"]) == [0, 2]
+    assert not differences(frozen.state_dict()["optimizer"]["state"], state["optimizer"]["state"])
     other = stepper(2, 3, 4)
     other.load_state_dict(state, "last.pt")
     assert sorted(state["optimizer"]["state"]) == [0, 2]
@@ -222,6 +232,18 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     for sides in ((2, 3, 5), (2, 3), (4, 3, 2)):
         with pytest.raises(UserError, match=r"last\.pt: the state of its optimiser does not fit"):
             stepper(*sides).load_state_dict(state, "last.pt")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:generative")
+def test_frozen_parameters_are_told_of(whole, tmp_path):
+    project = copy_of(whole, tmp_path / "generative", "autoencoder.pt", "split.json")
+    unet = {k: v for k, v in project.config["diffusion_def"].items() if k != "channels"}
+    unet |= {"_target_": "generative.networks.nets.DiffusionModelUNet", "num_channels": [8, 16]}
+    short = project.config["diffusion_train"] | {"max_epochs": 1}
+    project.change(diffusion_def=unet, diffusion_train=short)
+    said = project.run(train_diffusion, "--no-amp")
+    first = "down_blocks.1.attentions.0.proj_attn.weight"
+    assert f"diffusion: 8 parameters that no loss reaches are frozen, such as {first}" in said
 
 
 def test_moments_are_laid_out_in_memory_as_the_parameters_are():
@@ -428,10 +450,58 @@ def test_stage_2_does_not_go_on_with_another_autoencoder(whole, tmp_path):
 def test_promise_5_the_best_is_kept_though_an_older_checkpoint_is_gone_on_from(whole, tmp_path):
     """The best file knows its own score: a resume from before it was found does not lower the bar."""
     project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
-    best = project.checkpoint("autoencoder.pt") | {"best": 99.0}
+    best = project.checkpoint("autoencoder.pt") | {"best": -9.0}
     save_checkpoint(project.model_dir / "autoencoder.pt", best)
     project.run(train_autoencoder, "--no-amp", "--resume", project.model_dir / "autoencoder_prev.pt")
-    assert project.checkpoint("autoencoder.pt")["best"] == 99.0
+    assert project.checkpoint("autoencoder.pt")["best"] == -9.0
+
+
+def test_a_scheduler_by_name_keeps_the_shift_that_the_training_began_with(whole, tmp_path):
+    """Latents of 8 x 10 x 6 and a base of 30 voxels; an older checkpoint, of when it was passed over."""
+    project = copy_of(whole, tmp_path / "shifted", "autoencoder.pt", "split.json")
+    flow = {"_target_": "monai.networks.schedulers.RFlowScheduler", "use_timestep_transform": True}
+    flow |= {"base_img_size_numel": 30, "sample_method": "logit-normal"}
+    short = project.config["diffusion_train"] | {"max_epochs": 1}
+    project.change(NoiseScheduler=flow, diffusion_train=short)
+    assert "keep the shift" not in project.run(train_diffusion, "--no-amp")
+    best, files = project.checkpoint("diffusion_unet.pt"), [project.model_dir / name for name in UNET[:2]]
+    assert best["shift"] == pytest.approx(16 ** (1 / 3))
+    assert best["config"]["diffusion_train"]["timestep_sampling"] == "logit_normal"
+
+    def shift() -> float:
+        config, run = utils.load_config(project.config_file), Run(0, 1, torch.device("cpu"))
+        weights = project.model_dir / "autoencoder.pt"
+        return load_networks(weights, files[0], config, "here", None, False, None, run).process.shift
+
+    assert shift() == best["shift"]
+    for path in files:
+        old = torch.load(path, weights_only=True)
+        del old["shift"]
+        save_checkpoint(path, old)
+    assert shift() == 1
+    said = project.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=2")
+    assert "the times keep the shift of 1 that this training began with" in said
+    assert project.checkpoint("diffusion_unet_last.pt")["shift"] == 1
+
+
+@pytest.mark.parametrize("measure", ["PSNR", "another weight"])
+def test_promise_5_a_best_that_was_measured_otherwise_is_measured_again(whole, tmp_path, measure):
+    """A PSNR, or a loss of other weights, is never compared with the loss; the better file stays."""
+    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
+    due, more = project.checkpoint("autoencoder.pt"), {"max_epochs": 5, "lr": 1.0, "lr_schedule": "constant"}
+    if measure == "PSNR":  # above any loss, so that any loss would replace it
+        old = due | {"best": due["validation"]["psnr"], "validation": {"psnr": due["validation"]["psnr"]}}
+        save_checkpoint(project.model_dir / "autoencoder.pt", old)
+        loss = due["best"]
+    else:
+        more["gradient_weight"] = 3.0
+        loss = due["validation"]["recon_loss"] + 3 * due["validation"]["gradient_loss"]
+    project.change(autoencoder_train=project.config["autoencoder_train"] | more)
+    before = fingerprint(project.model_dir)
+    said = project.run(train_autoencoder, "--no-amp")
+    told = re.search(r"was chosen by another measure\. Its held-out loss by this config is (\S+),", said)
+    assert float(told[1]) == pytest.approx(loss, rel=1e-3)
+    assert fingerprint(project.model_dir)["autoencoder.pt"] == before["autoencoder.pt"]
 
 
 # ---------------------------------------------------------------- files
