@@ -7,11 +7,16 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
+
+import simulate_brains
+from ldm import download
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -291,3 +296,57 @@ def test_pages_that_the_code_names_exist():
     named = {page for path in sources for page in re.findall(r"docs/\w+\.md", path.read_text("utf-8"))}
     assert "docs/config.md" in named
     assert not [page for page in sorted(named) if not (ROOT / page).is_file()]
+
+
+# ---------------------------------------------------------------- README's commands, run
+
+
+SMALL = {  # what a test's CPU needs, beside the commands as they are printed
+    "spacing": [8, 8, 8],
+    "data.num_workers": 0,
+    "data.val_fraction": 0.4,
+    **{f"{stage}_train.patch_size": [16, 16, 16] for stage in ("autoencoder", "diffusion")},
+    **{f"{stage}_train.max_epochs": 1 for stage in ("autoencoder", "diffusion")},
+    **{f"{network}_def.channels": [4, 4, 8] for network in ("autoencoder", "diffusion")},
+    **{f"{network}_def.num_res_blocks": 1 for network in ("autoencoder", "diffusion")},
+    **{f"{network}_def.norm_num_groups": 2 for network in ("autoencoder", "diffusion")},
+    "autoencoder_train.discriminator": {"channels": 4, "num_layers_d": 1},
+    "diffusion_def.num_head_channels": [0, 4, 8],
+}
+SETS = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+MORE = {  # which option of a command counts is the last one that is given
+    "download_brats_data.py": [],
+    "check_data.py": SETS,
+    "train_autoencoder.py": ["--device", "cpu", *SETS],
+    "train_diffusion.py": ["--device", "cpu", *SETS],
+    "inference.py": ["--device", "cpu", "--num", "2", "--steps", "1", *SETS],
+    "evaluate.py": ["--device", "cpu", *SETS],
+}
+
+
+def test_the_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    """With nothing prepared but the download, which is simulated brains packed as MSD packs BraTS."""
+    block = next(
+        text for text in re.findall(r"```bash\n(.*?)```", read("README.md"), re.S) if "cp config" in text
+    )
+    printed = [command for command in commands(block) if command[0] != "source"]
+    assert [Path(words[1]).name for words in printed] == ["environment.json.example", *MORE]
+    task, monai_knows = "Task01_BrainTumour", download.DecathlonDataset
+    simulate_brains.main(
+        ["--out", str(tmp_path / "msd" / task), "--num", "5", "--spacing", "8", "--workers", "1"]
+    )
+    with tarfile.open(tmp_path / "msd.tar", "w") as tar:
+        tar.add(tmp_path / "msd" / task, task)
+    monkeypatch.setitem(monai_knows.resource, task, (tmp_path / "msd.tar").as_uri())
+    monkeypatch.setitem(monai_knows.md5, task, download.file_md5(tmp_path / "msd.tar"))
+    here = tmp_path / "here"
+    shutil.copytree(ROOT / "config", here / "config", ignore=shutil.ignore_patterns("environment.json"))
+    monkeypatch.chdir(here)
+    for program, script, *words in printed:
+        if program == "cp":
+            shutil.copy(script, words[0])
+        else:
+            importlib.import_module(script.removesuffix(".py")).main([*words, *MORE[script]])
+    assert len(list((here / "data" / task / "imagesTr").iterdir())) == 5
+    assert (here / "outputs/brats/samples/sample_000001.nii.gz").is_file()
+    assert (here / "outputs/brats/samples/evaluation/report.html").is_file()
