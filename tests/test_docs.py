@@ -1,5 +1,6 @@
 """What the documentation says exists: scripts, their options, config keys, files, links."""
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -350,3 +351,66 @@ def test_the_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch):
     assert len(list((here / "data" / task / "imagesTr").iterdir())) == 5
     assert (here / "outputs/brats/samples/sample_000001.nii.gz").is_file()
     assert (here / "outputs/brats/samples/evaluation/report.html").is_file()
+
+
+# ---------------------------------------------------------------- messages that the pages quote
+
+
+@functools.cache
+def literals() -> str:
+    """The words of all strings of the code, a line a string, with ~ where a value stands."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py"), *ROOT.glob("launchers/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "~" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(" ".join(one.split()) for one in found)
+
+
+def quoted(page: str) -> list[str]:
+    """What a page shows in code marks, or after `error:` in a block, that is a sentence and no command."""
+    text = read(page)
+    fences = re.findall(r"^```\n(error: .*?)^```", text, re.M | re.S)
+    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S)
+    spans = [a or b for a, b in re.findall(r"``(.+?)``|`([^`]+)`", text, re.S)]
+    spans = [" ".join(one.split()) for one in [*fences, *spans]]
+    return [
+        one for one in spans if len(one.split()) >= 5 and not one.startswith(("python ", "torchrun ", "--"))
+    ]
+
+
+VALUES = (  # of a message, beside what has a digit, a slash or a quotation mark, and what stands in parentheses
+    r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\S*[\d/\"=]\S*|\S+\.(?:gz|json|pt|ckpt|nii|img|mgz):?|\.\.\.|^\w+:|\bX\b"
+    r"|the image|squeeze|autoencoder_def|colours"
+)
+
+
+def not_said(message: str) -> list[str]:
+    """Each three words in a row of a message that no string of the code has, with or without a value in
+    place of one."""
+    runs = [run.split() for run in re.sub(VALUES, " ~ ", message.removeprefix("error: ")).split("~")]
+    return [
+        " ".join(run[i : i + 3]) for run in runs for i in range(len(run) - 2) if not _said(*run[i : i + 3])
+    ]
+
+
+def _said(a: str, b: str, c: str) -> bool:
+    text = literals()
+    if f"{a} {b} {c}" in text:
+        return True
+    a, b, c, value = re.escape(a), re.escape(b), re.escape(c), r"\S*~\S*"
+    ways = [f"{a} {b} {value}", f"{value} {b} {c}", f"{a} {value} {c}"]
+    if re.search("|".join(ways), text):
+        return True
+    return bool(re.search(rf"{a} {value}", text) and re.search(rf"^{b} {c}", text, re.M))
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/TROUBLESHOOTING.md"])
+def test_messages_that_a_page_quotes_are_those_of_the_code(page):
+    wrong = {message: missing for message in quoted(page) if (missing := not_said(message))}
+    assert not wrong, "\n".join(
+        f"{message}\n    not in the code: {missing}" for message, missing in wrong.items()
+    )
