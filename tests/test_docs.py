@@ -1,5 +1,6 @@
 """What the documentation says exists: scripts, their options, config keys, files, links."""
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -7,11 +8,16 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
+
+import simulate_brains
+from ldm import download
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -291,3 +297,120 @@ def test_pages_that_the_code_names_exist():
     named = {page for path in sources for page in re.findall(r"docs/\w+\.md", path.read_text("utf-8"))}
     assert "docs/config.md" in named
     assert not [page for page in sorted(named) if not (ROOT / page).is_file()]
+
+
+# ---------------------------------------------------------------- README's commands, run
+
+
+SMALL = {  # what a test's CPU needs, beside the commands as they are printed
+    "spacing": [8, 8, 8],
+    "data.num_workers": 0,
+    "data.val_fraction": 0.4,
+    **{f"{stage}_train.patch_size": [16, 16, 16] for stage in ("autoencoder", "diffusion")},
+    **{f"{stage}_train.max_epochs": 1 for stage in ("autoencoder", "diffusion")},
+    **{f"{network}_def.channels": [4, 4, 8] for network in ("autoencoder", "diffusion")},
+    **{f"{network}_def.num_res_blocks": 1 for network in ("autoencoder", "diffusion")},
+    **{f"{network}_def.norm_num_groups": 2 for network in ("autoencoder", "diffusion")},
+    "autoencoder_train.discriminator": {"channels": 4, "num_layers_d": 1},
+    "diffusion_def.num_head_channels": [0, 4, 8],
+}
+SETS = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+MORE = {  # which option of a command counts is the last one that is given
+    "download_brats_data.py": [],
+    "check_data.py": SETS,
+    "train_autoencoder.py": ["--device", "cpu", *SETS],
+    "train_diffusion.py": ["--device", "cpu", *SETS],
+    "inference.py": ["--device", "cpu", "--num", "2", "--steps", "1", *SETS],
+    "evaluate.py": ["--device", "cpu", *SETS],
+}
+
+
+def test_the_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    """With nothing prepared but the download, which is simulated brains packed as MSD packs BraTS."""
+    block = next(
+        text for text in re.findall(r"```bash\n(.*?)```", read("README.md"), re.S) if "cp config" in text
+    )
+    printed = [command for command in commands(block) if command[0] != "source"]
+    assert [Path(words[1]).name for words in printed] == ["environment.json.example", *MORE]
+    task, monai_knows = "Task01_BrainTumour", download.DecathlonDataset
+    simulate_brains.main(
+        ["--out", str(tmp_path / "msd" / task), "--num", "5", "--spacing", "8", "--workers", "1"]
+    )
+    with tarfile.open(tmp_path / "msd.tar", "w") as tar:
+        tar.add(tmp_path / "msd" / task, task)
+    monkeypatch.setitem(monai_knows.resource, task, (tmp_path / "msd.tar").as_uri())
+    monkeypatch.setitem(monai_knows.md5, task, download.file_md5(tmp_path / "msd.tar"))
+    here = tmp_path / "here"
+    shutil.copytree(ROOT / "config", here / "config", ignore=shutil.ignore_patterns("environment.json"))
+    monkeypatch.chdir(here)
+    for program, script, *words in printed:
+        if program == "cp":
+            shutil.copy(script, words[0])
+        else:
+            importlib.import_module(script.removesuffix(".py")).main([*words, *MORE[script]])
+    assert len(list((here / "data" / task / "imagesTr").iterdir())) == 5
+    assert (here / "outputs/brats/samples/sample_000001.nii.gz").is_file()
+    assert (here / "outputs/brats/samples/evaluation/report.html").is_file()
+
+
+# ---------------------------------------------------------------- messages that the pages quote
+
+
+@functools.cache
+def literals() -> str:
+    """The words of all strings of the code, a line a string, with ~ where a value stands."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py"), *ROOT.glob("launchers/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "~" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(" ".join(one.split()) for one in found)
+
+
+def quoted(page: str) -> list[str]:
+    """What a page shows in code marks, or after `error:` in a block, that is a sentence and no command."""
+    text = read(page)
+    fences = re.findall(r"^```\n(error: .*?)^```", text, re.M | re.S)
+    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S)
+    spans = [a or b for a, b in re.findall(r"``(.+?)``|`([^`]+)`", text, re.S)]
+    spans = [" ".join(one.split()) for one in [*fences, *spans]]
+    return [
+        one for one in spans if len(one.split()) >= 5 and not one.startswith(("python ", "torchrun ", "--"))
+    ]
+
+
+VALUES = (  # of a message, beside what has a digit, a slash or a quotation mark, and what stands in parentheses
+    r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\S*[\d/\"=]\S*|\S+\.(?:gz|json|pt|ckpt|nii|img|mgz):?|\.\.\.|^\w+:|\bX\b"
+    r"|the image|squeeze|autoencoder_def|colours"
+)
+
+
+def not_said(message: str) -> list[str]:
+    """Each three words in a row of a message that no string of the code has, with or without a value in
+    place of one."""
+    runs = [run.split() for run in re.sub(VALUES, " ~ ", message.removeprefix("error: ")).split("~")]
+    return [
+        " ".join(run[i : i + 3]) for run in runs for i in range(len(run) - 2) if not _said(*run[i : i + 3])
+    ]
+
+
+def _said(a: str, b: str, c: str) -> bool:
+    text = literals()
+    if f"{a} {b} {c}" in text:
+        return True
+    a, b, c, value = re.escape(a), re.escape(b), re.escape(c), r"\S*~\S*"
+    ways = [f"{a} {b} {value}", f"{value} {b} {c}", f"{a} {value} {c}"]
+    if re.search("|".join(ways), text):
+        return True
+    return bool(re.search(rf"{a} {value}", text) and re.search(rf"^{b} {c}", text, re.M))
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/TROUBLESHOOTING.md"])
+def test_messages_that_a_page_quotes_are_those_of_the_code(page):
+    wrong = {message: missing for message in quoted(page) if (missing := not_said(message))}
+    assert not wrong, "\n".join(
+        f"{message}\n    not in the code: {missing}" for message, missing in wrong.items()
+    )

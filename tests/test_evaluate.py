@@ -503,11 +503,11 @@ def test_channels_are_chosen_and_are_there(scans, tmp_path):
         (("--real", "{held}", "--generated", "{more}", "--out", "x", "--set", "seed=1"), "--set"),
         (
             ("--real", "{held}", "--generated", "{more}", "--out", "x", "--autoencoder", "no.pt"),
-            "no such checkpoint",
+            "--autoencoder no.pt: no such file",
         ),
         (
             ("--real", "{held}", "--generated", "{more}", "--out", "x", "--medicalnet", "no.pth"),
-            "no such file",
+            "--medicalnet no.pth: no such file",
         ),
         (
             ("--real", "{held}", "--generated", "{more}", "--out", "x", "--medicalnet", "a", "b", "c"),

@@ -17,6 +17,7 @@ from chain import Project, copy_of, differences, fingerprint
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cache_latents
 import evaluate
 import inference
 import train_autoencoder
@@ -464,13 +465,45 @@ def test_a_weight_of_zero_builds_nothing(fresh, monkeypatch):
     assert "perceptual_loss" not in fresh.log("autoencoder")[0]
 
 
-def test_perceptual_loss_without_weights_says_both_ways_out(fresh):
-    message = fresh.refused(train_autoencoder, *sets(autoencoder_train__perceptual_weight=0.1))
-    assert "perceptual_weights" in message and "autoencoder_train.perceptual_weight to 0" in message
-    assert list(fingerprint(fresh.model_dir)) == ["split.json"]
-    fresh.set_environment(perceptual_weights=str(fresh.folder / "none.pt"))
-    message = fresh.refused(train_autoencoder, *sets(autoencoder_train__perceptual_weight=0.1))
-    assert "none.pt" in message and "autoencoder_train.perceptual_weight to 0" in message
+def test_perceptual_weights_are_looked_for_before_anything_is_downloaded_or_read(fresh, monkeypatch):
+    monkeypatch.setattr(utils, "fetch_task01", forbidden)
+    for named, words in (
+        (None, '"perceptual_weights"'),
+        (str(fresh.folder / "none.pt"), "none.pt: no such file"),
+    ):
+        fresh.set_environment(perceptual_weights=named, download_brats=True, data_base_dir="nowhere")
+        message = fresh.refused(train_autoencoder, *sets(autoencoder_train__perceptual_weight=0.1))
+        assert words in message and "autoencoder_train.perceptual_weight to 0" in message
+    assert not fingerprint(fresh.model_dir)
+
+
+@pytest.mark.parametrize("script", [train_diffusion, cache_latents, evaluate])
+def test_a_file_that_an_option_names_is_looked_for_before_the_data(fresh, script):
+    fresh.set_environment(data_base_dir="nowhere")
+    message = fresh.refused(script, "--autoencoder", "gone.pt")
+    assert message == "error: --autoencoder gone.pt: no such file. Check the path."
+
+
+@pytest.mark.parametrize(
+    "script, more, message",
+    [
+        (train_diffusion, (), "autoencoder.pt: no such checkpoint. Run train_autoencoder.py first, or name"),
+        (inference, (), "autoencoder.pt: no such checkpoint. Run train_autoencoder.py first, or name"),
+        (
+            train_diffusion,
+            ("--autoencoder", "{done}", "--resume", "x.pt"),
+            "--resume x.pt: no such checkpoint. Name",
+        ),
+        (
+            inference,
+            ("--autoencoder", "{done}"),
+            "diffusion_unet.pt: no such checkpoint. Run train_diffusion.py first",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_names_the_next_step(fresh, done, script, more, message):
+    more = [one.format(done=done.model_dir / "autoencoder.pt") for one in more]
+    assert message in fresh.refused(script, *more)
 
 
 def test_the_logged_terms_add_up_to_the_loss(done):
