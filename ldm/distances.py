@@ -18,7 +18,7 @@ PERMUTATIONS = 999
 LEVEL = 0.05  # of the permutation test
 POWER = 0.8  # "four of five cases"
 SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations, of the differences that a test is tried on
-ENOUGH = 100  # rows of a set, more than which are not simulated
+ENOUGH = 200  # rows of a set, more than which are not simulated
 
 
 def interval(values: np.ndarray, share: float = SHARE) -> list[float]:

@@ -29,7 +29,7 @@ from ldm.distances import (
 )
 from ldm.features import PLANES, FeatureSpace, stacked
 from ldm.metrics import Tissues, histogram_distance, spectrum_distance
-from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets, drawn
+from ldm.sets import MEDICALNET, MOST, OWN, RADIMAGENET, Sets, drawn
 
 NEIGHBOURS = 3  # of precision and recall
 AXES = 16  # at most, of the Fréchet distance in own features
@@ -173,6 +173,7 @@ def permutation_test(sets: Sets, network: str, figure: Figure) -> str:
     since a volume could as well stand on the other side if the sets do not differ.
     """
     of = [one.of_each_subject for one in (sets.generated, sets.held_out)]
+    of = [[one[i] for i in drawn(len(one), MOST, side)] for side, one in enumerate(of)]
     made, held = (one.rows(network, i) for one, i in zip((sets.generated, sets.held_out), of, strict=True))
     sizes = [len(i) for i in of]
     told = f"; in the test {sizes[0]} generated and {sizes[1]} held-out"

@@ -98,10 +98,12 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
                 f"{text}. With so many volumes it finds a difference of half a standard deviation in four of "
                 "five cases."
             )
-        least = "more than 3" if figure.sees is None else f"{figure.sees:g}"
+        least = "more than 3 standard deviations"
+        if figure.sees is not None:
+            least = f"{figure.sees:g} standard deviation{'s' * (figure.sees != 1)}"
         return "none", (
-            f"{text}. This does not show that they are alike: with so few volumes a difference must be {least} "
-            "standard deviations to be found in four of five cases."
+            f"{text}. This does not show that they are alike: with so few volumes a difference must be "
+            f"{least} to be found in four of five cases."
         )
     ladder = [max(found[f"{key}: {blurred_scans(sigma)}"].value, 1e-9) for sigma in BLURS]
     ladder = np.maximum.accumulate(ladder)
@@ -174,7 +176,7 @@ def anatomy(figures: Sequence[Figure]) -> tuple[str, str] | None:
         return None
     # The distance itself, not less its floor: it is never below the difference of the means.
     close = [figure for figure in measured if judged(figure.interval, figure.tolerance) == "alike"]
-    off = [f for f in measured if f not in close and judged(f.difference, f.tolerance) == "more"]
+    off = [one for one in measured if one not in close and one.difference and one.difference[0] > 0]
     worst = max(off or measured, key=lambda figure: figure.value / max(figure.floor, 1e-9))
     told = f"{worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
     if off:

@@ -82,9 +82,9 @@ def test_a_permutation_test_by_all_splits():
 
 
 def test_the_least_shift_that_the_permutation_test_sees():
-    """On a line it is about what a t-test needs: 0.5 with 64 and 64 rows, 1 with 17 and 17 (Cohen, 1988)."""
+    """On a line a bit more rows than a t-test needs: 64 and 64 for 0.5, 17 and 17 for 1 (Cohen, 1988)."""
     line = numbers(300, 1).double()
-    seen = [distances.smallest_shift_seen(line, n, n) for n in (2, 12, 20, 90)]
+    seen = [distances.smallest_shift_seen(line, n, n) for n in (2, 12, 30, 90)]
     assert seen[0] is None and seen[1] == 1.5 and seen[2] == 1.0 and seen[3] == 0.5
     many = numbers(300, 12).double()
     assert distances.smallest_shift_seen(many, 30, 30) == 0.5  # of features that vary by themselves: sooner

@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, kstest
 
-from ldm import verdicts
+from benchmarks import verdicts as verdicts_of_sets
+from benchmarks.verdicts import said, simulated
+from ldm import evaluation, verdicts
+from ldm.distances import LEVEL
 from ldm.evaluation import ALIKE, SHARP, Figure
 from ldm.memorisation import Neighbour, judge
-from ldm.sets import BLURS, blurred_scans
+from ldm.sets import BLURS, OWN, Sets, blurred_scans
 
 LADDER = dict(zip(BLURS, (0.5, 8.0, 128.0, 2048.0), strict=True))  # a fourth power, as for little blur
 
@@ -124,11 +128,11 @@ def test_copies_in_words():
 )
 def test_sharpness_and_diversity_in_words(difference, fine, similar):
     found = figures(fine=difference, ms_ssim=difference)
-    for (tone, text), (due, said) in (
+    for (tone, text), (due, part) in (
         (verdicts.sharpness(found["fine_power"]), fine),
         (verdicts.diversity(found["ms_ssim"]), similar),
     ):
-        assert tone == due and said in text
+        assert tone == due and part in text
 
 
 def test_a_difference_that_is_there_but_does_not_matter():
@@ -166,3 +170,83 @@ def test_all_lines_in_their_order():
     )
     assert [line["tone"] for line in lines] == ["none", "warn", "good", "good", "good", "bad", "warn"]
     assert "20.0 dB" in lines[5]["text"] and "With 2 held-out and 1 generated" in lines[6]["text"]
+
+
+# ---------------------------------------------------------------- how often they are true
+
+
+def at_most(rate: float, repeats: int) -> int:
+    """Events that happen at this rate or less are not more than this, but for one time in 1000."""
+    return int(binom.ppf(0.999, repeats, rate))
+
+
+@pytest.mark.parametrize("sizes", [(8, 10, 30), (20, 20, 60)])
+def test_the_permutation_test_errs_as_often_as_it_says(sizes, monkeypatch):
+    """Through the sets of an evaluation: p-values of equal sets are uniform, and half a standard deviation is
+    found about as often as the figure promises of it."""
+    monkeypatch.setattr(evaluation, "smallest_shift_seen", lambda *args: None)
+    rng, repeats = np.random.default_rng(0), 120
+    found = {}
+    for shift in (0.0, 0.5):
+        found[shift] = np.empty(repeats)
+        for i in range(repeats):
+            figure = Figure("", "", "", "")
+            evaluation.permutation_test(simulated(sizes, shift, rng), OWN, figure)
+            found[shift][i] = figure.p_value
+    assert (found[0.0] <= LEVEL).sum() <= at_most(LEVEL, repeats)
+    assert kstest(found[0.0], "uniform").pvalue > 0.001
+    power = (found[0.5] <= LEVEL).mean()
+    assert (0.15 < power < 0.45) if sizes[0] == 8 else (0.55 < power < 0.9)
+
+
+@pytest.mark.parametrize("sizes", [(8, 10, 30), (50, 50, 100)])
+def test_verdicts_of_simulated_sets(sizes):
+    """Equal sets are seldom said to differ. Those that are off are seldom said to be alike, and are said to
+    differ where volumes are many."""
+    repeats = 8
+    found = {
+        shift: [said(simulated(sizes, shift, np.random.default_rng([1, i]))) for i in range(repeats)]
+        for shift in (0.0, 0.5)
+    }
+    for line in ("realism", "sharpness", "diversity", "anatomy"):
+        equal, off = ([one[line] for one in found[shift]] for shift in (0.0, 0.5))
+        assert equal.count("differ") <= at_most(LEVEL, repeats)
+        assert off.count("alike") <= at_most(LEVEL, repeats)
+        if sizes[0] == 50:
+            assert off.count("differ") >= 6, line
+    equal = [one["realism"] for one in found[0.0]]
+    assert "alike" not in equal if sizes[0] == 8 else equal.count("alike") >= 6
+
+
+def test_the_benchmark_of_verdicts(capsys):
+    verdicts_of_sets.main(["--repeats", "1", "--sizes", "4,4,4"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 + 2 * 4 and all(sum(map(float, row[3:])) == 1 for row in rows[2:])
+
+
+def test_both_sides_of_a_floor_have_one_size():
+    """And other volumes than the first ones."""
+    sets = simulated((30, 12, 40), 0.0, np.random.default_rng(0))
+    assert {len(of) for _, of in sets.sides.values()} == {12}
+    assert sets.sides["first"][1] != list(range(12))
+    for figure in (*evaluation.kernel_figures(sets, OWN)[:1], *evaluation.tissue_figures(sets)):
+        assert figure.counts.startswith("12 on each side") and figure.difference
+    halves = Sets(sets.held_out, sets.generated, None, sets.yardsticks)
+    held, first = (set(halves.sides[side][1]) for side in ("held", "first"))
+    assert len(held) == len(first) == 6 and not held & first
+
+
+def test_a_subject_counts_once_in_the_test():
+    """Ten scans each of two held-out subjects are no twenty volumes."""
+    sets = simulated((20, 20, 20), 0.0, np.random.default_rng(0))
+    for i in range(20):
+        sets.held_out.features[OWN][i] = sets.held_out.features[OWN][i % 2]
+    figure = Figure("", "", "", "")
+    assert evaluation.permutation_test(sets, OWN, figure) == "; in the test 20 generated and 20 held-out"
+    assert figure.p_value < 0.01
+    sets.held_out.subjects = [f"sub-{i % 2}" for i in range(20)]
+    assert evaluation.permutation_test(sets, OWN, figure).endswith("20 generated and 2 held-out")
+    assert figure.p_value > LEVEL
+    sets.held_out.subjects = ["sub-0"] * 20
+    (figure, *_) = evaluation.kernel_figures(sets, OWN)
+    assert figure.p_value is None and figure.counts.endswith("1 held-out, too few")
