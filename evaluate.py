@@ -438,7 +438,8 @@ def volumes_of(source: Source, read: Reader, run: Run) -> Iterator[tuple[Case, t
 def gather(
     inputs: Inputs, read: Reader, networks: dict, encoder: LatentEncoder | None, classifier, run: Run
 ) -> tuple[Sets, dict[str, list[tuple[str, np.ndarray]]]]:
-    """Read all volumes once; and keep a few of each set to be looked at, (name, (D, H, W))."""
+    """Read all volumes once (those of the 2.5D distance twice); and keep a few of each set to be looked at,
+    (name, (D, H, W))."""
     spectrum = metrics.RadialSpectrum(read.size)
     yardsticks = Yardsticks(networks, encoder.reconstruct if encoder else None)
     gathered, shown = {}, {}
@@ -455,11 +456,16 @@ def gather(
                 yardsticks.add(volume)
             if name == HELD_OUT and encoder:
                 one.add_reconstruction(encoder.reconstruct(volume), volume)
-            one.add(case.name, volume)
+            one.add(case.name, volume, case.subject)
             if case.name in chosen:
                 shown[name].append((case.name, volume[0, 0].cpu().numpy()))
         shown[name].sort(key=lambda item: item[0])
     sets = Sets(gathered[HELD_OUT], gathered[GENERATED], gathered.get(TRAINING), yardsticks)
+    if RADIMAGENET in networks:  # how many volumes stand on each side is known only now
+        for side, (one, of) in sets.sides.items():
+            cases = {case.name: case for case in inputs.sources[one.name].cases}
+            for i in progress_bar(run, f"slices of {one.name}", items=of, unit="volume"):
+                sets.add_slices(side, read(cases[one.names[i]]))
     return sets, shown
 
 

@@ -1,7 +1,8 @@
 """How far two sets of feature rows are apart, and what of one lies within the other: rows in, numbers out.
 
 Every estimate comes with an interval, by drawing the volumes of both sets anew (a bootstrap), since with tens
-of volumes the sets themselves are the largest source of error.
+of volumes the sets themselves are the largest source of error. Whether two sets differ at all is told by a
+permutation test, which is exact however few the volumes are.
 """
 
 import math
@@ -9,15 +10,39 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.stats import norm, t
 
 SHARE = 0.95  # of the intervals
 DRAWS = 1000  # of a bootstrap
+PERMUTATIONS = 999
+LEVEL = 0.05  # of the permutation test
+POWER = 0.8  # "four of five cases"
+SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations, of the differences that a test is tried on
+ENOUGH = 200  # rows of a set, more than which are not simulated
 
 
 def interval(values: np.ndarray, share: float = SHARE) -> list[float]:
     """Between which `share` of drawn values lie; those that are NaN do not count."""
     low = (1 - share) / 2
     return [float(x) for x in np.nanquantile(values, [low, 1 - low])]
+
+
+def difference_interval(draws: np.ndarray, value: float, count: int) -> list[float] | None:
+    """Where a difference lies whose bootstrap draws are these, from `count` volumes on each side.
+
+    The draws are moved to have the mean `value`, and widened as Student's t is wider than a normal
+    distribution, without which intervals from ten volumes are too short (Hesterberg, 2015). None for one
+    volume.
+    """
+    if count < 2:
+        return None
+    wider = t.ppf((1 + SHARE) / 2, count - 1) / norm.ppf((1 + SHARE) / 2) * math.sqrt(count / (count - 1))
+    return interval(value + wider * (draws - np.nanmean(draws)))
+
+
+def polynomial_kernel(rows: torch.Tensor) -> torch.Tensor:
+    """(x.y / F + 1)^3 of all pairs of rows, (..., N, F) -> (..., N, N)."""
+    return (rows @ rows.mT / rows.shape[-1] + 1) ** 3
 
 
 class KernelDistance:
@@ -29,8 +54,7 @@ class KernelDistance:
     """
 
     def __init__(self, first: torch.Tensor, second: torch.Tensor):
-        both = torch.cat([first, second])
-        self.kernel = ((both @ both.T / both.shape[1] + 1) ** 3).numpy()
+        self.kernel = polynomial_kernel(torch.cat([first, second])).numpy()
         self.sizes = len(first), len(second)
 
     @property
@@ -46,6 +70,12 @@ class KernelDistance:
         second, first = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in self.sizes[::-1])
         return self._weighted(first.astype(float), second.astype(float))
 
+    def p_value(self, seed: int = 0) -> float:
+        """Of a permutation test (Gretton et al., 2012): (1 + permutations whose distance is as large)
+        / (1 + permutations). Exact where the rows are exchangeable if the sets do not differ: the scaling of
+        the rows must then not depend on which set a row is in."""
+        return float(permutation_p_values(self.kernel[None], self.sizes[0], PERMUTATIONS, seed)[0])
+
     def _weighted(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Of sets in which row i counts weights[:, i] times: (draws, N), (draws, M) -> (draws,)."""
         n = self.sizes[0]
@@ -59,6 +89,66 @@ def _mean_of_pairs(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
     sums = np.einsum("bi,ij,bj->b", weights, kernel, weights, optimize=True)
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
     return sums / np.where(pairs > 0, pairs, np.nan)
+
+
+def permutation_p_values(kernels: np.ndarray, first: int, permutations: int, seed: int = 0) -> np.ndarray:
+    """p-values of the squared maximum mean discrepancy of the first `first` rows and the others, by permuting
+    rows: kernels of all rows (S, N, N) -> (S,)."""
+    total = kernels.shape[1]
+    second = total - first
+    kernels = kernels * (1 - np.eye(total))  # a row is not paired with itself
+    rng = np.random.default_rng(seed)
+    # The rows as they are, then permuted.
+    orders = np.vstack([np.arange(total), rng.permuted(np.tile(np.arange(total), (permutations, 1)), axis=1)])
+    chosen = (orders < first).astype(float)  # (permutations + 1, N): which rows are of the first set
+    sums = chosen @ kernels  # (S, permutations + 1, N)
+    within = (sums * chosen).sum(2)
+    across = sums.sum(2) - within
+    others = kernels.sum((1, 2))[:, None] - within - 2 * across
+    distances = (
+        within / (first * (first - 1)) + others / (second * (second - 1)) - 2 * across / (first * second)
+    )
+    observed, permuted = distances[:, :1], distances[:, 1:]
+    rounding = 1e-9 * np.abs(kernels).mean((1, 2))[:, None]
+    return (1 + (permuted >= observed - rounding).sum(1)) / (1 + permutations)
+
+
+def smallest_shift_seen(
+    real: torch.Tensor, first: int, second: int, simulations: int = 200, permutations: int = 199
+) -> float | None:
+    """How far off a set has to be for the permutation test to find it: the least of `SHIFTS` that it finds in
+    `POWER` of all cases at `LEVEL`, with `first` and `second` rows; None where it finds none of them.
+
+    By simulation: normal rows with the covariance of real ones; all features of the first set are off by that
+    many of their standard deviations, up or down as they vary together (the signs of the first principal
+    axis), which is hard to tell from chance.
+
+    Args:
+        real: (N, F), at least 2 rows.
+    """
+    first, second = min(first, ENOUGH), min(second, ENOUGH)
+    if min(first, second) < 2:
+        return None
+    _, spread, axes = torch.linalg.svd(real - real.mean(0), full_matrices=False)
+    # All is in the span of the axes and the shift: coordinates there keep each inner product.
+    off = real.std(0) * torch.where(axes[0] < 0, -1.0, 1.0).to(real)
+    beside = off - axes.T @ (axes @ off)
+    off = torch.cat([axes @ off, beside.norm()[None]])
+    scales = torch.cat([spread / math.sqrt(len(real) - 1), spread.new_zeros(1)])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(simulations, first + second, len(scales), generator=generator, dtype=real.dtype)
+    is_first = (torch.arange(first + second) < first).to(real)[:, None]
+    for shift in SHIFTS:
+        found = 0
+        for some in draws.split(50):
+            rows = some * scales + shift * is_first * off
+            rows = rows - rows.mean(1, keepdim=True)
+            products = rows @ rows.mT / real.shape[1]
+            p = permutation_p_values(((products + 1) ** 3).numpy(), first, permutations)
+            found += int((p <= LEVEL).sum())
+        if found >= POWER * simulations:
+            return shift
+    return None
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -92,12 +182,6 @@ class Moments:
         self.count += len(rows)
         self.total, self.products = self.total + rows.sum(0), self.products + rows.T @ rows
 
-    def __add__(self, other: "Moments") -> "Moments":
-        both = Moments()
-        for name in ("count", "total", "products"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
-
     @property
     def mean(self) -> torch.Tensor:
         """(F,)"""
@@ -125,18 +209,24 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
 
 def bootstrap(
     statistic: Callable[[np.ndarray, np.ndarray], float],
-    first: np.ndarray,
+    *firsts: np.ndarray,
     second: np.ndarray,
     draws: int = 200,
     seed: int = 0,
 ) -> np.ndarray:
-    """A distance of two sets, each drawn anew, shifted so that the mean is the distance of the sets
-    themselves: sets that hold volumes twice are farther apart than those that they were drawn from."""
+    """Distances of each of `firsts` to `second`, the rows of all drawn anew: (firsts, draws). The second set
+    is drawn alike for all, so that distances may be subtracted.
+
+    They are shifted so that the mean is the distance of the sets themselves: sets that hold volumes twice are
+    farther apart than those that they were drawn from.
+    """
     rng = np.random.default_rng(seed)
-    values = np.array(
-        [statistic(*(x[rng.integers(len(x), size=len(x))] for x in (first, second))) for _ in range(draws)]
-    )
-    return np.maximum(0, values - np.nanmean(values) + statistic(first, second))
+    values = np.empty((len(firsts), draws))
+    for i in range(draws):
+        other = second[rng.integers(len(second), size=len(second))]
+        values[:, i] = [statistic(x[rng.integers(len(x), size=len(x))], other) for x in firsts]
+    means = np.array([[statistic(x, second)] for x in firsts])
+    return values - np.nanmean(values, 1, keepdims=True) + means
 
 
 class PrincipalAxes:

@@ -13,31 +13,42 @@ from scipy.stats import wasserstein_distance
 
 from ldm import memorisation
 from ldm.distances import (
+    DRAWS,
+    LEVEL,
     KernelDistance,
     PrincipalAxes,
     bootstrap,
     bootstrap_mean,
+    difference_interval,
     frechet_distance,
     frechet_of_moments,
     inception_score,
     interval,
     precision_recall,
+    smallest_shift_seen,
 )
 from ldm.features import PLANES, FeatureSpace, stacked
 from ldm.metrics import Tissues, histogram_distance, spectrum_distance
-from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets
+from ldm.sets import MEDICALNET, MOST, OWN, RADIMAGENET, Sets, drawn
 
 NEIGHBOURS = 3  # of precision and recall
 AXES = 16  # at most, of the Fréchet distance in own features
 ROWS_AN_AXIS = 3  # volumes at least for each of them
 FINE = 0.25  # cycles a voxel, above which detail is fine
+# Differences from scans that do not matter:
+ALIKE = [-0.02, 0.02]  # of MS-SSIM
+SHARP = [-0.2, 0.25]  # of the share of fine detail
+HALF = 0.5  # standard deviations, of tissue volumes
 
 
 @dataclass
 class Figure:
     """A line of the table: `value` of the generated volumes, `floor` the same of real volumes against real
-    ones, each with a 95 % interval. `better` is "lower", "higher", "near floor" or "" where it is there to
-    compare with; `missing` says why there is no value."""
+    ones, each with a 95 % interval, with as many volumes on each side. `difference` is the interval of value
+    minus floor, of volumes drawn alike; `tolerance` what it may be without mattering. `p_value` is that of a
+    permutation test of samples and held-out volumes; where it does not tell them apart, `sees` is the least
+    difference, in standard deviations, that it finds in four of five cases. `better` is "lower", "higher",
+    "near floor" or "" where it is there to compare with; `missing` says why there is no value."""
 
     key: str
     group: str
@@ -47,6 +58,10 @@ class Figure:
     interval: list[float] | None = None
     floor: float | None = None
     floor_interval: list[float] | None = None
+    difference: list[float] | None = None
+    tolerance: list[float] | None = None
+    p_value: float | None = None
+    sees: float | None = None
     unit: str = ""
     better: str = "lower"
     counts: str = ""
@@ -107,28 +122,34 @@ def feature_figures(sets: Sets) -> list[Figure]:
 
 
 def spaces(sets: Sets, network: str) -> tuple[Callable, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The feature space, and the rows of the generated and the held-out volumes and of the floor's first
-    set."""
+    """The feature space, and the rows of the samples, the held-out volumes and the floor's first set."""
     space = FeatureSpace(sets.reference.rows(network))
-    made, held = (space(one.rows(network)) for one in (sets.generated, sets.held_out))
-    return space, made, held, space(sets.reference.rows(network, sets.first))
+    return space, *(space(one.rows(network, of)) for one, of in sets.sides.values())
 
 
 def kernel_figures(sets: Sets, network: str) -> list[Figure]:
-    """The kernel distance of the samples, and of the yardsticks."""
+    """The kernel distance of the samples, with the permutation test, and of the yardsticks."""
     name = f"Kernel distance (MMD²), {CALLED[network]}"
-    about = "Unbiased, so that it is about 0 for volumes of the same kind, however many there are."
-    figure = Figure(f"mmd_{network}", DISTANCE, name, about, counts=sets.counts)
+    figure = Figure(
+        f"mmd_{network}",
+        DISTANCE,
+        name,
+        "Unbiased, so that it is about 0 for volumes of the same kind, however many there are.",
+        counts=sets.counts,
+    )
     if missing := sets.too_few(2):
         figure.missing = missing
         return [figure]
     space, made, held, first = spaces(sets, network)
-    distance, floor = KernelDistance(made, held), KernelDistance(first, held[sets.second])
-    figure.value, figure.interval = distance.value, interval(distance.bootstrap())
-    figure.floor, figure.floor_interval = floor.value, interval(floor.bootstrap())
+    distance, floor = KernelDistance(made, held), KernelDistance(first, held)
+    of_distance, of_floor = distance.bootstrap(), floor.bootstrap()
+    figure.value, figure.interval = distance.value, interval(of_distance)
+    figure.floor, figure.floor_interval = floor.value, interval(of_floor)
+    figure.difference = difference_interval(of_distance - of_floor, figure.value - figure.floor, sets.least)
+    figure.counts = f"{sets.least} on each side{permutation_test(sets, network, figure)}"
     rows = [figure]
     for change, features in sets.yardsticks.features.items():
-        changed = KernelDistance(space(stacked(features[network])), held[sets.second])
+        changed = KernelDistance(space(stacked(features[network])), held)
         rows.append(
             Figure(
                 f"mmd_{network}: {change}",
@@ -138,10 +159,36 @@ def kernel_figures(sets: Sets, network: str) -> list[Figure]:
                 changed.value,
                 interval(changed.bootstrap()),
                 better="",
-                counts=f"{len(features[network])} real, {len(held[sets.second])} held-out",
+                counts=f"{len(features[network])} real, {len(held)} held-out",
             )
         )
     return rows
+
+
+def permutation_test(sets: Sets, network: str, figure: Figure) -> str:
+    """Fill in whether samples and held-out volumes can be told apart; returns the numbers of volumes in
+    words.
+
+    Each subject has one volume in it, and features are scaled by both sets together: so the test is exact,
+    since a volume could as well stand on the other side if the sets do not differ.
+    """
+    of = [one.of_each_subject for one in (sets.generated, sets.held_out)]
+    of = [[one[i] for i in drawn(len(one), MOST, side)] for side, one in enumerate(of)]
+    made, held = (one.rows(network, i) for one, i in zip((sets.generated, sets.held_out), of, strict=True))
+    sizes = [len(i) for i in of]
+    told = f"; in the test {sizes[0]} generated and {sizes[1]} held-out"
+    if min(sizes) < 2:
+        return f"{told}, too few"
+    both = [torch.cat(groups) for groups in zip(made, held, strict=True)]
+    rows = FeatureSpace(both)(both)
+    figure.p_value = KernelDistance(rows[: sizes[0]], rows[sizes[0] :]).p_value()
+    if figure.p_value > LEVEL:
+        real = held
+        if sets.training:
+            scans = sets.training.rows(network, sets.training.of_each_subject)
+            real = [torch.cat(groups) for groups in zip(held, scans, strict=True)]
+        figure.sees = smallest_shift_seen(FeatureSpace(real)(real), *sizes)
+    return told
 
 
 def own_frechet_figure(sets: Sets) -> Figure:
@@ -151,19 +198,19 @@ def own_frechet_figure(sets: Sets) -> Figure:
         "frechet_own",
         DISTANCE,
         "Fréchet distance, own features",
-        f"Along the {axes} directions in which real volumes vary most, which so many volumes allow; 1 is the "
+        f"Along the {axes} directions in which volumes vary most, which so many volumes allow; 1 is the "
         "variance of real volumes.",
     )
     if missing := sets.too_few(2 * ROWS_AN_AXIS):
-        figure.missing, figure.about = missing, "Along the directions in which real volumes vary most."
+        figure.missing, figure.about = missing, "Along the directions in which volumes vary most."
         return figure
     _, made, held, first = spaces(sets, OWN)
-    project = PrincipalAxes(torch.cat([first, held[sets.second]]), axes)
-    count = sets.least
-    real = project(torch.cat([first, held[sets.second]]))
+    # Of all three alike: directions in which the floor's sets alone vary most would favour them.
+    project = PrincipalAxes(torch.cat([made, held, first]), axes)
+    made, held, first = map(project, (made, held, first))
+    real = torch.cat([first, held])
     size = (real - real.mean(0)).square().sum(1).mean().sqrt()  # of the spread of real volumes
-    made, held, first = ((project(rows)[:count] / size).numpy() for rows in (made, held[sets.second], first))
-    return with_floor(figure, _frechet, made, first, held, f"{count} on each side")
+    return with_floor(figure, _frechet, *((rows / size).numpy() for rows in (made, held, first)))
 
 
 def _frechet(first: np.ndarray, second: np.ndarray) -> float:
@@ -182,16 +229,8 @@ def medicalnet_figure(sets: Sets) -> Figure:
     if missing := sets.too_few(2):
         figure.missing = missing
         return figure
-    count = sets.least
-    made, held, first = (
-        rows[0][:count].numpy()
-        for rows in (
-            sets.generated.rows(MEDICALNET),
-            sets.held_out.rows(MEDICALNET, sets.second),
-            sets.reference.rows(MEDICALNET, sets.first),
-        )
-    )
-    return with_floor(figure, _frechet, made, first, held, f"{count} on each side")
+    sides = (one.rows(MEDICALNET, of)[0].numpy() for one, of in sets.sides.values())
+    return with_floor(figure, _frechet, *sides)
 
 
 def radimagenet_figure(sets: Sets) -> Figure:
@@ -201,19 +240,15 @@ def radimagenet_figure(sets: Sets) -> Figure:
         DISTANCE,
         "2.5D FID (RadImageNet)",
         "As published: the mean over sagittal, coronal and axial slices.",
-        counts=sets.counts,
+        counts=f"{sets.least} on each side",
     )
     if missing := sets.too_few(2):
         figure.missing = missing
         return figure
-    halves, held = sets.reference.slices, sets.held_out.slices
-    per_plane, floors = [], []
-    for plane in range(len(PLANES)):
-        whole = held[0][plane] + held[1][plane]
-        made = sets.generated.slices[0][plane] + sets.generated.slices[1][plane]
-        per_plane.append(frechet_of_moments(made, whole))
-        first = halves[0][plane] + halves[1][plane] if sets.training else halves[0][plane]
-        floors.append(frechet_of_moments(first, whole if sets.training else held[1][plane]))
+    per_plane, floors = (
+        [frechet_of_moments(*pair) for pair in zip(sets.slices[side], sets.slices["held"], strict=True)]
+        for side in ("made", "first")
+    )
     told = ", ".join(f"{name} {value:.4g}" for name, value in zip(PLANES, per_plane, strict=True))
     figure.about += f" Of the samples: {told}. No interval, since the slices are not kept."
     figure.value, figure.floor = float(np.mean(per_plane)), float(np.mean(floors))
@@ -238,34 +273,31 @@ def precision_figures(sets: Sets) -> list[Figure]:
             for key, about in kinds
         ]
     _, made, held, first = spaces(sets, OWN)
-    found, floors = (
-        precision_recall(held, made, NEIGHBOURS),
-        precision_recall(held[sets.second], first, NEIGHBOURS),
-    )
-    return [
-        Figure(
-            key,
-            DISTANCE,
-            f"{key.capitalize()}, own features",
-            about,
-            float(values.mean()),
-            interval(bootstrap_mean(values)),
-            float(floor.mean()),
-            interval(bootstrap_mean(floor)),
-            better="higher",
-            counts=sets.counts,
-        )
-        for (key, about), values, floor in zip(kinds, found, floors, strict=True)
-    ]
+    found, floors = (precision_recall(held, rows, NEIGHBOURS) for rows in (made, first))
+    figures = []
+    for (key, about), values, floor in zip(kinds, found, floors, strict=True):
+        draws = bootstrap_mean(values)
+        # Recall is of the same held-out scans in both, which are drawn alike; precision is of two sets.
+        of_floor = bootstrap_mean(floor, seed=0 if key == "recall" else 1)
+        figure = Figure(key, DISTANCE, f"{key.capitalize()}, own features", about, better="higher")
+        figure.value, figure.interval = float(values.mean()), interval(draws)
+        figure.floor, figure.floor_interval = float(floor.mean()), interval(of_floor)
+        figure.difference = difference_interval(draws - of_floor, figure.value - figure.floor, sets.least)
+        figure.counts = f"{sets.least} on each side"
+        figures.append(figure)
+    return figures
 
 
 def with_floor(
-    figure: Figure, statistic: Callable, made: np.ndarray, first: np.ndarray, held: np.ndarray, counts: str
+    figure: Figure, statistic: Callable, made: np.ndarray, held: np.ndarray, first: np.ndarray
 ) -> Figure:
-    """Fill in a distance of samples and of the floor's first set to held-out volumes, rows (N, K) each."""
-    figure.value, figure.interval = statistic(made, held), interval(bootstrap(statistic, made, held))
-    figure.floor, figure.floor_interval = statistic(first, held), interval(bootstrap(statistic, first, held))
-    figure.counts = counts
+    """Fill in a distance of samples and of the floor's first set to held-out volumes, rows (N, K) each, and
+    their difference."""
+    values, floors = bootstrap(statistic, made, first, second=held)
+    figure.value, figure.floor = statistic(made, held), statistic(first, held)
+    figure.interval, figure.floor_interval = (interval(np.maximum(0, one)) for one in (values, floors))
+    figure.difference = difference_interval(values - floors, figure.value - figure.floor, len(made))
+    figure.counts = f"{len(made)} on each side"
     return figure
 
 
@@ -280,24 +312,27 @@ def similarity_figures(sets: Sets) -> list[Figure]:
         "MS-SSIM between samples",
         "How alike two samples are, from 0 to 1; more than between scans means less variety.",
         better="near floor",
+        tolerance=ALIKE,
     )
     # The held-out volumes alone are few; training volumes are as real.
     real = sets.held_out.similarities + (sets.training.similarities if sets.training else [])
     made = sets.generated.similarities
-    if min(len(real), len(made)) < 1:
+    count = min(len(real), len(made))
+    if count < 1:
         figure.missing = f"needs 2 volumes of each, large enough for its window; there are {sets.counts}"
         return [figure]
-    figure.value, figure.interval = float(np.mean(made)), interval(bootstrap_mean(made))
-    figure.floor, figure.floor_interval = float(np.mean(real)), interval(bootstrap_mean(real))
-    figure.counts = f"{len(made)} pairs generated, {len(real)} real"
+    made, real = (np.array(pairs)[drawn(len(pairs), count, i)] for i, pairs in enumerate((made, real)))
+    draws, of_floor = bootstrap_mean(made), bootstrap_mean(real, seed=1)
+    figure.value, figure.interval = float(made.mean()), interval(draws)
+    figure.floor, figure.floor_interval = float(real.mean()), interval(of_floor)
+    figure.difference = difference_interval(draws - of_floor, figure.value - figure.floor, count)
+    figure.counts = f"{count} pair{'s' * (count > 1)} of each"
     return [figure]
 
 
 def appearance_figures(sets: Sets) -> list[Figure]:
     """Sharpness and intensities."""
     group = "Sharpness and intensity"
-    made, held = (np.array(one.spectra) for one in (sets.generated, sets.held_out))
-    first = np.array(sets.reference.spectra)[sets.first]
     figures = [
         Figure("spectrum", group, "Power spectrum", "Mean difference over all frequencies.", unit="dB"),
         Figure(
@@ -306,6 +341,7 @@ def appearance_figures(sets: Sets) -> list[Figure]:
             "Fine detail",
             f"Spectral power above {FINE} cycles a voxel, as a share of the held-out scans'.",
             better="near floor",
+            tolerance=SHARP,
         ),
         Figure(
             "histogram",
@@ -320,19 +356,15 @@ def appearance_figures(sets: Sets) -> list[Figure]:
         for figure in figures:
             figure.missing = missing
         return figures
-    with_floor(figures[0], spectrum_distance, made, first, held[sets.second], sets.counts)
     fine = sets.held_out.spectrum.frequencies >= FINE
 
     def share(a: np.ndarray, b: np.ndarray) -> float:
         return float(a[:, fine].mean() / b[:, fine].mean()) if fine.any() and b[:, fine].any() else math.nan
 
-    with_floor(figures[1], share, made, first, held[sets.second], sets.counts)
-    histograms = [
-        np.array(sets.generated.histograms),
-        np.array(sets.reference.histograms)[sets.first],
-        np.array(sets.held_out.histograms)[sets.second],
-    ]
-    with_floor(figures[2], lambda a, b: 100 * histogram_distance(a, b), *histograms, sets.counts)
+    spectra, histograms = ([np.array(one) for one in sets.chosen(key)] for key in ("spectra", "histograms"))
+    with_floor(figures[0], spectrum_distance, *spectra)
+    with_floor(figures[1], share, *spectra)
+    with_floor(figures[2], lambda a, b: 100 * histogram_distance(a, b), *histograms)
     return figures
 
 
@@ -347,12 +379,7 @@ def tissue_figures(sets: Sets) -> list[Figure]:
     figures = []
     for field in fields(Tissues):
         made, held, first = (
-            finite([getattr(one, field.name) for one in tissues])
-            for tissues in (
-                sets.generated.tissues,
-                sets.held_out.tissues[sets.second],
-                sets.reference.tissues[sets.first],
-            )
+            finite([getattr(one, field.name) for one in tissues]) for tissues in sets.chosen("tissues")
         )
         figure = Figure(f"tissue_{field.name}", "Anatomy", names[field.name], "", unit="ml")
         figures.append(figure)
@@ -363,7 +390,9 @@ def tissue_figures(sets: Sets) -> list[Figure]:
             f"How far the distributions are apart (Wasserstein distance). Samples {_spread(made)} ml, "
             f"held-out scans {_spread(held)} ml."
         )
-        with_floor(figure, wasserstein_distance, made, first, held, sets.counts)
+        figure.tolerance = [0.0, HALF * float(np.concatenate([held, first]).std())]
+        least = min(map(len, (made, held, first)))
+        with_floor(figure, wasserstein_distance, made[:least], held[:least], first[:least])
     return figures
 
 
@@ -391,7 +420,9 @@ def reconstruction_figures(sets: Sets) -> list[Figure]:
         figure = Figure(f"reconstruction_{key}", "Reconstruction", name, about, unit=unit, better=better)
         if len(values):
             figure.value = float(values[:, column].mean())
-            figure.interval = interval(bootstrap_mean(values[:, column]))
+            figure.interval = difference_interval(
+                bootstrap_mean(values[:, column]), figure.value, len(values)
+            )
             figure.counts = f"{len(values)} held-out"
         else:
             figure.missing = "no autoencoder is named: give --autoencoder FILE, or -c and -e"
@@ -409,14 +440,15 @@ def classifier_figures(sets: Sets) -> list[Figure]:
     figure = Figure(
         "inception_score", "Classifier", "Inception Score", about, better="near floor", counts=sets.counts
     )
-    made, real = (torch.stack(one.probabilities).numpy() for one in (sets.generated, sets.held_out))
+    if missing := sets.too_few(1):
+        figure.missing = missing
+        return [figure]
 
     def score(rows: np.ndarray, _: np.ndarray) -> float:
         return inception_score(torch.from_numpy(rows))
 
-    figure.value, figure.interval = score(made, real), interval(bootstrap(score, made, real))
-    figure.floor, figure.floor_interval = score(real, made), interval(bootstrap(score, real, made))
-    return [figure]
+    made, held, _ = (torch.stack(rows).numpy() for rows in sets.chosen("probabilities"))
+    return [with_floor(figure, score, made, held, held)]
 
 
 # ---------------------------------------------------------------- copies
@@ -476,13 +508,22 @@ def copy_figures(sets: Sets, nearest: dict | None) -> list[Figure]:
         f"Closer to a training scan than {verdict.limit:.3g}: half of the held-out scans' median distance, "
         f"or {memorisation.IDENTICAL:g} where that is less."
     )
-    copies.value, copies.floor = 100 * float(verdict.copies.mean()), 100 * float(verdict.leaks.mean())
-    median.value, median.floor = float(np.median(made)), float(np.median(held))
-    for figure, values in ((median, made), (copies, 100.0 * verdict.copies)):
-        statistic = np.median if figure is median else np.mean
-        figure.interval = interval(bootstrap(lambda a, _, s=statistic: float(s(a)), values, held))
-    median.floor_interval = interval(bootstrap(lambda a, _: float(np.median(a)), held, made))
+    rng = np.random.default_rng(0)
+    least = min(len(made), len(held))
+    of_made, of_held = (rng.integers(len(one), size=(DRAWS, len(one))) for one in (made, held))
+    for figure, statistic, values, floor in (
+        (copies, np.mean, 100.0 * verdict.copies, 100.0 * verdict.leaks),
+        (median, np.median, made, held),
+    ):
+        draws, floors = statistic(values[of_made], axis=1), statistic(floor[of_held], axis=1)
+        figure.value, figure.floor = float(statistic(values)), float(statistic(floor))
+        figure.interval, figure.floor_interval = interval(draws), interval(floors)
+        figure.difference = difference_interval(draws - floors, figure.value - figure.floor, least)
     closer.value, closer.floor = 100 * verdict.closer, 50.0
+    order = np.sign(held - made[:, None])  # 1 where the sample is closer
+    draws = np.array([order[np.ix_(i, j)].mean() for i, j in zip(of_made, of_held, strict=True)])
+    closer.interval = interval(50 + 50 * draws)
+    closer.difference = difference_interval(50 * draws, closer.value - closer.floor, least)
     for figure in figures:
         figure.counts = sets.counts
     return figures

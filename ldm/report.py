@@ -169,8 +169,10 @@ def _table(rows: Sequence[dict]) -> str:
     columns = "".join(f'<th scope="col">{one}</th>' for one in headings)
     return (
         '<p class="soft">The floor is what real scans score against real scans by the same computation: no '
-        "generator is expected to do better. In brackets below a number: its interval. In the drawings, from "
-        "zero: the value with its interval (dot, line) and the floor with its interval (bar, band).</p>\n"
+        "generator is expected to do better. Value and floor are of equal numbers of volumes, but for "
+        "copies. In brackets below a number: its 95 % interval; p: how often two sets of one kind are as far "
+        "apart by chance. In the drawings, from zero: the value with its interval (dot, line) and the floor "
+        "with its interval (bar, band); below them the interval of value minus floor.</p>\n"
         f"<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody></table>"
     )
 
@@ -195,8 +197,14 @@ def _with_interval(row: dict, value: str, interval: str) -> str:
     unit = f" {escape(row['unit'])}" if row["unit"] and row[value] is not None else ""
     text = f"<span><b>{_number(row[value])}</b>{unit}"
     if row[interval] is not None:
-        text += f"<small>[{_number(row[interval][0])}, {_number(row[interval][1])}]</small>"
+        text += f"<small>{_interval(row[interval])}</small>"
+    if value == "value" and row.get("p_value") is not None:
+        text += f"<small>p = {_number(row['p_value'])}</small>"
     return text + "</span>"
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f"[{_number(interval[0])}, {_number(interval[1])}]"
 
 
 def _drawing(row: dict) -> str:
@@ -223,6 +231,8 @@ def _drawing(row: dict) -> str:
     marks.append(f'<circle class="value" cx="{x(value)}" cy="11" r="4"/>')
     label = f"value {_number(value)}, floor {_number(floor)}"
     times = f"<small>{_number(value / floor)} × floor</small>" if floor > 0 and value > 0 else ""
+    if row.get("difference") is not None:
+        times += f"<small>difference {_interval(row['difference'])}</small>"
     return (
         f'<span><svg width="160" height="22" viewBox="0 0 160 22" role="img" aria-label="{label}">'
         f"{''.join(marks)}</svg>{times}</span>"

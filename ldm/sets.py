@@ -1,7 +1,7 @@
 """Sets of volumes, reduced to rows of numbers: the volumes come one after the other, and none is kept."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ldm.metrics import (
 OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # networks of features
 BLURS = (0.25, 0.5, 1.0, 2.0)  # voxels, of the scans that distances are told by
 PAIRS = 100  # of which MS-SSIM is taken at most
+MOST = 2000  # volumes on a side of a distance
 
 
 class VolumeSet:
@@ -48,9 +49,8 @@ class VolumeSet:
     ):
         self.name, self.networks, self.spectrum, self.spacing = name, networks, spectrum, spacing
         self.count, self.classifier = count, classifier
-        self.names, self.spectra, self.histograms, self.tissues = [], [], [], []
+        self.names, self.subjects, self.spectra, self.histograms, self.tissues = [], [], [], [], []
         self.features = {network: [] for network in networks if network != RADIMAGENET}
-        self.slices = [[Moments() for _ in PLANES] for _ in range(2)]  # of every other volume
         self.similarities, self.reconstructions, self.probabilities = [], [], []
         self._before = self._thumbnails = None
 
@@ -58,27 +58,27 @@ class VolumeSet:
         return len(self.names)
 
     @torch.no_grad()
-    def add(self, name: str, volume: torch.Tensor) -> None:
-        """A volume (1, C, D, H, W) in the unit range, float32."""
+    def add(self, name: str, volume: torch.Tensor, subject: str | None = None) -> None:
+        """A volume (1, C, D, H, W) in the unit range, float32; each is of a subject of its own where none is
+        named."""
         for network, features in self.features.items():
             features.append(self.networks[network](volume))
-        if RADIMAGENET in self.networks:
-            for moments, rows in zip(
-                self.slices[len(self) % 2], self.networks[RADIMAGENET](volume), strict=True
-            ):
-                moments.add(rows)
         thumbnail = memorisation.thumbnail(volume)
         if self._thumbnails is None:
             # In one piece: between them the memory of volumes that have gone would be left in holes.
             self._thumbnails = thumbnail.new_empty(self.count, *thumbnail.shape)
         self._thumbnails[len(self)] = thumbnail
         self.names.append(name)
+        self.subjects.append(subject or name)
         self.spectra.append(self.spectrum(volume))
         self.histograms.append(histogram(volume))
         self.tissues.append(tissue_volumes(volume[0, 0].cpu().numpy(), self.spacing))
-        if self._before is not None and len(self.similarities) < PAIRS and scales_of(volume.shape[2:]):
+        # Pairs that share no volume: only then are they independent.
+        if self._before is None:
+            self._before = volume
+        elif len(self.similarities) < PAIRS and scales_of(volume.shape[2:]):
             self.similarities.append(ms_ssim(self._before, volume))
-        self._before = volume
+            self._before = None
         if self.classifier:
             self.probabilities.append(self.classifier(volume)[0].softmax(0).double().cpu())
 
@@ -92,9 +92,16 @@ class VolumeSet:
         """What is compared in the search for copies, (N, C, d, h, w) float16."""
         return self._thumbnails[: len(self)]
 
-    def rows(self, network: str, of: slice = slice(None)) -> list[torch.Tensor]:
-        """Features of some volumes: (N, F) a group."""
-        return stacked(self.features[network][of])
+    def rows(self, network: str, of: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Features of some volumes, or of all: (N, F) a group."""
+        features = self.features[network]
+        return stacked(features if of is None else [features[i] for i in of])
+
+    @property
+    def of_each_subject(self) -> list[int]:
+        """One volume of each subject, since those of one subject are more alike than others."""
+        first = {subject: i for i, subject in reversed(list(enumerate(self.subjects)))}
+        return sorted(first.values())
 
 
 class Yardsticks:
@@ -142,10 +149,19 @@ def _blurred(sigma: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return blur
 
 
+def drawn(count: int, wanted: int, side: int) -> list[int]:
+    """Which of `count` volumes stand on a side of a figure, in their order, by a draw that depends on nothing
+    else."""
+    return sorted(np.random.default_rng([0, side]).permutation(count)[:wanted].tolist())
+
+
 @dataclass
 class Sets:
     """What is compared. Where there is no training set, the floor is between two halves of the held-out
     volumes.
+
+    Many distances depend on the sizes of the sets. Samples and the floor's first set are therefore compared
+    with the same held-out volumes, with `least` volumes on each side.
 
     `yardsticks` are of the volumes that the floor's first set begins with.
     """
@@ -154,6 +170,7 @@ class Sets:
     generated: VolumeSet
     training: VolumeSet | None
     yardsticks: Yardsticks
+    slices: dict[str, list[Moments]] = field(default_factory=dict)  # of each side, for each plane
 
     @property
     def present(self) -> list[VolumeSet]:
@@ -166,23 +183,40 @@ class Sets:
         return self.training or self.held_out
 
     @property
-    def first(self) -> slice:
-        """Those of `reference` on the one side of the floor."""
-        return slice(None) if self.training else slice(0, None, 2)
-
-    @property
-    def second(self) -> slice:
-        """The held-out volumes on its other side."""
-        return slice(None) if self.training else slice(1, None, 2)
+    def _pools(self) -> dict[str, list[int]]:
+        """The volumes that may stand on each side."""
+        held, reference = range(len(self.held_out)), range(len(self.reference))
+        return {
+            "made": list(range(len(self.generated))),
+            "held": list(held if self.training else held[1::2]),
+            "first": list(reference if self.training else reference[::2]),
+        }
 
     @property
     def least(self) -> int:
-        """Volumes on the smallest side of any comparison."""
-        return min(
-            len(self.generated.names),
-            len(self.reference.names[self.first]),
-            len(self.held_out.names[self.second]),
-        )
+        """Volumes on each side of a figure and of its floor."""
+        return min(MOST, *map(len, self._pools.values()))
+
+    @property
+    def sides(self) -> dict[str, tuple[VolumeSet, list[int]]]:
+        """For the samples ("made"), the held-out volumes ("held") and the floor's first set ("first"): the
+        set, and which `least` of it."""
+        of = {"made": self.generated, "held": self.held_out, "first": self.reference}
+        return {
+            name: (of[name], [pool[i] for i in drawn(len(pool), self.least, side)])
+            for side, (name, pool) in enumerate(self._pools.items())
+        }
+
+    def chosen(self, key: str) -> tuple[list, list, list]:
+        """What a list of each set holds for the volumes of each side: made, held, first."""
+        return tuple([getattr(one, key)[i] for i in of] for one, of in self.sides.values())
+
+    def add_slices(self, side: str, volume: torch.Tensor) -> None:
+        """Add a volume of this side for the 2.5D distance, which takes the moments of all slices: the slices
+        are too many to be kept."""
+        moments = self.slices.setdefault(side, [Moments() for _ in PLANES])
+        for one, rows in zip(moments, self.generated.networks[RADIMAGENET](volume), strict=True):
+            one.add(rows)
 
     @property
     def counts(self) -> str:

@@ -1,20 +1,20 @@
 """What the figures of an evaluation say, in plain words: the lines that a user reads first.
 
-Each is a tone ("good", "warn", "bad", or "none" where nothing can be said) and a sentence. They say no more
-than the figures do: where an interval reaches the floor's, that no difference can be seen, and with how many
-volumes.
+Each is a tone and a sentence. "good" is said only where a difference that matters would have been seen,
+"warn" and "bad" of samples only where there is a difference beyond chance. Where the volumes are too few for
+either, the tone is "none" and the line says so.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.evaluation import Figure
+from ldm.distances import LEVEL, POWER
+from ldm.evaluation import HALF, Figure
 from ldm.sets import BLURS, MEDICALNET, OWN, blurred_scans
 
-ALIKE = 0.02  # by which MS-SSIM may exceed that of scans
 PLAIN_BLUR = 0.75  # voxels, which any eye sees
-SHARP = 0.8, 1.25  # share of the held-out scans' fine detail that is as it should be
+RATE = 0.1  # of copies among samples, which so many samples as are needed show
 WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
 FEW = 20  # volumes, below which a line says so
 FEWEST = 5  # held-out scans, below which their median is no measure
@@ -35,7 +35,7 @@ def verdicts(figures: Sequence[Figure], nearest: dict | None, counts: dict[str, 
         realism(found),
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
-        anatomy([figure for key, figure in found.items() if key.startswith("tissue_")], counts),
+        anatomy([figure for key, figure in found.items() if key.startswith("tissue_")]),
         autoencoder(found),
         numbers(counts),
     ]
@@ -64,13 +64,21 @@ def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
     )
     if rough := len(verdict.leaks) < FEWEST:
         text += f" With {len(verdict.leaks)} held-out scan(s) that limit is rough."
+    # With a share of `RATE` copies among all that the model makes, so many samples would show one or more.
+    if few := 1 - (1 - RATE) ** total < POWER:
+        most = 100 * (1 - LEVEL ** (1 / total))
+        text += (
+            f" But {total} sample(s) are few: up to {most:.0f} % of all that the model makes could be copies."
+        )
     if verdict.z <= SUSPICIOUS:
         text += (
             " But samples as a whole lie closer to training scans than held-out scans do "
             f"({100 * verdict.closer:.0f} % of pairs, 50 % would be chance): by blur, or because parts are "
             "learnt by heart. Look at the closest pairs."
         )
-    return ("warn" if leaks or rough or verdict.z <= SUSPICIOUS else "good"), text + held
+    if leaks or verdict.z <= SUSPICIOUS:
+        return "warn", text + held
+    return ("none" if rough or few else "good"), text
 
 
 def realism(found: dict[str, Figure]) -> tuple[str, str]:
@@ -80,15 +88,27 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
         return "none", f"How real samples look was not measured: {found[f'mmd_{OWN}'].missing}."
     key = measured[0]
     figure, features = found[key], "own features" if key.endswith(OWN) else "MedicalNet's features"
-    if figure.interval[0] <= max(figure.floor, figure.floor_interval[1]):
-        return "good", (
-            f"Samples are as far from held-out scans as other real scans are ({features}): with this many "
-            "volumes no difference can be seen."
+    if figure.p_value is None:
+        return "none", "Too few subjects to tell whether samples differ from held-out scans."
+    p = f"p = {figure.p_value:.2g}, {features}"
+    if figure.p_value > LEVEL:
+        text = f"A permutation test cannot tell samples from held-out scans apart ({p})"
+        if figure.sees is not None and figure.sees <= HALF:
+            return "good", (
+                f"{text}. With so many volumes it finds a difference of half a standard deviation in four of "
+                "five cases."
+            )
+        least = "more than 3 standard deviations"
+        if figure.sees is not None:
+            least = f"{figure.sees:g} standard deviation{'s' * (figure.sees != 1)}"
+        return "none", (
+            f"{text}. This does not show that they are alike: with so few volumes a difference must be "
+            f"{least} to be found in four of five cases."
         )
     ladder = [max(found[f"{key}: {blurred_scans(sigma)}"].value, 1e-9) for sigma in BLURS]
     ladder = np.maximum.accumulate(ladder)
     if figure.value < ladder[0]:
-        tone, place = "good", f"closer than {blurred_scans(BLURS[0])}"
+        tone, place = "warn", f"closer than {blurred_scans(BLURS[0])}"
     elif figure.value > ladder[-1]:
         times = figure.value / ladder[-1]
         far = (
@@ -101,7 +121,7 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
             ("warn" if blur < PLAIN_BLUR else "bad"),
             f"as far as scans blurred by {blur:.1f} voxels",
         )
-    text = f"Samples differ from held-out scans: they are {place} ({features})."
+    text = f"A permutation test tells samples from held-out scans apart ({p}): they are {place}."
     reconstructions = found.get(f"{key}: reconstructions")
     if reconstructions and reconstructions.value > WORTH_TELLING * figure.value:
         text += f" {_share(reconstructions.value, figure.value)} of this distance is the autoencoder's."
@@ -112,16 +132,28 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * min(1.0, max(0.0, part / whole)):.0f} %"
 
 
+def judged(interval: Sequence[float] | None, tolerance: Sequence[float]) -> str:
+    """What the interval of a difference says: "alike" where it lies within what does not matter, "less" or
+    "more" where it does not reach zero, else "unknown"."""
+    if interval is None or not np.isfinite(interval).all():
+        return "unknown"
+    low, high = interval
+    if tolerance[0] <= low and high <= tolerance[1]:
+        return "alike"
+    return "more" if low > 0 else "less" if high < 0 else "unknown"
+
+
 def sharpness(figure: Figure) -> tuple[str, str] | None:
     """Fine detail beside that of scans."""
     if figure.missing or figure.value is None:
         return None
-    share, low, high = 100 * figure.value, *SHARP
-    if figure.value < low:
-        return "warn", f"Samples are softer than scans: they hold {share:.0f} % of the fine detail."
-    if figure.value > high:
-        return "warn", f"Samples are noisier than scans: they hold {share:.0f} % of the fine detail's power."
-    return "good", f"Samples are as sharp as scans: they hold {share:.0f} % of the fine detail."
+    hold = f"they hold {100 * figure.value:.0f} % of the fine detail of held-out scans"
+    return {
+        "alike": ("good", f"Samples are about as sharp as scans: {hold}."),
+        "less": ("warn", f"Samples are softer than scans: {hold}."),
+        "more": ("warn", f"Samples are noisier than scans: {hold}."),
+        "unknown": ("none", f"Too few volumes to tell whether samples are as sharp as scans: {hold}."),
+    }[judged(figure.difference, figure.tolerance)]
 
 
 def diversity(figure: Figure) -> tuple[str, str] | None:
@@ -129,29 +161,31 @@ def diversity(figure: Figure) -> tuple[str, str] | None:
     if figure.missing:
         return "none", f"How varied samples are was not measured: {figure.missing}."
     text = f"two samples are {figure.value:.2f} alike (MS-SSIM), two scans {figure.floor:.2f}."
-    if figure.value > figure.floor + ALIKE and figure.interval[0] > figure.floor_interval[1]:
-        return "warn", f"Samples are less varied than scans: {text}"
-    if figure.value < figure.floor - ALIKE and figure.interval[1] < figure.floor_interval[0]:
-        return "warn", f"Samples are less alike than scans are, which noise and faults do too: {text}"
-    return "good", f"Samples are about as varied as scans: {text}"
+    return {
+        "alike": ("good", f"Samples are about as varied as scans: {text}"),
+        "more": ("warn", f"Samples are less varied than scans: {text}"),
+        "less": ("warn", f"Samples are less alike than scans are, which noise and faults do too: {text}"),
+        "unknown": ("none", f"Too few volumes to tell whether samples are as varied as scans: {text}"),
+    }[judged(figure.difference, figure.tolerance)]
 
 
-def anatomy(figures: Sequence[Figure], counts: dict[str, int]) -> tuple[str, str] | None:
+def anatomy(figures: Sequence[Figure]) -> tuple[str, str] | None:
     """Whether tissue volumes are distributed as those of scans."""
-    measured = [figure for figure in figures if not figure.missing and figure.floor_interval]
+    measured = [figure for figure in figures if not figure.missing]
     if not measured:
         return None
-    off = [figure for figure in measured if figure.interval[0] > max(figure.floor, figure.floor_interval[1])]
+    # The distance itself, not less its floor: it is never below the difference of the means.
+    close = [figure for figure in measured if judged(figure.interval, figure.tolerance) == "alike"]
+    off = [one for one in measured if one not in close and one.difference and one.difference[0] > 0]
     worst = max(off or measured, key=lambda figure: figure.value / max(figure.floor, 1e-9))
     told = f"{worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
     if off:
         return "warn", f"{len(off)} of {len(measured)} tissue volumes are off, the most: {told}"
-    if min(counts["generated"], counts["held-out"]) < FEW:
-        return (
-            "none",
-            f"So few volumes do not tell whether tissues are as large as in scans. Most apart: {told}",
-        )
-    return "good", f"Tissue volumes are distributed as in scans, as far as so many tell. Most apart: {told}"
+    if len(close) < len(measured):
+        return "none", f"Too few volumes to tell whether tissues are as large as in scans. Most apart: {told}"
+    return "good", (
+        f"Tissue volumes are distributed as in scans, to within half a standard deviation. Most apart: {told}"
+    )
 
 
 def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
@@ -159,10 +193,14 @@ def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
     psnr, ssim = found["reconstruction_psnr"], found["reconstruction_ssim"]
     if psnr.missing:
         return None
-    tone = "good" if psnr.value >= GOOD_PSNR else "warn" if psnr.value >= FAIR_PSNR else "bad"
+    low, high = psnr.interval or (-np.inf, np.inf)
+    tone = (
+        "good" if low >= GOOD_PSNR else "bad" if high < FAIR_PSNR else "warn" if high < GOOD_PSNR else "none"
+    )
+    few = " Too few held-out scans to tell whether that is enough." if tone == "none" else ""
     return tone, (
         f"The autoencoder gives held-out scans back at {psnr.value:.1f} dB PSNR and {ssim.value:.3f} SSIM; "
-        "what it loses, samples do not have."
+        f"what it loses, samples do not have.{few}"
     )
 
 

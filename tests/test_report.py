@@ -52,6 +52,8 @@ def evaluation(name: str = "sub-01") -> dict:
         "interval": [0.25, 0.38],
         "floor": 0.0021,
         "floor_interval": [-0.004, 0.009],
+        "difference": [0.2, 0.4],
+        "p_value": 0.001,
         "unit": f"ml {name}",
         "better": "lower",
         "counts": f"60 generated {name}",
@@ -211,7 +213,8 @@ def test_it_says_everything(plain):
     said += [metrics["figures"][2]["missing"], "24 × 32 × 20 voxels of 1 × 1.5 × 2 mm", "held-out/sub-01"]
     assert [one for one in said if one not in text] == []
     assert text.index("A bad verdict") < text.index("A warn verdict") < text.index("Kernel distance")
-    assert "0.312 ml sub-01 [0.25, 0.38] 0.0021 ml sub-01 [−0.004, 0.009] 149 × floor ↓ lower" in text
+    row = "0.312 ml sub-01 [0.25, 0.38] p = 0.001 0.0021 ml sub-01 [−0.004, 0.009] 149 × floor"
+    assert f"{row} difference [0.2, 0.4] ↓ lower" in text
     assert "Flagged distance 0.04, limit 0.05" in text and "Not flagged distance 0.14, limit 0.05" in text
 
 
