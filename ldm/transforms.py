@@ -179,7 +179,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
     elif header["qform_code"] != 0:
         try:
             qform = np.diag([factor, factor, factor, 1]) @ header.get_qform()
-        except nib.spatialimages.HeaderDataError:
+        except (nib.spatialimages.HeaderDataError, ValueError):
             return [*notes, "its qform is no rotation: the sform is used"]
         if (distance := corners_apart(image.shape, qform, image.affine)) > sizes.min() / 2:
             notes.append(f"qform and sform place it {distance:.2g} mm apart: the sform wins")
