@@ -341,7 +341,7 @@ def test_what_a_header_says_twice_or_not_at_all_is_noted(tmp_path):
     content = bytearray(headed(path).read_bytes())
     content[256:260] = struct.pack("<f", 2)  # quatern_b, of which no rotation has more than 1
     path.write_bytes(content)
-    assert header_notes(open_image(path)) == ["its qform is no rotation: the sform is used"]
+    assert header_notes(open_image(path)) == ["its qform is no affine: the sform wins"]
     (note,) = header_notes(open_image(headed(path, sform=0, qform=0)))
     assert note.startswith("no orientation in its header") and note.endswith("for left, anterior, superior")
     assert open_image(path).affine[0, 0] == -2  # as the note says
