@@ -179,9 +179,12 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
         )
     elif header["qform_code"] != 0:
         try:
-            qform = np.diag([factor, factor, factor, 1]) @ header.get_qform()
-        except nib.spatialimages.HeaderDataError:
-            return [*notes, "its qform is no rotation: the sform is used"]
+            qform = header.get_qform()
+        except (nib.spatialimages.HeaderDataError, ValueError):
+            qform = np.full((4, 4), np.nan)
+        if not np.isfinite(qform).all():
+            return [*notes, "its qform is no affine: the sform wins"]
+        qform[:3] *= factor
         if (distance := corners_apart(image.shape, qform, image.affine)) > sizes.min() / 2:
             notes.append(f"qform and sform place it {distance:.2g} mm apart: the sform wins")
     return notes

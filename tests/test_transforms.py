@@ -338,6 +338,10 @@ def test_what_a_header_says_twice_or_not_at_all_is_noted(tmp_path):
     assert note == "qform and sform place it 20 mm apart: the sform wins"
     (note,) = header_notes(open_image(headed(path, turned=np.diag([-1.0, 1.0, 1.0, 1.0]))))
     assert note == "pixdim says voxels of 1 x 1 x 1 mm, the sform 2 x 2 x 3 mm: the sform wins"
+    content = bytearray(headed(path).read_bytes())
+    content[256:260] = struct.pack("<f", 2)  # quatern_b, of which no rotation has more than 1
+    path.write_bytes(content)
+    assert header_notes(open_image(path)) == ["its qform is no affine: the sform wins"]
     (note,) = header_notes(open_image(headed(path, sform=0, qform=0)))
     assert note.startswith("no orientation in its header") and note.endswith("for left, anterior, superior")
     assert open_image(path).affine[0, 0] == -2  # as the note says
