@@ -204,6 +204,7 @@ class VolumeDataset(Dataset):
                 tell(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
         volume = make(case)
         if self.cache_is_writable:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)  # a file in its place is an error
             try:
                 write_array(path, volume)
             except OSError as error:
