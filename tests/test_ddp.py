@@ -23,9 +23,12 @@ from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
 from ldm.training import Stepper
 
-pytestmark = pytest.mark.skipif(
-    os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows does not have"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows does not have"
+    ),
+    pytest.mark.filterwarnings("ignore::FutureWarning:generative"),
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Three epochs of two steps, the adversarial term from the second epoch on.
 RUN = ["--no-amp", "--set", "autoencoder_train.max_epochs=3", "--set", "diffusion_train.max_epochs=3"]
