@@ -77,8 +77,8 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     config["autoencoder_train"].update(reference.LOSS)
     cases = [Case(str(i), ()) for i in range(2)]
     data = benchmark.VolumesInMemory(cases, numbers(2, 1, 16, 20, 12).abs())
-    batch = {"image": data.images, "epoch": torch.zeros(2, dtype=int), "index": torch.arange(2)}
     theirs, ours = reference.Autoencoder(config, RUN), project.Autoencoder(config, data, RUN)
+    batch = torch.utils.data.default_collate([ours.dataset[(0, i)] for i in range(2)])
     before = autoencoder_of(config)
     before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
     for one in (theirs.autoencoder, ours.networks.encoder.autoencoder):

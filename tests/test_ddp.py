@@ -24,9 +24,12 @@ from ldm.encoders import LatentEncoder
 from ldm.layouts import find_cases
 from ldm.training import Stepper
 
-pytestmark = pytest.mark.skipif(
-    os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows does not have"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.name == "nt", reason="torchrun asks for libuv, which PyTorch for Windows does not have"
+    ),
+    pytest.mark.filterwarnings("ignore::FutureWarning:generative"),
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Three epochs of two steps, the adversarial term from the second epoch on.
 RUN = ["--no-amp", "--set", "autoencoder_train.max_epochs=3", "--set", "diffusion_train.max_epochs=3"]

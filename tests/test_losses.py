@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 import types
+from unittest.mock import MagicMock
 
 import chain
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_autoencoder
 import train_diffusion
 from ldm import UserError, backbones
+from ldm.datasets import Case
 from ldm.diffusion import NoiseProcess
 from ldm.encoders import LatentEncoder
 from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence, least_squares, unit_vectors
@@ -236,6 +238,25 @@ def test_whole_lpips_file(squeezenet, tmp_path):
     torch.save(model.state_dict(), tmp_path / "lpips.pth")
     other = PerceptualLoss("squeeze", tmp_path / "lpips.pth").network
     assert all(torch.equal(value, model.state_dict()[k]) for k, value in other.state_dict().items())
+
+
+def test_the_held_out_loss_compares_the_same_slices_each_time(squeezenet):
+    """Drawn by case, not by its place in the list; so that a validation differs by its weights alone."""
+    section = {"recon_loss": "l2", "gradient_weight": 0.5, "kl_weight": 1.0}
+    section |= {"perceptual_weight": 2.0, "perceptual_network": "squeeze", "perceptual_slice_ratio": 0.1}
+    criterion, images = train_autoencoder.AutoencoderLoss(section, squeezenet[0]), numbers(2, 1, 20, 20, 20)
+    encoder, found = nn.Module(), []
+    encoder.reconstruct = lambda image: image.sqrt()
+    for order in ([0, 1], [0, 1], [1, 0]):
+        held_out = MagicMock(cases=[Case(str(i), ()) for i in order], seed=0)
+        held_out.__len__ = lambda self: 2
+        held_out.__getitem__ = lambda self, key, order=order: {"image": images[order[key[1]]]}
+        scores, _ = train_autoencoder.validate(encoder, criterion, held_out, Run(0, 1, torch.device("cpu")))
+        found.append(scores)
+    assert found[0] == found[1] and found[0]["perceptual_loss"] > 0
+    assert found[2]["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+    weighted = found[0]["recon_loss"] + 0.5 * found[0]["gradient_loss"] + 2 * found[0]["perceptual_loss"]
+    assert found[0]["loss"] == pytest.approx(weighted, rel=1e-5) and "kl_loss" not in found[0]
 
 
 # ---- what a GPU would be waited for
