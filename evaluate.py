@@ -48,7 +48,7 @@ import utils
 from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
-from ldm.datasets import Case, find_cases, read_json, size_at, stream, volume_size
+from ldm.datasets import IMAGE_SUFFIXES, Case, find_cases, read_json, size_at, stream, volume_size
 from ldm.encoders import LatentEncoder
 from ldm.logs import read_log
 from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
@@ -202,7 +202,8 @@ def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], li
         raise UserError(
             f"{unet}: no such checkpoint. Run train_diffusion.py, or name the samples by --generated."
         )
-    samples, others = provenance.samples_of(folder, {"autoencoder": autoencoder, "unet": unet})
+    checkpoints = {"autoencoder": autoencoder, "unet": unet}
+    samples, others = provenance.samples_of(folder, checkpoints, IMAGE_SUFFIXES)
     left_out = f"left out: {provenance.told(others)}" if others else ""
     if not samples:
         raise UserError(

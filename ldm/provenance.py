@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm import UserError, brief
 from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, sha256_of, write_json, written_whole
-from ldm.datasets import IMAGE_SUFFIXES, read_json
+from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
 from ldm.schemas import StrictValidator, fault, fields
 
@@ -208,12 +208,15 @@ def limits_of(path: Path) -> list[list[float]] | None:
 # ---------------------------------------------------------------- which volumes are whose samples
 
 
-def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, dict], dict[str, list[str]]]:
+def samples_of(
+    folder: Path, checkpoints: dict[str, Path], endings: tuple[str, ...]
+) -> tuple[dict[Path, dict], dict[str, list[str]]]:
     """The volumes that a model drew into a folder: those directly in it whose records name these checkpoints,
     as they are now, and whose bytes are those recorded.
 
     Args:
         checkpoints: the file of each of `CHECKPOINTS`.
+        endings: of the names of volumes, in lower case.
 
     Returns:
         (samples, others): the samples' records by file, sorted by name; and the names of all other volumes in
@@ -225,7 +228,7 @@ def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, d
     hashes = {key: sha256_of(path) for key, path in checkpoints.items()}
     samples, others = {}, {}
     for path in sorted(folder.rglob("*")):
-        if not path.name.endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
+        if not path.name.lower().endswith(endings) or path.name.startswith("."):
             continue
         inside = path.relative_to(folder).parts
         record, reason = None, f"in {inside[0]}/"
