@@ -214,7 +214,8 @@ def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], li
         raise UserError(
             f"{unet}: no such checkpoint. Run train_diffusion.py, or name the samples by --generated."
         )
-    samples, others = provenance.samples_of(folder, {"autoencoder": autoencoder, "unet": unet})
+    checkpoints = {"autoencoder": autoencoder, "unet": unet}
+    samples, others = provenance.samples_of(folder, checkpoints)
     left_out = f"left out: {provenance.told(others)}" if others else ""
     if not samples:
         raise UserError(
