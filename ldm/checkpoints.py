@@ -171,7 +171,7 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     except OSError as error:
         if keep and not path.exists() and keep.exists():
             os.replace(keep, path)
-        remedy = " Free space, and the same command goes on." if error.errno in NO_SPACE else ""
+        remedy = " Free space, then run the same command to resume." if error.errno in NO_SPACE else ""
         raise OSError(
             f"{path} could not be written ({error.strerror or error}). What was there is as it was.{remedy}"
         ) from None
@@ -274,10 +274,10 @@ class StageFiles:
         return [path for path in (self.best, self.last, self.prev) if path.exists()]
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, dict]:
-        """The newest good checkpoint to go on from and its content, where one is `present`.
+        """The newest good checkpoint to resume from and its content, where one is `present`.
 
         Raises:
-            UserError: there is none to go on from.
+            UserError: there is none to resume from.
         """
         faults = []
         for path in (self.last, self.prev):
@@ -294,11 +294,11 @@ class StageFiles:
             return path, content
         if faults:
             raise UserError(
-                f"{' '.join(faults)}\nNo good checkpoint is left to go on from; --fresh starts over, and "
+                f"{' '.join(faults)}\nNo good checkpoint is left to resume from; --fresh starts over, and "
                 "keeps what is there in old-N."
             )
         raise UserError(
-            f"{self.best} is there, but neither {self.last.name} nor {self.prev.name} to go on from. "
+            f"{self.best} is there, but neither {self.last.name} nor {self.prev.name} to resume from. "
             "--fresh starts over, and keeps it in old-N; or choose another model_dir."
         )
 
@@ -315,7 +315,7 @@ class StageFiles:
         """
         if not self.best.exists():
             return None
-        remedy = "Move it away to go on without it: the next validation is the best then."
+        remedy = "Move it away to resume without it: the next validation is the best then."
         try:
             content = load_checkpoint(self.best)
         except UserError as error:
@@ -326,7 +326,7 @@ class StageFiles:
 
 
 def load_training_checkpoint(path: Path, name: str) -> dict:
-    """Read a checkpoint that a training can go on from, and put its `path` among the entries.
+    """Read a checkpoint that a training can resume from, and put its `path` among the entries.
 
     Args:
         name: of the network that is trained, as `StageFiles` has it.

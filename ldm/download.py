@@ -2,7 +2,7 @@
 
 `fetch_task01` is the one entry. Beside the data set's folder it keeps, while at work and after a failure:
 
-    Task01_BrainTumour.tar.part        what has come so far; a later call goes on from its end
+    Task01_BrainTumour.tar.part        what has come so far; a later call resumes at its end
     Task01_BrainTumour.tar.part.json   address, length and validator (ETag or date) of the whole file
     Task01_BrainTumour.unpacking/      what is being unpacked; a later call begins it again
 
@@ -40,7 +40,7 @@ FAULTS = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.EN
 
 
 class DownloadError(OSError):
-    """The network or the server failed: a run-time failure. What has come is kept; a later call goes on."""
+    """The network or the server failed: a run-time failure. What has come is kept; a later call resumes."""
 
 
 class RefusedArchive(UserError):
@@ -175,7 +175,7 @@ def download(url: str, part: Path) -> None:
             print(f"{reason}; attempt {attempt + 1} of {ATTEMPTS} follows, {here / GB:.2f} GB are here")
             time.sleep(PAUSE * 2 ** (attempt - 1))
     raise DownloadError(
-        f"cannot download {url}: {reason}. {here / GB:.2f} GB are here; run again to go on from there."
+        f"cannot download {url}: {reason}. {here / GB:.2f} GB are here; run again to resume from there."
     )
 
 

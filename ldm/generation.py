@@ -69,11 +69,11 @@ def load_networks(
     Raises:
         UserError: files, config and each other do not fit, or weights and `max_memory`.
     """
-    require_checkpoint(autoencoder_path, "autoencoder")
-    require_checkpoint(unet_path, "unet")
-    autoencoder_state, unet_state = (
-        load_checkpoint(path, role) for path, role in ((autoencoder_path, "autoencoder"), (unet_path, "unet"))
-    )
+    states = []
+    for path, role in ((autoencoder_path, "autoencoder"), (unet_path, "unet")):
+        require_checkpoint(path, role)
+        states.append(load_checkpoint(path, role))
+    autoencoder_state, unet_state = states
     for checkpoint, path, keys in (
         (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
         (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),

@@ -55,7 +55,7 @@ def history(path: Path, name: str) -> dict:
     content = load_checkpoint(path, "autoencoder" if name == "autoencoder" else "unet")
     if "stepper" in content:
         raise UserError(
-            f"{path}: is there to go on from; its weights are neither the best nor averaged. Name {name}.pt."
+            f"{path}: is there to resume from; its weights are neither the best nor averaged. Name {name}.pt."
         )
     log, split = path.with_name("train_log.jsonl"), path.with_name("split.json")
     try:

@@ -382,7 +382,7 @@ def quoted(page: str) -> list[str]:
     ]
 
 
-VALUES = (  # of a message, beside what has a digit, a slash or a quotation mark, and what stands in parentheses
+VALUES = (  # of a message: what has a digit, a slash or a quotation mark, file names, what is in parentheses
     r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\S*[\d/\"=]\S*|\S+\.(?:gz|json|pt|ckpt|nii|img|mgz):?|\.\.\.|^\w+:|\bX\b"
     r"|the image|squeeze|autoencoder_def|colours"
 )

@@ -496,7 +496,7 @@ def test_script_exit_code_1_for_the_network(server, base, environment, capsys):
 
     server.cuts = [100] * download.ATTEMPTS
     assert run("-e", environment, "--url", server.url, "--md5", MD5) == 1
-    assert "run again to go on" in last_error_line(capsys)
+    assert "run again to resume" in last_error_line(capsys)
     assert run("-e", environment, "--url", server.url, "--md5", MD5) == 0
     assert content_of(base) == FILES
 
