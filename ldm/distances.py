@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
 SHARE = 0.95  # of the intervals
 DRAWS = 1000  # of a bootstrap
@@ -38,6 +38,21 @@ def difference_interval(draws: np.ndarray, value: float, count: int) -> list[flo
         return None
     wider = t.ppf((1 + SHARE) / 2, count - 1) / norm.ppf((1 + SHARE) / 2) * math.sqrt(count / (count - 1))
     return interval(value + wider * (draws - np.nanmean(draws)))
+
+
+def share_interval(found: np.ndarray) -> list[float]:
+    """Where the share lies of which these are draws, 0 or 1 each (Wilson, 1927): none of ten is not none of
+    all."""
+    limits = binomtest(int(found.sum()), len(found)).proportion_ci(SHARE, "wilson")
+    return [float(limits.low), float(limits.high)]
+
+
+def share_difference(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Where the difference of two such shares lies (Newcombe, 1998, method 10)."""
+    a, b = first.mean(), second.mean()
+    (low_a, high_a), (low_b, high_b) = share_interval(first), share_interval(second)
+    low, high = math.hypot(a - low_a, high_b - b), math.hypot(high_a - a, b - low_b)
+    return [float(a - b - low), float(a - b + high)]
 
 
 def polynomial_kernel(rows: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ from ldm.distances import (
     inception_score,
     interval,
     precision_recall,
+    share_difference,
+    share_interval,
     smallest_shift_seen,
 )
 from ldm.features import PLANES, FeatureSpace, stacked
@@ -276,13 +278,10 @@ def precision_figures(sets: Sets) -> list[Figure]:
     found, floors = (precision_recall(held, rows, NEIGHBOURS) for rows in (made, first))
     figures = []
     for (key, about), values, floor in zip(kinds, found, floors, strict=True):
-        draws = bootstrap_mean(values)
-        # Recall is of the same held-out scans in both, which are drawn alike; precision is of two sets.
-        of_floor = bootstrap_mean(floor, seed=0 if key == "recall" else 1)
         figure = Figure(key, DISTANCE, f"{key.capitalize()}, own features", about, better="higher")
-        figure.value, figure.interval = float(values.mean()), interval(draws)
-        figure.floor, figure.floor_interval = float(floor.mean()), interval(of_floor)
-        figure.difference = difference_interval(draws - of_floor, figure.value - figure.floor, sets.least)
+        figure.value, figure.interval = float(values.mean()), share_interval(values)
+        figure.floor, figure.floor_interval = float(floor.mean()), share_interval(floor)
+        figure.difference = share_difference(values, floor)
         figure.counts = f"{sets.least} on each side"
         figures.append(figure)
     return figures
@@ -403,7 +402,9 @@ def finite(values: Sequence[float]) -> np.ndarray:
 
 
 def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.0f}" + (f" ± {values.std():.0f}" if len(values) > 1 else "")
+    mean = values.mean()
+    digits = max(0, 2 - math.floor(math.log10(mean))) if mean > 0 else 0
+    return f"{mean:.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def reconstruction_figures(sets: Sets) -> list[Figure]:
@@ -511,14 +512,17 @@ def copy_figures(sets: Sets, nearest: dict | None) -> list[Figure]:
     rng = np.random.default_rng(0)
     least = min(len(made), len(held))
     of_made, of_held = (rng.integers(len(one), size=(DRAWS, len(one))) for one in (made, held))
-    for figure, statistic, values, floor in (
-        (copies, np.mean, 100.0 * verdict.copies, 100.0 * verdict.leaks),
-        (median, np.median, made, held),
-    ):
-        draws, floors = statistic(values[of_made], axis=1), statistic(floor[of_held], axis=1)
-        figure.value, figure.floor = float(statistic(values)), float(statistic(floor))
-        figure.interval, figure.floor_interval = interval(draws), interval(floors)
-        figure.difference = difference_interval(draws - floors, figure.value - figure.floor, least)
+    shares = [
+        100 * np.array(f(flags))
+        for f in (np.mean, share_interval)
+        for flags in (verdict.copies, verdict.leaks)
+    ]
+    copies.value, copies.floor, copies.interval, copies.floor_interval = (one.tolist() for one in shares)
+    copies.difference = [100 * limit for limit in share_difference(verdict.copies, verdict.leaks)]
+    draws, floors = np.median(made[of_made], axis=1), np.median(held[of_held], axis=1)
+    median.value, median.floor = float(np.median(made)), float(np.median(held))
+    median.interval, median.floor_interval = interval(draws), interval(floors)
+    median.difference = difference_interval(draws - floors, median.value - median.floor, least)
     closer.value, closer.floor = 100 * verdict.closer, 50.0
     order = np.sign(held - made[:, None])  # 1 where the sample is closer
     draws = np.array([order[np.ix_(i, j)].mean() for i, j in zip(of_made, of_held, strict=True)])

@@ -99,6 +99,13 @@ def test_an_interval_of_a_difference_is_students():
     assert distances.difference_interval(draws, 7.0, 1) is None
 
 
+def test_intervals_of_shares():
+    """Newcombe's (1998) example of method 10: 56 of 70 and 48 of 80; and none of ten, which is not none."""
+    first, second = np.repeat([1.0, 0.0], [56, 14]), np.repeat([1.0, 0.0], [48, 32])
+    assert distances.share_difference(first, second) == pytest.approx([0.0524, 0.3339], abs=1e-4)
+    assert distances.share_interval(np.zeros(10)) == pytest.approx([0, 0.2775], abs=1e-4)
+
+
 def brains(count: int, seed: int) -> torch.Tensor:
     """Textured ellipsoids of random sizes, (count, 1, 16, 16, 16)."""
     rng = np.random.default_rng(seed)

@@ -310,7 +310,8 @@ def test_real_scans_in_place_of_samples_pass(of_more):
     assert "No sample is a copy" in of_more["verdicts"][0]["text"]
     assert by_key["mmd_own"]["p_value"] > 0.05 and by_key["mmd_own"]["sees"] > 0.5
     assert "cannot tell samples from held-out scans apart" in of_more["verdicts"][1]["text"]
-    assert not any(line["tone"] == "good" for line in of_more["verdicts"][:5])  # 8 samples show nothing
+    for line in (0, 1, 3, 4):  # all but sharpness, in which these volumes hardly vary
+        assert of_more["verdicts"][line]["tone"] == "none", of_more["verdicts"][line]["text"]
 
 
 def test_own_feature_figures_are_those_of_the_rows(of_more, scans, done):
