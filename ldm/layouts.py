@@ -449,6 +449,8 @@ def _walk(root: Path, search: Search) -> list[File]:
             except OSError:  # a link to itself
                 folder_here = file_here = False
             if folder_here:
+                if image:
+                    search.passed["folder{s} named like an image"].append(name)
                 if real_own := own.get(os.path.realpath(entry.path)):
                     search.passed["folder{s} of this run"].append(str(real_own))
                 elif entry.name[0] != "." and entry.name.lower() not in SYSTEM_FOLDERS:
