@@ -62,6 +62,9 @@ VISIT_WORD = re.compile(
     r"(ses|session|visit|v|scan|run|tp|time|timepoint|m|month|y|year|w|week|d|day|frame|bl|baseline|fu|followup"
     r"|screening|sc|i|s)?\d*|bl|baseline|screening"
 )
+RETURN_WORD = re.compile(
+    r"(ses|session|visit|v|tp|time|timepoint|m|month|y|year|w|week|fu|followup)\d+|bl|baseline|followup|screening"
+)
 # What of a BIDS name makes another version of a scan, where the patient, the session and the run are one.
 VERSIONS = ("space-", "desc-", "rec-", "res-", "ce-", "echo-", "part-", "inv-", "label-", "mt-", "flip-")
 
@@ -111,7 +114,7 @@ class Search:
     outputs: Sequence[Path]
     generated: bool
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    folder_each: str = ""  # a folder that was taken for a patient, if one was
+    folder_each: str = ""  # a folder or beginning of names that was taken for a patient, if one was
     read: list[Path] = field(default_factory=list)  # the folders and lists that were
     plain: bool = False  # whether a plain folder was among them
 
@@ -184,7 +187,7 @@ def _line(cases: list[Case], validation: list[Case], search: Search) -> str:
     each = f" of {files} files each" if files > 1 else ""
     of_these = f" ({len(validation)} of them for validation)" if validation else ""
     subjects = _count(len({case.subject for case in every}), "subject{s}")
-    by = f" (a folder each, such as {brief(search.folder_each)})" if search.folder_each else ""
+    by = f" (a folder or name each, such as {brief(search.folder_each)})" if search.folder_each else ""
     line = (
         f"found: {_count(len(every), 'image{s}')}{each}{of_these}, "
         f"{_count(sum(case.label is not None for case in every), 'label{s}')}, "
@@ -388,7 +391,7 @@ def _names_in(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # also a name that no folder can have
         return []
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -820,8 +823,8 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
 
 
 def _patients(images: list[File]) -> dict[File, str]:
-    """The folder that stands for a patient, of the scans that share one: the topmost that a scan is named
-    after, or else the topmost of which there are several with few scans each."""
+    """What stands for a patient, of the scans that share it: the topmost folder that a scan is named after,
+    or its name without the visit, or the topmost folder of which there are several with few scans each."""
     found, others = {}, []
     for file in images:
         named = (i for i, part in enumerate(file.folder) if _is_named_after(file, part))
@@ -829,6 +832,9 @@ def _patients(images: list[File]) -> dict[File, str]:
             found[file] = "/".join(file.folder[: i + 1])
         else:
             others.append(file)
+    visits = _visits(others)
+    found |= visits
+    others = [file for file in others if file not in visits]
     depth = 0
     while True:
         deep = [file for file in others if len(file.folder) > depth]
@@ -841,6 +847,23 @@ def _patients(images: list[File]) -> dict[File, str]:
             break
         depth += 1
     return found if len(set(found.values())) < len(found) else {}
+
+
+def _visits(images: list[File]) -> dict[File, str]:
+    """The patient of anna_bl and anna_m12, or of 003_1 and 003_2, where others come back as well."""
+    units, endings = defaultdict(list), Counter()
+    for file in images:
+        match = re.fullmatch(r"(.+)[_-]([^_-]+)", file.stem, re.DOTALL)
+        counted = match and re.fullmatch(r"\d\d?", match[2]) and re.search(r"\d", match[1])
+        counted = counted and not SETS.fullmatch(match[1])
+        if counted or match and RETURN_WORD.fullmatch(match[2].lower()):
+            units[(*file.folder, match[1])].append(file)
+            endings[match[2]] += 1
+    several = sum(len(files) > 1 for files in units.values())
+    few = sum(map(len, units.values())) <= MOST_SCANS * len(units)
+    if len(units) < 3 or not several or not few or max(endings.values()) < 2:
+        return {}
+    return {file: "/".join(unit) for unit, files in units.items() for file in files}
 
 
 def _is_named_after(file: File, part: str) -> bool:

@@ -624,9 +624,15 @@ def test_visits_below_a_patient_stay_together(tmp_path):
     said = []
     cases, _ = find_cases(make(tmp_path, *visits), say=said.append)
     assert [case.subject for case in cases] == ["anna"] * 2 + ["bob"] + ["eve"] * 3
-    assert "3 subjects (a folder each, such as anna) in" in said[0]
+    assert "3 subjects (a folder or name each, such as anna) in" in said[0]
     dates = [f"s/{p}/{d}.nii.gz" for p in ("anna", "bob", "eve") for d in ("2001-01-01", "2003-01-01")]
     assert len(set(found(make(tmp_path / "b", *dates))[1].values())) == 3
+
+
+@pytest.mark.parametrize("visits", [("bl", "m12"), ("1", "2"), ("ses1", "ses2")])
+def test_visits_in_one_folder_stay_together(tmp_path, visits):
+    names = [f"p{i}_{visit}.nii.gz" for i in range(3) for visit in visits]
+    assert sorted(set(found(make(tmp_path, *names))[1].values())) == ["p0", "p1", "p2"]
 
 
 def test_subject_is_a_regular_expression_with_one_group(tmp_path):
