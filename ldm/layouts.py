@@ -62,6 +62,9 @@ VISIT_WORD = re.compile(
     r"(ses|session|visit|v|scan|run|tp|time|timepoint|m|month|y|year|w|week|d|day|frame|bl|baseline|fu|followup"
     r"|screening|sc|i|s)?\d*|bl|baseline|screening"
 )
+RETURN_WORD = re.compile(
+    r"(ses|session|visit|v|tp|time|timepoint|m|month|y|year|w|week|fu|followup)\d+|bl|baseline|followup|screening"
+)
 # What of a BIDS name makes another version of a scan, where the patient, the session and the run are one.
 VERSIONS = ("space-", "desc-", "rec-", "res-", "ce-", "echo-", "part-", "inv-", "label-", "mt-", "flip-")
 
@@ -111,9 +114,9 @@ class Search:
     outputs: Sequence[Path]
     generated: bool
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    folder_each: str = ""  # a folder that was taken for a patient, if one was
-    read: list[Path] = field(default_factory=list)  # the folders and lists that were
-    plain: bool = False  # whether a plain folder was among them
+    folder_each: str = ""  # a folder or beginning of names that was taken for a patient, if one was
+    read: Path | None = None  # the folder or list that was
+    plain: bool = False  # whether it is a plain folder
 
     def subject_of(self, name: str, path: str) -> str:
         """The patient of a scan: by `data.subject`, or as the public sets name it; else the scan's name."""
@@ -159,45 +162,48 @@ def find_cases(
 
     Whether all files that a data set names are there and can be read is what `ldm.checks` tells.
     """
-    search = Search(pattern, contrasts, _subject_pattern(subject), outputs, generated)
-    if isinstance(source, (str, Path)):
-        roots = [Path(source)]
-        cases, validation = _find_in(roots[0], search)
-    else:
-        roots, cases, validation = [Path(one) for one in source], [], []
-        for root, prefix in zip(roots, _distinct_names(roots), strict=True):
-            for to, found in zip((cases, validation), _find_in(root, search), strict=True):
-                to += [_renamed(case, f"{prefix}/") for case in found]
+    regex, searches, cases, validation = _subject_pattern(subject), [], [], []
+    alone = isinstance(source, (str, Path))
+    roots = [Path(one) for one in ([source] if alone else source)]
+    for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
+        searches.append(Search(pattern, contrasts, regex, outputs, generated))
+        for to, found in zip((cases, validation), _find_in(root, searches[-1]), strict=True):
+            to += found if alone else [_renamed(case, f"{prefix}/") for case in found]
     names = Counter(case.name for case in [*cases, *validation])
     if twice := next((name for name, count in names.items() if count > 1), None):
         where = ", ".join(map(str, roots))
         raise UserError(f"{where}: the case '{twice}' is there twice. Every case needs a name of its own.")
     if say:
-        say(_line(cases, validation, search))
+        say(_line(cases, validation, searches))
     return cases, validation
 
 
-def _line(cases: list[Case], validation: list[Case], search: Search) -> str:
+def _line(cases: list[Case], validation: list[Case], searches: list[Search]) -> str:
     """What was found and what was passed over, in one line."""
+    passed = defaultdict(list)
+    for search in searches:
+        for kind, names in search.passed.items():
+            passed[kind] += names
     every = [*cases, *validation]
     files = max((len(case.images) for case in every), default=1)
     each = f" of {files} files each" if files > 1 else ""
     of_these = f" ({len(validation)} of them for validation)" if validation else ""
     subjects = _count(len({case.subject for case in every}), "subject{s}")
-    by = f" (a folder each, such as {brief(search.folder_each)})" if search.folder_each else ""
+    guessed = next((search.folder_each for search in searches if search.folder_each), None)
+    by = f" (a folder or name each, such as {brief(guessed)})" if guessed else ""
     line = (
         f"found: {_count(len(every), 'image{s}')}{each}{of_these}, "
         f"{_count(sum(case.label is not None for case in every), 'label{s}')}, "
-        f"{subjects}{by} in {', '.join(map(str, search.read))}"
+        f"{subjects}{by} in {', '.join(str(search.read) for search in searches)}"
     )
-    if search.pattern is not None and not search.plain:
+    if searches[0].pattern is not None and not any(search.plain for search in searches):
         line += " (data.pattern is for plain folders, and not used)"
-    return f"{line}; passed over: {_passed(search)}" if any(search.passed.values()) else line
+    return f"{line}; passed over: {_passed(passed)}" if any(passed.values()) else line
 
 
-def _passed(search: Search) -> str:
+def _passed(passed: dict[str, list[str]]) -> str:
     told = []
-    for kind, names in sorted(search.passed.items(), key=lambda item: item[0] != "mask{s}"):
+    for kind, names in sorted(passed.items(), key=lambda item: item[0] != "mask{s}"):
         if not names:
             continue
         distinct = list(dict.fromkeys(map(brief, names)))
@@ -250,7 +256,7 @@ def _renamed(case: Case, prefix: str) -> Case:
 
 
 def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
-    search.read.append(source)
+    search.read = source
     if source.suffix != ".json" and not source.is_dir():
         raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
     own = (source / "dataset.json").is_file()
@@ -268,7 +274,7 @@ def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
     if own:
         return _from_dataset_json(source, search)
     if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
-        search.read[-1] = inside[0]
+        search.read = inside[0]
         beside = [name for name in _names_in(source) if name[0] != "." and (source / name).is_dir()]
         search.passed["folder{s} beside it"] = [name for name in beside if name != inside[0].name]
         return _from_dataset_json(inside[0], search)
@@ -388,7 +394,7 @@ def _names_in(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # also a name that no folder can have
         return []
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -449,6 +455,8 @@ def _walk(root: Path, search: Search) -> list[File]:
             except OSError:  # a link to itself
                 folder_here = file_here = False
             if folder_here:
+                if image:
+                    search.passed["folder{s} named like an image"].append(name)
                 if real_own := own.get(os.path.realpath(entry.path)):
                     search.passed["folder{s} of this run"].append(str(real_own))
                 elif entry.name[0] != "." and entry.name.lower() not in SYSTEM_FOLDERS:
@@ -524,7 +532,7 @@ def _from_plain_folder(root: Path, search: Search) -> list[Case]:
     images = _chosen(every, glob, search)
     if not images:
         what = f"no image matches {search.pattern!r}" if glob else f"no image ({', '.join(IMAGE_SUFFIXES)})"
-        instead = f" (passed over: {_passed(search)})" if any(search.passed.values()) else ""
+        instead = f" (passed over: {_passed(search.passed)})" if any(search.passed.values()) else ""
         raise UserError(
             f"{root}: {what} there{instead}. Name another folder (`data_base_dir`, or the option)."
         )
@@ -599,10 +607,11 @@ def _one_case_a_file(root: Path, images: list[File], labels: dict, search: Searc
             label = replaced
         subject = search.subject_of(name, file.name)
         if search.subject is None and subject == name:
-            subject = kinds.units.get(file, name) if kinds else name
-            if subject == name and file in folders:
+            if file in folders:
                 subject = folders[file]
                 search.folder_each = search.folder_each or subject
+            elif kinds:
+                subject = kinds.units.get(file, name)
         cases.append(Case(name, (file.path,), label, subject))
     return cases
 
@@ -653,7 +662,7 @@ def _several(root: Path, kinds: Kinds) -> UserError:
         f'"data": {{"pattern": "{kinds.pattern}"}} in the config'
     )
     if not kinds.endings:
-        return UserError(f"{message}.")
+        return UserError(f"{message}, or move the others away.")
     endings = ", ".join(f'"{ending}"' for ending in kinds.endings[:8])
     return UserError(
         f'{message},\nor make several the channels of one volume by "data": {{"contrasts": [{endings}]}}.'
@@ -731,22 +740,23 @@ def _by_ending(images: list[File]) -> Kinds | None:
 
 
 def _by_name(images: list[File]) -> Kinds | None:
-    """P001/t1.nii.gz and P001/t2.nii.gz."""
-    folders = defaultdict(list)
+    """P001/t1.nii.gz and P001/t2.nii.gz; s001/ct.nii.gz and s001/organs/liver.nii.gz."""
+    folders, patients = defaultdict(list), _patients(images)
     for file in images:
         if not VISIT_WORD.fullmatch("".join(_words(file.stem))):  # 2001-01-01 too
-            folders[file.folder].append(file)
-    count = Counter(file.stem for files in folders.values() for file in files)
+            folders[patients.get(file, "/".join(file.folder))].append(file)
+    count = Counter(stem for files in folders.values() for stem in {file.stem for file in files})
     several = {}
     for folder, files in folders.items():
         told = [f for f in files if count[f.stem] > 1 or CONTRAST_WORD.fullmatch(f.stem.lower())]
-        if len(told) > 1:
+        if len({file.stem for file in told}) > 1:
             several[folder] = told
-    kinds = sorted({file.stem for files in several.values() for file in files})
+    kinds = {file.stem for files in several.values() for file in files}
+    kinds = sorted(kinds, key=lambda stem: (not _contrasts_in(stem), stem))
     # Sites that number their patients alike have many names in few folders.
     if not kinds or not any(map(_contrasts_in, kinds)) and len(kinds) > len(several):
         return None
-    units = {file: "/".join(folder) for folder, files in several.items() for file in files}
+    units = {file: folder for folder, files in several.items() for file in files}
     return Kinds(kinds, f"**/{kinds[0]}.*", kinds, units)
 
 
@@ -818,8 +828,8 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
 
 
 def _patients(images: list[File]) -> dict[File, str]:
-    """The folder that stands for a patient, of the scans that share one: the topmost that a scan is named
-    after, or else the topmost of which there are several with few scans each."""
+    """What stands for a patient, of the scans that share it: the topmost folder that a scan is named after,
+    or its name without the visit, or the topmost folder of which there are several with few scans each."""
     found, others = {}, []
     for file in images:
         named = (i for i, part in enumerate(file.folder) if _is_named_after(file, part))
@@ -827,6 +837,9 @@ def _patients(images: list[File]) -> dict[File, str]:
             found[file] = "/".join(file.folder[: i + 1])
         else:
             others.append(file)
+    visits = _visits(others)
+    found |= visits
+    others = [file for file in others if file not in visits]
     depth = 0
     while True:
         deep = [file for file in others if len(file.folder) > depth]
@@ -839,6 +852,23 @@ def _patients(images: list[File]) -> dict[File, str]:
             break
         depth += 1
     return found if len(set(found.values())) < len(found) else {}
+
+
+def _visits(images: list[File]) -> dict[File, str]:
+    """The patient of anna_bl and anna_m12, or of 003_1 and 003_2, where others come back as well."""
+    units, endings = defaultdict(list), Counter()
+    for file in images:
+        match = re.fullmatch(r"(.+)[_-]([^_-]+)", file.stem, re.DOTALL)
+        counted = match and re.fullmatch(r"\d\d?", match[2]) and re.search(r"\d", match[1])
+        counted = counted and not SETS.fullmatch(match[1])
+        if counted or match and RETURN_WORD.fullmatch(match[2].lower()):
+            units[(*file.folder, match[1])].append(file)
+            endings[match[2]] += 1
+    several = sum(len(files) > 1 for files in units.values())
+    few = sum(map(len, units.values())) <= MOST_SCANS * len(units)
+    if len(units) < 3 or not several or not few or max(endings.values()) < 2:
+        return {}
+    return {file: "/".join(unit) for unit, files in units.items() for file in files}
 
 
 def _is_named_after(file: File, part: str) -> bool:

@@ -426,7 +426,7 @@ def test_other_formats_hidden_files_and_upper_case_are_told_by_kind(tmp_path):
         tmp_path, "a.nii.gz", "B.NII.GZ", "c.mha", "d.mha", "e.img", "e.hdr", "f/1.dcm", "._a.nii.gz", "x.txt"
     )
     images, _, passed = found(root)
-    assert images == ["B.NII.GZ", "a.nii.gz"]
+    assert sorted(images) == ["B.NII.GZ", "a.nii.gz"]
     assert nibabel.load(root / "B.NII.GZ").shape == (4, 4, 4)
     assert passed == (
         "1 hidden file (._a.nii.gz), 2 .mha files not read (c.mha, d.mha), 1 .hdr file not read "
@@ -538,6 +538,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
         (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
         (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
         (["p1/T1/x.nii.gz", "p1/FLAIR/x.nii.gz"], "FLAIR, T1", 1),
+        (["p1/ct.nii", "p1/o/liver.nii", "p1/o/skin.nii", "p2/ct.nii", "p2/o/liver.nii"], "ct, liver", 2),
         (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain", 1),
         (["p1.nii", "mp1.nii", "p2.nii", "mp2.nii"], "no beginning, m", 2),  # SPM
         (
@@ -624,9 +625,15 @@ def test_visits_below_a_patient_stay_together(tmp_path):
     said = []
     cases, _ = find_cases(make(tmp_path, *visits), say=said.append)
     assert [case.subject for case in cases] == ["anna"] * 2 + ["bob"] + ["eve"] * 3
-    assert "3 subjects (a folder each, such as anna) in" in said[0]
+    assert "3 subjects (a folder or name each, such as anna) in" in said[0]
     dates = [f"s/{p}/{d}.nii.gz" for p in ("anna", "bob", "eve") for d in ("2001-01-01", "2003-01-01")]
     assert len(set(found(make(tmp_path / "b", *dates))[1].values())) == 3
+
+
+@pytest.mark.parametrize("visits", [("bl", "m12"), ("1", "2"), ("ses1", "ses2")])
+def test_visits_in_one_folder_stay_together(tmp_path, visits):
+    names = [f"p{i}_{visit}.nii.gz" for i in range(3) for visit in visits]
+    assert sorted(set(found(make(tmp_path, *names))[1].values())) == ["p0", "p1", "p2"]
 
 
 def test_subject_is_a_regular_expression_with_one_group(tmp_path):
