@@ -16,22 +16,13 @@ import check_data
 import evaluate
 import train_diffusion
 import utils
-from ldm import UserError, splits
+from ldm import UserError, configs, splits
 from ldm.checkpoints import load_checkpoint, save_checkpoint
 from ldm.datasets import Case
 from ldm.processes import Run
 
 RUN = Run(0, 1, torch.device("cpu"))
-CONFIG = {
-    "seed": 0,
-    "spacing": None,
-    "longest_side": None,
-    "data": {"pattern": None, "val_fraction": 0.2},
-    "channel": 0,
-    "intensity": {"lower_percentile": 0.0, "upper_percentile": 99.5},
-    "autoencoder_train": {"augment": {"foreground_prob": 0.0}},
-    "diffusion_train": {"augment": {"foreground_prob": 0.0}},
-}
+CONFIG = configs.completed({"data": {"val_fraction": 0.2}})
 FIVE = tuple(f"{name}.nii" for name in "abcde")
 
 
@@ -57,6 +48,7 @@ def listed(path: Path, training: list, validation: list | None = None) -> Path:
 def prepare(base: Path | list[Path], model_dir: Path, pattern: str | None = None, **how):
     """The names of the two sides of the split."""
     environment = {"data_base_dir": base, "model_dir": model_dir, "download_brats": False}
+    environment |= dict.fromkeys(("output_dir", "cache_dir", "tfevent_path"), model_dir)
     config = CONFIG | {"data": CONFIG["data"] | {"pattern": pattern}}
     train, val = utils.prepare_data(config, environment, RUN, **how)
     return [case.name for case in train], [case.name for case in val]
@@ -273,7 +265,7 @@ def test_a_run_is_not_resumed_with_cases_on_the_other_side(done, tmp_path):
 
 def test_an_evaluation_takes_the_cases_of_the_split(done, tmp_path, capsys):
     """With a bad header elsewhere, a new scan and one that is gone, and the spacing left open."""
-    project = copy_of(done, tmp_path / "p", "autoencoder.pt", "split.json")
+    project = copy_of(done, tmp_path / "p", "autoencoder.pt", "diffusion_unet.pt", "split.json")
     shutil.copytree(done.data, project.folder / "data")
     project.data, split = project.folder / "data", done.split()
     project.set_environment()
@@ -284,15 +276,14 @@ def test_an_evaluation_takes_the_cases_of_the_split(done, tmp_path, capsys):
         "./imagesTr/broken.nii.gz"
     ]
     (project.data / "dataset.json").write_text(json.dumps(listed))
-    project.output_dir.mkdir()
-    nib.save(nib.load(images / "scan_0.nii.gz"), project.output_dir / "sample_000000.nii.gz")
-    argv = [word for word in project.argv("--set", "spacing=null", "--set", "longest_side=10")]
+    shutil.copytree(done.output_dir, project.output_dir)
+    argv = project.argv("--set", "spacing=null", "--set", "longest_side=10")
     inputs = evaluate.find_inputs(evaluate.parse_arguments(argv), RUN)
     found = {name: [case.name for case in source.cases] for name, source in inputs.sources.items()}
     assert (
         found[evaluate.TRAINING] == split["training"][1:] and found[evaluate.HELD_OUT] == split["validation"]
     )
-    assert f"1 of 4 cases of {project.model_dir / 'split.json'}" in inputs.sources[evaluate.TRAINING].notes[0]
-    assert inputs.sources[evaluate.HELD_OUT].notes == []
+    (note,) = inputs.notes
+    assert f"1 of 4 cases of {project.model_dir / 'split.json'}" in note
     said = capsys.readouterr().out
     assert "left out: broken" in said and f"left out: {split['training'][0]}" in said
