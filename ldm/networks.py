@@ -223,7 +223,7 @@ def _checked_layers(config: dict, key: str) -> nn.Module:
     network = instantiate(config[key], NETWORKS, key)
     empty = next((name for name, weight in network.named_parameters() if not weight.numel()), None)
     if empty is not None:
-        raise UserError(f"{key}: {empty} has no weights. Expected 1 or more channels, found an argument of 0.")
+        raise UserError(f"{key}: {empty} has no weights. Expected 1 or more channels, found a 0.")
     return network.eval()
 
 

@@ -635,7 +635,7 @@ def read_or_refused(read, path: Path, content: dict):
 def test_any_config_is_read_or_refused(tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / "config.json"
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(mutated(tutorial()))
     def check(config):
         read_or_refused(utils.load_config, path, config)
