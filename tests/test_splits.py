@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import chain
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
