@@ -19,20 +19,9 @@ from ldm.datasets import Case, parse_json, read_json
 from ldm.provenance import record_path
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
-FOREIGN_SUFFIXES = (
-    ".mha",
-    ".mhd",
-    ".nrrd",
-    ".nhdr",
-    ".dcm",
-    ".ima",
-    ".img",
-    ".mgh",
-    ".mnc",
-    ".gipl",
-    ".head",
+FOREIGN_SUFFIXES = tuple(
+    ".mha .mhd .nrrd .nhdr .dcm .ima .img .img.gz .hdr .mgh .mnc .gipl .head .npy .npz .h5 .hdf5".split()
 )
-FOREIGN_SUFFIXES += (".img.gz", ".hdr", ".npy", ".npz", ".h5", ".hdf5")
 SYSTEM_FOLDERS = {"lost+found", "system volume information", "$recycle.bin", "__macosx"}
 
 # A word of a name ends at "_", "-", ".", "+", a space, or before a capital.
@@ -571,7 +560,7 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
     if not glob:
         stems = {(file.folder, file.stem) for file in chosen}
         spm = {file for file in chosen if _is_map_of(file, stems)}
-        search.passed["map{s} of SPM"] = [file.name for file in spm]
+        search.passed["map{s} of SPM"] = [file.name for file in chosen if file in spm]
         chosen = [file for file in chosen if file not in spm]
     masks = [file for file in chosen if _is_mask(file)]
     if not (glob and len(masks) == len(chosen)):  # a pattern that names masks alone means them
@@ -772,7 +761,7 @@ def _by_beginning(images: list[File]) -> Kinds | None:
                 units[file] = units[scan] = "/".join((*file.folder, scan.stem))
     if not beginnings:
         return None
-    kinds = sorted(beginnings, key=len)
+    kinds = sorted(sorted(beginnings), key=len)
     return Kinds(["no beginning", *kinds], f"**/{kinds[-1]}*", None, units)
 
 
