@@ -19,8 +19,8 @@ from ldm.datasets import Case, parse_json, read_json
 from ldm.provenance import record_path
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
-FOREIGN_SUFFIXES = tuple(
-    ".mha .mhd .nrrd .nhdr .dcm .ima .img .img.gz .hdr .mgh .mnc .gipl .head .npy .npz .h5 .hdf5".split()
+FOREIGN_SUFFIX = re.compile(
+    r"\.(mha|mhd|nrrd|nhdr|dcm|ima|img|img\.gz|hdr|mgh|mnc|gipl|head|npy|npz|h5|hdf5)$", re.IGNORECASE
 )
 SYSTEM_FOLDERS = {"lost+found", "system volume information", "$recycle.bin", "__macosx"}
 
@@ -458,8 +458,8 @@ def _walk(root: Path, search: Search) -> list[File]:
                     search.passed["link{s} to nowhere"].append(name)
             elif image:
                 found.append(File(Path(entry.path), where, entry.is_symlink()))
-            elif end := next((end for end in FOREIGN_SUFFIXES if entry.name.lower().endswith(end)), None):
-                search.passed[f"{end} file{{s}} not read"].append(name)
+            elif end := FOREIGN_SUFFIX.search(entry.name):
+                search.passed[f"{end[0].lower()} file{{s}} not read"].append(name)
         waiting += reversed(inner)
     return sorted(found, key=lambda file: file.path)
 
