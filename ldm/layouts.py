@@ -19,20 +19,9 @@ from ldm.datasets import Case, parse_json, read_json
 from ldm.provenance import record_path
 from ldm.transforms import IMAGE_SUFFIXES
 
-FOREIGN_SUFFIXES = (
-    ".mha",
-    ".mhd",
-    ".nrrd",
-    ".nhdr",
-    ".dcm",
-    ".ima",
-    ".img",
-    ".mgh",
-    ".mnc",
-    ".gipl",
-    ".head",
+FOREIGN_SUFFIX = re.compile(
+    r"\.(mha|mhd|nrrd|nhdr|dcm|ima|img|img\.gz|hdr|mgh|mnc|gipl|head|npy|npz|h5|hdf5)$", re.IGNORECASE
 )
-FOREIGN_SUFFIXES += (".img.gz", ".hdr", ".npy", ".npz", ".h5", ".hdf5")
 SYSTEM_FOLDERS = {"lost+found", "system volume information", "$recycle.bin", "__macosx"}
 
 # A word of a name ends at "_", "-", ".", "+", a space, or before a capital.
@@ -469,8 +458,8 @@ def _walk(root: Path, search: Search) -> list[File]:
                     search.passed["link{s} to nowhere"].append(name)
             elif image:
                 found.append(File(Path(entry.path), where, entry.is_symlink()))
-            elif end := next((end for end in FOREIGN_SUFFIXES if entry.name.lower().endswith(end)), None):
-                search.passed[f"{end} file{{s}} not read"].append(name)
+            elif end := FOREIGN_SUFFIX.search(entry.name):
+                search.passed[f"{end[0].lower()} file{{s}} not read"].append(name)
         waiting += reversed(inner)
     return sorted(found, key=lambda file: file.path)
 
@@ -571,7 +560,7 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
     if not glob:
         stems = {(file.folder, file.stem) for file in chosen}
         spm = {file for file in chosen if _is_map_of(file, stems)}
-        search.passed["map{s} of SPM"] = [file.name for file in spm]
+        search.passed["map{s} of SPM"] = [file.name for file in chosen if file in spm]
         chosen = [file for file in chosen if file not in spm]
     masks = [file for file in chosen if _is_mask(file)]
     if not (glob and len(masks) == len(chosen)):  # a pattern that names masks alone means them
@@ -772,7 +761,7 @@ def _by_beginning(images: list[File]) -> Kinds | None:
                 units[file] = units[scan] = "/".join((*file.folder, scan.stem))
     if not beginnings:
         return None
-    kinds = sorted(beginnings, key=len)
+    kinds = sorted(sorted(beginnings), key=len)
     return Kinds(["no beginning", *kinds], f"**/{kinds[-1]}*", None, units)
 
 
