@@ -385,9 +385,13 @@ def tissue_figures(sets: Sets) -> list[Figure]:
         if not all(map(len, (made, held, first))):
             figure.missing = sets.too_few(1) or "the volumes have too few grey values to tell tissues apart"
             continue
+        samples, scans = (
+            _spread(finite([getattr(one, field.name) for one in some.tissues]))
+            for some in (sets.generated, sets.held_out)
+        )
         figure.about = (
-            f"How far the distributions are apart (Wasserstein distance). Samples {_spread(made)} ml, "
-            f"held-out scans {_spread(held)} ml."
+            f"How far the distributions are apart (Wasserstein distance). Samples {samples} ml, held-out "
+            f"scans {scans} ml."
         )
         figure.tolerance = [0.0, HALF * float(np.concatenate([held, first]).std())]
         least = min(map(len, (made, held, first)))
