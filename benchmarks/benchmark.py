@@ -97,7 +97,7 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
         run.say(f"no --data: {count} brains are simulated")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
-    places = {key: folder / key for key in ("model_dir", "tfevent_path", "output_dir")}
+    places = {key: folder / key for key in utils.FOLDERS}
     return {"data_base_dir": Path(data).expanduser(), "download_brats": False, **places}
 
 

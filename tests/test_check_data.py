@@ -6,6 +6,7 @@ import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -388,8 +389,10 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     code, lines = run(capsys, tmp_path, "-c", CONFIG, "--set", "intensity.lower_percentile=0.5")
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
+    run_saying = SimpleNamespace(say=said.append)
     for skip in (False, True):
-        assert utils._bad_cases(find_cases(tmp_path)[0], config, tmp_path, skip, False, said.append) == []
+        cases, split = find_cases(tmp_path)[0], tmp_path / "split.json"
+        assert utils._bad_cases(cases, config, split, skip, False, run_saying) == set()
     assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2
     assert sum("b.nii.gz: minimum" in line for line in said) == 1  # where voxels are read
 
