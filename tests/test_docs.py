@@ -356,6 +356,9 @@ def test_the_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- messages that the pages quote
 
 
+PUNCTUATION = re.compile(r"[.,:;?]+(?=[\s~]|$)")  # behind a word
+
+
 @functools.cache
 def literals() -> str:
     """The words of all strings of the code, a line a string, with ~ where a value stands."""
@@ -367,7 +370,7 @@ def literals() -> str:
                 found.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return "\n".join(" ".join(one.split()) for one in found)
+    return "\n".join(PUNCTUATION.sub("", " ".join(one.split())) for one in found)
 
 
 def quoted(page: str) -> list[str]:
@@ -384,14 +387,15 @@ def quoted(page: str) -> list[str]:
 
 VALUES = (  # of a message: what has a digit, a slash or a quotation mark, file names, what is in parentheses
     r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\S*[\d/\"=]\S*|\S+\.(?:gz|json|pt|ckpt|nii|img|mgz):?|\.\.\.|^\w+:|\bX\b"
-    r"|the image|squeeze|autoencoder_def|colours"
+    r"|\b[abc]\b|the image|squeeze|autoencoder_def|colours|unknown"
 )
 
 
 def not_said(message: str) -> list[str]:
     """Each three words in a row of a message that no string of the code has, with or without a value in
     place of one."""
-    runs = [run.split() for run in re.sub(VALUES, " ~ ", message.removeprefix("error: ")).split("~")]
+    words = PUNCTUATION.sub("", re.sub(VALUES, " ~ ", message.removeprefix("error: ")))
+    runs = [run.split() for run in words.split("~")]
     return [
         " ".join(run[i : i + 3]) for run in runs for i in range(len(run) - 2) if not _said(*run[i : i + 3])
     ]
