@@ -386,7 +386,7 @@ def test_the_card_tells_data_training_figures_and_limits(done, flow):
         f"12 steps, {minutes:.3g} minutes",
         f"of step {step}, the best in validation; averaged exponentially, decay 0.9",
         "l1 + 0.5 gradient + 1e-07 kl + 0.01 adversarial",
-        f"PSNR {done.checkpoint('autoencoder.pt')['best']:.4g} dB",
+        f"PSNR {done.checkpoint('autoencoder.pt')['validation']['psnr']:.4g} dB",
         "| reconstruction | PSNR | 18.25 dB | 17.5 to 19 | | | higher | 2 held-out |",
         "| Copies of training scans | nearest \\| training | 0.75 | | 0.5 | 0.25 to 0.625 | |",
         "| quality | FID | no weights |",

@@ -564,10 +564,11 @@ def test_tensorboards_full_disk_is_told_once_and_ends_no_training(whole, tmp_pat
 
 def test_a_place_where_tensorboard_cannot_write_is_told_at_the_start(whole, tmp_path):
     project = fresh(whole, tmp_path / "run", train_diffusion)
-    (tmp_path / "file").write_text("a file")
-    project.set_environment(tfevent_path=str(tmp_path / "file"))
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events" / "diffusion").write_text("a file")
+    project.set_environment(tfevent_path=str(tmp_path / "events"))
     message = project.refused(train_diffusion, "--no-amp", code=1)
-    assert message.startswith(f"error: {tmp_path / 'file' / 'diffusion'}: TensorBoard's files could not be")
+    assert message.startswith(f"error: {tmp_path / 'events' / 'diffusion'}: TensorBoard's files could not be")
     assert "choose another tfevent_path" in message
 
 
@@ -593,22 +594,11 @@ def test_a_log_that_is_no_file_ends_the_run(half, tmp_path):
     released(project)
 
 
-@pytest.mark.parametrize("script", STAGE)
-def test_a_model_dir_that_is_a_file_is_told(whole, tmp_path, script):
-    project = fresh(whole, tmp_path / "run", script)
-    (tmp_path / "file").write_text("a file")
-    for model_dir in (tmp_path / "file", tmp_path / "file" / "models"):
-        project.set_environment(model_dir=str(model_dir))
-        more = ("--autoencoder", whole.model_dir / "autoencoder.pt") if script is train_diffusion else ()
-        assert str(model_dir) in project.refused(script, *more, code=1)
-    assert (tmp_path / "file").read_text() == "a file"
-
-
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="a folder in which not even root may write")
 def test_a_read_only_model_dir_is_told(whole, tmp_path):
     project = fresh(whole, tmp_path / "run", train_autoencoder)
     project.set_environment(model_dir="/sys/models")
-    assert "/sys/models" in project.refused(train_autoencoder, code=1)
+    assert "model_dir /sys/models: cannot be written" in project.refused(train_autoencoder)
 
 
 # ---------------------------------------------------------------- memory of loader processes

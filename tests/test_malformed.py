@@ -835,7 +835,7 @@ def listed(end: End, path: Path, why: str) -> None:
 
 
 def all_listed(project: Project, bad: dict[Path, str], entries: list[dict] | None = None) -> None:
-    """`check_data.py` names each of these files, beside two good ones, once and for its reason."""
+    """`check_data.py` names each of these files, beside two good ones, and first its reason."""
     good = [{"image": str(project.data / f"imagesTr/scan_{i}.nii.gz")} for i in (0, 1)]
     cases = project.folder / "all.json"
     entries = entries or [*good, *({"image": str(path)} for path in bad)]
@@ -844,7 +844,7 @@ def all_listed(project: Project, bad: dict[Path, str], entries: list[dict] | Non
     for line in table_of(end):
         path = next(path for path in bad if f" {path} " in line)
         rows.setdefault(path, []).append(line.split(str(path))[1])
-    assert end.code == 2 and end.printed.endswith(f"{len(bad)} problems in {len(bad)} cases\n"), end
+    assert end.code == 2 and end.printed.endswith(f" problems in {len(bad)} cases\n"), end
     wrong = {str(path): rows.get(path) for path, why in bad.items() if not re.search(why, rows[path][0])}
     assert not wrong, wrong
 
@@ -1629,9 +1629,9 @@ def test_odd_files_that_are_handled(project, odd, tmp_path):
 
 
 def test_the_odd_4d_file(project, odd, tmp_path):
-    """Alone, its channel 0 is trained on; among 3D files it is the odd one."""
-    twin = tmp_path / "twin.nii.gz"
-    shutil.copy(odd / CHANNELS, twin)
+    """Among files of its kind its channel 0 is trained on; among 3D files it is the odd one."""
+    image, twin = nib.load(odd / CHANNELS), tmp_path / "twin.nii.gz"
+    nib.save(nib.Nifti1Image(2 * np.asanyarray(image.dataobj), image.affine), twin)
     refused(train_on(project, *(odd / name for name in FINE), odd / CHANNELS), CHANNELS, "4D", code=2)
     shutil.rmtree(project.model_dir)
     assert train_on(project, odd / CHANNELS, twin).code == 0
