@@ -17,4 +17,5 @@ cd "$here"
     echo "note: lpips could not be installed; the tests that need it are skipped" >&2
 
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest "$@"
+# A file is one process's, since its tests share what they trained. -n 0 runs all in one process.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

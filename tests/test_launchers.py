@@ -329,24 +329,25 @@ def test_test_sh_lints_then_ends_with_pytest(project):
         "constraints.txt",
         "lpips",
     ]
+    pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
     done, calls = project.run(project.folder / "test.sh", "-k", "two words", STUB_FAIL="-m pytest")
     assert done.returncode == 3, "pytest's exit code"
     assert calls[1:] == [
         install("requirements.txt", "requirements-test.txt"),
         lpips,
         ["-m", "ruff", "check", "."],
-        ["-m", "pytest", "-k", "two words"],
+        [*pytest_, "-k", "two words"],
     ]
     assert {call["folder"] for call in project.calls} == {str(project.folder)}
 
     done, calls = project.run(project.folder / "test.sh", STUB_FAIL="lpips")
-    assert done.returncode == 0 and calls[-1] == ["-m", "pytest"] and "note: lpips" in done.stderr
+    assert done.returncode == 0 and calls[-1] == pytest_ and "note: lpips" in done.stderr
 
     done, calls = project.run(project.folder / "test.sh", STUB_FAIL="ruff")
-    assert done.returncode == 3 and ["-m", "pytest"] not in calls
+    assert done.returncode == 3 and pytest_ not in calls
 
     done, calls = project.run(project.folder / ".ci" / "run", "-q")
-    assert done.returncode == 0 and calls[-1] == ["-m", "pytest", "-q"]
+    assert done.returncode == 0 and calls[-1] == [*pytest_, "-q"]
 
 
 # --- training on several GPUs ---------------------------------------------------------------------
