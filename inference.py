@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, figures, generation, memory, processes, provenance
+from ldm import UserError, configs, counted, figures, generation, memory, processes, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint
 from ldm.decoding import Budget, decoding_peak, weights_bytes
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
-        volumes = f"{args.num} volume{'s' * (args.num != 1)}"
+        volumes = counted(args.num, "volume{s}")
         run.say(f"inference: {volumes} in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, configs, memory, processes, splits
+from ldm import UserError, brief, configs, counted, few, memory, processes, splits
 from ldm.checkpoints import (
     NO_SPACE,
     SCALE_FACTOR,
@@ -414,7 +414,7 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
             f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
         )
     number, count = kind.partition(":")[2], torch.cuda.device_count()
-    there = f"{count} GPU{'s' * (count != 1)} here{chosen}"
+    there = f"{counted(count, 'GPU{s}')} here{chosen}"
     if number and processes_here > 1:
         raise UserError(
             f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
@@ -557,8 +557,8 @@ def _sides(
     if resumed:
         splits.check_unchanged(path, cases, validation, resumed)
     if known and (seen := splits.on_side(validation, known, "training")):
-        told = f"{autoencoder}: was trained on {len(seen)} of {splits.plural(validation, 'validation case')}"
-        told = f"{told} ({splits.listed(seen)})"
+        of_all = f"{len(seen)} of {counted(len(validation), 'validation case{s}')}"
+        told = f"{autoencoder}: was trained on {of_all} ({few([case.name for case in seen])})"
         if write and autoencoder.parent.resolve() == path.parent.resolve():
             raise UserError(f"{told}: {path} has changed since. Restore it, or choose another model_dir.")
         run.say(f"warning: {told}: figures on them are better than on new scans")
@@ -606,7 +606,7 @@ def _bad_cases(cases: list[Case], config: dict, path: Path, skip: bool, write: b
     if skip and write and not kept:
         write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
     if bad:
-        told = f": {splits.listed(sorted(bad))}" if kept else f", listed in {skipped}"
+        told = f": {few(sorted(bad))}" if kept else f", listed in {skipped}"
         run.say(f"data: {len(bad)} bad case(s) left out{told}")
     return bad
 

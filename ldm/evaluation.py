@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
 
-from ldm import memorisation
+from ldm import counted, memorisation
 from ldm.distances import (
     DRAWS,
     LEVEL,
@@ -325,7 +325,7 @@ def similarity_figures(sets: Sets) -> list[Figure]:
     figure.value, figure.interval = float(made.mean()), interval(draws)
     figure.floor, figure.floor_interval = float(real.mean()), interval(of_floor)
     figure.difference = difference_interval(draws - of_floor, figure.value - figure.floor, count)
-    figure.counts = f"{count} pair{'s' * (count > 1)} of each"
+    figure.counts = f"{counted(count, 'pair{s}')} of each"
     return [figure]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief
+from ldm import UserError, brief, counted, few
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_array, write_json
 from ldm.datasets import Case, VolumeDataset, read_json, version_of
@@ -28,7 +28,7 @@ from ldm.encoders import LatentEncoder
 from ldm.networks import plain_names
 from ldm.processes import Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator, fault, fields
-from ldm.splits import PARTS, listed, plural
+from ldm.splits import PARTS
 
 MANIFEST = "manifest.json"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
@@ -316,8 +316,9 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case
     there = {case.name: case for case in cases}
     names = {record["case"] for record in records}
     if gone := sorted(names - there.keys()):
+        what = counted(len(gone), "case{s}")
         raise UserError(
-            f"{folder}: holds latents of {plural(gone)} not found among the data: {listed(gone)}. Put them "
+            f"{folder}: holds latents of {what} not found among the data: {few(gone)}. Put them "
             "back, or choose another model_dir and cache_dir, where a new split is made."
         )
     changed = [
@@ -327,8 +328,9 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case
         != [file["size"] for file in record["files"]]
     ]
     if changed:
+        what = counted(len(changed), "case{s}")
         raise UserError(
-            f"{folder}: the latents there are of other data ({plural(changed)} changed: {listed(changed)}). "
+            f"{folder}: the latents there are of other data ({what} changed: {few(changed)}). "
             "Run cache_latents.py again: it makes what changed."
         )
     return [case for case in cases if case.name not in {*names, *manifest["left_out"]}]

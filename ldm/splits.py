@@ -4,10 +4,10 @@ the checkpoints that were trained on it."""
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ldm import UserError, brief
+from ldm import UserError, brief, counted, few
 from ldm.checkpoints import sha256_of
 from ldm.checks import Problem
 from ldm.datasets import Case, read_json
@@ -17,7 +17,6 @@ PARTS = ("training", "validation")
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
 SPLIT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
 SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of them
-SHOWN = 5  # names in a message
 
 Sides = tuple[list[Case], list[Case]]
 
@@ -33,21 +32,10 @@ def read_split(path: Path) -> tuple[list[str], list[str]]:
     return content["training"], content["validation"]
 
 
-def listed(cases: Iterable[Case | str]) -> str:
-    """Some names for a message: `a, b, c`, or the first ones and `...`."""
-    names = [case if isinstance(case, str) else case.name for case in cases]
-    return ", ".join(map(brief, names[:SHOWN])) + ", ..." * (len(names) > SHOWN)
-
-
-def plural(cases: Sequence, one: str = "case") -> str:
-    """`1 case`, `3 cases`."""
-    return f"{len(cases)} {one}{'s' * (len(cases) != 1)}"
-
-
 def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
-    """Says of cases that a file does not name them."""
-    verb = "is" if len(cases) == 1 else "are"
-    return f"{plural(cases, 'scan')} in {where} {verb} not in {path} and {verb} left out: {listed(cases)}"
+    """The line on cases that a file does not name."""
+    verb, names = "is" if len(cases) == 1 else "are", few([case.name for case in cases])
+    return f"{counted(len(cases), 'scan{s}')} in {where} {verb} not in {path} and {verb} left out: {names}"
 
 
 def as_kept(
@@ -69,23 +57,23 @@ def as_kept(
     known = {name for part in names for name in part}
     gone = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
     others = [case for case in by_name.values() if case.name not in known]
-    what = f"{plural(gone)} of {path} not found in {where}"
+    what = f"{counted(len(gone), 'case{s}')} of {path} not found in {where}"
     if gone and strict:
         raise UserError(
-            f"{what}: {listed(gone)}. Put them back, or choose another model_dir, where a new split is made."
+            f"{what}: {few(gone)}. Put them back, or choose another model_dir, where a new split is made."
         )
     sides = tuple([by_name[name] for name in part if name in by_name] for part in names)
     if empty := [part for part, side in zip(PARTS, sides, strict=True) if not side]:
-        raise UserError(f"{what}, and no {empty[0]} case is left: {listed(gone)}. Put them back.")
+        raise UserError(f"{what}, and no {empty[0]} case is left: {few(gone)}. Put them back.")
     if gone:
-        say(f"warning: {what}, and left out: {listed(gone)}")
+        say(f"warning: {what}, and left out: {few(gone)}")
     if others:
         remedy = ". Another model_dir would take them in" if strict else ""
         say(f"data: {left_out(others, where, path)}{remedy}")
     if moved := sorted({case.name for case in validation}.intersection(case.name for case in sides[0])):
-        told = f"{where}: has {listed(moved)} under validation, {path} has under training."
+        told = f"{where}: has {few(moved)} under validation, {path} has under training."
         if strict:
-            raise UserError(f"{told} Choose another model_dir, where the split is made anew.")
+            raise UserError(f"{told} Choose another model_dir, where a new split is made.")
         say(f"warning: {told} The model was trained on them")
     return sides
 
@@ -223,7 +211,8 @@ def check_unchanged(path: Path, train: Sequence[Case], validation: Sequence[Case
         return
     crossed = on_side(validation, before, "training") + on_side(train, before, "validation")
     if crossed:
+        what, names = counted(len(crossed), "case{s}"), few([case.name for case in crossed])
         raise UserError(
-            f"{path}: has changed since {resumed['path']} was begun: {plural(crossed)} changed sides "
-            f"({listed(crossed)}). Restore it, or choose another model_dir."
+            f"{path}: has changed since {resumed['path']} was begun: {what} changed sides ({names}). "
+            "Restore it, or choose another model_dir."
         )
