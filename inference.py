@@ -141,7 +141,7 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
 
     def peaks(batch: int, amp: bool, max_memory: float | None) -> dict[str, memory.Peak]:
-        meter, half = memory.Meter(gpu), utils.half_precision(gpu) if amp else None
+        meter, half = memory.Meter(gpu), memory.half_precision(gpu) if amp else None
         run = Run(0, 1, torch.device("cpu"), half)
         with memory.forecasting():
             rehearse(config, size, batch, meter, run)
@@ -152,11 +152,11 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         return meter.peaks
 
     batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
-    half = utils.half_precision(gpu) if amp else None
+    half = memory.half_precision(gpu) if amp else None
     found = peaks(batch, amp, limit)
     now, sampling = memory.highest(found).total, found["sampling"].total
     options = {"--batch-size 1": (1, amp, limit)} if batch > 1 else {}
-    if not amp and utils.half_precision(gpu):
+    if not amp and memory.half_precision(gpu):
         options["--amp"] = (batch, True, limit)
     if not limit:  # what sampling takes anyway, of which decoding plans with 0.9
         least = math.ceil(sampling / 1e8) / 10

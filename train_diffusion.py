@@ -40,7 +40,7 @@ from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
 from ldm.networks import freeze_unreached, latent_size, load_weights, small_input
 from ldm.processes import Run
-from ldm.splits import PARTS, check_unchanged, subjects_of
+from ldm.splits import PARTS, check_unchanged, left_out, subjects_of
 from ldm.training import Stepper, make_ema
 from ldm.transforms import augmentation
 
@@ -115,12 +115,24 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
         UserError: they are not those of this config, autoencoder and data.
     """
     folder, seed = environment["cache_dir"] / utils.LATENTS, config["seed"]
-    about = utils.what_latents_follow_from(config)
+    about = latents.what_latents_follow_from(config)
     manifest = latents.open_cache(folder, about, autoencoder, run)
     weights = manifest["autoencoder"]["weights"]
     check_same(resumed, weights, autoencoder)
-    run.from_main(lambda: utils.check_cached_data(folder, manifest, config, environment, run))
-    utils.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
+
+    def check() -> None:
+        folders = utils.data_folders(environment)
+        where = ", ".join(map(str, folders))
+        if all(one.exists() for one in folders):
+            train, val = utils.find_data(config, environment, run.say)
+            if others := latents.check_data(folder, manifest, [*train, *val]):
+                run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
+        else:
+            run.say(f"data: {where} is not there; the latents in {folder} stand for them")
+        latents.check_split(folder, manifest, environment["model_dir"] / utils.SPLIT)
+
+    run.from_main(check)
+    configs.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
     parts = [
         Posteriors(
             [
@@ -324,7 +336,7 @@ def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: encoding a volume (not with a cache), a training step, the validation
-    of a volume, drawing a sample. `sizes` are those of `utils.patch_sizes`."""
+    of a volume, drawing a sample. `sizes` are those of `configs.patch_sizes`."""
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 

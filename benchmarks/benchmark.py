@@ -270,7 +270,7 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     count = 2 * max(config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train"))
     environment = find_data(args, config, folder, count + 2, run)
     train, held_out = utils.prepare_data(config, environment, run)
-    patch, size, _ = utils.patch_sizes(config, [*train, *held_out])
+    patch, size, _ = configs.patch_sizes(config, [*train, *held_out])
     few = train[:count]
     bench = Bench(
         config,
@@ -309,7 +309,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     train, held_out = utils.prepare_data(config, environment, run)
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
-    _, size, _ = utils.patch_sizes(config, [*train, *held_out])
+    _, size, _ = configs.patch_sizes(config, [*train, *held_out])
     encoder = utils.load_autoencoder(path, config, run)
     changing = VolumeDataset(
         train, configs.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]

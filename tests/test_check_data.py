@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import check_data
 import train_autoencoder
 import utils
-from ldm import UserError
+from ldm import UserError, configs, splits
 from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
 from ldm.datasets import Case
 from ldm.layouts import find_cases
@@ -389,7 +389,9 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
     for skip in (False, True):
-        assert utils._bad_cases(find_cases(tmp_path)[0], config, tmp_path, skip, False, said.append) == []
+        given = (configs.channels_of(config), configs.intensity_of(config))
+        how = {"labels": False, "skip": skip, "strict": False, "say": said.append}
+        assert not splits.bad_cases(find_cases(tmp_path)[0], tmp_path / "split.json", *given, **how)
     assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2
     assert sum("b.nii.gz: minimum" in line for line in said) == 1  # where voxels are read
 
