@@ -84,11 +84,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--reproduce: takes everything from its file; leave out {names}.")
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due.")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1.")
     if args.steps is not None and args.steps > provenance.MOST_STEPS:
         raise UserError(f"--steps {args.steps}: at most {provenance.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
-        raise UserError(f"--seed {args.seed}: 0 or more is due, and less than 2^63 for all.")
+        raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
     utils.check_scale_factor(args.scale_factor)
     return args
 

@@ -30,13 +30,12 @@ import numpy as np
 import torch
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
-from torch.utils.data import Dataset
 
 import utils
 from ldm import UserError, configs, figures
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, load_checkpoint
-from ldm.datasets import VolumeDataset, stream, warn_of_padding
+from ldm.datasets import VolumeDataset, WithDraws, stream, warn_of_padding
 from ldm.encoders import LatentEncoder, set_posterior_std
 from ldm.initialisation import start_as_block_transform
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
@@ -72,24 +71,13 @@ JUDGED_BY = (
 )
 
 
-class WithPosteriorDraw(Dataset):
-    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w): a function of (seed, epoch,
-    case), drawn by the loader's processes.
+class WithPosteriorDraw(WithDraws):
+    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w)."""
 
-    Args:
-        shape: of the latents, (c, d, h, w).
-    """
+    purpose = "posterior"
 
-    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
-        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        generator = stream(self.seed, "posterior", epoch, self.cases[i].name)
-        return {**self.dataset[key], "eps": torch.randn(self.shape, generator=generator)}
+    def draw(self, generator: torch.Generator) -> dict:
+        return {"eps": torch.randn(self.shape, generator=generator)}
 
 
 class AutoencoderLoss(nn.Module):

@@ -33,7 +33,7 @@ import utils
 from ldm import UserError, configs, figures, latents
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, weights_hash
-from ldm.datasets import Case, VolumeDataset, stream, typical_limits
+from ldm.datasets import Case, VolumeDataset, WithDraws, stream, typical_limits
 from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
@@ -47,27 +47,15 @@ from ldm.transforms import augmentation
 SAMPLE_SEEDS = (0, 1, 2, 3)
 
 
-class WithChance(Dataset):
-    """A data set whose items also hold what chance decides about them: the posterior draw `eps` and the
-    `noise`, (c, d, h, w) each, and the `uniform` time. All are functions of (seed, epoch, case), drawn by the
-    loader's processes.
+class WithChance(WithDraws):
+    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, and the
+    `uniform` time."""
 
-    Args:
-        shape: of the latents, (c, d, h, w).
-    """
+    purpose = "diffusion"
 
-    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
-        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        generator = stream(self.seed, "diffusion", epoch, self.cases[i].name)
+    def draw(self, generator: torch.Generator) -> dict:
         eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
-        uniform = torch.rand((), generator=generator)
-        return {**self.dataset[key], "eps": eps, "noise": noise, "uniform": uniform}
+        return {"eps": eps, "noise": noise, "uniform": torch.rand((), generator=generator)}
 
 
 @dataclass

@@ -157,7 +157,7 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """The argument of the scripts whose memory can be told beforehand."""
+    """The argument of the scripts whose memory can be predicted."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -191,7 +191,7 @@ def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
 
     def gigabytes(text: str) -> float:
         if not 0 < (value := float(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: a number of GB above 0 is due.")
+            raise argparse.ArgumentTypeError(f"{text}: expected a number of GB above 0.")
         return value
 
     parser.add_argument(
@@ -203,7 +203,7 @@ def check_scale_factor(value: float | None) -> None:
     """Raise UserError unless `--scale-factor` is left out or a number that a scale factor can be."""
     if value is not None and not StrictValidator(SCALE_FACTOR).is_valid(value):
         least, most = SCALE_FACTOR["minimum"], SCALE_FACTOR["maximum"]
-        raise UserError(f"--scale-factor {value}: a number from {least} to {most} is due.")
+        raise UserError(f"--scale-factor {value}: expected a number from {least} to {most}.")
 
 
 def prepare_folder(path: str | Path) -> Path:
@@ -637,7 +637,7 @@ def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
     return on_device(network, run.device)
 
 
-# ---------------------------------------------------------------- memory, told beforehand
+# ---------------------------------------------------------------- memory, predicted
 
 
 def planned(config: dict, stage: str, args: argparse.Namespace) -> dict:
@@ -903,7 +903,7 @@ def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], boo
         yield after_step
     if profile.step_num < wait + warmup + active:
         raise UserError(
-            f"--profile: only {profile.step_num} steps were left, {wait + warmup + active} are due. Raise "
+            f"--profile: only {profile.step_num} steps were left, expected {wait + warmup + active}. Raise "
             "max_epochs."
         )
     run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")

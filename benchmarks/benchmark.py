@@ -97,7 +97,7 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
         run.say(f"no --data: {count} brains are simulated")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
-    places = {key: folder / key for key in ("model_dir", "tfevent_path", "output_dir")}
+    places = {key: folder / key for key in ("model_dir", "tfevent_path", "output_dir", "cache_dir")}
     return {"data_base_dir": Path(data).expanduser(), "download_brats": False, **places}
 
 
@@ -236,11 +236,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("rounds", 1), ("samples", 2), ("reference_steps", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is due.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
     if (args.reference_steps or 1) > reference.STEPS:
         raise UserError(f"--reference-steps {args.reference_steps}: there are {reference.STEPS}.")
     if args.quality is not None and not 0 < args.quality < math.inf:
-        raise UserError(f"--quality {args.quality}: minutes, more than 0, are due.")
+        raise UserError(f"--quality {args.quality}: expected minutes, more than 0.")
     if args.out and args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file.")
     if args.autoencoder and args.quality is None:

@@ -236,6 +236,33 @@ class VolumeDataset(Dataset):
         return self.augmentation(volume, label, rng)
 
 
+class WithDraws(Dataset):
+    """A data set whose items also hold random draws, made by the loader's processes: functions of (seed,
+    epoch, case).
+
+    Args:
+        dataset: with `cases`, its items asked for by `(epoch, i)`.
+        shape: of the latents, (c, d, h, w).
+    """
+
+    purpose: str  # of `stream`
+
+    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def draw(self, generator: torch.Generator) -> dict:
+        """The draws of one item."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        generator = stream(self.seed, self.purpose, epoch, self.cases[i].name)
+        return {**self.dataset[key], **self.draw(generator)}
+
+
 def _clear_left_behind(cache_dir: Path) -> None:
     """Delete what a killed process had begun to write. Runs share the folder, so what was changed of late may
     be another's that is at work."""

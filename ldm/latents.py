@@ -299,7 +299,7 @@ def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> Non
     else:
         return
     raise UserError(
-        f"{folder}: the latents there were made with {what}. Make them anew by cache_latents.py --fresh, or "
+        f"{folder}: the latents there were made with {what}. Run cache_latents.py --fresh, or "
         "choose another cache_dir in the environment file."
     )
 

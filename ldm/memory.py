@@ -1,4 +1,4 @@
-"""The peak memory of a computation, told beforehand: it runs on tensors that have shapes and no values, and
+"""The peak memory of a computation, predicted: it runs on tensors that have shapes and no values, and
 every allocation is counted.
 
     with Meter(like_gpu=True) as meter:

@@ -277,7 +277,7 @@ def shared_subjects(train: Sequence[Case], validation: Sequence[Case]) -> list[P
 
 def _twins(some: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Of the second files those that hold the same bytes as one of the first, with it. Files that cannot be
-    read are told elsewhere."""
+    read are reported elsewhere."""
     groups = {None: (some, others)}
     for key in (_size, _sample, sha256_of):
         finer = defaultdict(lambda: ([], []))

@@ -397,7 +397,7 @@ def test_a_note_is_no_fault(tmp_path, capsys):
 
 
 def test_a_window_finds_volumes_in_other_units(tmp_path, capsys):
-    """With one, volumes are held against each other; without, each has its own percentiles."""
+    """With one, volumes are compared with each other; without, each has its own percentiles."""
     for seed, name in enumerate("abcd"):
         save(tmp_path / f"{name}.nii.gz", 2000 * noise(seed) - 1000 + 1024 * (name == "b"))
     save(tmp_path / "e.nii.gz", 1500 + 500 * noise(9))

@@ -384,7 +384,7 @@ def quoted(page: str) -> list[str]:
 
 VALUES = (  # of a message: what has a digit, a slash or a quotation mark, file names, what is in parentheses
     r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}|\S*[\d/\"=]\S*|\S+\.(?:gz|json|pt|ckpt|nii|img|mgz):?|\.\.\.|^\w+:|\bX\b"
-    r"|the image|squeeze|autoencoder_def|colours"
+    r"|the image|squeeze|autoencoder_def|colours|precision unknown|\ba, b(?:, c)?\b"
 )
 
 
@@ -399,7 +399,7 @@ def not_said(message: str) -> list[str]:
 
 def _said(a: str, b: str, c: str) -> bool:
     text = literals()
-    if f"{a} {b} {c}" in text:
+    if f"{a} {b} {c}" in text or f"{a} {b} {c.rstrip('.,')}" in text:  # a message may be put together there
         return True
     a, b, c, value = re.escape(a), re.escape(b), re.escape(c), r"\S*~\S*"
     ways = [f"{a} {b} {value}", f"{value} {b} {c}", f"{a} {value} {c}"]
