@@ -114,7 +114,7 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
     return counted
 
 
-# ---------------------------------------------------------------- memory, told beforehand
+# ---------------------------------------------------------------- memory, predicted
 
 
 def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run) -> None:

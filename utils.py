@@ -424,7 +424,7 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
 
 def own_folders(environment: dict) -> list[Path]:
     """Where the scripts write: what lies there is no data."""
-    return [environment[key] for key in ("model_dir", "output_dir", "cache_dir", "tfevent_path")]
+    return [environment[key] for key in FOLDERS]
 
 
 def data_folders(environment: dict) -> list[Path]:

@@ -195,14 +195,14 @@ def masks_among(cases: Sequence[Case]) -> list[Problem]:
 
 
 def _packed_share(file: Path) -> float | None:
-    """What packing makes of a file, as a share of its bytes; None where that cannot be told."""
+    """The packed size of a file as a share of its voxels' bytes; None where it is unknown."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             if opened.read(2) == b"\x1f\x8b":
                 opened.seek(-4, os.SEEK_END)  # where gzip keeps the length of what it packed
                 whole = int.from_bytes(opened.read(4), "little")
-                # What deflate cannot do is the end of a file that was cut short.
+                # A length that deflate cannot reach is no length: the file was cut short.
                 return size / whole if LEAST_BYTES <= whole <= MOST_PACKED * size else None
             opened.seek(size // 2)
             piece = opened.read(2**18)

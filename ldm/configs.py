@@ -24,7 +24,7 @@ from ldm.networks import (
 from ldm.schemas import StrictValidator, explained
 from ldm.transforms import Intensity, Preprocessing
 
-# What a checkpoint's weights mean nothing without, and keys of networks that change memory and no result.
+# Keys that a checkpoint's weights depend on, and keys of networks that change memory and no result.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}
 RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
@@ -150,7 +150,7 @@ def check_fixed(
     remedy: str = "",
     source: str = "the config",
 ) -> None:
-    """See that a config has the values that a checkpoint's weights mean nothing without.
+    """See that a config has the values that a checkpoint's weights depend on.
 
     Args:
         trained: the config in the checkpoint.

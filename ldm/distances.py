@@ -41,8 +41,7 @@ def difference_interval(draws: np.ndarray, value: float, count: int) -> list[flo
 
 
 def share_interval(found: np.ndarray) -> list[float]:
-    """Where the share lies of which these are draws, 0 or 1 each (Wilson, 1927): none of ten is not none of
-    all."""
+    """The interval of a share, from draws of 0 or 1 (Wilson, 1927): 0 of 10 does not make the share 0."""
     limits = binomtest(int(found.sum()), len(found)).proportion_ci(SHARE, "wilson")
     return [float(limits.low), float(limits.high)]
 

@@ -207,7 +207,7 @@ def own_frechet_figure(sets: Sets) -> Figure:
         figure.missing, figure.about = missing, "Along the directions in which volumes vary most."
         return figure
     _, made, held, first = spaces(sets, OWN)
-    # Of all three alike: directions in which the floor's sets alone vary most would favour them.
+    # Axes of all three sets together: those of the floor's two sets alone would favour the floor.
     project = PrincipalAxes(torch.cat([made, held, first]), axes)
     made, held, first = map(project, (made, held, first))
     real = torch.cat([first, held])

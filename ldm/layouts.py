@@ -68,8 +68,8 @@ class Search:
     def subject_of_file(
         self, name: str, file: File, folders: dict[File, str], others: dict[File, str] | None = None
     ) -> str:
-        """As `subject_of`; but where that is the scan's own name, what stands for its patient in `folders`
-        (as `patients_of` gives them), else in `others`."""
+        """As `subject_of`; where that finds no more than the scan's own name, the patient by `folders` (of
+        `patients_of`), else by `others`."""
         subject = self.subject_of(name, file.name)
         if self.subject is not None or subject != name:
             return subject

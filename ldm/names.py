@@ -197,8 +197,8 @@ def _with_mask_word(name: str, word: str) -> str:
 
 @dataclass(frozen=True)
 class Kinds:
-    """Several images of a patient: what tells them apart, a glob of one of them, their endings where these
-    do (to be used as data.contrasts), and the patient of each."""
+    """Several images of a patient: what tells them apart, a pattern of one of them, the endings for
+    data.contrasts (None where endings do not tell them apart), and the patient of each."""
 
     names: list[str]
     pattern: str
@@ -216,7 +216,7 @@ def kinds_of(images: list[File]) -> Kinds | None:
 
 
 def _unlike_others(endings: list[str]) -> str:
-    """An ending that is not the end of another, so that a glob of it names one kind alone."""
+    """An ending with which no other ends, so that a pattern of it names one kind alone."""
     return next(one for one in endings if not any(other != one and other.endswith(one) for other in endings))
 
 
@@ -320,8 +320,9 @@ def _by_beginning(images: list[File]) -> Kinds | None:
 
 
 def patients_of(images: list[File]) -> dict[File, str]:
-    """What stands for a patient, of the scans that share it: the topmost folder that a scan is named after,
-    or its name without the visit, or the topmost folder of which there are several with few scans each."""
+    """What scans of one patient share: the topmost folder that a scan is named after; else its name without
+    the visit; else the topmost folder of which there are several with few scans each. Empty where no two
+    scans share anything."""
     found = {}
     for file in images:
         named = (i for i, part in enumerate(file.folder, 1) if _is_named_after(file, part))
