@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = utils.start(args)
     path = utils.autoencoder_path(args, environment)
     folder = environment["cache_dir"] / utils.LATENTS
-    about = utils.what_latents_follow_from(config)
+    about = latents.what_latents_follow_from(config)
 
     # Step 1: data and autoencoder
     train, val = utils.volumes_to_encode(config, environment, run, args.skip_bad, path)

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, backbones, configs, evaluation, features, metrics, provenance, splits
+from ldm import UserError, backbones, configs, evaluation, features, few, metrics, provenance, splits
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, write_json
 from ldm.datasets import Case, read_json, rounded, size_at, stream, volume_size
@@ -258,7 +258,7 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
     found = [*records.values()]
     provenance.check_one_model(source.folder, found)
     notes = [
-        f"{source.name}: {len(names)} of {len(named)} volumes {what} ({provenance.some_of(names)})."
+        f"{source.name}: {len(names)} of {len(named)} volumes {what} ({few(names, 3)})."
         for what, names in (
             ("have no record of inference.py", without if found else []),
             ("were changed after inference.py wrote them", changed),
@@ -298,7 +298,7 @@ def take_out_scans(sources: dict[str, Source]) -> list[dict]:
             raise UserError(f"{made.folder}: all generated volumes there are files of the {name} set.")
         made.cases = [case for case in made.cases if case.name not in scans]
         text = f"{len(scans)} of {total} generated volumes are files of the {name} set, and are left out"
-        lines.append({"tone": "bad", "text": f"{text}: {provenance.some_of(scans)}."})
+        lines.append({"tone": "bad", "text": f"{text}: {few(scans, 3)}."})
     return lines
 
 
@@ -310,7 +310,7 @@ def notes_on_the_split(model_dir: Path, source: Source) -> list[str]:
     names = splits.read_split(path)[source.name == HELD_OUT]
     gone = [name for name in names if name not in there]
     told = f"{source.name}: {len(gone)} of {len(names)} cases of {path} are not there or bad, and left out"
-    return [f"{told}: {splits.listed(gone)}"] if gone else []
+    return [f"{told}: {few(gone)}"] if gone else []
 
 
 def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
@@ -368,7 +368,7 @@ def geometry_notes(source: Source, way: Preprocessing, size: Sequence[int]) -> l
         kinds = sorted({" x ".join(f"{side:.3g}" for side in sizes) for sizes in other})
         notes.append(
             f"{source.name}: {len(other)} of {total} volumes have another spacing "
-            f"({', '.join(kinds[:3])}{', ...' * (len(kinds) > 3)} mm) and were resampled."
+            f"({few(kinds, 3)} mm) and were resampled."
         )
     if moved := sum(any(size_at(*one, way.spacing) != size) for one in found):
         notes.append(

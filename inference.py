@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, figures, generation, memory, processes, provenance
+from ldm import UserError, configs, counted, figures, generation, memory, processes, provenance
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint
 from ldm.decoding import Budget, decoding_peak, weights_bytes
@@ -84,11 +84,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--reproduce: takes everything from its file; leave out {names}.")
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is due.")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1.")
     if args.steps is not None and args.steps > provenance.MOST_STEPS:
         raise UserError(f"--steps {args.steps}: at most {provenance.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
-        raise UserError(f"--seed {args.seed}: 0 or more is due, and less than 2^63 for all.")
+        raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
     utils.check_scale_factor(args.scale_factor)
     return args
 
@@ -114,7 +114,7 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
     return counted
 
 
-# ---------------------------------------------------------------- memory, told beforehand
+# ---------------------------------------------------------------- memory, predicted
 
 
 def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run) -> None:
@@ -141,7 +141,7 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
 
     def peaks(batch: int, amp: bool, max_memory: float | None) -> dict[str, memory.Peak]:
-        meter, half = memory.Meter(gpu), utils.half_precision(gpu) if amp else None
+        meter, half = memory.Meter(gpu), memory.half_precision(gpu) if amp else None
         run = Run(0, 1, torch.device("cpu"), half)
         with memory.forecasting():
             rehearse(config, size, batch, meter, run)
@@ -152,11 +152,11 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         return meter.peaks
 
     batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
-    half = utils.half_precision(gpu) if amp else None
+    half = memory.half_precision(gpu) if amp else None
     found = peaks(batch, amp, limit)
     now, sampling = memory.highest(found).total, found["sampling"].total
     options = {"--batch-size 1": (1, amp, limit)} if batch > 1 else {}
-    if not amp and utils.half_precision(gpu):
+    if not amp and memory.half_precision(gpu):
         options["--amp"] = (batch, True, limit)
     if not limit:  # what sampling takes anyway, of which decoding plans with 0.9
         least = math.ceil(sampling / 1e8) / 10
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
-        volumes = f"{args.num} volume{'s' * (args.num != 1)}"
+        volumes = counted(args.num, "volume{s}")
         run.say(f"inference: {volumes} in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
 
 

@@ -30,13 +30,12 @@ import numpy as np
 import torch
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
-from torch.utils.data import Dataset
 
 import utils
 from ldm import UserError, configs, figures
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, load_checkpoint
-from ldm.datasets import VolumeDataset, stream
+from ldm.datasets import VolumeDataset, WithDraws, stream, warn_of_padding
 from ldm.encoders import LatentEncoder, set_posterior_std
 from ldm.initialisation import start_as_block_transform
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
@@ -72,24 +71,13 @@ JUDGED_BY = (
 )
 
 
-class WithPosteriorDraw(Dataset):
-    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w): a function of (seed, epoch,
-    case), drawn by the loader's processes.
+class WithPosteriorDraw(WithDraws):
+    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w)."""
 
-    Args:
-        shape: of the latents, (c, d, h, w).
-    """
+    purpose = "posterior"
 
-    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
-        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        generator = stream(self.seed, "posterior", epoch, self.cases[i].name)
-        return {**self.dataset[key], "eps": torch.randn(self.shape, generator=generator)}
+    def draw(self, generator: torch.Generator) -> dict:
+        return {"eps": torch.randn(self.shape, generator=generator)}
 
 
 class AutoencoderLoss(nn.Module):
@@ -340,7 +328,7 @@ def latent_shape_of(config: dict, autoencoder: nn.Module, size: Sequence[int]) -
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: a training step with all terms of the loss, and the validation of a
-    volume. `sizes` are those of `utils.patch_sizes`."""
+    volume. `sizes` are those of `configs.patch_sizes`."""
     patch_size, _, val_size = sizes
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
@@ -385,14 +373,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: data
     train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
-    patch_size, _, val_size = sizes = utils.patch_sizes(config, [*train_cases, *val_cases])
+    patch_size, _, val_size = sizes = configs.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = configs.preprocessing_of(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
     )
     val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
-    utils.warn_of_padding(train_cases, config["spacing"], patch_size, run)
+    warn_of_padding(train_cases, config["spacing"], patch_size, run.say)
 
     # Step 2: networks
     utils.refuse_what_cannot_fit(rehearse, config, "autoencoder_train", sizes, args, run)

@@ -33,41 +33,29 @@ import utils
 from ldm import UserError, configs, figures, latents
 from ldm.bookkeeping import Training
 from ldm.checkpoints import StageFiles, weights_hash
-from ldm.datasets import Case, VolumeDataset, stream, typical_limits
+from ldm.datasets import Case, VolumeDataset, WithDraws, stream, typical_limits
 from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
 from ldm.encoders import LatentEncoder, LatentMoments
 from ldm.latents import Posteriors
 from ldm.memory import Meter, take_steps
 from ldm.networks import freeze_unreached, latent_size, load_weights, small_input
 from ldm.processes import Run
-from ldm.splits import PARTS, check_unchanged, subjects_of
+from ldm.splits import PARTS, check_unchanged, left_out, subjects_of
 from ldm.training import Stepper, make_ema
 from ldm.transforms import augmentation
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
 
 
-class WithChance(Dataset):
-    """A data set whose items also hold what chance decides about them: the posterior draw `eps` and the
-    `noise`, (c, d, h, w) each, and the `uniform` time. All are functions of (seed, epoch, case), drawn by the
-    loader's processes.
+class WithChance(WithDraws):
+    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, and the
+    `uniform` time."""
 
-    Args:
-        shape: of the latents, (c, d, h, w).
-    """
+    purpose = "diffusion"
 
-    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
-        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        generator = stream(self.seed, "diffusion", epoch, self.cases[i].name)
+    def draw(self, generator: torch.Generator) -> dict:
         eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
-        uniform = torch.rand((), generator=generator)
-        return {**self.dataset[key], "eps": eps, "noise": noise, "uniform": uniform}
+        return {"eps": eps, "noise": noise, "uniform": torch.rand((), generator=generator)}
 
 
 @dataclass
@@ -115,12 +103,24 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
         UserError: they are not those of this config, autoencoder and data.
     """
     folder, seed = environment["cache_dir"] / utils.LATENTS, config["seed"]
-    about = utils.what_latents_follow_from(config)
+    about = latents.what_latents_follow_from(config)
     manifest = latents.open_cache(folder, about, autoencoder, run)
     weights = manifest["autoencoder"]["weights"]
     check_same(resumed, weights, autoencoder)
-    run.from_main(lambda: utils.check_cached_data(folder, manifest, config, environment, run))
-    utils.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
+
+    def check() -> None:
+        folders = utils.data_folders(environment)
+        where = ", ".join(map(str, folders))
+        if all(one.exists() for one in folders):
+            train, val = utils.find_data(config, environment, run.say)
+            if others := latents.check_data(folder, manifest, [*train, *val]):
+                run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
+        else:
+            run.say(f"data: {where} is not there; the latents in {folder} stand for them")
+        latents.check_split(folder, manifest, environment["model_dir"] / utils.SPLIT)
+
+    run.from_main(check)
+    configs.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
     parts = [
         Posteriors(
             [
@@ -324,7 +324,7 @@ def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: encoding a volume (not with a cache), a training step, the validation
-    of a volume, drawing a sample. `sizes` are those of `utils.patch_sizes`."""
+    of a volume, drawing a sample. `sizes` are those of `configs.patch_sizes`."""
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 

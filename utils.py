@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -27,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, configs, memory, processes, splits
+from ldm import UserError, brief, configs, counted, memory, processes, splits
 from ldm.checkpoints import (
     NO_SPACE,
     SCALE_FACTOR,
@@ -36,9 +35,7 @@ from ldm.checkpoints import (
     load_training_checkpoint,
     require_checkpoint,
     weights_hash,
-    write_json,
 )
-from ldm.checks import check_cases, check_headers, note_lines
 from ldm.datasets import (
     Case,
     EpochSampler,
@@ -46,33 +43,25 @@ from ldm.datasets import (
     choose_spacing,
     parse_json,
     read_json,
-    split_cases,
-    volume_size,
+    warn_of_padding,
 )
 from ldm.decoding import Budget
 from ldm.download import fetch_task01
 from ldm.encoders import LatentEncoder
-from ldm.latents import MANIFEST, check_data
 from ldm.layouts import find_cases
 from ldm.logs import TextLog, read_log, write_log
 from ldm.losses import missing_package
 from ldm.networks import (
     add_checkpointing,
-    check_size,
-    downsampling,
     load_weights,
-    network_divisor,
     on_device,
 )
 from ldm.processes import CLEAN_UP, SAID, Run, leave_signals_to_the_main_process
 from ldm.provenance import versions
 from ldm.schemas import StrictValidator
-from ldm.splits import PARTS
-from ldm.transforms import CODE
 
 ROOT = Path(__file__).resolve().parent
 SPLIT = "split.json"
-NOTES_SAID = 5  # on the data, at a start
 LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
 
 
@@ -168,7 +157,7 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """The argument of the scripts whose memory can be told beforehand."""
+    """The argument of the scripts whose memory can be predicted."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -202,7 +191,7 @@ def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
 
     def gigabytes(text: str) -> float:
         if not 0 < (value := float(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: a number of GB above 0 is due.")
+            raise argparse.ArgumentTypeError(f"{text}: expected a number of GB above 0.")
         return value
 
     parser.add_argument(
@@ -214,7 +203,7 @@ def check_scale_factor(value: float | None) -> None:
     """Raise UserError unless `--scale-factor` is left out or a number that a scale factor can be."""
     if value is not None and not StrictValidator(SCALE_FACTOR).is_valid(value):
         least, most = SCALE_FACTOR["minimum"], SCALE_FACTOR["maximum"]
-        raise UserError(f"--scale-factor {value}: a number from {least} to {most} is due.")
+        raise UserError(f"--scale-factor {value}: expected a number from {least} to {most}.")
 
 
 def prepare_folder(path: str | Path) -> Path:
@@ -414,7 +403,7 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
             f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
         )
     number, count = kind.partition(":")[2], torch.cuda.device_count()
-    there = f"{count} GPU{'s' * (count != 1)} here{chosen}"
+    there = f"{counted(count, 'GPU{s}')} here{chosen}"
     if number and processes_here > 1:
         raise UserError(
             f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
@@ -436,6 +425,12 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
 def own_folders(environment: dict) -> list[Path]:
     """Where the scripts write: what lies there is no data."""
     return [environment[key] for key in FOLDERS]
+
+
+def data_folders(environment: dict) -> list[Path]:
+    """The folder of the data, or several."""
+    base = environment["data_base_dir"]
+    return base if isinstance(base, list) else [base]
 
 
 def find_data(
@@ -488,157 +483,46 @@ def prepare_data(
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
         run.from_main(lambda: fetch_task01(base) and None)
-    cases, validation = find_data(config, environment, run.say)
-    train, val = run.from_main(
-        lambda: _sides(cases, validation, config, environment, run, skip_bad, write, resumed, autoencoder)
-    )
+    found = find_data(config, environment, run.say)
+
+    def divide() -> splits.Sides:
+        path, where = environment["model_dir"] / SPLIT, ", ".join(map(str, data_folders(environment)))
+        known = None
+        if autoencoder and autoencoder.is_file():
+            known = load_checkpoint(autoencoder).get("subjects")
+        sides = splits.as_kept(path, *found, where, run.say, write) if path.is_file() else found
+        stages = (config["autoencoder_train"], config["diffusion_train"])
+        bad = splits.bad_cases(
+            [*sides[0], *sides[1]],
+            path,
+            configs.channels_of(config),
+            configs.intensity_of(config),
+            labels=any(section["augment"]["foreground_prob"] for section in stages),  # else they are not read
+            skip=skip_bad,
+            strict=write,
+            say=run.say,
+        )
+        return splits.divided(
+            *splits.without(bad, *sides, where),
+            path,
+            where,
+            val_fraction=config["data"]["val_fraction"],
+            seed=config["seed"],
+            strict=write,
+            say=run.say,
+            resumed=resumed,
+            autoencoder=autoencoder,
+            known=known,
+        )
+
+    train, val = run.from_main(divide)
     if splits.is_single_subject(train, val):
         run.say(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
         )
-    settle_spacing(config, lambda: choose_spacing(train, config["longest_side"]), resumed)
+    configs.settle_spacing(config, lambda: choose_spacing(train, config["longest_side"]), resumed)
     run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {config['spacing']} mm")
     return train, val
-
-
-def settle_spacing(config: dict, choose: Callable[[], list[float]], resumed: dict | None) -> None:
-    """Fix the spacing where the config leaves it open.
-
-    Raises:
-        UserError: it is not that of the checkpoint that is resumed.
-    """
-    if config["spacing"] is None:
-        config["spacing"], config["longest_side"] = choose(), None
-    if resumed:
-        configs.check_fixed(resumed["config"], config, ("spacing",), resumed["path"], configs.RESUMING)
-
-
-def _sides(
-    cases: list[Case],
-    validation: list[Case],
-    config: dict,
-    environment: dict,
-    run: Run,
-    skip_bad: bool,
-    write: bool,
-    resumed: dict | None,
-    autoencoder: Path | None,
-) -> splits.Sides:
-    """The training and the validation cases, without those that are left out, and without a leak."""
-    path, where = environment["model_dir"] / SPLIT, _shown(environment["data_base_dir"])
-    kept, named = path.is_file(), bool(validation)
-    known = load_checkpoint(autoencoder).get("subjects") if autoencoder and autoencoder.is_file() else None
-    if kept:
-        cases, validation = splits.as_kept(path, cases, validation, where, run.say, write)
-    bad = _bad_cases([*cases, *validation], config, path, skip_bad, write, run)
-    cases, validation = ([case for case in some if case.name not in bad] for some in (cases, validation))
-    if not cases or (kept or named) and not validation:
-        raise UserError(f"{where}: every {'validation' if cases else 'training'} case is bad.")
-    what = ""
-    if not validation and not (problems := splits.one_file_of_two_subjects(cases)):
-        before = (resumed or {}).get("subjects") or known
-        if before and (alike := splits.split_alike(cases, before)):
-            cases, validation = alike
-            run.say(
-                f"data: no {path} yet: held out is what {(resumed or {}).get('path', autoencoder)} held out"
-            )
-        else:
-            cases, validation = split_cases(cases, config["data"]["val_fraction"], config["seed"])
-    if validation:
-        what, problems = "held out and also trained on: ", splits.leaks(cases, validation)
-    if problems:
-        first, more = problems[0], f" ({len(problems)} such cases)" if len(problems) > 1 else ""
-        advice = (
-            "Choose another model_dir, for data with each patient on one side and no scan twice."
-            if kept
-            else "Keep each patient on one side and no scan twice; check_data.py lists all."
-        )
-        raise UserError(f"{path if kept else where}: {what}{first.file} {first.reason}{more}.\n{advice}")
-    if resumed:
-        splits.check_unchanged(path, cases, validation, resumed)
-    if known and (seen := splits.on_side(validation, known, "training")):
-        told = f"{autoencoder}: was trained on {len(seen)} of {splits.plural(validation, 'validation case')}"
-        told = f"{told} ({splits.listed(seen)})"
-        if write and autoencoder.parent.resolve() == path.parent.resolve():
-            raise UserError(f"{told}: {path} has changed since. Restore it, or choose another model_dir.")
-        run.say(f"warning: {told}: figures on them are better than on new scans")
-    if write and not kept:
-        names = ([case.name for case in some] for some in (cases, validation))
-        write_json(path, dict(zip(PARTS, names, strict=True)))
-    return cases, validation
-
-
-def _shown(base: Path | list[Path]) -> str:
-    return ", ".join(map(str, base)) if isinstance(base, list) else str(base)
-
-
-def _bad_cases(cases: list[Case], config: dict, path: Path, skip: bool, write: bool, run: Run) -> set[str]:
-    """Names of the cases to leave out; notes are said. Raises UserError where there are some and they may
-    not be.
-
-    Args:
-        path: of the split.json; where it is there, no case may be left out of a training.
-    """
-    channels, kept = configs.channels_of(config), path.is_file()
-    stages = (config["autoencoder_train"], config["diffusion_train"])
-    labels = any(section["augment"]["foreground_prob"] for section in stages)  # else no one looks at them
-    if skip:
-        problems, _ = check_cases(cases, channels, configs.intensity_of(config), labels)
-    else:
-        problems = check_headers(cases, channels, labels)
-    notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
-    for line in notes[:NOTES_SAID]:
-        run.say(line)
-    if (more := len(notes) - NOTES_SAID) > 0:
-        run.say(f"note: {more} more notes; check_data.py lists all")
-    bad = {problem.case for problem in problems}
-    if bad and (write if kept else not skip):
-        first, of = problems[0], f" of {path}" if kept else ""
-        remedy = (
-            "Put good copies in their place, or leave them out by --skip-bad in another model_dir."
-            if kept
-            else "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
-        )
-        raise UserError(
-            f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases{of} are bad.\n{remedy}"
-        )
-    skipped = path.with_name("skipped.json")
-    if skip and write and not kept:
-        write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
-    if bad:
-        told = f": {splits.listed(sorted(bad))}" if kept else f", listed in {skipped}"
-        run.say(f"data: {len(bad)} bad case(s) left out{told}")
-    return bad
-
-
-def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
-    """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
-    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
-
-    Raises:
-        UserError: a size that the networks cannot take; the nearest that they can are named.
-    """
-    first, second = config["autoencoder_train"], config["diffusion_train"]
-    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
-    if not (patch and volume):
-        whole = volume_size(cases, config["spacing"], network_divisor(config))
-        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
-        patch, volume = patch or whole, volume or whole
-    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
-    check_size(volume, network_divisor(config), "diffusion_train.patch_size")
-    check_size(patch, factor, "autoencoder_train.patch_size")
-    check_size(shown, factor, "autoencoder_train.val_patch_size")
-    return patch, volume, shown
-
-
-def warn_of_padding(cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], run: Run) -> None:
-    """Say in one line how many volumes are smaller than the patch and are padded."""
-    small = [case.name for case in cases if any(np.less(volume_size([case], spacing, 1), size))]
-    if small:
-        run.say(
-            f"data: {len(small)} of {len(cases)} volumes are smaller than {list(size)} and are padded "
-            f"with background ({small[0]}, ...)"
-        )
 
 
 def volumes_to_encode(
@@ -653,63 +537,15 @@ def volumes_to_encode(
     train_cases, val_cases = prepare_data(
         config, environment, run, skip_bad, resumed=resumed, autoencoder=autoencoder
     )
-    _, size, _ = patch_sizes(config, [*train_cases, *val_cases])
+    _, size, _ = configs.patch_sizes(config, [*train_cases, *val_cases])
     preprocessing, augment = configs.preprocessing_of(config), config["diffusion_train"]["augment"]
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    warn_of_padding(train_cases, config["spacing"], size, run)
+    warn_of_padding(train_cases, config["spacing"], size, run.say)
     return (
         VolumeDataset(train_cases, preprocessing, size, False, augment, **common),
         VolumeDataset(val_cases, preprocessing, size, **common),
     )
-
-
-def what_latents_follow_from(config: dict) -> dict:
-    """The keys of a config that the latents of stage 2 depend on, as the user wrote them; by them a cache
-    knows whether it is the right one. To be asked before `prepare_data` fixes the spacing."""
-    section, data = config["diffusion_train"], config["data"]
-    keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
-    about = {key: copy.deepcopy(config[key]) for key in keys}
-    # Keys that came later are named where they are used: caches from before them stay what they are.
-    for key in ("window", "nan_is_background"):
-        if not about["intensity"][key]:
-            del about["intensity"][key]
-    later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
-    return {
-        **about,
-        **later,
-        "diffusion_train.patch_size": section["patch_size"],
-        "diffusion_train.augment": section["augment"],
-        "data.pattern": data["pattern"],
-        "data.val_fraction": data["val_fraction"],
-        "version of the transforms": CODE,
-        "precision": "float32",
-    }
-
-
-def check_cached_data(folder: Path, manifest: dict, config: dict, environment: dict, run: Run) -> None:
-    """See that cached latents are of the data that are there, if they are, and of this `model_dir`'s split;
-    no image is opened.
-
-    Raises:
-        UserError: they are not.
-    """
-    base, path = environment["data_base_dir"], environment["model_dir"] / SPLIT
-    if all(one.exists() for one in (base if isinstance(base, list) else [base])):
-        cases, validation = find_data(config, environment, run.say)
-        others = check_data(folder, manifest, [*cases, *validation])
-        if others:
-            run.say(f"data: {splits.left_out(others, _shown(base), folder / MANIFEST)}")
-    else:
-        run.say(f"data: {base} is not there; the latents in {folder} stand for them")
-    split = {part: [record["case"] for record in manifest[part]] for part in PARTS}
-    if not path.is_file():
-        write_json(path, split)
-    elif dict(zip(PARTS, splits.read_split(path), strict=True)) != split:
-        raise UserError(
-            f"{path}: the latents in {folder} were made for another split. Make them anew by "
-            "cache_latents.py --fresh, or choose another cache_dir in the environment file."
-        )
 
 
 def make_loader(
@@ -801,7 +637,7 @@ def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
     return on_device(network, run.device)
 
 
-# ---------------------------------------------------------------- memory, told beforehand
+# ---------------------------------------------------------------- memory, predicted
 
 
 def planned(config: dict, stage: str, args: argparse.Namespace) -> dict:
@@ -813,26 +649,18 @@ def planned(config: dict, stage: str, args: argparse.Namespace) -> dict:
 
 
 def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
-    """As `patch_sizes`, for a dry run: by the config, or where it leaves them open by the data's headers."""
+    """As `configs.patch_sizes`, for a dry run: by the config, or by the data where one is open."""
     cases = []
     if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
         environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
         skip = getattr(args, "skip_bad", False)
         cases = itertools.chain(*prepare_data(config, environment, run, skip, write=False))
-    return patch_sizes(config, list(cases))
+    return configs.patch_sizes(config, list(cases))
 
 
 def meant_for_gpu(args: argparse.Namespace) -> bool:
     """Whether a dry run tells the memory of a GPU, as it does by default, or of this CPU."""
     return _device_name(args.device or "cuda") != "cpu"
-
-
-def half_precision(gpu: bool) -> torch.dtype | None:
-    """What mixed precision computes in on this machine's GPU (where it has none: on one that has bf16), or on
-    this CPU."""
-    if gpu and not torch.cuda.is_available():
-        return torch.bfloat16
-    return processes.amp_dtype(torch.device("cuda" if gpu else "cpu"))
 
 
 def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
@@ -851,19 +679,11 @@ def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Nam
         print(f"not counted: the perceptual network. {missing}")
         section["perceptual_weight"] = 0.0
     sizes, ranks = planned_sizes(config, args), args.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    forecast = memory.Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), ranks)
+    forecast = memory.Forecast(rehearse, stage, sizes, gpu, memory.half_precision(gpu), ranks)
     peaks = forecast.peaks(config)
     lower = forecast.savings(config, peaks)
     half = forecast.half if section["amp"] else None
     print(memory.report(peaks, lower, gpu, half, section["batch_size"], sizes[stage == "diffusion_train"]))
-
-
-def gpu_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes that are free for this process, and all that the GPU has; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    free, everything = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device), everything
 
 
 def refuse_what_cannot_fit(
@@ -875,14 +695,14 @@ def refuse_what_cannot_fit(
     refuses a training.
 
     Args:
-        sizes: as `patch_sizes` gives them.
+        sizes: as `configs.patch_sizes` gives them.
 
     Raises:
         UserError: the tensors alone are more than a whole GPU. Not on Windows, whose driver may put them into
             main memory, nor where the networks are compiled, which may keep fewer.
     """
     compiled = config[stage]["compile"] if args.compile is None else args.compile
-    memories = run.gather(gpu_memory(run.device))
+    memories = run.gather(memory.gpu_memory(run.device))
     if None in memories:
         return
     free, everything = (min(values) for values in zip(*memories, strict=True))
@@ -1083,7 +903,7 @@ def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], boo
         yield after_step
     if profile.step_num < wait + warmup + active:
         raise UserError(
-            f"--profile: only {profile.step_num} steps were left, {wait + warmup + active} are due. Raise "
+            f"--profile: only {profile.step_num} steps were left, expected {wait + warmup + active}. Raise "
             "max_epochs."
         )
     run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")

@@ -121,12 +121,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("seed", 0, provenance.LAST_SEED - 1),
     ):
         if (value := getattr(args, name, None)) is not None and not least <= value <= most:
-            raise UserError(f"--{name} {value}: a number from {least} to {most} is due.")
+            raise UserError(f"--{name} {value}: expected a number from {least} to {most}.")
     window, at = getattr(args, "window", None), getattr(args, "at", None)
     if window and not (np.isfinite(window).all() and window[0] < window[1]):
-        raise UserError(f"--window {window[0]:g} {window[1]:g}: two numbers are due, the lower one first.")
+        raise UserError(f"--window {window[0]:g} {window[1]:g}: expected two numbers, the lower one first.")
     if at and not np.isfinite(at).all():
-        raise UserError("--at: three numbers in mm are due, towards right, anterior and superior.")
+        raise UserError("--at: expected three numbers in mm, towards right, anterior and superior.")
     if args.out.suffix.lower() != args.suffix:
         raise UserError(f"--out {args.out}: `{args.command}` writes a {args.suffix}. Name one.")
     if args.out.exists() and not args.force:
@@ -380,7 +380,7 @@ def read_mask(path: Path) -> nib.Nifti1Image:
         UserError: 4D, or values that are no whole numbers from 0 on.
     """
     if (count := channel_count(read_image(path))) > 1:
-        raise UserError(f"{path}: holds {count} volumes; one volume of labels is due.")
+        raise UserError(f"{path}: holds {count} volumes; expected one volume of labels.")
     mask = read(path, 0)
     voxels = voxels_in(mask)
     if not np.isfinite(voxels).all() or voxels.min() < 0 or (voxels != np.rint(voxels)).any():

@@ -236,11 +236,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("rounds", 1), ("samples", 2), ("reference_steps", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least} is due.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
     if (args.reference_steps or 1) > reference.STEPS:
         raise UserError(f"--reference-steps {args.reference_steps}: there are {reference.STEPS}.")
     if args.quality is not None and not 0 < args.quality < math.inf:
-        raise UserError(f"--quality {args.quality}: minutes, more than 0, are due.")
+        raise UserError(f"--quality {args.quality}: expected minutes, more than 0.")
     if args.out and args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file.")
     if args.autoencoder and args.quality is None:
@@ -270,7 +270,7 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     count = 2 * max(config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train"))
     environment = find_data(args, config, folder, count + 2, run)
     train, held_out = utils.prepare_data(config, environment, run)
-    patch, size, _ = utils.patch_sizes(config, [*train, *held_out])
+    patch, size, _ = configs.patch_sizes(config, [*train, *held_out])
     few = train[:count]
     bench = Bench(
         config,
@@ -309,7 +309,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     train, held_out = utils.prepare_data(config, environment, run)
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
-    _, size, _ = utils.patch_sizes(config, [*train, *held_out])
+    _, size, _ = configs.patch_sizes(config, [*train, *held_out])
     encoder = utils.load_autoencoder(path, config, run)
     changing = VolumeDataset(
         train, configs.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]

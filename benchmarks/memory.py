@@ -21,7 +21,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from benchmarks.measure import forget_peak, resident
-from ldm import processes
+from ldm import configs, processes
 from ldm.memory import GB, Forecast, Peak, take_steps
 from ldm.processes import Run
 
@@ -99,7 +99,7 @@ class Case:
         self.config = utils.load_config(
             utils.ROOT / args.config, [f"{key}={value}" for key, value in keys.items()]
         )
-        self.sizes = utils.patch_sizes(self.config, [])
+        self.sizes = configs.patch_sizes(self.config, [])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.half = processes.amp_dtype(self.device) if args.amp else None
         self.rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse

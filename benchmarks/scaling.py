@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of cubes, in voxels")
     args = parser.parse_args(argv)
     if min(args.sizes) < 1:
-        raise UserError("--sizes: sides of at least one voxel are due.")
+        raise UserError("--sizes: expected sides of at least one voxel.")
     config = utils.load_config(args.config_file, ["autoencoder_train.perceptual_weight=0"])
     for section in STAGES:
         config[section] |= {"batch_size": 1, "patch_size": None, "sample_interval": 0}

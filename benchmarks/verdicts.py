@@ -30,7 +30,7 @@ LINES = ("realism", "sharpness", "diversity", "anatomy")
 
 
 def filled(name: str, count: int, shift: float, rng: np.random.Generator) -> VolumeSet:
-    """A set of `count` volumes that never were, features and tissues `shift` standard deviations up.
+    """A simulated set of `count` volumes, its features and tissues `shift` standard deviations up.
 
     Features are of factors that all of them share, each with half the variance of the one before, and of a
     noise of their own. The shift is up or down as the first factor moves them.

@@ -8,7 +8,7 @@ page that says how good they are.
 Started by demo.sh and demo.bat, by any Python from 3.11 on: makes .venv first (see environment.py), then runs
 the project's scripts in it, each as its printed line says. Everything goes to outputs/demo, each kind to a
 folder of its own: data (the simulated brains), models, tensorboard, samples, evaluation (the page). Run
-again, it moves what the run before made to old-1, old-2, ... in the same folder and begins anew; simulated
+again, it moves what the run before made to old-1, old-2, ... in the same folder and starts over; simulated
 brains are used again.
 """
 

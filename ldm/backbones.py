@@ -88,7 +88,7 @@ def read_weights(path: Path, digest: str | None) -> tuple[dict, str]:
     found = sha256_of(path)
     if digest and not (len(digest) >= 8 and found.startswith(digest.lower())):
         raise UserError(
-            f"{path}: its SHA-256 is {found}, not {digest}. Fetch the file anew, or fix the hash."
+            f"{path}: its SHA-256 is {found}, not {digest}. Fetch the file again, or fix the hash."
         )
     return plain_names(load_checkpoint(path)["model"]), found
 

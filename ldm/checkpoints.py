@@ -372,7 +372,7 @@ def _read_pickle(path: Path) -> dict:
 
 
 def _why_unread(path: Path, error: Exception) -> str:
-    """What a file is that torch.load refuses. Torch's own words advise to read it with `weights_only=False`,
+    """Why torch.load refuses a file. Torch's own words advise to read it with `weights_only=False`,
     which runs whatever code it holds."""
     more = re.search(r"GLOBAL (\S+)", text := str(error))
     if more or (zipfile.is_zipfile(path) and "TorchScript" in text):

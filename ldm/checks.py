@@ -1,7 +1,7 @@
 """Find what is wrong with a data set before hours of work: from headers alone, and from every voxel.
 
-A problem is a row for a table: which case, which file, why. A note has the same three, but is of no harm, or
-of harm that a config key averts: its case is trained on. Nothing here raises because a file is bad.
+A problem is a row for a table: which case, which file, why. A note has the same three, on something that
+does no harm or that a config key handles: its case is trained on. Nothing here raises because a file is bad.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that a
 class Problem:
     """What is wrong with a file of a case; `case` is "" where the file belongs to none.
 
-    A `note` is what a user should know: it makes no case bad, and a training goes on.
+    A `note` is what a user should know: it makes no case bad and ends no training.
     """
 
     case: str
@@ -90,7 +90,7 @@ def check_headers(
     labels that are missing.
 
     Args:
-        cases: the whole data set, since a case is also held against the others.
+        cases: the whole data set, since a case is also compared with the others.
         channels: the channels that will be used; None: all there are.
         labels: whether labels matter.
     """
@@ -195,14 +195,14 @@ def masks_among(cases: Sequence[Case]) -> list[Problem]:
 
 
 def _packed_share(file: Path) -> float | None:
-    """What packing makes of a file, as a share of its bytes; None where that cannot be told."""
+    """The packed size of a file as a share of its voxels' bytes; None where it is unknown."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             if opened.read(2) == b"\x1f\x8b":
                 opened.seek(-4, os.SEEK_END)  # where gzip keeps the length of what it packed
                 whole = int.from_bytes(opened.read(4), "little")
-                # What deflate cannot do is the end of a file that was cut short.
+                # A length that deflate cannot reach is no length: the file was cut short.
                 return size / whole if LEAST_BYTES <= whole <= MOST_PACKED * size else None
             opened.seek(size // 2)
             piece = opened.read(2**18)
@@ -215,7 +215,7 @@ def _few_values(file: Path) -> int:
     """How many distinct values an image holds, where they are 2 to `MASK_VALUES` whole numbers; else 0."""
     try:
         voxels = np.asanyarray(read_image(file).dataobj).ravel()
-    except UserError:  # told by who reads every voxel
+    except UserError:  # reported when every voxel is read
         return 0
     for some in (voxels[:: max(1, voxels.size // 10**4)], voxels):  # a scan shows itself in a few
         values = np.unique(some)
@@ -352,8 +352,8 @@ def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, 
 
 
 def _wrapped(voxels: np.ndarray) -> str | None:
-    """Whether 16 bit without a sign hold two heaps of values at the ends and nothing between: numbers below 0
-    have become large ones."""
+    """Whether unsigned 16-bit values lie at both ends of the range and nowhere between: numbers below 0 have
+    become large ones."""
     large, middle = voxels > WRAPPED, (voxels > 2**15) & (voxels <= WRAPPED)
     share = large.mean()
     if middle.any() or not 0.001 < share < 0.999 or len(np.unique(voxels[large])) < 3:
@@ -387,7 +387,7 @@ def label_values(dataset_json: Path) -> frozenset[int] | None:
     return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
 
 
-# ---------------------------------------------------------------- files that lie about
+# ---------------------------------------------------------------- stray files
 
 
 def stray_files(cases: Sequence[Case]) -> list[Problem]:

@@ -3,24 +3,28 @@
 import copy
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from ldm import UserError, brief
+from ldm.datasets import Case, volume_size
 from ldm.networks import (
     NETWORKS,
     SCHEDULERS,
     check_definition,
     check_networks,
+    check_size,
+    downsampling,
     instantiate,
+    network_divisor,
     resolve_references,
 )
 from ldm.schemas import StrictValidator, explained
 from ldm.transforms import Intensity, Preprocessing
 
-# What a checkpoint's weights mean nothing without, and keys of networks that change memory and no result.
+# Keys that a checkpoint's weights depend on, and keys of networks that change memory and no result.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}
 RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
@@ -146,7 +150,7 @@ def check_fixed(
     remedy: str = "",
     source: str = "the config",
 ) -> None:
-    """See that a config has the values that a checkpoint's weights mean nothing without.
+    """See that a config has the values that a checkpoint's weights depend on.
 
     Args:
         trained: the config in the checkpoint.
@@ -170,6 +174,18 @@ def changes(trained: dict, config: dict) -> str:
     if config["spacing"] is None:
         found = {key: pair for key, pair in found.items() if key not in ("spacing", "longest_side")}
     return "; ".join(f"{key} {now}, was {was}" for key, (was, now) in found.items())
+
+
+def settle_spacing(config: dict, choose: Callable[[], list[float]], resumed: dict | None) -> None:
+    """Fix the spacing where the config leaves it open.
+
+    Raises:
+        UserError: it is not that of the checkpoint that is resumed.
+    """
+    if config["spacing"] is None:
+        config["spacing"], config["longest_side"] = choose(), None
+    if resumed:
+        check_fixed(resumed["config"], config, ("spacing",), resumed["path"], RESUMING)
 
 
 def _schema() -> dict:
@@ -235,3 +251,23 @@ def define_network(config: dict, key: str) -> nn.Module:
     if key not in config:
         raise UserError(f"{key}: missing from the config.")
     return instantiate(config[key], NETWORKS, key)
+
+
+def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
+    """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
+    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
+
+    Raises:
+        UserError: a size that the networks cannot take; the nearest that they can are named.
+    """
+    first, second = config["autoencoder_train"], config["diffusion_train"]
+    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    if not (patch and volume):
+        whole = volume_size(cases, config["spacing"], network_divisor(config))
+        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
+        patch, volume = patch or whole, volume or whole
+    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
+    check_size(volume, network_divisor(config), "diffusion_train.patch_size")
+    check_size(patch, factor, "autoencoder_train.patch_size")
+    check_size(shown, factor, "autoencoder_train.val_patch_size")
+    return patch, volume, shown

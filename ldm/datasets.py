@@ -1,10 +1,10 @@
-"""Split the cases of a data set, and serve them to a loader. `ldm.layouts` finds them."""
+"""The cases of a data set, and their volumes as a loader serves them."""
 
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,20 +68,6 @@ def read_json(path: str | Path, what: str = "") -> dict:
     return content
 
 
-def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
-    """Hold out a share of the subjects, at least one, by a seeded draw.
-
-    All scans of a subject fall on the same side. A single subject is on both: the caller says so to the user.
-    """
-    subjects = sorted({case.subject for case in cases})
-    if len(subjects) == 1:
-        return list(cases), list(cases)
-    order = torch.randperm(len(subjects), generator=stream(seed, "split")).tolist()
-    count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-    held_out = {subjects[i] for i in order[:count]}
-    return [c for c in cases if c.subject not in held_out], [c for c in cases if c.subject in held_out]
-
-
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
     """The first case's own spacing; or, isotropic, the multiple of its finest that brings the longest side to
     about `longest_side` voxels."""
@@ -108,6 +94,18 @@ def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> n
     """Voxels of a volume of this shape and voxel size in mm at `spacing`: from the centre of the first to
     that of the last, as MONAI's `Spacing` counts."""
     return np.round((shape - 1) * sizes / spacing + 1)
+
+
+def warn_of_padding(
+    cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], say: Callable
+) -> None:
+    """Say in one line how many volumes are smaller than the patch and are padded."""
+    small = [case.name for case in cases if any(np.less(volume_size([case], spacing, 1), size))]
+    if small:
+        say(
+            f"data: {len(small)} of {len(cases)} volumes are smaller than {list(size)} and are padded "
+            f"with background ({small[0]}, ...)"
+        )
 
 
 def stream(seed: int, *what: object) -> torch.Generator:
@@ -236,6 +234,33 @@ class VolumeDataset(Dataset):
                 f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
             )
         return self.augmentation(volume, label, rng)
+
+
+class WithDraws(Dataset):
+    """A data set whose items also hold random draws, made by the loader's processes: functions of (seed,
+    epoch, case).
+
+    Args:
+        dataset: with `cases`, its items asked for by `(epoch, i)`.
+        shape: of the latents, (c, d, h, w).
+    """
+
+    purpose: str  # of `stream`
+
+    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def draw(self, generator: torch.Generator) -> dict:
+        """The draws of one item."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        generator = stream(self.seed, self.purpose, epoch, self.cases[i].name)
+        return {**self.dataset[key], **self.draw(generator)}
 
 
 def _clear_left_behind(cache_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """How far two sets of feature rows are apart, and what of one lies within the other: rows in, numbers out.
 
-Every estimate comes with an interval, by drawing the volumes of both sets anew (a bootstrap), since with tens
-of volumes the sets themselves are the largest source of error. Whether two sets differ at all is told by a
+Every estimate comes with an interval, by resampling the volumes of both sets (a bootstrap), since with tens
+of volumes the sets themselves are the largest source of error. Whether two sets differ at all is decided by a
 permutation test, which is exact however few the volumes are.
 """
 
@@ -41,8 +41,7 @@ def difference_interval(draws: np.ndarray, value: float, count: int) -> list[flo
 
 
 def share_interval(found: np.ndarray) -> list[float]:
-    """Where the share lies of which these are draws, 0 or 1 each (Wilson, 1927): none of ten is not none of
-    all."""
+    """The interval of a share, from draws of 0 or 1 (Wilson, 1927): 0 of 10 does not make the share 0."""
     limits = binomtest(int(found.sum()), len(found)).proportion_ci(SHARE, "wilson")
     return [float(limits.low), float(limits.high)]
 
@@ -229,8 +228,8 @@ def bootstrap(
     draws: int = 200,
     seed: int = 0,
 ) -> np.ndarray:
-    """Distances of each of `firsts` to `second`, the rows of all drawn anew: (firsts, draws). The second set
-    is drawn alike for all, so that distances may be subtracted.
+    """Distances of each of `firsts` to `second`, the rows of all resampled: (firsts, draws). The second set
+    is resampled alike for all, so that distances may be subtracted.
 
     They are shifted so that the mean is the distance of the sets themselves: sets that hold volumes twice are
     farther apart than those that they were drawn from.

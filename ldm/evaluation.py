@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
 
-from ldm import memorisation
+from ldm import counted, memorisation
 from ldm.distances import (
     DRAWS,
     LEVEL,
@@ -207,7 +207,7 @@ def own_frechet_figure(sets: Sets) -> Figure:
         figure.missing, figure.about = missing, "Along the directions in which volumes vary most."
         return figure
     _, made, held, first = spaces(sets, OWN)
-    # Of all three alike: directions in which the floor's sets alone vary most would favour them.
+    # Axes of all three sets together: those of the floor's two sets alone would favour the floor.
     project = PrincipalAxes(torch.cat([made, held, first]), axes)
     made, held, first = map(project, (made, held, first))
     real = torch.cat([first, held])
@@ -325,7 +325,7 @@ def similarity_figures(sets: Sets) -> list[Figure]:
     figure.value, figure.interval = float(made.mean()), interval(draws)
     figure.floor, figure.floor_interval = float(real.mean()), interval(of_floor)
     figure.difference = difference_interval(draws - of_floor, figure.value - figure.floor, count)
-    figure.counts = f"{count} pair{'s' * (count > 1)} of each"
+    figure.counts = f"{counted(count, 'pair{s}')} of each"
     return [figure]
 
 

@@ -11,6 +11,7 @@ encoded once.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief
+from ldm import UserError, brief, counted, few
 from ldm.bookkeeping import progress_bar
 from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_array, write_json
 from ldm.datasets import Case, VolumeDataset, read_json, version_of
@@ -28,7 +29,8 @@ from ldm.encoders import LatentEncoder
 from ldm.networks import plain_names
 from ldm.processes import Run, leave_signals_to_the_main_process
 from ldm.schemas import StrictValidator, fault, fields
-from ldm.splits import PARTS, listed, plural
+from ldm.splits import PARTS, read_split, write_split
+from ldm.transforms import CODE
 
 MANIFEST = "manifest.json"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
@@ -297,9 +299,32 @@ def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> Non
     else:
         return
     raise UserError(
-        f"{folder}: the latents there were made with {what}. Make them anew by cache_latents.py --fresh, or "
+        f"{folder}: the latents there were made with {what}. Run cache_latents.py --fresh, or "
         "choose another cache_dir in the environment file."
     )
+
+
+def what_latents_follow_from(config: dict) -> dict:
+    """The keys of a config that the latents of stage 2 depend on, as the user wrote them; by them a cache
+    knows whether it is the right one. Ask before `settle_spacing` fixes the spacing."""
+    section, data = config["diffusion_train"], config["data"]
+    keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
+    about = {key: copy.deepcopy(config[key]) for key in keys}
+    # Keys that came later are named where they are used: caches from before them stay what they are.
+    for key in ("window", "nan_is_background"):
+        if not about["intensity"][key]:
+            del about["intensity"][key]
+    later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
+    return {
+        **about,
+        **later,
+        "diffusion_train.patch_size": section["patch_size"],
+        "diffusion_train.augment": section["augment"],
+        "data.pattern": data["pattern"],
+        "data.val_fraction": data["val_fraction"],
+        "version of the transforms": CODE,
+        "precision": "float32",
+    }
 
 
 def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case]:
@@ -316,8 +341,9 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case
     there = {case.name: case for case in cases}
     names = {record["case"] for record in records}
     if gone := sorted(names - there.keys()):
+        what = counted(len(gone), "case{s}")
         raise UserError(
-            f"{folder}: holds latents of {plural(gone)} not found among the data: {listed(gone)}. Put them "
+            f"{folder}: holds latents of {what} not found among the data: {few(gone)}. Put them "
             "back, or choose another model_dir and cache_dir, where a new split is made."
         )
     changed = [
@@ -327,8 +353,25 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case
         != [file["size"] for file in record["files"]]
     ]
     if changed:
+        what = counted(len(changed), "case{s}")
         raise UserError(
-            f"{folder}: the latents there are of other data ({plural(changed)} changed: {listed(changed)}). "
+            f"{folder}: the latents there are of other data ({what} changed: {few(changed)}). "
             "Run cache_latents.py again: it makes what changed."
         )
     return [case for case in cases if case.name not in {*names, *manifest["left_out"]}]
+
+
+def check_split(folder: Path, manifest: dict, path: Path) -> None:
+    """See that a cache has the split of this split.json; where there is none yet, it is written.
+
+    Raises:
+        UserError: it has another.
+    """
+    split = tuple([record["case"] for record in manifest[part]] for part in PARTS)
+    if not path.is_file():
+        write_split(path, *split)
+    elif read_split(path) != split:
+        raise UserError(
+            f"{path}: the latents in {folder} were made for another split. Run cache_latents.py --fresh, or "
+            "choose another cache_dir in the environment file."
+        )

@@ -60,8 +60,8 @@ class TrainLog:
             self._to_tensorboard("add_scalar", key, float(value), step)
 
     def _to_tensorboard(self, method: str, *args) -> None:
-        """Call a method of the writer. A disk that fails under it ends no training: that is told once, and
-        TensorBoard gets no more."""
+        """Call a method of the writer. A disk that fails under it ends no training: one warning is printed,
+        and TensorBoard gets no more."""
         if self.writer is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""The peak memory of a computation, told beforehand: it runs on tensors that have shapes and no values, and
+"""The peak memory of a computation, predicted: it runs on tensors that have shapes and no values, and
 every allocation is counted.
 
     with Meter(like_gpu=True) as meter:
@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ldm import UserError, brief
 from ldm.networks import downsampling, network_divisor
-from ldm.processes import Run
+from ldm.processes import Run, amp_dtype
 from ldm.training import Stepper
 
 GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
@@ -244,6 +244,22 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         part, size, _ = self.storages.pop(key)
         self.live[part] -= size
+
+
+def half_precision(gpu: bool) -> torch.dtype | None:
+    """What mixed precision computes in on this machine's GPU (where it has none: on one that has bf16), or on
+    this CPU."""
+    if gpu and not torch.cuda.is_available():
+        return torch.bfloat16
+    return amp_dtype(torch.device("cuda" if gpu else "cpu"))
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that are free for this process, and all that the GPU has; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, everything = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device), everything
 
 
 def take_steps(steppers: Sequence[Stepper]) -> None:

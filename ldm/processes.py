@@ -155,7 +155,7 @@ def choose_kernels(tf32: bool, repeatable: bool) -> None:
         tf32: matrix products and convolutions round their inputs to 10 bits of mantissa, for speed.
         repeatable: the same bytes each time; else the algorithms that cuDNN finds fastest for each size.
     """
-    # The flags of old: torch refuses to mix them with `fp32_precision`, and torch.compile reads these.
+    # The older flags: torch refuses to mix them with `fp32_precision`, and torch.compile reads these.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not repeatable, repeatable
 

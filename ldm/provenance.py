@@ -6,11 +6,11 @@ import json
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from ldm import UserError, brief
+from ldm import UserError, brief, few
 from ldm.checkpoints import POSITIVE, SCALE_FACTOR, SIZE, sha256_of, write_json, written_whole
 from ldm.datasets import read_json
 from ldm.diffusion import SAMPLERS
@@ -258,18 +258,12 @@ def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tu
     return record, ""
 
 
-def told(others: dict[str, list[str]], most: int = 3) -> str:
+def told(others: dict[str, list[str]]) -> str:
     """One line on volumes by reason: `96 in data/; 2 of another unet (sample_000000, sample_000001)`."""
-    parts = []
-    for reason, names in others.items():
-        some = "" if reason.endswith("/") else f" ({some_of(names, most)})"
-        parts.append(f"{len(names)} {reason}{some}")
-    return "; ".join(parts)
-
-
-def some_of(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names."""
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    return "; ".join(
+        f"{len(names)} {reason}" + ("" if reason.endswith("/") else f" ({few(names, 3)})")
+        for reason, names in others.items()
+    )
 
 
 def check_one_model(folder: str, records: Iterable[dict]) -> None:

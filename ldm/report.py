@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm import brief, figures
+from ldm import brief, counted, figures
 from ldm.checkpoints import written_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -126,7 +126,7 @@ def _name(kind: str) -> str:
 def _about(metrics: dict, shown: dict, spacing: Sequence[float]) -> str:
     sets = "\n".join(
         f"<div><dt>{_name(kind)}</dt>"
-        f"<dd>{one['volumes']} volume{'s' * (one['volumes'] != 1)}, {escape(str(one['folder']))}</dd></div>"
+        f"<dd>{counted(one['volumes'], 'volume{s}')}, {escape(str(one['folder']))}</dd></div>"
         for kind, one in metrics["sets"].items()
     )
     shape = next(volume.shape for named in shown.values() for _, volume in named)

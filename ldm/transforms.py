@@ -51,7 +51,7 @@ MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI's units of leng
 MOST_FIRST_CHANNELS = 4  # a first axis no longer than this, before a longer last one, is one of channels
 CHUNK = 2**20
 LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
-BULK = 99.9  # % of the voxels; what lies further out is told of where it sets the range
+BULK = 99.9  # % of the voxels; there is a note on values further out that set the range
 FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1 that hold no bulk
 LEAST_OF_WINDOW = 0.05
 RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
@@ -435,7 +435,7 @@ class Preprocessing:
         return np.stack(volumes)
 
     def __call__(self, images: Sequence[Path]) -> np.ndarray:
-        """The normalised volume; one that hardly shows after it is told of.
+        """The normalised volume; a warning is printed where it hardly shows after that.
 
         Raises:
             UserError: as `read`, and where a channel is constant or outside of its window.

@@ -248,13 +248,13 @@ def test_what_follows_from_the_figures():
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--rounds", "0"], "--rounds 0: at least 1"),
-        (["--samples", "1"], "--samples 1: at least 2"),
+        (["--rounds", "0"], "--rounds 0: expected at least 1"),
+        (["--samples", "1"], "--samples 1: expected at least 2"),
         (["--reference-steps", "1001"], "there are 1000"),
-        (["--quality", "-3"], "--quality -3.0: minutes"),
-        (["--quality", "0"], "--quality 0.0: minutes, more than 0"),
+        (["--quality", "-3"], "--quality -3.0: expected minutes"),
+        (["--quality", "0"], "--quality 0.0: expected minutes, more than 0"),
         (["--out", "."], "--out .: is a folder"),
-        (["--quality", "nan"], "--quality nan: minutes"),
+        (["--quality", "nan"], "--quality nan: expected minutes"),
         (["--autoencoder", "x.pt"], "goes with --quality"),
         (["--parts", "speed"], "invalid choice: 'speed'"),
         (["--set", "diffusion_train.lrr=1"], "Did you mean lr?"),

@@ -6,7 +6,6 @@ import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 import check_data
 import train_autoencoder
 import utils
-from ldm import UserError
+from ldm import UserError, configs, splits
 from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
 from ldm.datasets import Case
 from ldm.layouts import find_cases
@@ -389,16 +388,16 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     code, lines = run(capsys, tmp_path, "-c", CONFIG, "--set", "intensity.lower_percentile=0.5")
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
-    run_saying = SimpleNamespace(say=said.append)
     for skip in (False, True):
-        cases, split = find_cases(tmp_path)[0], tmp_path / "split.json"
-        assert utils._bad_cases(cases, config, split, skip, False, run_saying) == set()
+        given = (configs.channels_of(config), configs.intensity_of(config))
+        how = {"labels": False, "skip": skip, "strict": False, "say": said.append}
+        assert not splits.bad_cases(find_cases(tmp_path)[0], tmp_path / "split.json", *given, **how)
     assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2
     assert sum("b.nii.gz: minimum" in line for line in said) == 1  # where voxels are read
 
 
 def test_a_window_finds_volumes_in_other_units(tmp_path, capsys):
-    """With one, volumes are held against each other; without, each has its own percentiles."""
+    """With one, volumes are compared with each other; without, each has its own percentiles."""
     for seed, name in enumerate("abcd"):
         save(tmp_path / f"{name}.nii.gz", 2000 * noise(seed) - 1000 + 1024 * (name == "b"))
     save(tmp_path / "e.nii.gz", 1500 + 500 * noise(9))

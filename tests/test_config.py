@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import train_autoencoder
 import utils
-from ldm import UserError, configs, generation
+from ldm import UserError, configs, generation, latents
 from ldm.checkpoints import write_json
 from ldm.diffusion import NoiseProcess
 from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
@@ -118,7 +118,7 @@ def test_tutorial_config_builds_its_networks(load, package, memory):
     assert parameters(config, "diffusion_def") == 189_325_576 + 5 * (256**2 + 256) + 6 * (512**2 + 512)
     assert config["autoencoder_train"]["max_epochs"] == 1200
     assert config["diffusion_train"]["max_epochs"] == 10000
-    assert utils.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
+    assert configs.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     assert process.prediction == "epsilon" and process.alphas_cumprod[0] == pytest.approx(1 - 0.0015)
 
@@ -152,7 +152,7 @@ def test_shipped_config_is_whole(path):
         assert sum(sizes) < 50e6  # for a laptop
     if path.stem.startswith("config_train_"):  # the published networks, for BraTS
         assert sizes == [21_000_353, 189_325_576]
-        assert utils.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
+        assert configs.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     NoiseProcess.from_config(config["NoiseScheduler"])
     assert utils.load_config(path) == config  # reading changes nothing
 
@@ -190,9 +190,9 @@ def test_older_checkpoints_and_caches_have_the_same_intensities(load):
     config = load(tutorial())
     old = {"lower_percentile": 0.0, "upper_percentile": 99.5, "clip": True}
     assert configs.completed({**config, "intensity": old})["intensity"] == config["intensity"]
-    assert utils.what_latents_follow_from(config)["intensity"] == old
+    assert latents.what_latents_follow_from(config)["intensity"] == old
     config["intensity"]["window"] = [0, 1]
-    assert utils.what_latents_follow_from(config)["intensity"] == {**old, "window": [0, 1]}
+    assert latents.what_latents_follow_from(config)["intensity"] == {**old, "window": [0, 1]}
 
 
 def test_every_key_of_the_schema_is_read():
@@ -459,7 +459,7 @@ def test_arguments_that_the_network_refuses(load):
 )
 def test_patch_that_the_networks_do_not_divide(load, key, size, message):
     with pytest.raises(UserError, match=rf"{key}\.patch_size: .*{message}"):
-        utils.patch_sizes(load(changed(f"{key}.patch_size", size)), [])
+        configs.patch_sizes(load(changed(f"{key}.patch_size", size)), [])
 
 
 # ---- files

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ldm.datasets
-import utils
 from ldm import UserError
 from ldm.checks import check_headers
 from ldm.datasets import (
@@ -25,13 +24,12 @@ from ldm.datasets import (
     EpochSampler,
     VolumeDataset,
     choose_spacing,
-    split_cases,
     stream,
     version_of,
     volume_size,
 )
 from ldm.layouts import find_cases
-from ldm.processes import Run
+from ldm.splits import split_cases
 from ldm.transforms import Intensity, Preprocessing, augmentation
 
 VOXELS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -294,61 +292,6 @@ def test_list_of_folders_prefixes_names(tmp_path, touch):
     touch(tmp_path / "more" / "A", "x.nii.gz")  # of one last name
     cases, _ = find_cases([tmp_path / "A", tmp_path / "more" / "A"])
     assert names(cases) == [f"{tmp_path.name}/A/only_A", f"{tmp_path.name}/A/x", "more/A/x"]
-
-
-# ---- splitting
-
-
-def test_split_is_seeded_and_disjoint():
-    cases = [Case(f"c{i}", (Path(f"c{i}.nii"),), subject=f"s{i}") for i in range(20)]
-    train, val = split_cases(cases, 0.25, 1)
-    assert len(val) == 5 and sorted(names(train + val)) == sorted(names(cases))
-    assert split_cases(cases[::-1], 0.25, 1)[1] == val[::-1]  # not a matter of the order they are found in
-    assert len({tuple(names(split_cases(cases, 0.25, seed)[1])) for seed in range(10)}) == 10
-    assert len(split_cases(cases, 0.0, 1)[1]) == 1  # something is always held out,
-    assert len(split_cases(cases[:2], 0.99, 1)[0]) == 1  # and something always trained on
-
-
-@pytest.fixture
-def run():
-    return Run(0, 1, torch.device("cpu"))
-
-
-def prepare(root: Path, model_dir: Path, run):
-    config = {
-        "seed": 0,
-        "spacing": None,
-        "longest_side": None,
-        "data": {"pattern": None, "contrasts": None, "subject": None, "val_fraction": 0.2},
-        "channel": 0,
-        "intensity": {"lower_percentile": 0.0, "upper_percentile": 99.5},
-        "autoencoder_train": {"augment": {"foreground_prob": 0.0}},
-        "diffusion_train": {"augment": {"foreground_prob": 0.0}},
-    }
-    environment = {"data_base_dir": root, "model_dir": model_dir, "download_brats": False}
-    environment |= dict.fromkeys(("output_dir", "cache_dir", "tfevent_path"), model_dir)
-    return utils.prepare_data(config, environment, run), config
-
-
-def test_single_case_is_its_own_validation_and_said_so(tmp_path, touch, run, capsys):
-    root = touch(tmp_path / "one", "a.nii.gz", "models/made.nii.gz")  # what the run wrote is no data
-    (train, val), _ = prepare(root, root / "models", run)
-    assert names(train) == names(val) == ["a"]
-    said = capsys.readouterr().out
-    assert "warning: a single subject (a)" in said
-    assert f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder of this run" in said
-
-
-def test_split_is_written_once_and_kept(tmp_path, touch, run, capsys):
-    root = touch(tmp_path / "five", *(f"{c}.nii.gz" for c in "abcde"))
-    (train, val), config = prepare(root, tmp_path / "models", run)
-    assert "warning" not in capsys.readouterr().out and config["spacing"] == [1, 1, 1]
-    path = tmp_path / "models" / "split.json"
-    split = json.loads(path.read_text())
-    assert split == {"training": names(train), "validation": names(val)} and len(val) == 1
-    write_json(path, {"training": split["validation"], "validation": split["training"]})
-    (swapped, _), _ = prepare(root, tmp_path / "models", run)
-    assert names(swapped) == names(val)
 
 
 # ---- sizes

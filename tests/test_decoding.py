@@ -428,7 +428,7 @@ def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
 def test_no_memory_is_refused(model, value):
     for script in (inference, cache_latents):
         message = model.refused(script, f"--max-memory={value}")
-        assert f"--max-memory: {value}: a number of GB above 0 is due." in message
+        assert f"--max-memory: {value}: expected a number of GB above 0." in message
 
 
 def test_a_cache_made_within_a_memory_holds_the_same_latents(model, monkeypatch):

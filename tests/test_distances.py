@@ -66,7 +66,7 @@ def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew():
 
 
 def test_a_permutation_test_by_all_splits():
-    """The p-value is the share of all splits into 4 and 5 whose distance is as large, each computed anew."""
+    """The p-value is the share of all splits into 4 and 5 whose distance is as large."""
     rows = torch.cat([numbers(4, 3) + 0.8, numbers(5, 3, seed=1)]).double()
     splits = []
     for chosen in itertools.combinations(range(9), 4):

@@ -308,6 +308,8 @@ SMALL = {  # what a test's CPU needs, beside the commands as they are printed
     "data.val_fraction": 0.4,
     **{f"{stage}_train.patch_size": [16, 16, 16] for stage in ("autoencoder", "diffusion")},
     **{f"{stage}_train.max_epochs": 1 for stage in ("autoencoder", "diffusion")},
+    # bf16 on a CPU fails on grids so small: docs/NaN_FIX_GUIDE.md
+    **{f"{stage}_train.amp": False for stage in ("autoencoder", "diffusion")},
     **{f"{network}_def.channels": [4, 4, 8] for network in ("autoencoder", "diffusion")},
     **{f"{network}_def.num_res_blocks": 1 for network in ("autoencoder", "diffusion")},
     **{f"{network}_def.norm_num_groups": 2 for network in ("autoencoder", "diffusion")},
@@ -403,7 +405,7 @@ def not_said(message: str) -> list[str]:
 
 def _said(a: str, b: str, c: str) -> bool:
     text = literals()
-    if f"{a} {b} {c}" in text:
+    if f"{a} {b} {c}" in text or f"{a} {b} {c.rstrip('.,')}" in text:  # a message may be put together there
         return True
     a, b, c, value = re.escape(a), re.escape(b), re.escape(c), r"\S*~\S*"
     ways = [f"{a} {b} {value}", f"{value} {b} {c}", f"{a} {value} {c}"]

@@ -296,7 +296,7 @@ def test_a_cache_that_does_not_say_its_precision_is_refused(own):
     for script, flags in ((train_diffusion, CACHED), (cache_latents, ())):
         assert own.refused(script, *flags) == (
             f"error: {folder_of(own)}: the latents there were made with precision unknown; here it is "
-            '"float32". Make them anew by cache_latents.py --fresh, or choose another cache_dir in the '
+            '"float32". Run cache_latents.py --fresh, or choose another cache_dir in the '
             "environment file."
         )
     assert own.refused(cache_latents, "--amp") == (

@@ -221,7 +221,7 @@ def test_a_forecast_that_fails_stops_only_a_dry_run(tmp_path, given, unpredictab
     assert message.startswith("error: the memory cannot be predicted (") and message.count("\n") == 1
 
     project = Project(tmp_path / "project", make_data(tmp_path / "data"))
-    monkeypatch.setattr(utils, "gpu_memory", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(memory, "gpu_memory", lambda device: (10**9, 10**9))
     told = project.run(train_autoencoder, "--set", "autoencoder_train.max_epochs=1")
     assert "warning: no memory forecast: the memory cannot be predicted (" in told
     assert (project.model_dir / "autoencoder.pt").exists()
@@ -334,7 +334,7 @@ def test_bad_device(given):
 
 def test_refusal_names_the_largest_saving_first(tmp_path, monkeypatch):
     project = Project(tmp_path / "project", make_data(tmp_path / "data"))
-    monkeypatch.setattr(utils, "gpu_memory", lambda device: (10**5, 10**9))
+    monkeypatch.setattr(memory, "gpu_memory", lambda device: (10**5, 10**9))
     monkeypatch.setattr(utils.os, "name", "posix")
     bytes_of = {"gradient_checkpointing": 3, "batch_size": 2, "patch_size": 4}
 
@@ -361,7 +361,7 @@ def test_refusal_names_the_largest_saving_first(tmp_path, monkeypatch):
 def test_what_may_fit_is_only_warned_of(tmp_path, monkeypatch, free, everything):
     parts = {**dict.fromkeys(memory.PARTS, 0), "activations": 10**8, "workspace": 10**8}
     monkeypatch.setattr(Forecast, "peaks", lambda self, config: {"training": memory.Peak(parts)})
-    monkeypatch.setattr(utils, "gpu_memory", lambda device: (free, everything))
+    monkeypatch.setattr(memory, "gpu_memory", lambda device: (free, everything))
     args = Namespace(compile=None, amp=None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         utils.refuse_what_cannot_fit(
@@ -517,7 +517,7 @@ chain.leave_after(test_memory.worker, sys.argv[1], sys.argv[2:])
 def worker(folder: str, argv: list[str]) -> None:
     """Of two ranks: the second one's GPU is small. Leaves a file when it is about to say why it ends."""
     rank, sleep = int(os.environ["RANK"]), utils.time.sleep
-    utils.gpu_memory = lambda device: (10**5,) * 2 if rank else (10**12,) * 2
+    memory.gpu_memory = lambda device: (10**5,) * 2 if rank else (10**12,) * 2
     utils.time.sleep = lambda seconds: (Path(folder, f"heard_{rank}").touch(), sleep(seconds))
     train_autoencoder.main(argv)
 

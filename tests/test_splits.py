@@ -53,6 +53,38 @@ def prepare(base: Path | list[Path], model_dir: Path, pattern: str | None = None
     return [case.name for case in train], [case.name for case in val]
 
 
+def test_split_is_seeded_and_disjoint():
+    def names(cases: list[Case]) -> list[str]:
+        return [case.name for case in cases]
+
+    cases = [Case(f"c{i}", (Path(f"c{i}.nii"),), subject=f"s{i}") for i in range(20)]
+    train, val = splits.split_cases(cases, 0.25, 1)
+    assert len(val) == 5 and sorted(names(train + val)) == sorted(names(cases))
+    # not a matter of the order they are found in
+    assert splits.split_cases(cases[::-1], 0.25, 1)[1] == val[::-1]
+    assert len({tuple(names(splits.split_cases(cases, 0.25, seed)[1])) for seed in range(10)}) == 10
+    assert len(splits.split_cases(cases, 0.0, 1)[1]) == 1  # something is always held out,
+    assert len(splits.split_cases(cases[:2], 0.99, 1)[0]) == 1  # and something always trained on
+
+
+def test_single_case_is_its_own_validation_and_said_so(scans, capsys):
+    root = scans("a.nii.gz", "models/made.nii.gz")  # what the run wrote is no data
+    assert prepare(root, root / "models") == (["a"], ["a"])
+    said = capsys.readouterr().out
+    assert "warning: a single subject (a)" in said
+    assert f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder of this run" in said
+
+
+def test_split_is_written_once_and_kept(scans, tmp_path, capsys):
+    root, path = scans(*FIVE), tmp_path / "models" / "split.json"
+    train, val = prepare(root, path.parent)
+    said = capsys.readouterr().out
+    assert "warning" not in said and "spacing [1.0, 1.0, 1.0] mm" in said
+    assert json.loads(path.read_text()) == {"training": train, "validation": val} and len(val) == 1
+    path.write_text(json.dumps({"training": val, "validation": train}))
+    assert prepare(root, path.parent) == (val, train)
+
+
 def test_the_cases_of_a_split_are_the_runs(scans, tmp_path, capsys):
     """New scans are named and left out; one that is gone ends a training and is left out of an evaluation."""
     root, model_dir = scans(*FIVE), tmp_path / "models"
