@@ -1177,7 +1177,9 @@ def test_a_table_of_participants(project, content, named):
 
 # ---------------------------------------------------------------- checkpoints: the content
 
-DELETED = object()
+
+class DELETED:
+    """Stands for an entry that is left out; a class, since each process has to call it the same."""
 
 
 def altered(source: Path, target: Path, path: tuple, value) -> Path:
