@@ -61,6 +61,7 @@ from ldm.verdicts import verdicts
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
 SHOWN = 4  # volumes of a set on the page
+TOLD = {"good": "good", "warn": "warning", "bad": "bad", "none": "unclear"}  # of the lines that are printed
 PAIRS_SHOWN = 8
 YARDSTICKS = 32  # real volumes that are blurred, at most
 
@@ -667,9 +668,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_json(inputs.out / "metrics.json", content)
     for line in lines:
-        run.say(f"{line['tone']:>5}  {line['text']}")
+        run.say(f"{TOLD[line['tone']]:>7}  {line['text']}")
     for note in notes:
-        run.say(f" note  {note}")
+        run.say(f"   note  {note}")
     run.say(f"evaluation: {inputs.out / 'metrics.json'}\n  {inputs.out / 'report.html'}")
 
 

@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures.montage(
             {"sample": [torch.from_numpy(volume) for volume in shown]},
             output_dir / "samples.png",
-            f"Generated volumes, seeds {seeds[0]} to {seeds[-1]}",
+            f"Generated volumes, seeds {seeds[0]} to {seeds[:SHOWN][-1]}",
             spacing=geometry["spacing"],
         )
         sharpness = ""

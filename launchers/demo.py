@@ -26,6 +26,7 @@ import environment
 from environment import ROOT
 
 CONFIG = "config/config_demo.json"
+ENOUGH_STEPS = 300  # of stage 2, for samples with the shape of brains
 SIMULATED = "data"  # inside --out, as are these:
 MODELS, CURVES, SAMPLES, PAGE = "models", "tensorboard", "samples", "evaluation"
 ENVIRONMENT = "environment.json"  # inside --out, and the mark by which an earlier demo is known
@@ -68,9 +69,22 @@ def main(argv=None):
     print(f"  trained on        {shown(data)}")
     print(f"  models            {shown(out / MODELS)}")
     print(f"  environment file  {shown(out / ENVIRONMENT)}")
+    print(f"  config            {shown(out / MODELS / 'config_diffusion.json')}")
     print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / CURVES)}")
     for path in made(out):
         print(f"  written           {shown(path)}")
+    if (steps := steps_of_stage_2(out)) < ENOUGH_STEPS:
+        print(
+            f"note: stage 2 made only {steps} steps; below about {ENOUGH_STEPS} samples are lumps.\n"
+            "      Run the demo again when the machine is idle, or set diffusion_train.max_minutes=20."
+        )
+
+
+def steps_of_stage_2(out):
+    """Optimiser steps of the diffusion model, by the training log."""
+    log = out / MODELS / "train_log.jsonl"
+    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.is_file() else [])
+    return max((entry["step"] for entry in entries if entry["stage"] == "diffusion"), default=0)
 
 
 def parse(argv):

@@ -11,12 +11,13 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from ldm import UserError
@@ -71,13 +72,15 @@ class Reading:
 
     `intensities` is the least and the greatest value of the channels that are used; `digests` tells of each
     good image, by the hash of its voxels, which others are the same; `above` is the largest share of a
-    channel that lies above its window (0 where there is none).
+    channel that lies above its window (0 where there is none); `masks` are the images that look like masks,
+    with the number of their values.
     """
 
     problems: list[Problem]
     intensities: tuple[float, float] | None
     digests: dict[Path, str]
     above: float = 0.0
+    masks: dict[Path, int] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- headers
@@ -164,11 +167,12 @@ def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.S
 
 MASK_VALUES = 128  # distinct values of a mask at most: the fullest label maps of a body have about 120
 LEAST_BYTES = 2**16  # of a file's voxels, below which packing tells nothing
+PATCHES = 0.5  # of neighbours in the foreground that have one value: 0.75 and more in masks, 0.1 in scans
 MOST_PACKED = 1032  # bytes that gzip makes of one
 
 
 def masks_among(cases: Sequence[Case]) -> list[Problem]:
-    """Images that hold few whole numbers where others hold many.
+    """Images that are masks by what they hold, where others are scans.
 
     A mask packs far better than a scan. Only files that do are read, the best first, until some prove to be
     scans: a good data set costs a look at the end or the middle of each file.
@@ -177,18 +181,21 @@ def masks_among(cases: Sequence[Case]) -> list[Problem]:
     with ThreadPoolExecutor(8) as pool:
         packed = list(pool.map(_packed_share, [file for _, file in files]))
     known = sorted((share, i) for i, share in enumerate(packed) if share is not None)
-    if not known or _few_values(files[known[-1][1]][1]):
+
+    def values_of(i: int) -> int:
+        try:
+            return _mask_values(np.asanyarray(read_image(files[i][1]).dataobj))
+        except UserError:  # reported when every voxel is read
+            return 0
+
+    if not known or values_of(known[-1][1]):
         return []
     problems, scans = [], 0
     for share, i in known:
         if share > known[-1][0] / 4 or scans == 8:
             break
-        case, file = files[i]
-        if values := _few_values(file):
-            reason = (
-                f"holds {values} whole numbers and nothing else, other images hold many: a mask? Move it away"
-            )
-            problems.append(Problem(case.name, file, f"{reason}, or choose the images by data.pattern"))
+        if values := values_of(i):
+            problems.append(_mask_problem(*files[i], values))
         else:
             scans += 1
     return problems
@@ -211,17 +218,28 @@ def _packed_share(file: Path) -> float | None:
         return None
 
 
-def _few_values(file: Path) -> int:
-    """How many distinct values an image holds, where they are 2 to `MASK_VALUES` whole numbers; else 0."""
-    try:
-        voxels = np.asanyarray(read_image(file).dataobj).ravel()
-    except UserError:  # reported when every voxel is read
-        return 0
-    for some in (voxels[:: max(1, voxels.size // 10**4)], voxels):  # a scan shows itself in a few
+def _mask_values(voxels: np.ndarray) -> int:
+    """How many values a mask holds: 2 to `MASK_VALUES` whole numbers in patches, so that most neighbours in
+    the foreground have the same; 0 of what is no mask. (D, H, W), or with channels last."""
+    flat = voxels.ravel()
+    for some in (flat[:: max(1, flat.size // 10**4)], flat):  # a scan shows itself in a few
         values = np.unique(some)
         if len(values) > MASK_VALUES or not np.array_equal(values, np.rint(values)):
             return 0
-    return len(values) if len(values) > 1 else 0
+    if len(values) < 2:
+        return 0
+    same = pairs = 0
+    for axis in range(3):
+        along = np.moveaxis(voxels, axis, 0)
+        foreground = along[:-1] != values[0]
+        same += np.count_nonzero(foreground & (along[:-1] == along[1:]))
+        pairs += np.count_nonzero(foreground)
+    return len(values) if pairs and same / pairs > PATCHES else 0
+
+
+def _mask_problem(case: Case, file: Path, values: int) -> Problem:
+    reason = f"holds {values} whole numbers in patches, other images hold many: a mask? Move it away"
+    return Problem(case.name, file, f"{reason}, or choose the images by data.pattern")
 
 
 # ---------------------------------------------------------------- voxels
@@ -267,6 +285,12 @@ def check_cases(
                 reason = f"the same voxels as {twin}: the split may put one on each side. Remove one"
                 problems.append(Problem(case.name, file, reason))
     problems += [problem for problem in _above_window(cases, readings) if problem.case not in bad]
+    if sum(len(reading.masks) for reading in readings) < sum(len(case.images) for case in cases):
+        problems += [
+            _mask_problem(case, file, values)
+            for case, reading in zip(cases, readings, strict=True)
+            for file, values in reading.masks.items()
+        ]
     ranges = {
         case.name: reading.intensities
         for case, reading in zip(cases, readings, strict=True)
@@ -300,7 +324,7 @@ def check_voxels(
     expected: frozenset[int] | None = None,
 ) -> Reading:
     """Read every byte of one case. `expected` are the values that its label may have; None: 0 to 255."""
-    problems, extremes, digests, above = [], [], {}, 0.0
+    problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
     for number, file in enumerate(case.images):
         try:
             image = read_image(file)
@@ -322,9 +346,12 @@ def check_voxels(
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
+            if values := _mask_values(voxels):
+                masks[file] = values
             if fault is None:
                 extremes += [np.nanmin(voxels), np.nanmax(voxels)]
                 above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
+            voxels = apply_orientation(voxels, io_orientation(image.affine))  # however they are stored
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))
         if stored and all(one.note for one in faults):
@@ -338,7 +365,7 @@ def check_voxels(
             fault = _without_name(error, case.label)
         problems += [Problem(case.name, case.label, fault)] if fault else []
     intensities = (float(min(extremes)), float(max(extremes))) if extremes else None
-    return Reading(problems, intensities, digests, float(above))
+    return Reading(problems, intensities, digests, float(above), masks)
 
 
 def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, str | None]:

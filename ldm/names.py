@@ -320,17 +320,30 @@ def _by_beginning(images: list[File]) -> Kinds | None:
 
 
 def patients_of(images: list[File]) -> dict[File, str]:
-    """What scans of one patient share: the topmost folder that a scan is named after; else its name without
-    the visit; else the topmost folder of which there are several with few scans each. Empty where no two
-    scans share anything."""
+    """What scans of one patient share: the topmost folder that a scan is named after; else the scan beside it
+    that it is named after; else its name without the visit; else the topmost folder of which there are
+    several with few scans each. Empty where no two scans share anything."""
     found = {}
     for file in images:
         named = (i for i, part in enumerate(file.folder, 1) if _is_named_after(file, part))
         if depth := next(named, 0):
             found[file] = "/".join(file.folder[:depth])
+    found |= _named_after_another([file for file in images if file not in found])
     found |= _visits([file for file in images if file not in found])
     found |= _folders_of_few([file for file in images if file not in found])
     return found if len(set(found.values())) < len(found) else {}
+
+
+def _named_after_another(images: list[File]) -> dict[File, str]:
+    """P03_gad of P03, where its name has a number: `brain_01` is no scan of a patient called `brain`."""
+    there, found = {(file.folder, file.stem): file for file in images}, {}
+    for file in images:
+        for mark in re.finditer(r"[_-]", file.stem):
+            first = there.get((file.folder, file.stem[: mark.start()]))
+            if first and any(character.isdigit() for character in first.stem):
+                found[first] = found[file] = "/".join((*first.folder, first.stem))
+                break
+    return found
 
 
 def _is_named_after(file: File, part: str) -> bool:

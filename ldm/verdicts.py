@@ -14,6 +14,7 @@ from ldm.evaluation import HALF, Figure
 from ldm.sets import BLURS, MEDICALNET, OWN, blurred_scans
 
 PLAIN_BLUR = 0.75  # voxels, which any eye sees
+RARE = 0.5  # of the share of real scans that lie among others, below which samples are plainly not like them
 RATE = 0.1  # of copies among samples, which so many samples as are needed show
 WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
 FEW = 20  # volumes, below which a line says so
@@ -33,6 +34,7 @@ def verdicts(figures: Sequence[Figure], nearest: dict | None, counts: dict[str, 
     lines = [
         copies(nearest, counts),
         realism(found),
+        likeness(found.get("precision")),
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
         anatomy([figure for key, figure in found.items() if key.startswith("tissue_")]),
@@ -51,7 +53,7 @@ def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
         )
     verdict, total = nearest["verdict"], counts["generated"]
     leaks = int(verdict.leaks.sum())
-    held = f" {leaks} of the held-out scans are copies too: the split leaks." if leaks else ""
+    held = f" {leaks} of the held-out scans are copies of training scans: the split leaks." if leaks else ""
     none = "" if leaks else f" Of the {len(verdict.leaks)} held-out scans none is."
     if number := int(verdict.copies.sum()):
         are = "is a copy of a training scan" if number == 1 else "are copies of training scans"
@@ -126,6 +128,17 @@ def realism(found: dict[str, Figure]) -> tuple[str, str]:
     if reconstructions and reconstructions.value > WORTH_TELLING * figure.value:
         text += f" {_share(reconstructions.value, figure.value)} of this distance is the autoencoder's."
     return tone, text
+
+
+def likeness(figure: Figure | None) -> tuple[str, str] | None:
+    """Whether samples lie where real scans do; nothing is said where no difference is seen."""
+    if figure is None or figure.missing or judged(figure.difference, (0, 0)) != "less":
+        return None
+    tone = "bad" if figure.value < RARE * figure.floor else "warn"
+    return tone, (
+        f"{100 * figure.value:.0f} % of the samples lie among held-out scans in own features (precision); of "
+        f"other real scans {100 * figure.floor:.0f} % do."
+    )
 
 
 def _share(part: float, whole: float) -> str:

@@ -551,9 +551,10 @@ def test_no_false_alarm_on_real_data(shared_data, capsys, name):
 
 def test_every_odd_file(shared_data, capsys):
     code, lines = run(capsys, shared_data / "odd")
-    assert code == 2 and lines[-1] == "8 cases, 3 problems in 3 cases"  # and two masks, passed over
+    assert code == 2 and lines[-1] == "8 cases, 4 problems in 4 cases"  # and two masks, passed over
     reasons = {case: reason for case, _, reason in rows(lines)}
-    assert set(reasons) == {"4d_3vol", "broken_truncated_gzip", "nan_background"}
+    assert set(reasons) == {"4d_3vol", "broken_truncated_gzip", "nan_background", "orient_LPS"}
+    assert "the same voxels as ok_4mm_int16" in reasons["orient_LPS"]
     assert "4D, expected 3D" in reasons["4d_3vol"]
     assert "Compressed file ended" in reasons["broken_truncated_gzip"]
     assert "50443 NaN" in reasons["nan_background"]
@@ -669,10 +670,32 @@ def test_a_mask_of_any_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
         cases.append(Case(name, (save(tmp_path / name, voxels),)))
     problems = check_headers(cases)
     assert [(p.case, p.reason.partition(", other")[0]) for p in problems] == [
-        ("liver.nii.gz", "holds 2 whole numbers and nothing else"),
-        ("organs.nii", "holds 3 whole numbers and nothing else"),
+        ("liver.nii.gz", "holds 2 whole numbers in patches"),
+        ("organs.nii", "holds 3 whole numbers in patches"),
     ]
     assert not masks_among([case for case in cases if case.name in {"liver.nii.gz", "organs.nii"}])  # no scan
     read = []
     monkeypatch.setattr("ldm.checks.read_image", lambda path: read.append(path.name) or read_image(path))
     assert not masks_among(cases[:2]) and len(read) == 1  # of a good data set, one scan
+
+
+def test_where_all_is_read_small_masks_and_turned_copies_are_found(tmp_path):
+    """A scan of few grey values is no mask; a copy whose axes are stored the other way is one."""
+    scan = noise(0)
+    few = np.rint(100 * scan / scan.max()).astype(np.uint8)
+    ball = ((np.indices(scan.shape) - 5) ** 2).sum(0) < 16
+    turned = np.diag([-1.0, 1, 1, 1]) @ AFFINE
+    turned[0, 3] = AFFINE[0, 3] + AFFINE[0, 0] * (len(scan) - 1)
+    images = {
+        "a.nii.gz": nib.Nifti1Image(scan, AFFINE),
+        "few.nii.gz": nib.Nifti1Image(few, AFFINE),
+        "organ.nii.gz": nib.Nifti1Image(ball.astype(np.uint8), AFFINE),
+        "turned.nii.gz": nib.Nifti1Image(scan[::-1].copy(), turned),
+    }
+    for name, image in images.items():
+        nib.save(image, tmp_path / name)
+    problems, _ = check_cases(find_cases(tmp_path)[0])
+    assert [(p.case, p.reason.partition(",")[0].partition(":")[0]) for p in problems] == [
+        ("organ", "holds 2 whole numbers in patches"),
+        ("turned", "the same voxels as a.nii.gz"),
+    ]

@@ -390,7 +390,7 @@ def test_scans_that_were_trained_on_and_are_held_out_are_leaks(scans, tmp_path):
     assert "held: all generated volumes there are files of the held-out set." in message
     assert found["by_key"]["copies"]["value"] == 0
     assert found["by_key"]["copies"]["floor"] == pytest.approx(100 * 3 / 13)
-    assert "3 of the held-out scans are copies too" in found["verdicts"][0]["text"]
+    assert "3 of the held-out scans are copies of training scans" in found["verdicts"][0]["text"]
 
 
 def test_without_a_training_set_the_floor_is_between_halves(scans, done, tmp_path):

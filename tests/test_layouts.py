@@ -636,6 +636,12 @@ def test_visits_in_one_folder_stay_together(tmp_path, visits):
     assert sorted(set(found(make(tmp_path, *names))[1].values())) == ["p0", "p1", "p2"]
 
 
+def test_a_scan_that_is_named_after_another_is_of_its_patient(tmp_path):
+    root = make(tmp_path, "P01.nii.gz", "P02.nii.gz", "P03.nii.gz", "P03_gad.nii.gz", "P4-2.nii.gz")
+    assert sorted(set(found(root)[1].values())) == ["P01", "P02", "P03", "P4-2"]
+    assert len(set(found(make(tmp_path / "sets", "brain.nii.gz", "brain_1.nii.gz"))[1].values())) == 2
+
+
 def test_subject_is_a_regular_expression_with_one_group(tmp_path):
     root = make(tmp_path, "x1-a.nii.gz", "x1-b.nii.gz", "x2-a.nii.gz")
     keys = {"pattern": "*.nii.gz", "subject": r"^(x\d)"}

@@ -110,7 +110,7 @@ def test_copies_in_words():
     tone, text = judged([0.8] * 20, held)
     assert tone == "warn" and "100 % of pairs" in text
     tone, text = judged([1.1] * 20, [0.1, *held])
-    assert tone == "warn" and "1 of the held-out scans are copies too" in text
+    assert tone == "warn" and "1 of the held-out scans are copies of training scans" in text
     tone, text = judged([1.0] * 20, held[:4])
     assert tone == "none" and "4 held-out scan(s) that limit is rough" in text
     assert verdicts.copies(None, {})[0] == "none"
@@ -133,6 +133,21 @@ def test_sharpness_and_diversity_in_words(difference, fine, similar):
         (verdicts.diversity(found["ms_ssim"]), similar),
     ):
         assert tone == due and part in text
+
+
+@pytest.mark.parametrize(
+    "value, difference, tone",
+    [
+        (0.0, [-0.9, -0.4], "bad"),
+        (0.6, [-0.5, -0.1], "warn"),
+        (0.6, [-0.5, 0.1], None),
+        (1.0, [0.1, 0.3], None),
+    ],
+)
+def test_precision_is_told_where_it_is_low_beyond_chance(value, difference, tone):
+    figure = Figure("precision", "", "", "", value, floor=0.9, difference=difference)
+    line = verdicts.likeness(figure)
+    assert (line and line[0]) == tone and (line is None or f"{100 * value:.0f} % of the samples" in line[1])
 
 
 def test_a_difference_that_is_there_but_does_not_matter():
