@@ -1,6 +1,6 @@
 """Draw figs/report.png: head, verdict and viewer of an evaluation's page, as a browser shows them.
 
-    python docs/make_report_png.py outputs/evaluation/evaluations/samples/report.html
+    python docs/make_report_png.py outputs/demo/evaluation/report.html
 
 Needs Chromium and its driver (Debian: chromium, chromium-driver), and selenium, of requirements-test.txt.
 """
