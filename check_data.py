@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from ldm import UserError, configs
+from ldm import UserError, configs, counted
 from ldm.checks import Problem, check_cases, note_lines, stray_files
 from ldm.datasets import Case
 from ldm.layouts import find_cases
@@ -84,7 +84,8 @@ def main(argv=None):
         return
     print(table(problems))
     bad = {problem.case for problem in problems} - {""}
-    print(f"{len(cases)} cases, {len(problems)} problems in {len(bad)} cases")
+    found = counted(len(cases), "case{s}"), counted(len(problems), "problem{s}"), counted(len(bad), "case{s}")
+    print("{}, {} in {}".format(*found))
     raise SystemExit(2)
 
 

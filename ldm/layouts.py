@@ -130,6 +130,8 @@ def _renamed(case: Case, prefix: str) -> Case:
 def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
     search.read = source
     if source.suffix != ".json" and not source.is_dir():
+        if source.exists():
+            raise UserError(f"{source}: is a file. Expected a data folder, or a list of files, LIST.json.")
         raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
     own = (source / "dataset.json").is_file()
     inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))

@@ -148,7 +148,8 @@ def without(bad: set[str], cases: list[Case], validation: list[Case], where: str
     """The cases without the bad ones. Raises UserError: none is left of a side that had some."""
     train, val = ([case for case in some if case.name not in bad] for some in (cases, validation))
     if not train or validation and not val:
-        raise UserError(f"{where}: every {'validation' if train else 'training'} case is bad.")
+        part = "validation" if train else "training"
+        raise UserError(f"{where}: every {part} case is bad. check_data.py says why.")
     return train, val
 
 

@@ -624,6 +624,7 @@ def test_pattern_and_several_folders(tmp_path, capsys):
         (["somewhere", "--set", "channel=1"], "give -c"),
         (["somewhere", "-j", "0"], "--jobs 0"),
         (["nowhere"], "nowhere: no such data folder"),
+        ([str(Path(__file__))], "is a file. Expected a data folder"),
         (["nowhere", "-c", "none.json"], "none.json: cannot be read"),
     ],
 )
