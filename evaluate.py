@@ -61,7 +61,7 @@ from ldm.verdicts import verdicts
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
 SHOWN = 4  # volumes of a set on the page
-TOLD = {"good": "good", "warn": "warning", "bad": "bad", "none": "unclear"}  # of the lines that are printed
+TOLD = {"good": "good", "warn": "caution", "bad": "bad", "none": "unclear"}  # of the lines that are printed
 PAIRS_SHOWN = 8
 YARDSTICKS = 32  # real volumes that are blurred, at most
 
