@@ -89,14 +89,21 @@ class Reading:
 def check_headers(
     cases: Sequence[Case], channels: Sequence[int] | None = None, labels: bool = True
 ) -> list[Problem]:
-    """All that the headers of a data set tell: unreadable files, wrong shapes and affines, channels and
-    labels that are missing.
+    """What is wrong with a data set as far as its headers tell, and masks among its images where a look at
+    few files shows them.
 
     Args:
         cases: the whole data set, since a case is also compared with the others.
         channels: the channels that will be used; None: all there are.
         labels: whether labels matter.
     """
+    problems = _header_problems(cases, channels, labels)
+    bad = {problem.case for problem in problems if not problem.note}
+    return _in_order([*problems, *masks_among([case for case in cases if case.name not in bad])], cases)
+
+
+def _header_problems(cases: Sequence[Case], channels: Sequence[int] | None, labels: bool) -> list[Problem]:
+    """Unreadable files, wrong shapes and affines, channels and labels that are missing."""
     with ThreadPoolExecutor(8) as pool:  # opening files is waiting for a disk
         checked = list(pool.map(partial(check_header, channels=channels, labels=labels), cases))
     problems = [problem for found, _ in checked for problem in found]
@@ -114,8 +121,7 @@ def check_headers(
             for case in cases
             if case.label is None
         ]
-    problems += masks_among([case for case in cases if case.name not in bad])
-    return _in_order(problems, cases)
+    return problems
 
 
 def check_header(
@@ -252,7 +258,8 @@ def check_cases(
     labels: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Problem], dict[str, tuple[float, float]]]:
-    """All that is wrong with a data set: `check_headers`, `check_voxels`, and scans that are there twice.
+    """All that is wrong with a data set: of its headers and its voxels, masks among its images, scans that
+    are there twice.
 
     Args:
         cases, channels, labels: as for `check_headers`.
@@ -262,7 +269,7 @@ def check_cases(
     Returns:
         (problems, intensities): the intensities are the least and the greatest value by the name of the case.
     """
-    problems = check_headers(cases, channels, labels)
+    problems = _header_problems(cases, channels, labels)
     folders = {case.label.parent.parent for case in cases if labels and case.label}
     values = {folder: label_values(folder / "dataset.json") for folder in folders}
 
@@ -275,6 +282,12 @@ def check_cases(
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16)) as pool:
         readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
     problems += [problem for reading in readings for problem in reading.problems]
+    if any(reading.digests.keys() - reading.masks.keys() for reading in readings):  # some are scans
+        problems += [
+            _mask_problem(case, file, values)
+            for case, reading in zip(cases, readings, strict=True)
+            for file, values in reading.masks.items()
+        ]
     bad = {problem.case for problem in problems if not problem.note}
     first: dict[str, tuple[str, Path]] = {}
     for case, reading in zip(cases, readings, strict=True):
@@ -285,12 +298,6 @@ def check_cases(
                 reason = f"the same voxels as {twin}: the split may put one on each side. Remove one"
                 problems.append(Problem(case.name, file, reason))
     problems += [problem for problem in _above_window(cases, readings) if problem.case not in bad]
-    if sum(len(reading.masks) for reading in readings) < sum(len(case.images) for case in cases):
-        problems += [
-            _mask_problem(case, file, values)
-            for case, reading in zip(cases, readings, strict=True)
-            for file, values in reading.masks.items()
-        ]
     ranges = {
         case.name: reading.intensities
         for case, reading in zip(cases, readings, strict=True)

@@ -10,7 +10,6 @@ Whatever is kept is encoded in float32, whatever precision the training has: it 
 encoded once.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -27,7 +26,7 @@ from ldm.checkpoints import load_checkpoint, sha256_of, weights_hash, write_arra
 from ldm.datasets import Case, VolumeDataset, read_json, version_of
 from ldm.encoders import LatentEncoder
 from ldm.networks import plain_names
-from ldm.processes import Run, leave_signals_to_the_main_process
+from ldm.processes import Run, leave_signals_to_the_main_process, without_tf32
 from ldm.schemas import StrictValidator, fault, fields
 from ldm.splits import PARTS, read_split, write_split
 from ldm.transforms import CODE
@@ -97,20 +96,6 @@ class _Versions(Dataset):
     def __getitem__(self, k: int) -> tuple[int, int, torch.Tensor]:
         i, version = self.pairs[k]
         return i, version, self.volumes.image(i, version)
-
-
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Within, a GPU multiplies float32 as float32, not in TF32's 10 bits of mantissa."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
 
 
 @torch.no_grad()

@@ -160,6 +160,20 @@ def choose_kernels(tf32: bool, repeatable: bool) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not repeatable, repeatable
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within, a GPU multiplies float32 as float32, not in TF32's 10 bits of mantissa."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
