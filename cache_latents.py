@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ldm import UserError, latents
-from ldm.checkpoints import sha256_of, weights_hash
-from ldm.datasets import typical_limits
+from ldm import UserError
+from ldm.data import latents
+from ldm.data.cases import typical_limits
+from ldm.system.checkpoints import weights_hash
+from ldm.system.files import sha256_of
 
 
 @utils.command

@@ -28,11 +28,11 @@ import numpy as np
 
 import utils
 from ldm import UserError, configs, counted
-from ldm.checks import Problem, check_cases, note_lines, stray_files
-from ldm.datasets import Case
-from ldm.layouts import find_cases
-from ldm.splits import shared_subjects
-from ldm.transforms import ras_geometry
+from ldm.data.cases import Case
+from ldm.data.checks import Problem, check_cases, note_lines, stray_files
+from ldm.data.layouts import find_cases
+from ldm.data.reading import ras_geometry
+from ldm.data.splits import shared_subjects
 
 
 @utils.command

@@ -19,7 +19,7 @@ import argparse
 import sys
 
 import utils
-from ldm.download import fetch_task01
+from ldm.data.download import fetch_task01
 
 
 @utils.command

@@ -45,19 +45,29 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, backbones, configs, evaluation, features, few, metrics, provenance, splits
-from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import load_checkpoint, sha256_of, write_json
-from ldm.datasets import Case, read_json, rounded, size_at, stream, volume_size
-from ldm.encoders import LatentEncoder
-from ldm.layouts import find_cases
-from ldm.logs import read_log
-from ldm.networks import NETWORKS, downsampling, instantiate, load_weights
-from ldm.processes import Run
-from ldm.report import write_report
-from ldm.sets import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet, Yardsticks
-from ldm.transforms import Intensity, Preprocessing, fit, ras_geometry, to_unit_range
-from ldm.verdicts import verdicts
+from ldm import UserError, configs, few, metrics
+from ldm.data import splits
+from ldm.data.cases import Case, rounded, size_at, volume_size
+from ldm.data.datasets import stream
+from ldm.data.intensity import Intensity, to_unit_range
+from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing, fit
+from ldm.data.reading import ras_geometry
+from ldm.evaluation import features, rows
+from ldm.evaluation.report import write_report
+from ldm.evaluation.verdicts import verdicts
+from ldm.evaluation.volumes import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet, Yardsticks
+from ldm.export import records
+from ldm.models import perceptual
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import NETWORKS, downsampling, instantiate
+from ldm.models.weights import load_weights
+from ldm.system import versions
+from ldm.system.checkpoints import load_checkpoint
+from ldm.system.files import read_json, sha256_of, write_json
+from ldm.system.messages import progress_bar
+from ldm.system.ranks import Run
+from ldm.training.logs import read_log
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
 SHOWN = 4  # volumes of a set on the page
@@ -216,8 +226,8 @@ def samples_of_run(environment: dict, autoencoder: Path) -> tuple[list[Case], li
             f"{unet}: no such checkpoint. Run train_diffusion.py, or name the samples by --generated."
         )
     checkpoints = {"autoencoder": autoencoder, "unet": unet}
-    samples, others = provenance.samples_of(folder, checkpoints)
-    left_out = f"left out: {provenance.told(others)}" if others else ""
+    samples, others = records.samples_of(folder, checkpoints)
+    left_out = f"left out: {records.told(others)}" if others else ""
     if not samples:
         raise UserError(
             f"{folder}: no samples of {unet} there{f' ({left_out})' * bool(others)}.\n"
@@ -237,14 +247,14 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
     Raises:
         UserError: there are none, or by their records they are of several models.
     """
-    named = [case for case in source.cases if not case.name.endswith(provenance.REPRODUCED)]
+    named = [case for case in source.cases if not case.name.endswith(records.REPRODUCED)]
     if not named:
         raise UserError(f"{source.folder}: no {source.name} volumes there but what --reproduce made.")
     records, source.cases, without, twice, changed = {}, [], [], [], []
     for case in named:
         record = None
         with contextlib.suppress(UserError):  # a damaged one is listed when its volume is read
-            record = provenance.record_of(case.images[0])
+            record = records.record_of(case.images[0])
         key = record and (record["seed"], record["volume"]["sha256"])
         if key in records:
             twice.append(case.name)
@@ -257,7 +267,7 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
         if sha256_of(case.images[0]) != record["volume"]["sha256"]:
             changed.append(case.name)
     found = [*records.values()]
-    provenance.check_one_model(source.folder, found)
+    records.check_one_model(source.folder, found)
     notes = [
         f"{source.name}: {len(names)} of {len(named)} volumes {what} ({few(names, 3)})."
         for what, names in (
@@ -349,7 +359,7 @@ class Reader:
         return torch.from_numpy(np.ascontiguousarray(fit(volume, self.size)))[None].to(self.device)
 
     def _unit_range(self, case: Case) -> np.ndarray:
-        limits = provenance.limits_of(case.images[0]) if len(case.images) == 1 else None
+        limits = records.limits_of(case.images[0]) if len(case.images) == 1 else None
         if limits is None:
             return np.clip(self.way(case.images), 0, 1)
         channels = tuple(range(len(limits)))  # a sample has the channels that were trained on, and no others
@@ -393,13 +403,13 @@ def feature_networks(
         )
     if args.medicalnet:
         path = Path(args.medicalnet[0])
-        state, digest = backbones.read_weights(path, *args.medicalnet[1:] or [None])
-        depth = backbones.medicalnet_depth(state, str(path))
+        state, digest = perceptual.read_weights(path, *args.medicalnet[1:] or [None])
+        depth = perceptual.medicalnet_depth(state, str(path))
         networks[MEDICALNET] = features.MedicalNetFeatures(depth, state, str(path), run.device)
         told["MedicalNet"] = f"ResNet-{depth}, {path.name}, SHA-256 {digest}"
     if args.radimagenet:
         path = Path(args.radimagenet[0])
-        state, digest = backbones.read_weights(path, *args.radimagenet[1:] or [None])
+        state, digest = perceptual.read_weights(path, *args.radimagenet[1:] or [None])
         networks[RADIMAGENET] = features.RadImageNetFeatures(state, str(path), run.device)
         told["RadImageNet"] = f"ResNet-50, {path.name}, SHA-256 {digest}"
     return networks, told
@@ -567,7 +577,7 @@ def spreads_of(sets: Sets, nearest: dict | None) -> list[dict]:
             "title": f"{name.capitalize()} volume" if name == "foreground" else f"{name.capitalize()} tissue",
             "x": "ml",
             "groups": {
-                one.name: evaluation.finite([getattr(tissues, name) for tissues in one.tissues]).tolist()
+                one.name: rows.finite([getattr(tissues, name) for tissues in one.tissues]).tolist()
                 for one in sets.present
             },
         }
@@ -612,15 +622,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
 
     # Step 3: figures, and what they say
-    nearest = evaluation.nearest_training_volumes(
+    nearest = rows.nearest_training_volumes(
         sets, run.device, lambda items: progress_bar(run, "nearest training scan", items=items, unit="volume")
     )
-    figures = evaluation.all_figures(sets, nearest)
+    figures = rows.all_figures(sets, nearest)
     counts = {one.name: len(one) for one in sets.present}
     lines = [*findings, *verdicts(figures, nearest, counts)]
 
     # Step 4: metrics.json and report.html
-    sampling = provenance.settings_of(inputs.records)
+    sampling = records.settings_of(inputs.records)
     told = [
         f"{one['volumes']} by {one['sampler']}, {one['steps']} steps, {one['precision']}, scale factor "
         f"{one['scale_factor']:.4g}"
@@ -647,7 +657,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "intervals": "95 %, by drawing volumes anew",
             "precision": f"all networks compute in {run.precision}",
             **settings,
-            "versions": ", ".join(f"{key} {value}" for key, value in provenance.versions().items() if value),
+            "versions": ", ".join(f"{key} {value}" for key, value in versions.versions().items() if value),
             "machine": f"{platform.system()}, {run.device}",
         },
         "notes": notes,

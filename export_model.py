@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import configs, export, generation, model_card
-from ldm.checkpoints import MADE_BY, require_checkpoint, written_whole
-from ldm.processes import Run
+from ldm import configs, generation
+from ldm.export import bundle, model_card
+from ldm.system.checkpoints import MADE_BY, require_checkpoint
+from ldm.system.files import written_whole
+from ldm.system.ranks import Run
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-e", "--environment-file", required=True, help="where things are: JSON")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     add("--out", required=True, metavar="DIR", help="a folder that is new or empty")
-    add("--formats", nargs="+", choices=export.FORMATS, default=export.FORMATS, help="default: all")
+    add("--formats", nargs="+", choices=bundle.FORMATS, default=bundle.FORMATS, help="default: all")
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
@@ -90,17 +92,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         if "safetensors" in args.formats:
-            export.write_safetensors(folder / "safetensors", networks, config, origin)
+            bundle.write_safetensors(folder / "safetensors", networks, config, origin)
         takes = None
         if "torchscript" in args.formats:
-            takes = export.write_torchscript(folder / "torchscript", networks, config)
+            takes = bundle.write_torchscript(folder / "torchscript", networks, config)
         card = model_card.model_card(out.name, networks, config, origin, about, metrics, args.formats, takes)
         if "bundle" in args.formats:
             figures = metrics["figures"] if metrics else []
-            export.write_bundle(folder / "bundle", networks, config, card, about, figures)
+            bundle.write_bundle(folder / "bundle", networks, config, card, about, figures)
         with written_whole(folder / "MODEL_CARD.md") as file:
             file.write(card.encode())
-        export.write_checksums(folder)
+        bundle.write_checksums(folder)
         folder.rename(out)
     print(f"exported {', '.join(args.formats)}: {out}\n  {out / 'MODEL_CARD.md'}")
 

@@ -41,16 +41,19 @@ import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, counted, figures, generation, memory, processes, provenance
-from ldm.bookkeeping import progress_bar
-from ldm.checkpoints import load_checkpoint
-from ldm.decoding import Budget, decoding_peak, weights_bytes
-from ldm.diffusion import SAMPLERS, choose_sampler
-from ldm.encoders import LatentEncoder
+from ldm import UserError, configs, counted, figures, generation
+from ldm.data.intensity import to_unit_range
+from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.export import records
+from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
 from ldm.metrics import band_power
-from ldm.networks import latent_size
-from ldm.processes import Run
-from ldm.transforms import to_unit_range
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import latent_size
+from ldm.system import ranks, versions
+from ldm.system.checkpoints import load_checkpoint
+from ldm.system.messages import progress_bar
+from ldm.system.ranks import Run
+from ldm.training import memory
 
 SHOWN = 8  # volumes in the picture
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
@@ -85,9 +88,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1.")
-    if args.steps is not None and args.steps > provenance.MOST_STEPS:
-        raise UserError(f"--steps {args.steps}: at most {provenance.MOST_STEPS} are possible.")
-    if not 0 <= args.seed <= provenance.LAST_SEED - args.num:
+    if args.steps is not None and args.steps > records.MOST_STEPS:
+        raise UserError(f"--steps {args.steps}: at most {records.MOST_STEPS} are possible.")
+    if not 0 <= args.seed <= records.LAST_SEED - args.num:
         raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
     utils.check_scale_factor(args.scale_factor)
     return args
@@ -198,15 +201,15 @@ def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
 def reproduce(args: argparse.Namespace) -> None:
     """Make the volume of a record again, and compare it with the one that was written."""
     # Step 0: the record, and the files that it names
-    record = provenance.read_record(args.reproduce)
+    record = records.read_record(args.reproduce)
     config = configs.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
-    path = args.reproduce.with_name(f"{args.reproduce.stem}{provenance.REPRODUCED}.nii.gz")
+    path = args.reproduce.with_name(f"{args.reproduce.stem}{records.REPRODUCED}.nii.gz")
     if path.exists():
         raise UserError(f"{path} is there already. Move it away first.")
     folder = args.reproduce.parent
     checkpoints = [
-        provenance.find_checkpoint(record, key, folder, getattr(args, key)) for key in provenance.CHECKPOINTS
+        records.find_checkpoint(record, key, folder, getattr(args, key)) for key in records.CHECKPOINTS
     ]
 
     # Step 1: the same device and precision, and networks
@@ -216,7 +219,7 @@ def reproduce(args: argparse.Namespace) -> None:
         raise UserError("--reproduce makes one volume: start it without torchrun.")
     if record["precision"] in ("bfloat16", "float16"):
         run.amp_dtype = getattr(torch, record["precision"])
-    processes.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
+    ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     networks = generation.load_networks(
         *checkpoints,
@@ -237,20 +240,20 @@ def reproduce(args: argparse.Namespace) -> None:
     seed = record["seed"]
     volume = generation.in_typical_units(volumes[record["batch"].index(seed)], networks, seed)
     content = generation.nifti_bytes(volume, networks.geometry["spacing"])
-    provenance.save_volume(path, content)
+    records.save_volume(path, content)
 
     # Step 3: is it the same?
     due = record["volume"]["sha256"]
     if hashlib.sha256(content).hexdigest() == due:
         run.say(f"reproduced: {path}\n  its bytes are those recorded")
         return
-    now = {**provenance.versions(), "hardware": hardware(run)}
+    now = {**versions.versions(), "hardware": hardware(run)}
     was = {**record["versions"], "hardware": record["hardware"]}
     changed = ", ".join(
         f"{key} {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
     )
     changed = changed or "nothing that the record tells has changed"
-    if not original.exists() or provenance.sha256_of(original) != due:
+    if not original.exists() or records.sha256_of(original) != due:
         run.say(
             f"reproduced: {path}\n  its bytes are not those recorded ({changed}), and {original.name} is not "
             "there as it was written, to compare with"
@@ -318,17 +321,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "hardware": hardware(run),
         "threads": torch.get_num_threads(),
         **{
-            key: {"path": path.as_posix(), "sha256": provenance.sha256_of(path)}
+            key: {"path": path.as_posix(), "sha256": records.sha256_of(path)}
             for key, path in checkpoints.items()
         },
-        "config_sha256": provenance.config_hash(config),
+        "config_sha256": records.config_hash(config),
         "config": config,
-        "versions": provenance.versions(),
+        "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
     }
     seeds = list(range(args.seed, args.seed + args.num))
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
-    due = run.from_main(lambda: provenance.missing(paths, request))  # before any rank writes its first
+    due = run.from_main(lambda: records.missing(paths, request))  # before any rank writes its first
     if len(due) < len(seeds):
         run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there already")
 
@@ -352,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "spacing": list(geometry["spacing"]),
                 "limits": geometry["limits"],
             }
-            provenance.save_volume(
+            records.save_volume(
                 paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}
             )
     bar.close()

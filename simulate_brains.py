@@ -13,8 +13,8 @@ Writes the layout of MSD Task01_BrainTumour, so that whatever reads the BraTS da
 
 Volumes are RAS and cover 160 x 192 x 160 mm; the brain is skull-stripped and lies inside. Each subject has
 its own seed: subject i of a --seed is the same whatever --num and --workers are, and has the same anatomy at
-any --spacing. ldm/simulation.py tells how subjects are made. DIR must be new or empty; it is there, whole,
-when the last subject is done. 96 subjects at 4 mm take about half a minute on two cores.
+any --spacing. ldm/data/simulation.py tells how subjects are made. DIR must be new or empty; it is there,
+whole, when the last subject is done. 96 subjects at 4 mm take about half a minute on two cores.
 
 Exit codes: 0 done, 1 the disk failed, 2 wrong usage.
 """
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import utils
 from ldm import UserError
-from ldm.simulation import CONTRASTS, LABELS, has_tumour, load_atlas, output_grid, simulate_subject
+from ldm.data.simulation import CONTRASTS, LABELS, has_tumour, load_atlas, output_grid, simulate_subject
 
 
 @utils.command

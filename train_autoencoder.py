@@ -33,25 +33,22 @@ from torch import nn
 
 import utils
 from ldm import UserError, configs, figures
-from ldm.bookkeeping import Training
-from ldm.checkpoints import StageFiles, load_checkpoint
-from ldm.datasets import VolumeDataset, WithDraws, stream, warn_of_padding
-from ldm.encoders import LatentEncoder, set_posterior_std
-from ldm.initialisation import start_as_block_transform
+from ldm.data.cases import warn_of_padding
+from ldm.data.datasets import VolumeDataset, WithDraws, stream
+from ldm.data.splits import subjects_of
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
-from ldm.memory import Meter, take_steps
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.networks import (
-    check_discriminator_size,
-    freeze_unreached,
-    latent_size,
-    load_weights,
-    on_device,
-    small_input,
-)
-from ldm.processes import Run
-from ldm.splits import subjects_of
-from ldm.training import Stepper, make_ema
+from ldm.models.autoencoder import LatentEncoder, set_posterior_std
+from ldm.models.definitions import check_discriminator_size, latent_size, small_input
+from ldm.models.initialisation import start_as_block_transform
+from ldm.models.layers import freeze_unreached, on_device
+from ldm.models.weights import load_weights
+from ldm.system.checkpoints import load_checkpoint
+from ldm.system.ranks import Run
+from ldm.training.loop import Training
+from ldm.training.memory import Meter, take_steps
+from ldm.training.run_folder import StageFiles
+from ldm.training.step import Stepper, make_ema
 
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
 INITIAL_CASES = 16  # whose principal components a block transform starts from

@@ -30,19 +30,25 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import utils
-from ldm import UserError, configs, figures, latents
-from ldm.bookkeeping import Training
-from ldm.checkpoints import StageFiles, weights_hash
-from ldm.datasets import Case, VolumeDataset, WithDraws, stream, typical_limits
-from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
-from ldm.encoders import LatentEncoder, LatentMoments
-from ldm.latents import Posteriors
-from ldm.memory import Meter, take_steps
-from ldm.networks import freeze_unreached, latent_size, load_weights, small_input
-from ldm.processes import Run
-from ldm.splits import PARTS, check_unchanged, left_out, subjects_of
-from ldm.training import Stepper, make_ema
-from ldm.transforms import augmentation
+from ldm import UserError, configs, figures
+from ldm.data import latents
+from ldm.data.augmentation import augmentation
+from ldm.data.cases import Case, typical_limits
+from ldm.data.datasets import VolumeDataset, WithDraws, stream
+from ldm.data.latents import Posteriors
+from ldm.data.splits import PARTS, check_unchanged, left_out, subjects_of
+from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.samplers import sample_latents
+from ldm.models.autoencoder import LatentEncoder, LatentMoments
+from ldm.models.definitions import latent_size, small_input
+from ldm.models.layers import freeze_unreached
+from ldm.models.weights import load_weights
+from ldm.system.checkpoints import weights_hash
+from ldm.system.ranks import Run
+from ldm.training.loop import Training
+from ldm.training.memory import Meter, take_steps
+from ldm.training.run_folder import StageFiles
+from ldm.training.step import Stepper, make_ema
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
 

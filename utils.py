@@ -26,39 +26,28 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, configs, counted, memory, processes, splits
-from ldm.checkpoints import (
-    NO_SPACE,
-    SCALE_FACTOR,
-    StageFiles,
-    load_checkpoint,
-    load_training_checkpoint,
-    require_checkpoint,
-    weights_hash,
-)
-from ldm.datasets import (
-    Case,
-    EpochSampler,
-    VolumeDataset,
-    choose_spacing,
-    parse_json,
-    read_json,
-    warn_of_padding,
-)
-from ldm.decoding import Budget
-from ldm.download import fetch_task01
-from ldm.encoders import LatentEncoder
-from ldm.layouts import find_cases
-from ldm.logs import TextLog, read_log, write_log
+from ldm import UserError, brief, configs, counted
+from ldm.data import splits
+from ldm.data.cases import Case, choose_spacing, warn_of_padding
+from ldm.data.datasets import EpochSampler, VolumeDataset
+from ldm.data.download import fetch_task01
+from ldm.data.layouts import find_cases
 from ldm.losses import missing_package
-from ldm.networks import (
-    add_checkpointing,
-    load_weights,
-    on_device,
-)
-from ldm.processes import CLEAN_UP, SAID, Run, leave_signals_to_the_main_process
-from ldm.provenance import versions
-from ldm.schemas import StrictValidator
+from ldm.lowmem.slabwise import Budget
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.layers import add_checkpointing, on_device
+from ldm.models.weights import load_weights
+from ldm.system import messages, ranks
+from ldm.system.checkpoints import SCALE_FACTOR, load_checkpoint, require_checkpoint, weights_hash
+from ldm.system.files import NO_SPACE, parse_json, read_json
+from ldm.system.messages import CLEAN_UP, SAID
+from ldm.system.ranks import Run
+from ldm.system.schemas import StrictValidator
+from ldm.system.signals import leave_signals_to_the_main_process
+from ldm.system.versions import versions
+from ldm.training import memory
+from ldm.training.logs import TextLog, read_log, write_log
+from ldm.training.run_folder import StageFiles, load_training_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 SPLIT = "split.json"
@@ -83,11 +72,11 @@ def command(main: Callable) -> Callable:
         try:
             result = main(argv)
         except (UserError, FloatingPointError, memory.ForecastError) as error:
-            message, code = processes.words_of(error), 2 if isinstance(error, UserError) else 1
+            message, code = messages.words_of(error), 2 if isinstance(error, UserError) else 1
         except OSError as error:
-            message, code = processes.disk_failure(error), 1
+            message, code = messages.disk_failure(error), 1
         except (RuntimeError, MemoryError) as error:
-            code, message = 1, processes.memory_failure(error)
+            code, message = 1, messages.memory_failure(error)
             if message is None and dist.is_initialized() and LOST.search(str(error)):
                 message = f"another process of this run ended or hangs ({brief(error)}); it says why."
             if message is None:
@@ -370,7 +359,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     training = section is not None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        processes.choose_kernels(tf32=training, repeatable=not training)
+        ranks.choose_kernels(tf32=training, repeatable=not training)
     patient = None
     if world_size > 1:
         # With gloo beside NCCL, so that the group of the patient finds all connections made.
@@ -384,7 +373,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else training and section.get("amp", True)
-    return Run(rank, world_size, device, processes.amp_dtype(device) if amp else None, patient)
+    return Run(rank, world_size, device, ranks.amp_dtype(device) if amp else None, patient)
 
 
 def _device_name(kind: str) -> str:
@@ -709,7 +698,7 @@ def refuse_what_cannot_fit(
 
     def check() -> None:
         wanted = planned(config, stage, args)
-        half = processes.amp_dtype(run.device)
+        half = ranks.amp_dtype(run.device)
         forecast = memory.Forecast(rehearse, stage, sizes, True, half, run.world_size)
         try:
             peaks = forecast.peaks(wanted)

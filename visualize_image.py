@@ -43,12 +43,14 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import utils
-from ldm import UserError, figures, generation, provenance
-from ldm.bookkeeping import progress_bar
-from ldm.diffusion import SAMPLERS, choose_sampler
+from ldm import UserError, figures, generation
+from ldm.data.intensity import to_unit_range
+from ldm.data.reading import channel_count, ras_geometry, read_image, voxels_of
+from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.export import records
 from ldm.figures import PALETTE, PLANES
 from ldm.metrics import reconstruction_metrics
-from ldm.transforms import channel_count, ras_geometry, read_image, to_unit_range, voxels_of
+from ldm.system.messages import progress_bar
 
 PERCENTILES = (0.5, 99.5)  # of the voxels, that are black and white
 SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz")
@@ -117,8 +119,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("count", 1, 10**6),
         ("columns", 1, 100),
         ("frames", 2, 1000),
-        ("steps", 1, provenance.MOST_STEPS),
-        ("seed", 0, provenance.LAST_SEED - 1),
+        ("steps", 1, records.MOST_STEPS),
+        ("seed", 0, records.LAST_SEED - 1),
     ):
         if (value := getattr(args, name, None)) is not None and not least <= value <= most:
             raise UserError(f"--{name} {value}: expected a number from {least} to {most}.")

@@ -40,12 +40,13 @@ import utils
 from benchmarks import measure, project, quality, reference
 from benchmarks.report import NAMES, SIDES, quality_report, table
 from ldm import UserError, configs, generation
-from ldm.checkpoints import write_json
-from ldm.datasets import Case, VolumeDataset
-from ldm.diffusion import NoiseProcess
-from ldm.encoders import LatentEncoder
-from ldm.networks import latent_size
-from ldm.processes import Run
+from ldm.data.cases import Case
+from ldm.data.datasets import VolumeDataset
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import latent_size
+from ldm.system.files import write_json
+from ldm.system.ranks import Run
 
 PARTS = tuple(NAMES)
 CONFIGS = {  # by device and whether quality is asked for

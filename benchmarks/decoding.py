@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import forget_peak, resident
-from ldm import decoding
-from ldm.decoding import Budget, decode_within, weights_bytes
-from ldm.networks import NETWORKS, instantiate
-from ldm.slabs import Sweep
-from ldm.volumes import Volume, leaf
+from ldm.lowmem import slabwise
+from ldm.lowmem.lazy import Volume, leaf
+from ldm.lowmem.slabs import Sweep
+from ldm.lowmem.slabwise import Budget, decode_within, weights_bytes
+from ldm.models.definitions import NETWORKS, instantiate
 
 DEFINITION = {
     "_target_": "monai.networks.nets.AutoencoderKL",
@@ -107,7 +107,7 @@ def compare(size: int, amp: bool, limits: list[float]) -> None:
 # ---------------------------------------------------------------- what a GPU would do
 
 
-class Rehearsal(decoding._Run):
+class Rehearsal(slabwise._Run):
     """The sweeps of a run on a GPU, without their arithmetic, which is counted."""
 
     flops, sweeps = 0.0, 0
@@ -141,18 +141,18 @@ def plan(size: int, amp: bool, limit: float) -> None:
     """Least memory, sweeps and arithmetic of a GPU, with host memory and without."""
     device, latents = torch.device("cpu"), latents_of(size)
     autoencoder = build(device)
-    room = decoding.PLANNED * (limit - weights_bytes(autoencoder))
-    told, free = [], decoding.free_host_memory
+    room = slabwise.PLANNED * (limit - weights_bytes(autoencoder))
+    told, free = [], slabwise.free_host_memory
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        plain = decoding._plain_peak(autoencoder.decode, latents, device)
-        least = decoding._least(autoencoder.decode, latents, device)
+        plain = slabwise._plain_peak(autoencoder.decode, latents, device)
+        least = slabwise._least(autoencoder.decode, latents, device)
         for given, host in ((1e15, 1e15), (room, 1e15), (room, 0)):
-            decoding.free_host_memory = lambda host=host: host
-            with decoding._pretending():
+            slabwise.free_host_memory = lambda host=host: host
+            with slabwise._pretending():
                 run = Rehearsal(device, given, least)
                 run.results(autoencoder.decode(Volume(leaf(run, torch.empty(latents.shape, device=device)))))
             told.append(run)
-    decoding.free_host_memory = free
+    slabwise.free_host_memory = free
     whole, hosted, alone = told
     told = f"whole {plain / 1e9:.1f} GB and {whole.flops / 1e12:.0f} TFLOP"
     print(f"{told}; the least that would do: {least / 1e9:.1f} GB")
@@ -182,7 +182,7 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         autoencoder = build(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            plain = decoding._plain_peak(autoencoder.decode, latents_of(args.size), device)
+            plain = slabwise._plain_peak(autoencoder.decode, latents_of(args.size), device)
         limits = [weights_bytes(autoencoder) + plain / share for share in (2, 4)]
     compare(args.size, args.amp, limits)
 

@@ -27,8 +27,8 @@ import evaluate
 import inference
 import train_autoencoder
 import train_diffusion
-from ldm.checkpoints import load_checkpoint
-from ldm.layouts import find_cases
+from ldm.data.layouts import find_cases
+from ldm.system.checkpoints import load_checkpoint
 
 SAMPLES = 30
 VERSIONS = {  # of each training volume, so that a diffusion model of few does not learn them by heart

@@ -21,9 +21,10 @@ import train_autoencoder
 import train_diffusion
 import utils
 from benchmarks.measure import forget_peak, resident
-from ldm import configs, processes
-from ldm.memory import GB, Forecast, Peak, take_steps
-from ldm.processes import Run
+from ldm import configs
+from ldm.system import ranks
+from ldm.system.ranks import Run
+from ldm.training.memory import GB, Forecast, Peak, take_steps
 
 BRATS, SMALL = "config/config_train_16g.json", "config/config_t1_2mm.json"
 ON_GPU = [
@@ -41,7 +42,7 @@ ON_CPU = [
 
 
 class Ruler:
-    """Stands in for `ldm.memory.Meter`, with values: {phase: bytes} in `peaks`."""
+    """Stands in for `ldm.training.memory.Meter`, with values: {phase: bytes} in `peaks`."""
 
     def __init__(self, device: torch.device):
         self.device, self.peaks = device, {}
@@ -101,7 +102,7 @@ class Case:
         )
         self.sizes = configs.patch_sizes(self.config, [])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.half = processes.amp_dtype(self.device) if args.amp else None
+        self.half = ranks.amp_dtype(self.device) if args.amp else None
         self.rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse
 
 

@@ -9,12 +9,15 @@ from torch.utils.data import Dataset
 
 import train_autoencoder
 import train_diffusion
-from ldm import configs, generation, latents
-from ldm.diffusion import SAMPLERS, NoiseProcess, choose_sampler
-from ldm.encoders import LatentEncoder
-from ldm.networks import on_device
-from ldm.processes import Run
-from ldm.training import Clock, learning_rate
+from ldm import configs, generation
+from ldm.data import latents
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.layers import on_device
+from ldm.system.ranks import Run
+from ldm.training.loop import Clock
+from ldm.training.step import learning_rate
 
 
 def run_of(section: dict, run: Run) -> Run:

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 import utils
 from benchmarks import measure, project, reference
 from ldm import generation
-from ldm.distances import KernelDistance, interval
-from ldm.encoders import LatentEncoder
-from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
-from ldm.processes import Run
+from ldm.evaluation.distances import KernelDistance, interval
+from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.models.autoencoder import LatentEncoder
+from ldm.system.ranks import Run
 
 SLICES = 24
 MARKS = (2, 4, 8, 12, 16, 24)  # slices after which volumes are drawn

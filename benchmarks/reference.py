@@ -15,9 +15,9 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-from ldm.diffusion import NoiseProcess
-from ldm.networks import NETWORKS, check_definition
-from ldm.processes import Run
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.definitions import NETWORKS, check_definition
+from ldm.system.ranks import Run
 
 STEPS = 1000
 NOISE = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}

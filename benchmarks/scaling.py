@@ -18,9 +18,9 @@ import train_diffusion
 import utils
 from benchmarks.measure import count_flops
 from ldm import UserError, configs
-from ldm.encoders import LatentEncoder
-from ldm.memory import Forecast, highest
-from ldm.networks import check_size, latent_size, network_divisor
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import check_size, latent_size, network_divisor
+from ldm.training.memory import Forecast, highest
 
 SIZES = (64, 128, 192, 256, 384, 512)
 STAGES = {"autoencoder_train": train_autoencoder, "diffusion_train": train_diffusion}

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ldm import evaluation, verdicts
+from ldm.evaluation import rows, verdicts
+from ldm.evaluation.volumes import BLURS, OWN, Sets, VolumeSet, Yardsticks
 from ldm.metrics import RadialSpectrum, Tissues
-from ldm.sets import BLURS, OWN, Sets, VolumeSet, Yardsticks
 
 SIZES = ((8, 10, 86), (20, 20, 60), (40, 40, 120), (60, 60, 240), (100, 100, 400), (100, 20, 80))
 FEATURES, FACTORS = 64, 6
@@ -75,10 +75,10 @@ def said(sets: Sets) -> dict[str, str]:
     found = {
         one.key: one
         for figures in (
-            evaluation.kernel_figures(sets, OWN),
-            evaluation.appearance_figures(sets),
-            evaluation.similarity_figures(sets),
-            evaluation.tissue_figures(sets),
+            rows.kernel_figures(sets, OWN),
+            rows.appearance_figures(sets),
+            rows.similarity_figures(sets),
+            rows.tissue_figures(sets),
         )
         for one in figures
     }

@@ -3,9 +3,9 @@
 python docs/make_pipeline_png.py
 
 Takes half a minute on one core and no patient's data. What its pictures show is computed: brains of
-ldm/simulation.py; latents and reconstructions of an autoencoder that starts as a block transform
-(ldm/initialisation.py); noise added by ldm/diffusion.py. Nothing is trained: the prediction is a Wiener
-filter's, and the steps of sampling are a brain's latents with less and less noise.
+ldm/data/simulation.py; latents and reconstructions of an autoencoder that starts as a block transform
+(ldm/models/initialisation.py); noise added by ldm/diffusion/process.py. Nothing is trained: the prediction
+is a Wiener filter's, and the steps of sampling are a brain's latents with less and less noise.
 """
 
 import sys
@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
 from ldm import configs
-from ldm.diffusion import NoiseProcess
-from ldm.encoders import LatentEncoder, LatentMoments, set_posterior_std
+from ldm.data.preprocessing import Preprocessing
+from ldm.data.simulation import CONTRASTS, simulate_subject
+from ldm.diffusion.process import NoiseProcess
 from ldm.figures import middle, upright
-from ldm.initialisation import start_as_block_transform
-from ldm.simulation import CONTRASTS, simulate_subject
-from ldm.transforms import Preprocessing
+from ldm.models.autoencoder import LatentEncoder, LatentMoments, set_posterior_std
+from ldm.models.initialisation import start_as_block_transform
 
 SPACING = (2.0, 2.0, 2.0)  # mm
 SUBJECTS = (3, 5, 8)

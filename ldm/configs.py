@@ -9,8 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from ldm import UserError, brief
-from ldm.datasets import Case, volume_size
-from ldm.networks import (
+from ldm.data.cases import Case, volume_size
+from ldm.data.intensity import Intensity
+from ldm.data.preprocessing import Preprocessing
+from ldm.models.definitions import (
     NETWORKS,
     SCHEDULERS,
     check_definition,
@@ -21,8 +23,7 @@ from ldm.networks import (
     network_divisor,
     resolve_references,
 )
-from ldm.schemas import StrictValidator, explained
-from ldm.transforms import Intensity, Preprocessing
+from ldm.system.schemas import StrictValidator, explained
 
 # Keys that a checkpoint's weights depend on, and keys of networks that change memory and no result.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
@@ -36,6 +37,7 @@ ONLY_HOW = {
     "save_mem",
     "print_info",
 }
+
 ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
 

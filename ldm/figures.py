@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.checkpoints import written_whole
+from ldm.system.files import written_whole
 
 PLANES = ("sagittal", "coronal", "axial")  # the plane that stands on each axis of a volume
 EDGES = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
@@ -25,11 +25,15 @@ NARROWEST, TITLE = 170, 420  # pixels that a caption and a title have room in
 QUARTERS = {  # of the times of diffusion: key in the training log, and what it is called
     f"val_loss_quarter_{i}": name for i, name in enumerate(("least", "less", "more", "most"), 1)
 }
+
 WHITE, GREY = (255, 255, 255), (150, 150, 150)
 CELL = 180  # pixels along the longest side of a volume in a montage
+
 # Colours that the colour-blind tell apart: ten of the twelve of M. Krzywinski (mk.bcgsc.ca/colorblind).
 PALETTE = ["#FFC33B", "#008DF9", "#FF5AAF", "#009F81", "#E20134"]
+
 PALETTE += ["#00FCCF", "#8400CD", "#FF6E3A", "#FFB2FD", "#00C2F9"]
+
 BELOW, ABOVE = (0.20, 0.62, 1.00), (1.00, 0.60, 0.10)  # blue, orange: the ends of what is black between
 
 

@@ -11,14 +11,19 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldm import UserError, configs, memory
-from ldm.checkpoints import load_checkpoint, require_checkpoint, weights_hash
-from ldm.decoding import Budget, weights_bytes
-from ldm.diffusion import NoiseProcess, check_scheduler, sample_latents
-from ldm.encoders import LatentEncoder
-from ldm.networks import check_size, latent_size, load_weights, network_divisor, on_device
-from ldm.processes import NO_MEMORY, Run, amp_dtype
-from ldm.transforms import from_unit_range
+from ldm import UserError, configs
+from ldm.data.intensity import from_unit_range
+from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.samplers import sample_latents
+from ldm.lowmem.slabwise import Budget, weights_bytes
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import check_size, latent_size, network_divisor
+from ldm.models.layers import on_device
+from ldm.models.weights import load_weights
+from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_hash
+from ldm.system.messages import NO_MEMORY
+from ldm.system.ranks import Run, amp_dtype
+from ldm.training import memory
 
 CONFIG_COPY = "Use the config it was trained with; config_*.json beside the checkpoint is a copy."
 OPTIONS = {  # that take the place of a key here
@@ -28,6 +33,7 @@ OPTIONS = {  # that take the place of a key here
     "diffusion_train.batch_size": "--batch-size",
     "diffusion_train.sample_steps": "--steps",
 }
+
 USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffusion_train.patch_size")
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ldm import UserError
-from ldm.backbones import medicalnet, standardised, trunk
-from ldm.checkpoints import load_checkpoint
-from ldm.networks import load_weights, plain_names
+from ldm.models.perceptual import medicalnet, standardised, trunk
+from ldm.models.weights import load_weights, plain_names
+from ldm.system.checkpoints import load_checkpoint
 
 
 def kl_divergence(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from ldm.processes import STOPPING, Interruption
+from ldm.system.signals import STOPPING, Interruption
 
 
 def pytest_addoption(parser):

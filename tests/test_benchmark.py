@@ -15,10 +15,10 @@ import train_diffusion
 import utils
 from benchmarks import benchmark, measure, project, quality, reference, report, scaling
 from ldm import configs
-from ldm.datasets import Case
-from ldm.encoders import LatentEncoder
-from ldm.networks import downsampling
-from ldm.processes import Run
+from ldm.data.cases import Case
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import downsampling
+from ldm.system.ranks import Run
 
 CPU = torch.device("cpu")
 RUN = Run(0, 1, CPU)

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 import check_data
 import train_autoencoder
 import utils
-from ldm import UserError, configs, splits
-from ldm.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
-from ldm.datasets import Case
-from ldm.layouts import find_cases
-from ldm.transforms import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, Preprocessing, open_image, read_image
+from ldm import UserError, configs
+from ldm.data import splits
+from ldm.data.cases import Case
+from ldm.data.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
+from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
+from ldm.data.reading import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, open_image, read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "config" / "config_demo.json")
@@ -220,7 +222,9 @@ def test_one_run_lists_every_bad_case_with_its_reason(bad_data, capsys):
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_the_number_of_workers_changes_nothing(bad_data, capsys, monkeypatch, jobs):
     usual, asked = run(capsys, bad_data), []
-    monkeypatch.setattr("ldm.checks.ThreadPoolExecutor", lambda n: asked.append(n) or ThreadPoolExecutor(n))
+    monkeypatch.setattr(
+        "ldm.data.checks.ThreadPoolExecutor", lambda n: asked.append(n) or ThreadPoolExecutor(n)
+    )
     assert run(capsys, bad_data, "-j", jobs) == usual and asked[-1] == jobs
 
 
@@ -231,8 +235,8 @@ OF_HEADERS |= {"label_shape", "label_shifted", "label_flipped", "label_4d"}
 
 
 def test_headers_alone_tell_what_headers_can(bad_data, monkeypatch):
-    monkeypatch.setattr("ldm.checks.read_image", None)  # no voxel is read,
-    monkeypatch.setattr("ldm.checks.masks_among", lambda cases: [])  # but for this
+    monkeypatch.setattr("ldm.data.checks.read_image", None)  # no voxel is read,
+    monkeypatch.setattr("ldm.data.checks.masks_among", lambda cases: [])  # but for this
     cases, _ = find_cases(bad_data)
     assert {problem.case for problem in check_headers(cases)} == OF_HEADERS
     without = {problem.case for problem in check_headers(cases, labels=False)}
@@ -492,7 +496,7 @@ def test_an_uncompressed_file_is_as_long_as_its_header_says(tmp_path, change, du
 
 def test_a_channel_of_many_is_read_once(tmp_path, monkeypatch):
     path, opened = save(tmp_path / "a.nii.gz", noise(0, (*SHAPE, 3))), []
-    monkeypatch.setattr("ldm.transforms.read_image", lambda path: opened.append(path) or read_image(path))
+    monkeypatch.setattr("ldm.data.reading.read_image", lambda path: opened.append(path) or read_image(path))
     volume = Preprocessing((2, 0), (2.0, 1.5, 3.0)).read([path])
     assert np.array_equal(volume, np.moveaxis(noise(0, (*SHAPE, 3)), -1, 0)[[2, 0]]) and opened == [path]
 
@@ -676,7 +680,7 @@ def test_a_mask_of_any_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
     ]
     assert not masks_among([case for case in cases if case.name in {"liver.nii.gz", "organs.nii"}])  # no scan
     read = []
-    monkeypatch.setattr("ldm.checks.read_image", lambda path: read.append(path.name) or read_image(path))
+    monkeypatch.setattr("ldm.data.checks.read_image", lambda path: read.append(path.name) or read_image(path))
     assert not masks_among(cases[:2]) and len(read) == 1  # of a good data set, one scan
 
 

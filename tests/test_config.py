@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 import train_autoencoder
 import utils
-from ldm import UserError, configs, generation, latents
-from ldm.checkpoints import write_json
-from ldm.diffusion import NoiseProcess
-from ldm.networks import NETWORKS, SCHEDULERS, named_class, resolve_references
-from ldm.transforms import Intensity
+from ldm import UserError, configs, generation
+from ldm.data import latents
+from ldm.data.intensity import Intensity
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.definitions import NETWORKS, SCHEDULERS, named_class, resolve_references
+from ldm.system.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "config").glob("config_*.json"))

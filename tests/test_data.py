@@ -16,21 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import ldm.datasets
+import ldm.data.datasets
 from ldm import UserError
-from ldm.checks import check_headers
-from ldm.datasets import (
-    Case,
-    EpochSampler,
-    VolumeDataset,
-    choose_spacing,
-    stream,
-    version_of,
-    volume_size,
-)
-from ldm.layouts import find_cases
-from ldm.splits import split_cases
-from ldm.transforms import Intensity, Preprocessing, augmentation
+from ldm.data.augmentation import augmentation
+from ldm.data.cases import Case, choose_spacing, volume_size
+from ldm.data.checks import check_headers
+from ldm.data.datasets import EpochSampler, VolumeDataset, stream, version_of
+from ldm.data.intensity import Intensity
+from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
+from ldm.data.splits import split_cases
 
 VOXELS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 ROOT = Path(__file__).resolve().parents[1]
@@ -504,7 +499,7 @@ def test_interrupted_write_leaves_nothing_to_be_read(cases, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     seen = []
-    monkeypatch.setattr(ldm.datasets.np, "save", half)
+    monkeypatch.setattr(ldm.data.datasets.np, "save", half)
     with pytest.raises(KeyboardInterrupt):
         dataset.volume(0)
     monkeypatch.undo()

@@ -18,11 +18,11 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import configs
-from ldm.datasets import VolumeDataset
-from ldm.diffusion import NoiseProcess
-from ldm.encoders import LatentEncoder
-from ldm.layouts import find_cases
-from ldm.training import Stepper
+from ldm.data.datasets import VolumeDataset
+from ldm.data.layouts import find_cases
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.autoencoder import LatentEncoder
+from ldm.training.step import Stepper
 
 pytestmark = [
     pytest.mark.skipif(

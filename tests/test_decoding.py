@@ -17,12 +17,13 @@ from torch import nn
 
 import cache_latents
 import inference
-from ldm import UserError, decoding, generation, slabs
-from ldm.decoding import Budget, decode_within, encode_within
-from ldm.encoders import LatentEncoder
-from ldm.networks import NETWORKS, instantiate
-from ldm.slabs import HostRows, Lane, Rows, Sweep
-from ldm.volumes import Volume, leaf
+from ldm import UserError, generation
+from ldm.lowmem import slabs, slabwise
+from ldm.lowmem.lazy import Volume, leaf
+from ldm.lowmem.slabs import HostRows, Lane, Rows, Sweep
+from ldm.lowmem.slabwise import Budget, decode_within, encode_within
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import NETWORKS, instantiate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
 
@@ -90,9 +91,9 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def force(monkeypatch, place: str, thickness: int) -> list[int]:
     """Let every sweep have slabs of so many rows, and keep them in this place; the list counts the slabs."""
-    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)
-    monkeypatch.setattr(decoding, "_least", lambda *_: 0)
-    monkeypatch.setattr(decoding._Run, "thickness", lambda *_: thickness)
+    monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)
+    monkeypatch.setattr(slabwise, "_least", lambda *_: 0)
+    monkeypatch.setattr(slabwise._Run, "thickness", lambda *_: thickness)
     monkeypatch.setattr(slabs, "CHUNK", 2000)
 
     def rows(run, node, sweep):
@@ -104,7 +105,7 @@ def force(monkeypatch, place: str, thickness: int) -> list[int]:
             else HostRows(run.device, Lane(run.device), Lane(run.device))
         )
 
-    monkeypatch.setattr(decoding._Run, "place", rows)
+    monkeypatch.setattr(slabwise._Run, "place", rows)
     counted, plain = [], Sweep.slabs
 
     def slabs_of(self, thickness):
@@ -240,7 +241,7 @@ def test_an_operation_between_convolutions(monkeypatch, name):
 def test_moments_are_those_of_each_group_over_the_whole_volume(monkeypatch):
     force(monkeypatch, "nowhere", 2)
     values = numbers(1, 4, 7, 5, 6) + 1000  # a square of the mean would cancel all of the variance
-    run = decoding._Run(torch.device("cpu"), 1e9, 0)
+    run = slabwise._Run(torch.device("cpu"), 1e9, 0)
     mean, variance = run.moments(leaf(run, values), groups=2)
     expected = values.double().reshape(2, -1)
     assert torch.allclose(mean, expected.mean(1), rtol=1e-7)
@@ -249,7 +250,7 @@ def test_moments_are_those_of_each_group_over_the_whole_volume(monkeypatch):
 
 def test_each_row_of_a_convolution_is_computed_once_in_a_sweep(monkeypatch):
     force(monkeypatch, "nowhere", 1)
-    run, rows = decoding._Run(torch.device("cpu"), 1e9, 0), []
+    run, rows = slabwise._Run(torch.device("cpu"), 1e9, 0), []
     volume = Volume(leaf(run, numbers(1, 1, 9, 4, 4)))
     for _ in range(3):
         volume = torch.conv3d(volume, torch.ones(1, 1, 3, 3, 3), padding=1)
@@ -262,7 +263,7 @@ def test_each_row_of_a_convolution_is_computed_once_in_a_sweep(monkeypatch):
 
 
 def test_what_works_in_place_is_refused():
-    run = decoding._Run(torch.device("cpu"), 1e9, 0)
+    run = slabwise._Run(torch.device("cpu"), 1e9, 0)
     with pytest.raises(NotImplementedError, match="mul_"):
         Volume(leaf(run, numbers(1, 1, 4, 4, 4))).mul_(2)
 
@@ -278,7 +279,7 @@ def autoencoder() -> nn.Module:
 @torch.inference_mode()
 def test_the_least_memory_is_named_and_does(autoencoder, monkeypatch):
     latents = numbers(1, 2, 20, 6, 6)
-    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)  # it would fit
+    monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     with pytest.raises(UserError, match=r"0\.0001 GB of memory .* 20 x 6 x 6 \(decode\)") as refused:
         decode_within(autoencoder, latents, Budget(1e5))
     least = float(re.search(r"least that would do is (\S+) GB", str(refused.value))[1])
@@ -291,7 +292,7 @@ def test_the_least_memory_is_named_and_does(autoencoder, monkeypatch):
 @torch.inference_mode()
 def test_what_fits_is_decoded_whole(autoencoder, monkeypatch):
     latents = numbers(2, 2, 6, 4, 4)
-    monkeypatch.setattr(decoding._Run, "results", None)
+    monkeypatch.setattr(slabwise._Run, "results", None)
     found = decode_within(autoencoder, latents, Budget(1e9))
     assert torch.equal(found, torch.cat([autoencoder.decode(one[None]) for one in latents]))
 
@@ -299,8 +300,8 @@ def test_what_fits_is_decoded_whole(autoencoder, monkeypatch):
 @torch.inference_mode()
 def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
     images, computed, plans, flops = numbers(1, 1, 256, 8, 8), [], {}, []
-    monkeypatch.setattr(decoding, "HEAP", 0)
-    monkeypatch.setattr(decoding, "KEPT_WEIGHTS", 0)
+    monkeypatch.setattr(slabwise, "HEAP", 0)
+    monkeypatch.setattr(slabwise, "KEPT_WEIGHTS", 0)
     encode_within(autoencoder, images, Budget(1e12, plans=plans))
     ((plain, least),) = plans.values()
     assert least < plain / 2
@@ -308,7 +309,7 @@ def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
     monkeypatch.setattr(Sweep, "slabs", lambda self, n: computed.append(self.flops) or slabs_of(self, n))
     for room in (1.01 * least, 0.99 * plain):
         computed.clear()
-        total = room / decoding.PLANNED + decoding.weights_bytes(autoencoder)
+        total = room / slabwise.PLANNED + slabwise.weights_bytes(autoencoder)
         encode_within(autoencoder, images, Budget(total, plans=plans))
         flops.append(sum(computed))
     assert 0 < 2 * flops[1] < flops[0]
@@ -319,16 +320,16 @@ def test_more_memory_is_used_to_compute_less(autoencoder, monkeypatch):
 @torch.inference_mode()
 def test_tensors_and_what_convolutions_copy_stay_within_the_plan(monkeypatch, name, share):
     """As an allocator without gaps would count them: from least to plain, by what is there to be shared."""
-    monkeypatch.setattr(decoding, "HEAP", 0)
-    monkeypatch.setattr(decoding, "KEPT_WEIGHTS", 0)
+    monkeypatch.setattr(slabwise, "HEAP", 0)
+    monkeypatch.setattr(slabwise, "KEPT_WEIGHTS", 0)
     autoencoder, latents, plans = build(DEFINITIONS[name]), numbers(1, 2, 24, 8, 8), {}
     decode_within(autoencoder, latents, Budget(1e12, plans=plans))
     ((plain, least),) = plans.values()
     assert least < plain
     room = least + share * (plain - least)
-    budget = Budget(room / decoding.PLANNED + decoding.weights_bytes(autoencoder) + 1, plans=plans)
+    budget = Budget(room / slabwise.PLANNED + slabwise.weights_bytes(autoencoder) + 1, plans=plans)
     # Only without inference mode are composed operations seen by what they are made of.
-    with torch.inference_mode(False), torch.no_grad(), decoding._Tracker() as tracker:
+    with torch.inference_mode(False), torch.no_grad(), slabwise._Tracker() as tracker:
         decode_within(autoencoder, latents, budget)
     assert tracker.peak + latents.nbytes <= room
 
@@ -338,7 +339,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from torch import nn
-from ldm.decoding import Budget, decode_within
+from ldm.lowmem.slabwise import Budget, decode_within
 
 torch.set_num_threads(1)
 
@@ -404,7 +405,7 @@ def model(tmp_path_factory, tmp_path):
 
 
 def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
-    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)  # it would fit
+    monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     message = model.refused(inference, "--steps", "2", "--max-memory", "0.0005")
     assert "0.0005 GB of memory do not suffice" in message and not list(model.output_dir.glob("*.nii.gz"))
     least = re.search(r"least that would do is (\S+) GB", message)[1]
@@ -435,7 +436,7 @@ def test_a_cache_made_within_a_memory_holds_the_same_latents(model, monkeypatch)
     folder = model.model_dir / "cache" / "latents"
     model.run(cache_latents, "--no-amp")
     plain = {path.name: np.load(path) for path in folder.glob("*.npy")}
-    monkeypatch.setattr(decoding, "_plain_peak", lambda *_: math.inf)  # it would fit
+    monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     message = model.refused(cache_latents, "--no-amp", "--fresh", "--max-memory", "0.0005")
     least = re.search(r"least that would do is (\S+) GB", message)[1]
     model.run(cache_latents, "--no-amp", "--fresh", "--max-memory", least)

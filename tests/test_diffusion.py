@@ -19,7 +19,8 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from monai.networks.schedulers.rectified_flow import timestep_transform
 
 from ldm import UserError
-from ldm.diffusion import SAMPLERS, NoiseProcess, check_scheduler, choose_sampler, sample_latents
+from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 
 MEAN, VARIANCE = 0.3, 0.5**2
 LINEAR = {

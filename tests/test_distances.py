@@ -11,10 +11,12 @@ from monai.metrics import FIDMetric
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from ldm import UserError, backbones, distances, features
-from ldm.checkpoints import sha256_of
-from ldm.distances import KernelDistance, frechet_distance, interval
-from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm import UserError
+from ldm.evaluation import distances, features
+from ldm.evaluation.distances import KernelDistance, frechet_distance, interval
+from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.models import perceptual
+from ldm.system.files import sha256_of
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -265,26 +267,26 @@ def saved(network: nn.Module, path, prefix: str = "") -> dict:
 def test_medicalnet_has_the_strides_and_dilations_it_was_trained_with(tmp_path):
     """Down by 8, the last two layers dilated by 2 and 4 (Chen et al., 2019, in their code)."""
     torch.manual_seed(0)
-    network = backbones.medicalnet(10, None, "").eval()
+    network = perceptual.medicalnet(10, None, "").eval()
     with torch.no_grad():
-        assert backbones.trunk(network, torch.zeros(1, 1, 40, 32, 24)).shape == (1, 512, 5, 4, 3)
+        assert perceptual.trunk(network, torch.zeros(1, 1, 40, 32, 24)).shape == (1, 512, 5, 4, 3)
     for layer, dilation in ((network.layer1, 1), (network.layer3, 2), (network.layer4, 4)):
         assert {m.dilation for m in layer.modules() if getattr(m, "kernel_size", 0) == (3, 3, 3)} == {
             (dilation,) * 3
         }
     path = tmp_path / "resnet_10_23dataset.pth"
     saved(network, path, "module.")
-    state, digest = backbones.read_weights(path, None)
-    assert backbones.medicalnet_depth(state, "") == 10
-    assert backbones.read_weights(path, digest[:8].upper())[1] == digest == sha256_of(path)
+    state, digest = perceptual.read_weights(path, None)
+    assert perceptual.medicalnet_depth(state, "") == 10
+    assert perceptual.read_weights(path, digest[:8].upper())[1] == digest == sha256_of(path)
     with pytest.raises(UserError, match="SHA-256"):
-        backbones.read_weights(path, "0" * 64)
+        perceptual.read_weights(path, "0" * 64)
     volume = numbers(1, 1, 24, 24, 24)
     (row,) = features.MedicalNetFeatures(10, state, "", torch.device("cpu"))(volume)
     (again,) = features.MedicalNetFeatures(10, state, "", torch.device("cpu"))(5 * volume + 3)
     assert row.shape == (512,) and torch.allclose(row, again, atol=1e-4)  # units do not matter
     with torch.no_grad():
-        due = backbones.trunk(network, (volume - volume.mean()) / volume.std()).mean((2, 3, 4))[0]
+        due = perceptual.trunk(network, (volume - volume.mean()) / volume.std()).mean((2, 3, 4))[0]
     assert torch.allclose(row.float(), due, atol=1e-4)
 
 
@@ -292,7 +294,7 @@ def test_radimagenet_as_keras_has_it(tmp_path):
     """Convolutions with a bias, strides at the first of a block; slices scaled by the volume, less the
     means."""
     torch.manual_seed(0)
-    network = backbones.radimagenet(None, "").eval()
+    network = perceptual.radimagenet(None, "").eval()
     assert network.layer2[0].conv1.stride == (2, 2) and network.layer2[0].conv2.stride == (1, 1)
     assert network.conv1.bias is not None and network.bn1.eps == 1.001e-5
     state = saved(network, tmp_path / "RadImageNet-ResNet50_notop.pth")
@@ -302,7 +304,7 @@ def test_radimagenet_as_keras_has_it(tmp_path):
     axial = (volume[0, 0, :, :, 7] - volume.min()) / (volume.max() - volume.min())
     image = torch.stack([axial - 0.406, axial - 0.456, axial - 0.485])[None]
     with torch.no_grad():
-        due = backbones.trunk(network, image).mean((2, 3))[0]
+        due = perceptual.trunk(network, image).mean((2, 3))[0]
     assert torch.allclose(rows[2][7].float(), due, atol=1e-4)
     with pytest.raises(UserError, match="MedicalNet"):
-        backbones.medicalnet_depth({"fc.weight": torch.zeros(1)}, "file.pth")
+        perceptual.medicalnet_depth({"fc.weight": torch.zeros(1)}, "file.pth")

@@ -17,7 +17,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import simulate_brains
-from ldm import download
+from ldm.data import download
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

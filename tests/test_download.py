@@ -17,8 +17,9 @@ from collections import namedtuple
 import pytest
 
 import download_brats_data
-from ldm import UserError, download
-from ldm.download import TASK, DownloadError, RefusedArchive, fetch_task01
+from ldm import UserError
+from ldm.data import download
+from ldm.data.download import TASK, DownloadError, RefusedArchive, fetch_task01
 
 # Two cases and a test case whose bytes do not compress, repeat or resemble each other.
 FILES = {

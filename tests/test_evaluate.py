@@ -18,12 +18,18 @@ from monai.networks.nets import DenseNet121
 
 import evaluate
 import inference
-from ldm import UserError, backbones, configs, distances, provenance
-from ldm.datasets import Case, stream
-from ldm.features import AutoencoderFeatures, FeatureSpace, rows_of
-from ldm.layouts import find_cases
-from ldm.sets import drawn
-from ldm.transforms import Intensity, Preprocessing
+from ldm import UserError, configs
+from ldm.data.cases import Case
+from ldm.data.datasets import stream
+from ldm.data.intensity import Intensity
+from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
+from ldm.evaluation import distances
+from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.evaluation.volumes import drawn
+from ldm.export import records
+from ldm.models import perceptual
+from ldm.system import files
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +145,7 @@ def test_a_sample_comes_back_in_the_units_of_the_autoencoder(of_the_run):
         case for case in find_cases(project.output_dir, "sample_*.nii.gz")[0] if case.name.endswith("1")
     ]
     read = evaluate.Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
-    low, high = provenance.limits_of(path)[0]
+    low, high = records.limits_of(path)[0]
     stored = np.asarray(nib.load(path).dataobj)
     assert read(case)[0, 0].numpy() == pytest.approx(np.clip((stored - low) / (high - low), 0, 1), abs=1e-5)
     project_limits = project.checkpoint("diffusion_unet.pt")["geometry"]["limits"]
@@ -153,7 +159,7 @@ def test_nan_in_a_sample_is_no_background(of_the_run, tmp_path):
     voxels = np.asarray(image.dataobj).copy()
     voxels[0] = np.nan
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / source.name)
-    record = provenance.record_path(source)
+    record = files.record_path(source)
     (tmp_path / record.name).write_bytes(record.read_bytes())
     way = Preprocessing((0,), SPACING, Intensity(nan_is_background=True))
     with pytest.raises(UserError, match=r"sample_000001\.nii\.gz: has \d+ NaN voxels"):
@@ -197,7 +203,7 @@ def test_a_second_evaluation_does_not_replace_the_first(of_the_run):
 
 def rewritten(path: Path, **changes) -> None:
     """Other values in the record of a volume."""
-    record = provenance.record_path(path)
+    record = files.record_path(path)
     record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
 
 
@@ -410,8 +416,8 @@ def test_published_networks_and_a_classifier(scans, tmp_path):
     """Weights of the right form from local files; the figures are there, and the files' hashes."""
     torch.manual_seed(0)
     medicalnet, radimagenet = tmp_path / "resnet_10.pth", tmp_path / "rin.pth"
-    torch.save({"state_dict": backbones.medicalnet(10, None, "").state_dict()}, medicalnet)
-    torch.save(backbones.radimagenet(None, "").state_dict(), radimagenet)
+    torch.save({"state_dict": perceptual.medicalnet(10, None, "").state_dict()}, medicalnet)
+    torch.save(perceptual.radimagenet(None, "").state_dict(), radimagenet)
     definition = {
         "_target_": "monai.networks.nets.DenseNet121",
         "spatial_dims": 3, "in_channels": 1, "out_channels": 3,
@@ -420,7 +426,7 @@ def test_published_networks_and_a_classifier(scans, tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps(definition))
     classifier = DenseNet121(**{key: value for key, value in definition.items() if key != "_target_"})
     torch.save(classifier.state_dict(), tmp_path / "classes.pt")
-    digest = backbones.sha256_of(medicalnet)
+    digest = perceptual.sha256_of(medicalnet)
     argv = [
         *("--real", scans["held"], "--generated", scans["more"]),
         *("--medicalnet", medicalnet, digest[:12], "--radimagenet", radimagenet),
@@ -544,9 +550,9 @@ def test_an_autoencoder_of_weights_alone_is_not_enough(scans, done, tmp_path):
 def test_volumes_are_not_kept(scans):
     """Of those that were read, at most three are alive at any time: the one at hand, and MS-SSIM's before
     it."""
+    from ldm.evaluation.volumes import VolumeSet
     from ldm.metrics import RadialSpectrum
-    from ldm.processes import Run
-    from ldm.sets import VolumeSet
+    from ldm.system.ranks import Run
 
     read = evaluate.Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
     source = evaluate.Source("training", "folder", find_cases(scans["training"])[0])

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 import export_model
 import inference
 import train_diffusion
-from ldm import export
-from ldm.checkpoints import load_checkpoint
-from ldm.diffusion import SAMPLERS
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.export import bundle
+from ldm.system.checkpoints import load_checkpoint
 
 BETAS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 METRICS = {
@@ -258,7 +258,7 @@ class Branching(torch.nn.Module):
 
 
 def test_what_cannot_be_traced_in_general_is_traced_as_it_is_used():
-    script, general = export.traced(
+    script, general = bundle.traced(
         "n", Counting().eval(), lambda b, s: (torch.rand(b, 1, *s),), [6, 4, 4], 2
     )
     assert not general
@@ -271,14 +271,14 @@ def test_a_network_that_gives_zeros_is_traced():
     zero = torch.nn.Conv3d(1, 1, 1)
     for weight in zero.parameters():
         torch.nn.init.zeros_(weight)
-    script, general = export.traced("unet", zero.eval(), lambda b, s: (torch.rand(b, 1, *s),), [4] * 3, 2)
+    script, general = bundle.traced("unet", zero.eval(), lambda b, s: (torch.rand(b, 1, *s),), [4] * 3, 2)
     assert general and not script(torch.rand(2, 1, 4, 4, 4)).any()
 
 
 def test_a_trace_that_computes_something_else_is_refused():
     signs = iter([1, -1] * 3)
     with pytest.raises(FloatingPointError, match="decode"):
-        export.traced(
+        bundle.traced(
             "decode", Branching().eval(), lambda b, s: (next(signs) * torch.ones(b, 1, *s),), [4] * 3, 2
         )
 
@@ -326,7 +326,7 @@ def test_the_bundle_has_the_projects_defaults_and_none_of_its_modules(flow, step
 def test_a_bundle_overwrites_nothing(flow, tmp_path):
     (tmp_path / "sample_000000.nii.gz").write_text("mine")
     with pytest.raises(FileExistsError, match="sample_000000"):
-        export.draw(0, *[None] * 10, output_dir=str(tmp_path))
+        bundle.draw(0, *[None] * 10, output_dir=str(tmp_path))
 
 
 def test_monai_accepts_the_metadata(flow, steps_of_betas, tmp_path):
@@ -516,6 +516,6 @@ def test_an_export_that_fails_leaves_nothing(done, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(export, "write_bundle", full)
+    monkeypatch.setattr(bundle, "write_bundle", full)
     assert "no space left" in refused(done, "--out", tmp_path / "out", code=1)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
-"""Golden traces: ten steps of each stage give the losses that they gave in November 2026, and what was written
-then is still read.
+"""Golden traces: ten steps of each stage give the losses that they gave in November 2026, and what was
+written then is still read.
 
 `tests/golden` holds the config, the losses of each step, the checkpoints after five of the ten, and a sample
 with its record. A change of the code that should not change a number leaves them as they are. One that should
@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from chain import Project, make_data
 
 import inference
 import train_autoencoder
 import train_diffusion
-from chain import Project, make_data
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}

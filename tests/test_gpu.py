@@ -13,9 +13,9 @@ import evaluate
 import inference
 import train_autoencoder
 import train_diffusion
-from ldm.bookkeeping import Training
-from ldm.decoding import Budget, decode_within
-from ldm.networks import NETWORKS, instantiate
+from ldm.lowmem.slabwise import Budget, decode_within
+from ldm.models.definitions import NETWORKS, instantiate
+from ldm.training.loop import Training
 
 pytestmark = [
     pytest.mark.gpu,

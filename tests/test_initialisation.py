@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import AutoencoderKL
 
 from ldm import UserError
-from ldm.initialisation import start_as_block_transform
+from ldm.models.initialisation import start_as_block_transform
 
 
 def make(latents, channels=(16, 32), image_channels=1, convtranspose=True):

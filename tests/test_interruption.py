@@ -25,10 +25,10 @@ import cache_latents
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm.bookkeeping import Training
-from ldm.checkpoints import load_checkpoint
-from ldm.logs import TrainLog
-from ldm.processes import Interruption
+from ldm.system.checkpoints import load_checkpoint
+from ldm.system.signals import Interruption
+from ldm.training.logs import TrainLog
+from ldm.training.loop import Training
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals between processes, and file size limits")
 STAGE = {train_autoencoder: "autoencoder", train_diffusion: "diffusion"}
@@ -342,7 +342,8 @@ UNDER_TEST = """
 import os
 import signal
 
-from ldm.processes import CLEAN_UP, Interruption
+from ldm.system.messages import CLEAN_UP
+from ldm.system.signals import Interruption
 
 def test_a_script_that_catches_a_signal_from_outside():
     try:

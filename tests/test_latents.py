@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 import cache_latents
 import train_diffusion
-from ldm import latents
-from ldm.checkpoints import save_checkpoint
-from ldm.datasets import Case
-from ldm.latents import Posteriors
-from ldm.processes import Run
+from ldm.data import latents
+from ldm.data.cases import Case
+from ldm.data.latents import Posteriors
+from ldm.system.checkpoints import save_checkpoint
+from ldm.system.ranks import Run
 
 CACHED = ("--no-amp", "--set", "diffusion_train.latent_cache=true")
 FLIPS = ("--set", 'diffusion_train.augment={"flip_axes": [0, 1], "versions": 3}')

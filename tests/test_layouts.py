@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ldm import UserError
-from ldm.checks import check_headers
-from ldm.layouts import find_cases
+from ldm.data.checks import check_headers
+from ldm.data.layouts import find_cases
 
 VOLUME = nibabel.Nifti1Image(np.arange(64, dtype=np.float32).reshape(4, 4, 4), np.eye(4)).to_bytes()
 
@@ -483,7 +483,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return listing(path)
 
-    monkeypatch.setattr("ldm.layouts.os.scandir", scandir)
+    monkeypatch.setattr("ldm.data.layouts.os.scandir", scandir)
     with pytest.raises(UserError, match=r"closed: this folder cannot be read \(Permission denied\)"):
         find_cases(root)
 

@@ -18,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_autoencoder
 import train_diffusion
-from ldm import bookkeeping, figures, logs
-from ldm.datasets import Case
-from ldm.diffusion import NoiseProcess
-from ldm.latents import Posteriors
-from ldm.logs import TrainLog
-from ldm.processes import Run
-from ldm.training import Stepper, learning_rate
+from ldm import figures
+from ldm.data.cases import Case
+from ldm.data.latents import Posteriors
+from ldm.diffusion.process import NoiseProcess
+from ldm.system.ranks import Run
+from ldm.training import logs, loop
+from ldm.training.logs import TrainLog
+from ldm.training.step import Stepper, learning_rate
 
 ALL = {"images": 0, "scalars": 0}
 
@@ -266,10 +267,10 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
         monkeypatch.setattr(owner, name, timed)
 
     takes(train_diffusion.WithChance, "__getitem__", delay)
-    takes(bookkeeping.Training, "step", 0.1)
+    takes(loop.Training, "step", 0.1)
     takes(train_diffusion, "validate", 100.0)
-    monkeypatch.setattr(bookkeeping, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(bookkeeping, "HINT_STEPS", 4)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "HINT_STEPS", 4)
     said = encoded.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=10")
     events = events_of(encoded, "diffusion")
     seconds = 2 * delay + 0.1
@@ -300,8 +301,8 @@ def test_a_slow_loader_is_waited_for(encoded, monkeypatch):
 
 def test_the_hint_names_the_cache_where_it_could_be_larger(encoded, monkeypatch):
     """And counts from the first epoch on where nothing is cached."""
-    monkeypatch.setattr(bookkeeping, "HINT_STEPS", 2)
-    monkeypatch.setattr(bookkeeping, "HINT_SHARE", 0.0)
+    monkeypatch.setattr(loop, "HINT_STEPS", 2)
+    monkeypatch.setattr(loop, "HINT_SHARE", 0.0)
     more = ["--no-amp", "--set", "diffusion_train.max_epochs=1", "--set", "data.cache_rate=0"]
     assert "data.num_workers (0 now) or data.cache_rate (0)" in encoded.run(train_diffusion, *more)
 

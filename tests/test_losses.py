@@ -18,14 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_autoencoder
 import train_diffusion
-from ldm import UserError, backbones
-from ldm.datasets import Case
-from ldm.diffusion import NoiseProcess
-from ldm.encoders import LatentEncoder
+from ldm import UserError
+from ldm.data.cases import Case
+from ldm.diffusion.process import NoiseProcess
 from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence, least_squares, unit_vectors
-from ldm.networks import NETWORKS, instantiate, resolve_references
-from ldm.processes import Run
-from ldm.training import Means, make_ema
+from ldm.models import perceptual
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import NETWORKS, instantiate, resolve_references
+from ldm.system.ranks import Run
+from ldm.training.loop import Means
+from ldm.training.step import make_ema
 
 WITHOUT = r"or set autoencoder_train\.perceptual_weight to 0"
 
@@ -84,7 +86,7 @@ def test_the_adversarial_loss_is_monais():
 def medicalnet(tmp_path_factory):
     """Weights of a 3D ResNet-10 in a file like MedicalNet's, and the network itself."""
     torch.manual_seed(0)
-    network = backbones.medicalnet(10, None, "").eval()
+    network = perceptual.medicalnet(10, None, "").eval()
     with torch.no_grad():  # statistics such as training leaves behind
         for module in network.modules():
             if isinstance(module, nn.BatchNorm3d):

@@ -40,9 +40,10 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import UserError, configs
-from ldm.checkpoints import load_checkpoint, load_training_checkpoint
-from ldm.provenance import config_hash
-from ldm.transforms import Preprocessing
+from ldm.data.preprocessing import Preprocessing
+from ldm.export.records import config_hash
+from ldm.system.checkpoints import load_checkpoint
+from ldm.training.run_folder import load_training_checkpoint
 
 NAN, INF, HUGE = math.nan, math.inf, 10**30
 TABLES = {}  # kind of input: how many

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ldm import memorisation
-from ldm.memorisation import TrainingVolumes, judge, thumbnail
+from ldm.evaluation import copies
+from ldm.evaluation.copies import TrainingVolumes, judge, thumbnail
 
 CPU = torch.device("cpu")
 SHAPE = (40, 44, 36)
@@ -53,7 +53,7 @@ def test_a_copy_is_found_whatever_was_done_to_it(training, change):
 def test_the_distance_is_that_of_the_correlation():
     """Of volumes that need no shift: sqrt(2 - 2 r)."""
     a = thumbnail(brain(3)).float()
-    b = memorisation._normalised(0.8 * a + 0.6 * memorisation._normalised(thumbnail(brain(4)).float()))
+    b = copies._normalised(0.8 * a + 0.6 * copies._normalised(thumbnail(brain(4)).float()))
     due = math.sqrt(2 - 2 * float((a * b).sum()))
     assert TrainingVolumes([a], CPU).nearest(b).distance == pytest.approx(due, abs=2e-3)
 
@@ -91,7 +91,7 @@ def test_copies_are_copies_though_the_held_out_scans_are_too(training):
     distances = np.array([training.nearest(thumbnail(brain(seed))).distance for seed in range(8)])
     assert distances.max() < 2e-3
     found = judge(distances, distances)
-    assert found.copies.all() and found.leaks.all() and found.limit == memorisation.IDENTICAL
+    assert found.copies.all() and found.leaks.all() and found.limit == copies.IDENTICAL
 
 
 def test_a_held_out_scan_of_a_subject_that_was_trained_on_is_a_leak():

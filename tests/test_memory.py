@@ -22,10 +22,11 @@ import inference
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm import UserError, configs, memory
-from ldm.memory import Forecast, Meter, highest
-from ldm.processes import Run
-from ldm.training import Stepper, make_ema
+from ldm import UserError, configs
+from ldm.system.ranks import Run
+from ldm.training import memory
+from ldm.training.memory import Forecast, Meter, highest
+from ldm.training.step import Stepper, make_ema
 
 SECTION = {
     "lr": 1e-3,

@@ -10,21 +10,12 @@ from monai.networks.blocks import CrossAttentionBlock, SABlock
 from torch import nn
 
 from ldm import UserError
-from ldm.checkpoints import load_checkpoint
-from ldm.diffusion import NoiseProcess
-from ldm.encoders import LatentEncoder
-from ldm.networks import (
-    NETWORKS,
-    GroupNorm,
-    add_checkpointing,
-    check_discriminator_size,
-    check_size,
-    downsampling,
-    freeze_unreached,
-    instantiate,
-    load_weights,
-    plain_names,
-)
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.autoencoder import LatentEncoder
+from ldm.models.definitions import NETWORKS, check_discriminator_size, check_size, downsampling, instantiate
+from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached
+from ldm.models.weights import load_weights, plain_names
+from ldm.system.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
 

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train_autoencoder
 import train_diffusion
-from ldm.bookkeeping import Training
-from ldm.training import Means, Stepper, Watch
+from ldm.training.guard import Watch
+from ldm.training.loop import Means, Training
+from ldm.training.step import Stepper
 
 NAN = math.nan
 SECTION = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}

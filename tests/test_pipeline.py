@@ -25,10 +25,12 @@ import train_diffusion
 import utils
 from benchmarks.measure import flags_kept
 from ldm import UserError, configs
-from ldm.checkpoints import save_checkpoint, sha256_of
-from ldm.datasets import choose_spacing
-from ldm.layouts import find_cases
-from ldm.training import Clock, Stepper, learning_rate, make_ema
+from ldm.data.cases import choose_spacing
+from ldm.data.layouts import find_cases
+from ldm.system.checkpoints import save_checkpoint
+from ldm.system.files import sha256_of
+from ldm.training.loop import Clock
+from ldm.training.step import Stepper, learning_rate, make_ema
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt")

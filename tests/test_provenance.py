@@ -20,8 +20,10 @@ from torch.distributed.run import parse_args
 
 import inference
 import utils
-from ldm import generation, provenance
-from ldm.processes import Run
+from ldm import generation
+from ldm.export import records
+from ldm.system import versions
+from ldm.system.ranks import Run
 
 DRAW = ("--num", "3", "--steps", "4", "--batch-size", "2")  # seeds 0 and 1 share a batch
 
@@ -123,8 +125,8 @@ def test_the_record_says_what_a_volume_was_made_of(untouched):
 
 def test_the_config_hash_does_not_depend_on_the_order_of_keys():
     config = {"a": 1, "b": {"c": 2.5, "d": None}}
-    assert provenance.config_hash(config) == provenance.config_hash({"b": {"d": None, "c": 2.5}, "a": 1})
-    assert provenance.config_hash(config) != provenance.config_hash({"a": 1, "b": {"c": 2.5, "d": 0}})
+    assert records.config_hash(config) == records.config_hash({"b": {"d": None, "c": 2.5}, "a": 1})
+    assert records.config_hash(config) != records.config_hash({"a": 1, "b": {"c": 2.5, "d": 0}})
 
 
 def test_the_commit_is_the_projects_own(tmp_path, monkeypatch):
@@ -138,18 +140,18 @@ def test_the_commit_is_the_projects_own(tmp_path, monkeypatch):
     except FileNotFoundError:
         pytest.skip("no git on this machine")
     (tmp_path / "project").mkdir()
-    monkeypatch.setattr(provenance, "ROOT", tmp_path / "project")
-    assert provenance.versions()["commit"] is None  # a repository around it is another project's
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    assert provenance.versions()["commit"] is None  # nothing committed
+    monkeypatch.setattr(versions, "ROOT", tmp_path / "project")
+    assert versions.versions()["commit"] is None  # a repository around it is another project's
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    assert versions.versions()["commit"] is None  # nothing committed
     (tmp_path / "script.py").write_text("1")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    assert provenance.versions()["commit"] == git("rev-parse", "HEAD")
+    assert versions.versions()["commit"] == git("rev-parse", "HEAD")
     (tmp_path / "script.py").write_text("2")
-    assert provenance.versions()["commit"] == git("rev-parse", "HEAD") + "-dirty"
+    assert versions.versions()["commit"] == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
-    assert provenance.versions()["commit"] is None
+    assert versions.versions()["commit"] is None
 
 
 def test_files_are_those_that_nibabel_writes(tmp_path):
@@ -312,7 +314,7 @@ def test_options_that_contradict_a_record_are_refused(drawn, options):
             assert names.get(option, option) in message
 
 
-@pytest.mark.parametrize("key", ["format", *provenance.SCHEMA["required"]])
+@pytest.mark.parametrize("key", ["format", *records.SCHEMA["required"]])
 def test_a_record_that_lacks_a_key_is_refused(drawn, key):
     record = json.loads(drawn.read_text())
     del record[key]
@@ -379,7 +381,7 @@ def test_a_config_that_was_edited_is_refused(drawn):
 @pytest.mark.parametrize("config", [{}, {"autoencoder_def": {}}, {"autoencoder_def": "os.system"}])
 def test_the_config_of_a_record_is_checked_as_any_config_is(drawn, config):
     """Though its hash is right, and whatever the checkpoints say of theirs."""
-    rewrite(drawn, config=config, config_sha256=provenance.config_hash(config))
+    rewrite(drawn, config=config, config_sha256=records.config_hash(config))
     message = refused(drawn)
     assert str(drawn) in message and "autoencoder_def" in message
 
@@ -494,7 +496,9 @@ WINDOWS_ERROR = "DefaultCPUAllocator: not enough memory: you tried to allocate 4
     ],
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
-@pytest.mark.parametrize("where", ["ldm.generation.sample_latents", "ldm.encoders.LatentEncoder.decode"])
+@pytest.mark.parametrize(
+    "where", ["ldm.generation.sample_latents", "ldm.models.autoencoder.LatentEncoder.decode"]
+)
 def test_out_of_memory_names_what_to_change(model, monkeypatch, where, error):
     def fail(*args):
         raise error

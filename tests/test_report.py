@@ -27,7 +27,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from ldm import report
+from ldm.evaluation import report
 
 SHAPE, SPACING, BLOCK = (24, 32, 20), (1.0, 1.5, 2.0), 4
 PLANES = ("sagittal", "coronal", "axial")  # the planes across each axis

@@ -16,11 +16,12 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import UserError
-from ldm.bookkeeping import Training
-from ldm.checkpoints import StageFiles, load_checkpoint, save_checkpoint, weights_hash
 from ldm.generation import load_networks
-from ldm.processes import Run
-from ldm.training import Stepper
+from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
+from ldm.system.ranks import Run
+from ldm.training.loop import Training
+from ldm.training.run_folder import StageFiles
+from ldm.training.step import Stepper
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")

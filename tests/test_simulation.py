@@ -11,7 +11,7 @@ from scipy import ndimage
 
 import simulate_brains
 from ldm import UserError
-from ldm.simulation import (
+from ldm.data.simulation import (
     LATTICE_STEP,
     TISSUES,
     draw_pose,

@@ -15,10 +15,11 @@ import check_data
 import evaluate
 import train_diffusion
 import utils
-from ldm import UserError, configs, splits
-from ldm.checkpoints import load_checkpoint, save_checkpoint
-from ldm.datasets import Case
-from ldm.processes import Run
+from ldm import UserError, configs
+from ldm.data import splits
+from ldm.data.cases import Case
+from ldm.system.checkpoints import load_checkpoint, save_checkpoint
+from ldm.system.ranks import Run
 
 RUN = Run(0, 1, torch.device("cpu"))
 CONFIG = configs.completed({"data": {"val_fraction": 0.2}})

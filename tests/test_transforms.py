@@ -14,21 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm import UserError
-from ldm.transforms import (
-    CHUNK,
-    CODE,
-    MGH_TAGS,
-    Intensity,
-    Preprocessing,
-    augmentation,
-    fit,
-    from_unit_range,
-    header_notes,
-    open_image,
-    ras_geometry,
-    read_image,
-    to_unit_range,
-)
+from ldm.data.augmentation import augmentation
+from ldm.data.intensity import Intensity, from_unit_range, to_unit_range
+from ldm.data.preprocessing import CODE, Preprocessing, fit
+from ldm.data.reading import CHUNK, MGH_TAGS, header_notes, open_image, ras_geometry, read_image
 
 ORIENTATIONS = [
     "".join(signs)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ldm import UserError
-from ldm.checkpoints import load_checkpoint
+from ldm.system.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "3d_ldm_tutorial.ipynb"

@@ -6,11 +6,11 @@ from scipy.stats import binom, kstest
 
 from benchmarks import verdicts as verdicts_of_sets
 from benchmarks.verdicts import said, simulated
-from ldm import evaluation, verdicts
-from ldm.distances import LEVEL
-from ldm.evaluation import ALIKE, SHARP, Figure
-from ldm.memorisation import Neighbour, judge
-from ldm.sets import BLURS, OWN, Sets, blurred_scans
+from ldm.evaluation import rows, verdicts
+from ldm.evaluation.copies import Neighbour, judge
+from ldm.evaluation.distances import LEVEL
+from ldm.evaluation.rows import ALIKE, SHARP, Figure
+from ldm.evaluation.volumes import BLURS, OWN, Sets, blurred_scans
 
 LADDER = dict(zip(BLURS, (0.5, 8.0, 128.0, 2048.0), strict=True))  # a fourth power, as for little blur
 
@@ -199,14 +199,14 @@ def at_most(rate: float, repeats: int) -> int:
 def test_the_permutation_test_errs_as_often_as_it_says(sizes, monkeypatch):
     """Through the sets of an evaluation: p-values of equal sets are uniform, and half a standard deviation is
     found about as often as the figure promises of it."""
-    monkeypatch.setattr(evaluation, "smallest_shift_seen", lambda *args: None)
+    monkeypatch.setattr(rows, "smallest_shift_seen", lambda *args: None)
     rng, repeats = np.random.default_rng(0), 120
     found = {}
     for shift in (0.0, 0.5):
         found[shift] = np.empty(repeats)
         for i in range(repeats):
             figure = Figure("", "", "", "")
-            evaluation.permutation_test(simulated(sizes, shift, rng), OWN, figure)
+            rows.permutation_test(simulated(sizes, shift, rng), OWN, figure)
             found[shift][i] = figure.p_value
     assert (found[0.0] <= LEVEL).sum() <= at_most(LEVEL, repeats)
     assert kstest(found[0.0], "uniform").pvalue > 0.001
@@ -244,7 +244,7 @@ def test_both_sides_of_a_floor_have_one_size():
     sets = simulated((30, 12, 40), 0.0, np.random.default_rng(0))
     assert {len(of) for _, of in sets.sides.values()} == {12}
     assert sets.sides["first"][1] != list(range(12))
-    for figure in (*evaluation.kernel_figures(sets, OWN)[:1], *evaluation.tissue_figures(sets)):
+    for figure in (*rows.kernel_figures(sets, OWN)[:1], *rows.tissue_figures(sets)):
         assert figure.counts.startswith("12 on each side") and figure.difference
     halves = Sets(sets.held_out, sets.generated, None, sets.yardsticks)
     held, first = (set(halves.sides[side][1]) for side in ("held", "first"))
@@ -257,11 +257,11 @@ def test_a_subject_counts_once_in_the_test():
     for i in range(20):
         sets.held_out.features[OWN][i] = sets.held_out.features[OWN][i % 2]
     figure = Figure("", "", "", "")
-    assert evaluation.permutation_test(sets, OWN, figure) == "; in the test 20 generated and 20 held-out"
+    assert rows.permutation_test(sets, OWN, figure) == "; in the test 20 generated and 20 held-out"
     assert figure.p_value < 0.01
     sets.held_out.subjects = [f"sub-{i % 2}" for i in range(20)]
-    assert evaluation.permutation_test(sets, OWN, figure).endswith("20 generated and 2 held-out")
+    assert rows.permutation_test(sets, OWN, figure).endswith("20 generated and 2 held-out")
     assert figure.p_value > LEVEL
     sets.held_out.subjects = ["sub-0"] * 20
-    (figure, *_) = evaluation.kernel_figures(sets, OWN)
+    (figure, *_) = rows.kernel_figures(sets, OWN)
     assert figure.p_value is None and figure.counts.endswith("1 held-out, too few")

@@ -14,7 +14,8 @@ from PIL import Image, ImageSequence
 
 import visualize_image
 from ldm import figures
-from ldm.diffusion import SAMPLERS, NoiseProcess, sample_latents
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.samplers import SAMPLERS, sample_latents
 from ldm.figures import BELOW, GAP, MARGIN, PALETTE
 
 SHAPE, SPACING = (40, 30, 20), np.array([2.0, 3.0, 5.0])  # 80 x 90 x 100 mm

@@ -1,0 +1,73 @@
+"""The cases of a data set, and what their headers say of spacing and size."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ldm.data.preprocessing import Preprocessing
+from ldm.data.reading import ras_geometry
+
+TYPICAL_CASES = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume of a data set.
+
+    `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
+    that must stay on one side of the split; `covariates` is the subject's row of `participants.tsv`.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    subject: str = ""
+    covariates: dict = field(default_factory=dict, compare=False)
+
+
+def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
+    """The first case's own spacing; or, isotropic, the multiple of its finest that brings the longest side to
+    about `longest_side` voxels."""
+    shape, sizes = ras_geometry(cases[0].images[0])
+    if longest_side is None:
+        return [rounded(size) for size in sizes]
+    factor = max(1, round(float((shape * sizes).max()) / (longest_side * sizes.min())))
+    return [rounded(sizes.min() * factor)] * 3
+
+
+def rounded(size: float) -> float:
+    """A voxel size in mm to 4 decimals, and to 4 digits at least: headers have it in float32."""
+    return round(float(size), max(4, 3 - math.floor(math.log10(size))))
+
+
+def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int) -> list[int]:
+    """The size in voxels that holds every case at `spacing`, rounded up to what the networks divide; from
+    headers."""
+    largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
+    return [int(math.ceil(side / divisor) * divisor) for side in largest]
+
+
+def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Voxels of a volume of this shape and voxel size in mm at `spacing`: from the centre of the first to
+    that of the last, as MONAI's `Spacing` counts."""
+    return np.round((shape - 1) * sizes / spacing + 1)
+
+
+def warn_of_padding(
+    cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], say: Callable
+) -> None:
+    """Say in one line how many volumes are smaller than the patch and are padded."""
+    small = [case.name for case in cases if any(np.less(volume_size([case], spacing, 1), size))]
+    if small:
+        say(
+            f"data: {len(small)} of {len(cases)} volumes are smaller than {list(size)} and are padded "
+            f"with background ({small[0]}, ...)"
+        )
+
+
+def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
+    """Median over some cases of the intensities that become 0 and 1, for each channel."""
+    return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()

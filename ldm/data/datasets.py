@@ -1,0 +1,209 @@
+"""The cases of a data set, and their volumes as a loader serves them."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ldm import UserError
+from ldm.data.augmentation import augmentation
+from ldm.data.cases import Case
+from ldm.data.preprocessing import Preprocessing, fit
+from ldm.system.files import write_array
+from ldm.system.messages import tell
+
+LEFT_BEHIND = 24 * 3600  # seconds without a change, after which no one is writing a volume any more
+
+
+def stream(seed: int, *what: object) -> torch.Generator:
+    """A CPU random generator that is a function of the seed and of what it is for, and of nothing else.
+
+    Crop, augmentation, posterior draw, noise and time of a case use `stream(seed, purpose, epoch, case)`, so
+    that they depend neither on the worker nor on the rank nor on the batch.
+    """
+    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
+    """Which random version of a case an epoch has: one of its own, or each of so many in turn, from one on
+    that the case begins with."""
+    if versions is None:
+        return epoch
+    return (stream(seed, "version", case).initial_seed() + epoch) % versions
+
+
+class VolumeDataset(Dataset):
+    """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked.
+
+    An item is asked for by `(epoch, i)`, as `EpochSampler` does, and is `{"image": (C, D, H, W) float32,
+    "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case), by way of the version
+    that the epoch has (`version_of`).
+
+    Args:
+        cases: what to serve.
+        preprocessing: from file to a normalised volume.
+        size: voxels of the crop, smaller volumes being padded.
+        random_crop: a random crop, else the centre.
+        augment: the `augment` section of the config, or None.
+        cache_dir: folder of ready-made volumes, memory-mapped and shared by all processes of a machine.
+        cache_rate: share of the cases that are kept there.
+        seed: seed of crops and augmentation.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        preprocessing: Preprocessing,
+        size: Sequence[int],
+        random_crop: bool = False,
+        augment: dict | None = None,
+        cache_dir: Path | None = None,
+        cache_rate: float = 0.0,
+        seed: int = 0,
+    ):
+        self.cases, self.preprocessing, self.size, self.seed = list(cases), preprocessing, tuple(size), seed
+        self.augmentation = augmentation(augment or {}, self.size, random_crop)
+        self._versions = augment.get("versions") if augment else None
+        self.foreground = bool(random_crop and augment and augment["foreground_prob"])
+        self.cache_dir = cache_dir
+        self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
+        self.cache_is_writable = True  # until it is not; then it is only read
+        if self.cached:
+            _clear_left_behind(cache_dir)
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def versions(self) -> int | None:
+        """How many versions of a volume the epochs go through; None: each has one of its own."""
+        return 1 if self.augmentation is None else self._versions
+
+    def volume(self, i: int) -> np.ndarray:
+        """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache where it is kept."""
+        return self._kept(i, "image", lambda case: self.preprocessing(case.images))
+
+    def _label(self, i: int) -> np.ndarray | None:
+        if self.cases[i].label is None:
+            return None
+        return self._kept(i, "label", lambda case: self.preprocessing.label(case.label))
+
+    def _kept(self, i: int, kind: str, make) -> np.ndarray:
+        case = self.cases[i]
+        if i >= self.cached:
+            return make(case)
+        files = case.images if kind == "image" else (case.label,)
+        facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        key = hashlib.sha256(repr((kind, facts, self.preprocessing.key)).encode()).hexdigest()[:32]
+        path = self.cache_dir / f"{key}.npy"
+        if path.is_file():
+            try:
+                return np.load(path, mmap_mode="c")  # writable, as torch wants it, but never written
+            except (OSError, ValueError, EOFError) as error:
+                tell(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
+        volume = make(case)
+        if self.cache_is_writable:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)  # a file in its place is an error
+            try:
+                write_array(path, volume)
+            except OSError as error:
+                self.cache_is_writable = False
+                reason = error.__context__ or error
+                tell(
+                    f"warning: {self.cache_dir}: the cache cannot be written ({reason.strerror or reason}). "
+                    "Volumes that are not in it are read from their files in each epoch, which is slower. "
+                    "Free space, choose another cache_dir, or set data.cache_rate to 0"
+                )
+        return volume
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        image = self.image(i, version_of(self.seed, epoch, self.cases[i].name, self.versions))
+        return {"image": image, "epoch": epoch, "index": i}
+
+    def image(self, i: int, version: int) -> torch.Tensor:
+        """A version of case `i`, (C, *size) float32."""
+        volume = self.volume(i)
+        if self.augmentation is None:
+            return torch.from_numpy(np.array(fit(volume, self.size)))
+        rng = np.random.RandomState(
+            stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
+        )
+        label = self._label(i) if self.foreground else None
+        if label is not None and label.shape[1:] != volume.shape[1:]:
+            raise UserError(
+                f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
+            )
+        return self.augmentation(volume, label, rng)
+
+
+class WithDraws(Dataset):
+    """A data set whose items also hold random draws, made by the loader's processes: functions of (seed,
+    epoch, case).
+
+    Args:
+        dataset: with `cases`, its items asked for by `(epoch, i)`.
+        shape: of the latents, (c, d, h, w).
+    """
+
+    purpose: str  # of `stream`
+
+    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+        self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def draw(self, generator: torch.Generator) -> dict:
+        """The draws of one item."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        generator = stream(self.seed, self.purpose, epoch, self.cases[i].name)
+        return {**self.dataset[key], **self.draw(generator)}
+
+
+def _clear_left_behind(cache_dir: Path) -> None:
+    """Delete what a killed process had begun to write. Runs share the folder, so what was changed of late may
+    be another's that is at work."""
+    for part in cache_dir.glob(".*.npy.*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                part.unlink()
+        except FileNotFoundError:
+            continue  # it was another run's, which ended it, or it was deleted by one
+
+
+class EpochSampler(Sampler):
+    """Order of the cases: a function of (seed, epoch), dealt to the ranks in turn.
+
+    Batch `b` of rank `r` of `w` holds entries `[(b * w + r) * n, (b * w + r + 1) * n)` of the epoch's order,
+    so that `w` ranks with batches of `n` see together what one rank with batches of `w * n` sees. An epoch is
+    a whole number of steps, each of `accumulate` batches; the last is filled up from the start of the order.
+
+    Set `epoch` before each epoch, and `first`, the batch to begin with, after a resume in the middle of one.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int, world_size: int, accumulate: int = 1
+    ):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return -(-self.length // (self.batch_size * self.world_size * self.accumulate)) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.length, generator=stream(self.seed, "order", self.epoch)).tolist()
+        together = self.batch_size * self.world_size
+        for b in range(self.first, len(self)):
+            first = b * together + self.rank * self.batch_size
+            yield [(self.epoch, order[i % self.length]) for i in range(first, first + self.batch_size)]

@@ -1,0 +1,128 @@
+"""Intensities of a scanner to [0, 1], and back."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
+BULK = 99.9  # % of the voxels; there is a note on values further out that set the range
+FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1 that hold no bulk
+LEAST_OF_WINDOW = 0.05
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How the values of a file become 0 to 1.
+
+    Args:
+        lower, upper: percentiles of the whole volume that become 0 and 1, where there is no `window`.
+        clip: clip to [0, 1].
+        window: for each channel the two values that become 0 and 1, the same in every volume.
+        nan_is_background: NaN is taken for background, see `background`; else it is an error.
+    """
+
+    lower: float | None = 0.0
+    upper: float | None = 99.5
+    clip: bool = True
+    window: tuple[tuple[float, float], ...] | None = None
+    nan_is_background: bool = False
+
+    def __str__(self) -> str:
+        """What becomes 0 and 1."""
+        if self.window is None:
+            return f"percentiles {self.lower:g} and {self.upper:g} of each volume"
+        return "the values " + ", ".join(f"{low:g} and {high:g}" for low, high in self.window)
+
+    def of_channel(self, c: int) -> "Intensity":
+        """That of the channel at place `c` alone."""
+        return self if self.window is None else replace(self, window=(self.window[c],))
+
+    def limits(self, volume: np.ndarray) -> np.ndarray:
+        """The values that become 0 and 1 in each channel of a whole volume: (C, D, H, W) -> (C, 2)."""
+        if self.window is not None:
+            return np.array(self.window)
+        return np.percentile(volume.reshape(len(volume), -1), [self.lower, self.upper], axis=1).T
+
+    def unknown(self, voxels: np.ndarray) -> str | None:
+        """Which voxels of a channel, as they are stored, have no value that can be mapped."""
+        nan, infinite = np.count_nonzero(np.isnan(voxels)), np.count_nonzero(np.abs(voxels) > LARGEST_VALUE)
+        if infinite:
+            return f"has {infinite} infinite voxels, or beyond {LARGEST_VALUE:g}. Fix or remove the file"
+        if nan == voxels.size:
+            return "every voxel is NaN. Remove the file"
+        if nan and not self.nan_is_background:
+            return (
+                f"has {nan} NaN voxels. Set intensity.nan_is_background to true in the config if they lie "
+                "outside of the body; else fix or remove the file"
+            )
+        return None
+
+    def without_nan(self, voxels: np.ndarray) -> np.ndarray:
+        """One channel in which NaN has become background: the low end of its window, else the least value
+        that is there."""
+        if not np.isnan(voxels).any():
+            return voxels
+        low = self.window[0][0] if self.window else np.nanmin(voxels)
+        return np.where(np.isnan(voxels), np.float32(low), voxels)
+
+    def unmappable(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+        """Why a channel with these `limits` (2,) shows nothing once it is mapped."""
+        low, high = voxels.min(), voxels.max()
+        if low == high:
+            return "all zero" if low == 0 else f"constant: every voxel is {low:g}"
+        if self.window and (low >= limits[1] or high <= limits[0]):
+            return (
+                f"its values, {low:g} to {high:g}, lie outside of intensity.window, {limits[0]:g} to "
+                f"{limits[1]:g}. Is it in other units?"
+            )
+        if limits[1] <= limits[0]:
+            return (
+                f"constant between its percentiles {self.lower:g} and {self.upper:g}: nearly empty. Remove "
+                "it, or change `intensity` in the config"
+            )
+        return None
+
+    def squeezed(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+        """Why most of what a channel shows takes up little of the range from 0 to 1; None: it does not.
+
+        The file is no worse for it, the mapping is: a stray voxel, or padding below all tissue, has become 0.
+        """
+        (low, high), (least, most) = limits, (voxels.min(), voxels.max())
+        a, b = np.percentile(voxels, [100 - BULK, BULK])
+        bulk = f"{BULK:g} % of its voxels lie between {a:.4g} and {b:.4g}"
+        if self.window:
+            if min(b, high) - max(a, low) < LEAST_OF_WINDOW * (high - low):
+                return f"{bulk}, a small part of intensity.window, {low:g} to {high:g}. Is it in other units?"
+            return None
+        remedy = "or set intensity.window"
+        if not self.clip:
+            low, high = min(low, least), max(high, most)
+        if a - low > FAR_BELOW * (high - low):
+            return f"minimum {least:.4g}, but {bulk}: raise intensity.lower_percentile {remedy}"
+        if high - b > FAR_ABOVE * (high - low):
+            return f"maximum {most:.4g}, but {bulk}: lower intensity.upper_percentile {remedy}"
+        if low >= 0:  # a mask's 0 around bright tissue is background as it should be
+            return None
+        above = voxels[voxels > low + 0.01 * (high - low)]
+        share = 1 - above.size / voxels.size
+        if above.size and share > 1 - BULK / 100:
+            a = np.percentile(above, 2)
+            if a - low > FAR_BELOW_PADDING * (high - low):
+                return (
+                    f"{share:.1%} of its voxels are {low:.4g} or less, nearly all others lie above {a:.4g}: "
+                    "padding takes up much of the range. Set intensity.window"
+                )
+        return None
+
+
+def to_unit_range(volume: np.ndarray, limits: np.ndarray, clip: bool) -> np.ndarray:
+    """Map each channel's `limits` (C, 2) to 0 and 1; values outside are clipped where `clip`."""
+    low, high = (limits[:, i].reshape(-1, 1, 1, 1) for i in (0, 1))
+    volume = ((volume - low) / (high - low)).astype(np.float32)
+    return np.clip(volume, 0, 1) if clip else volume
+
+
+def from_unit_range(volume: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Inverse of `to_unit_range`, without its clipping."""
+    low, high = (limits[:, i].reshape(-1, 1, 1, 1) for i in (0, 1))
+    return (volume * (high - low) + low).astype(np.float32)

@@ -1,0 +1,276 @@
+"""Find the cases of a data set, and say what was passed over.
+
+Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
+BIDS-like folder of NIfTI files with an optional `participants.tsv`, and a JSON list of training and
+validation files.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ldm import UserError, brief, counted
+from ldm.data.cases import Case
+from ldm.data.folders import Search, cases_below, in_words, unreadable
+from ldm.data.names import stem_of, suffix_of
+from ldm.data.reading import IMAGE_SUFFIXES
+from ldm.system.files import read_json
+
+
+def find_cases(
+    source: Path | Sequence[Path],
+    pattern: str | None = None,
+    *,
+    contrasts: Sequence[str] | None = None,
+    subject: str | None = None,
+    outputs: Sequence[Path] = (),
+    generated: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> tuple[list[Case], list[Case]]:
+    """List the cases of a data set, sorted by name.
+
+    Args:
+        source: a folder, the parent of one, a `.json` list, or several of these.
+        pattern: glob of the images of a plain folder.
+        contrasts: endings of the files of a plain folder that become the channels of one case, in this order.
+        subject: regular expression with one group, searched in an image's path below the folder, that gives
+            its subject.
+        outputs: folders of the run's own, passed over where they lie below `source`.
+        generated: whether volumes with a record of inference.py beside them are taken.
+        say: is given one line on what was found and what was passed over.
+
+    Returns:
+        (cases, validation): `validation` is empty unless the data set itself names validation cases.
+
+    Raises:
+        UserError: nothing there, a folder that cannot be read, names that are not unique, or several images
+            of a patient where one is expected.
+
+    Whether all files that a data set names are there and can be read is what `ldm.data.checks` tells.
+    """
+    regex, searches, cases, validation = _subject_pattern(subject), [], [], []
+    alone = isinstance(source, (str, Path))
+    roots = [Path(one) for one in ([source] if alone else source)]
+    for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
+        searches.append(Search(pattern, contrasts, regex, outputs, generated))
+        for to, found in zip((cases, validation), _find_in(root, searches[-1]), strict=True):
+            to += found if alone else [_renamed(case, f"{prefix}/") for case in found]
+    names = Counter(case.name for case in [*cases, *validation])
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        where = ", ".join(map(str, roots))
+        raise UserError(f"{where}: the case '{twice}' is there twice. Every case needs a name of its own.")
+    if say:
+        say(_line(cases, validation, searches))
+    return cases, validation
+
+
+def _line(cases: list[Case], validation: list[Case], searches: list[Search]) -> str:
+    """What was found and what was passed over, in one line."""
+    passed = defaultdict(list)
+    for search in searches:
+        for kind, names in search.passed.items():
+            passed[kind] += names
+    every = [*cases, *validation]
+    files = max((len(case.images) for case in every), default=1)
+    each = f" of {files} files each" if files > 1 else ""
+    of_these = f" ({len(validation)} of them for validation)" if validation else ""
+    subjects = counted(len({case.subject for case in every}), "subject{s}")
+    guessed = next((search.folder_each for search in searches if search.folder_each), None)
+    by = f" (a folder or name each, such as {brief(guessed)})" if guessed else ""
+    line = (
+        f"found: {counted(len(every), 'image{s}')}{each}{of_these}, "
+        f"{counted(sum(case.label is not None for case in every), 'label{s}')}, "
+        f"{subjects}{by} in {', '.join(str(search.read) for search in searches)}"
+    )
+    if searches[0].pattern is not None and not any(search.plain for search in searches):
+        line += " (data.pattern is for plain folders, and not used)"
+    return f"{line}; passed over: {in_words(passed)}" if any(passed.values()) else line
+
+
+def _subject_pattern(subject: str | None) -> re.Pattern | None:
+    if subject is None:
+        return None
+    try:
+        pattern = re.compile(subject)
+    except re.error as error:
+        raise UserError(f"data.subject is {brief(repr(subject))}, no regular expression ({error}).") from None
+    if pattern.groups != 1:
+        raise UserError(
+            f"data.subject is {brief(repr(subject))}; expected one group in parentheses, found "
+            f'{pattern.groups}. An example: "^([^/]+)/" takes the first folder.'
+        )
+    return pattern
+
+
+def _distinct_names(roots: list[Path]) -> list[str]:
+    """The last names of some folders, with as many of those above as keep them apart."""
+    full = [root.resolve() for root in roots]
+    for i, one in enumerate(full):
+        for other in full[:i]:
+            if one == other:
+                raise UserError(f"{one}: is named twice in the list of data folders. Name it once.")
+            for inner, outer in ((one, other), (other, one)):
+                if inner.is_dir() and outer in inner.parents:
+                    raise UserError(
+                        f"{inner}: lies in {outer}, which is in the list of data folders too. Name one."
+                    )
+    for count in range(1, max(len(one.parts) for one in full) + 1):
+        names = ["/".join(one.parts[-count:]).replace("//", "/") for one in full]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _renamed(case: Case, prefix: str) -> Case:
+    return replace(case, name=prefix + case.name, subject=prefix + case.subject)
+
+
+def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
+    search.read = source
+    if source.suffix != ".json" and not source.is_dir():
+        if source.exists():
+            raise UserError(f"{source}: is a file. Expected a data folder, or a list of files, LIST.json.")
+        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
+    own = (source / "dataset.json").is_file()
+    inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))
+    lists = source.suffix == ".json" or own or inside
+    if lists and search.contrasts:
+        raise UserError(
+            f"{source}: names its files itself; data.contrasts is for plain folders. Remove that key."
+        )
+    if not lists:
+        search.plain = True
+        return cases_below(source, search), []
+    if source.suffix == ".json":
+        return _from_json_list(source, search)
+    if own:
+        return _from_dataset_json(source, search)
+    if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
+        search.read = inside[0]
+        beside = [name for name in _names_in(source) if name[0] != "." and (source / name).is_dir()]
+        search.passed["folder{s} beside it"] = [name for name in beside if name != inside[0].name]
+        return _from_dataset_json(inside[0], search)
+    names = ", ".join(path.name for path in inside)
+    raise UserError(
+        f"{source}: holds several data sets ({names}). Name one of them in `data_base_dir`, or a list."
+    )
+
+
+# ---------------------------------------------------------------- lists
+
+
+def _listed(entries: list, root: Path, where: str, search: Search) -> list[Case]:
+    """Cases of a list of `{"image": ..., "label": ...}` or of plain file names, below `root`."""
+    cases = []
+    for number, entry in enumerate(entries):
+        entry = {"image": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or "image" not in entry:
+            raise UserError(f'{where}: entry {number} has no "image".')
+        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f'{where}: "image" of entry {number} should be a file name or a list of them.')
+        if not isinstance(entry.get("label"), str | None):
+            raise UserError(f'{where}: "label" of entry {number} should be a file name.')
+        images = tuple(root / name for name in names)
+        label = root / entry["label"] if entry.get("label") is not None else None
+        name = str(entry.get("name", stem_of(images[0].name)))
+        others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
+        subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
+        cases.append(Case(name, images, label, subject, others))
+    if not cases:
+        raise UserError(f"{where}: lists no training cases.")
+    return sorted(cases, key=lambda case: case.name)
+
+
+def _from_json_list(path: Path, search: Search) -> tuple[list[Case], list[Case]]:
+    content = read_json(path)
+    if not isinstance(content.get("training"), list):
+        raise UserError(
+            f'{path}: should hold a list "training" of {{"image": file}}, and may hold "validation".'
+        )
+    return _both_lists(content, path.parent, str(path), search)
+
+
+def _both_lists(content: dict, root: Path, where: str, search: Search) -> tuple[list[Case], list[Case]]:
+    """The lists `training` and `validation` of a JSON; a list `test` is passed over."""
+    validation = content.get("validation") or []
+    if not isinstance(validation, list):
+        raise UserError(f'{where}: "validation" should be a list of {{"image": file}}.')
+    if isinstance(test := content.get("test"), list):
+        for entry in test:
+            name = entry.get("image") if isinstance(entry, dict) else entry
+            search.passed["test scan{s} of the list"].append(name if isinstance(name, str) else repr(name))
+    return (
+        _listed(content["training"], root, f"{where}, training", search),
+        _listed(validation, root, f"{where}, validation", search) if validation else [],
+    )
+
+
+def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Case]]:
+    path = root / "dataset.json"
+    content = read_json(path)
+    if isinstance(content.get("training"), list):  # Medical Segmentation Decathlon
+        cases, validation = _both_lists(content, root, str(path), search)
+        modality = content.get("modality")
+        if isinstance(modality, dict) and modality:
+            cases = [_one_file_a_channel(case, len(modality)) for case in cases]
+            validation = [_one_file_a_channel(case, len(modality)) for case in validation]
+        _pass_over_unlisted([*cases, *validation], root, search)
+        return cases, validation
+    if not isinstance(content.get("channel_names"), dict) or not content["channel_names"]:
+        raise UserError(
+            f'{path}: has neither a list "training" (Decathlon) nor an object "channel_names" (nnU-Net) that '
+            "names a channel."
+        )
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in IMAGE_SUFFIXES:
+        raise UserError(f"{path}: file_ending {ending} is not read; convert the images to .nii.gz.")
+    channels = len(content["channel_names"])
+    files = [name for name in _images_in(root / "imagesTr") if name.endswith(ending)]
+    cases = []
+    for name in sorted({image[: -len(ending)].rpartition("_")[0] for image in files}):
+        images = tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(channels))
+        label = root / "labelsTr" / f"{name}{ending}"
+        subject = search.subject_of(name, f"imagesTr/{images[0].name}")
+        cases.append(Case(name, images, label if label.is_file() else None, subject))
+    if not cases:
+        raise UserError(f"{root / 'imagesTr'}: no *_0000{ending} images there.")
+    search.passed["file{s} in imagesTs"] += _images_in(root / "imagesTs")
+    _pass_over_unlisted(cases, root, search)
+    return cases, []
+
+
+def _one_file_a_channel(case: Case, channels: int) -> Case:
+    """nnU-Net of version 1 lists NAME.nii.gz where NAME_0000.nii.gz and so on are."""
+    image = case.images[0]
+    stem, suffix = stem_of(image.name), image.name[len(stem_of(image.name)) :]
+    images = tuple(image.with_name(f"{stem}_{channel:04d}{suffix}") for channel in range(channels))
+    if len(case.images) > 1 or image.is_file() or not images[0].is_file():
+        return case
+    return replace(case, images=images)
+
+
+def _pass_over_unlisted(cases: list[Case], root: Path, search: Search) -> None:
+    """Note the images that lie beside those of `dataset.json` and are not named by it."""
+    named = {image for case in cases for image in case.images}
+    for folder in sorted({image.parent for image in named}):
+        names = [name for name in _images_in(folder) if folder / name not in named]
+        search.passed["file{s} that dataset.json does not name"] += names
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Names in a folder, none where it is not there. Raises UserError: it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # also a name that no folder can have
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
+def _images_in(folder: Path) -> list[str]:
+    return [name for name in _names_in(folder) if suffix_of(name) and name[0] != "."]

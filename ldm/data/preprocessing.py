@@ -1,0 +1,173 @@
+"""From an image file to a normalised volume, and back to the units of a scanner.
+
+    file -> chosen channels -> orient RAS -> low-pass and resample -> intensity by percentiles of the whole
+    volume, or by a fixed window
+
+The whole volume is mapped before any crop, so that a crop and its volume agree. Training, validation and
+inference build the way from `Preprocessing` alone.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Orientation,
+    ResizeWithPadOrCrop,
+    Spacing,
+)
+from nibabel.orientations import io_orientation, ornt_transform
+from scipy.ndimage import gaussian_filter
+
+from ldm import UserError
+from ldm.data.intensity import Intensity, to_unit_range
+from ldm.data.reading import RAS, _times, channel_count, label_fault, read_image, voxels_of
+from ldm.models.definitions import MOST_VOXELS
+from ldm.system.messages import tell
+
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
+
+
+RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
+CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # what makes a volume of a file
+
+
+def fit(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.ndarray | torch.Tensor:
+    """Crop or zero-pad about the centre: (C, D, H, W) -> (C, *size)."""
+    fitted = ResizeWithPadOrCrop(tuple(size))(volume)
+    fitted = fitted.as_tensor() if isinstance(fitted, MetaTensor) else fitted
+    return fitted.numpy() if isinstance(volume, np.ndarray) and isinstance(fitted, torch.Tensor) else fitted
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Files of a case -> normalised volume (C, D, H, W), float32, RAS, at `spacing`.
+
+    Args:
+        channels: which channels of the image, in this order.
+        spacing: voxel size in mm along right, anterior, superior.
+        intensity: what becomes 0 and 1.
+    """
+
+    channels: tuple[int, ...]
+    spacing: tuple[float, float, float]
+    intensity: Intensity = Intensity()
+
+    @property
+    def key(self) -> str:
+        """What the result depends on besides the files."""
+        way = self.intensity
+        late = [
+            f"{key}={getattr(way, key)!r}" for key in ("window", "nan_is_background") if getattr(way, key)
+        ]
+        # The text of before these keys, so that volumes that were cached then are found.
+        return (
+            f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={way.lower!r}, "
+            f"upper={way.upper!r}, clip={way.clip!r}) {' '.join([CODE, *late])}"
+        )
+
+    def read(self, images: Sequence[Path]) -> np.ndarray:
+        """The resampled volume in the file's own units, (C, D, H, W).
+
+        Raises:
+            UserError: a channel that is not there, or values that are not finite.
+        """
+        if len(images) > 1:
+            if max(self.channels) >= len(images):
+                raise UserError(
+                    f"{images[0]}: `channel` is {max(self.channels)}, the case has {len(images)} files."
+                )
+            files = [(images[c], read_image(images[c]), 0) for c in self.channels]
+        else:
+            image = read_image(images[0])
+            files = [(images[0], image, c) for c in self.channels]
+        volumes = [
+            _resample(*file, self.spacing, self.intensity.of_channel(i)) for i, file in enumerate(files)
+        ]
+        if len({volume.shape for volume in volumes}) > 1:
+            raise UserError(f"{images[0]}: its channels differ in shape: {[v.shape for v in volumes]}.")
+        return np.stack(volumes)
+
+    def __call__(self, images: Sequence[Path]) -> np.ndarray:
+        """The normalised volume; a warning is printed where it hardly shows after that.
+
+        Raises:
+            UserError: as `read`, and where a channel is constant or outside of its window.
+        """
+        volume = self.read(images)
+        limits = self.intensity.limits(volume)
+        for i, c in enumerate(self.channels):
+            where = str(images[c] if len(images) > 1 else images[0])
+            where += f": channel {c}" if len(images) == 1 and len(self.channels) > 1 else ""
+            way = self.intensity.of_channel(i)
+            if fault := way.unmappable(volume[i], limits[i]):
+                raise UserError(f"{where}: {fault}.")
+            if what := way.squeezed(volume[i], limits[i]):
+                _tell_once(f"warning: {where}: {what}.")
+        return to_unit_range(volume, limits, self.intensity.clip)
+
+    def limits(self, images: Sequence[Path]) -> np.ndarray:
+        """The values that become 0 and 1, in the file's own units: (C, 2)."""
+        if self.intensity.window is not None:
+            return np.array(self.intensity.window)
+        return self.intensity.limits(self.read(images))
+
+    def label(self, path: Path) -> np.ndarray:
+        """The label on the same grid: (1, D, H, W), uint8.
+
+        Raises:
+            UserError: as `read_image`, and for values that are no whole numbers from 0 to 255.
+        """
+        image = read_image(path)
+        if fault := label_fault(np.asanyarray(image.dataobj)):
+            raise UserError(f"{path}: {fault}.")
+        return _resample(path, image, 0, self.spacing)[None].astype(np.uint8)
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    """Not in every epoch, where volumes are not cached."""
+    tell(text)
+
+
+def _resample(
+    path: Path,
+    image: nib.spatialimages.SpatialImage,
+    channel: int,
+    spacing: Sequence[float],
+    intensity: Intensity | None = None,
+) -> np.ndarray:
+    """A channel at `spacing`, in RAS; a label, to the nearest voxel, where there is no `intensity`."""
+    voxels, nearest = voxels_of(path, image, channel), intensity is None
+    if intensity:
+        if fault := intensity.unknown(voxels):
+            raise UserError(f"{path}: {f'channel {channel} ' * (channel_count(image) > 1)}{fault}.")
+        voxels = intensity.without_nan(voxels)  # before a filter that would spread it
+    sizes = nib.affines.voxel_sizes(image.affine)
+    # The low-pass filter of skimage's anti-aliased resizing; interpolation alone would alias what it skips.
+    to_ras = ornt_transform(io_orientation(image.affine), RAS)
+    target = np.array(spacing)[to_ras[:, 0].astype(int)]
+    if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
+        raise UserError(
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
+            f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
+        )
+    if (np.array(voxels.shape) - 1 < target / sizes / 2).any():
+        raise UserError(
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
+            f"{_times(target)} mm. Choose a finer `spacing`, in mm."
+        )
+    if not nearest:
+        sigma = np.maximum(0, (target / sizes - 1) / 2)
+        voxels = gaussian_filter(voxels, sigma) if sigma.any() else voxels
+    volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+    volume = Orientation("RAS", labels=None)(volume)
+    volume = Spacing(spacing, mode="nearest" if nearest else "bilinear", padding_mode="border")(volume)
+    return volume.as_tensor()[0].numpy()

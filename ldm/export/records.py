@@ -1,0 +1,290 @@
+"""The files of generated volumes: each has a record beside it, a JSON that says what it was made of, so that
+the record and the checkpoints suffice to make it again, and no other volume is taken for a sample."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from ldm import UserError, brief, few
+from ldm.data.reading import IMAGE_SUFFIXES
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.system.checkpoints import POSITIVE, SCALE_FACTOR, SIZE
+from ldm.system.files import read_json, record_path, sha256_of, write_json, written_whole
+from ldm.system.schemas import StrictValidator, fault, fields
+
+FORMAT = 1
+LAST_SEED = 2**63 - 1
+MOST_STEPS = 10**6
+CHECKPOINTS = ("autoencoder", "unet")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
+REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside checkpoints and config
+REPRODUCED = "_reproduced"  # what --reproduce puts behind a sample's name
+TEXT = {"type": "string"}
+SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
+HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+SCHEMA = fields(
+    seed=SEED,
+    batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `differences`
+    sampler={"enum": list(SAMPLERS)},
+    steps={**SIZE, "maximum": MOST_STEPS},
+    scale_factor=SCALE_FACTOR,
+    precision={"enum": list(PRECISIONS)},
+    compile={"type": "boolean"},
+    device={"enum": ["cpu", "cuda"]},
+    hardware=TEXT,
+    threads={**SIZE, "maximum": 4096},  # of the CPU: sums are split among them, and rounded accordingly
+    autoencoder=fields(path=TEXT, sha256=HASH),
+    unet=fields(path=TEXT, sha256=HASH),
+    config_sha256=HASH,
+    config={"type": "object"},  # as it was resolved
+    versions={"type": "object"},
+    volume=fields(
+        sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
+    ),
+)
+
+LIMITS = {
+    "type": "array",
+    "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+}
+
+SCHEMA["properties"]["volume"]["properties"]["limits"] = LIMITS  # the intensities of 0 and 1, a channel each
+
+SCHEMA["properties"]["max_memory"] = POSITIVE  # in GB, of decoding; where there was no limit, there is no key
+
+
+def config_hash(config: dict) -> str:
+    """SHA-256 of a resolved config, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record, whole or not at all."""
+    write_json(path, {"format": FORMAT, **record})
+
+
+def read_record(path: Path) -> dict:
+    """Read a record.
+
+    Raises:
+        UserError: not there, no JSON, of a later format, a key missing or wrong, or a config that was edited.
+            Whether the config is one is not checked here.
+    """
+    record = read_json(path, "record")
+    if not StrictValidator(SIZE).is_valid(record.get("format")):
+        raise UserError(f"record {path}: format: missing, so this is not the record of a volume.")
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"record {path}: written by a later version of this project (format {brief(record['format'])})."
+        )
+    if what := fault(StrictValidator(SCHEMA), record):
+        raise UserError(f"record {path}: {what}.")
+    if record["seed"] not in record["batch"]:
+        raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
+    if config_hash(record["config"]) != record["config_sha256"]:
+        raise UserError(f"record {path}: config: was changed; config_sha256 is that of another.")
+    return record
+
+
+def differences(path: Path, request: dict) -> str:
+    """In what a volume, by its record at `path`, was made otherwise than this request asks for; "" where it
+    is the same volume.
+
+    The batch does not count, nor the device: a volume is the same, to rounding, whatever it was drawn with.
+    """
+    if not path.is_file():
+        return "it has no record"
+    try:
+        record = read_record(path)
+    except UserError:
+        return "its record cannot be used"
+    keys = [key for key in ("seed", *REQUEST) if record[key] != request[key]]
+    found = [f"{key} {record[key]}, now {request[key]}" for key in keys]
+    found += [f"another {key}" for key in CHECKPOINTS if record[key]["sha256"] != request[key]["sha256"]]
+    if record["config_sha256"] != request["config_sha256"]:
+        found.append("another config")
+    return "; ".join(found)
+
+
+def find_checkpoint(record: dict, key: str, folder: Path, given: Path | None) -> Path:
+    """The file of a checkpoint that a record names.
+
+    Args:
+        key: one of `CHECKPOINTS`.
+        folder: of the record. A relative path counts from the working directory, or from there.
+        given: a file in place of the one that is named.
+
+    Raises:
+        UserError: not there, or not the bytes that the volume was made with.
+    """
+    named, due = Path(record[key]["path"]), record[key]["sha256"]
+    there = [path for path in ([given] if given else [named, folder / named]) if path.is_file()]
+    found = {path: sha256_of(path) for path in there}
+    for path, digest in found.items():
+        if digest == due:
+            return path
+    if not found:
+        raise UserError(f"{given or named}: no such checkpoint.\nName the file by --{key} FILE.")
+    path, digest = next(iter(found.items()))
+    raise UserError(
+        f"{path}: not the file that the volume was made with (SHA-256 {digest[:12]}, recorded {due[:12]}).\n"
+        f"Name that one by --{key} FILE."
+    )
+
+
+def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
+    """Write a volume, and its record before it, so that a kill between the two leaves no volume of unknown
+    origin.
+
+    Raises:
+        OSError: as `written_whole`.
+    """
+    if record:
+        write_record(record_path(path), record)
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def record_of(path: Path) -> dict | None:
+    """The record of a generated volume; None for any other volume.
+
+    Raises:
+        UserError: there is a record, and it is damaged.
+    """
+    record = record_path(path)
+    if not path.name.endswith(".nii.gz") or not record.is_file():
+        return None
+    content = read_json(record, "record")
+    if not isinstance(content.get("volume"), dict):
+        return None  # the JSON of a BIDS scan
+    return read_record(record)
+
+
+def limits_of(path: Path) -> list[list[float]] | None:
+    """The intensities that are 0 and 1 in the autoencoder's units, for each channel of a generated volume,
+    from its record; None for any other volume, and where the record is older than the limits.
+
+    Raises:
+        UserError: there is a record, and it is damaged.
+    """
+    record = record_of(path)
+    return record["volume"].get("limits") if record else None
+
+
+# ---------------------------------------------------------------- which volumes are whose samples
+
+
+def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, dict], dict[str, list[str]]]:
+    """The volumes that a model drew into a folder: those directly in it whose records name these checkpoints,
+    as they are now, and whose bytes are those recorded.
+
+    Args:
+        checkpoints: the file of each of `CHECKPOINTS`.
+
+    Returns:
+        (samples, others): the samples' records by file, sorted by name; and the names of all other volumes in
+        the folder and below it, by the reason why they are none.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
+    hashes = {key: sha256_of(path) for key, path in checkpoints.items()}
+    samples, others = {}, {}
+    for path in sorted(folder.rglob("*")):
+        if not path.name.lower().endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
+            continue
+        inside = path.relative_to(folder).parts
+        record, reason = None, f"in {inside[0]}/"
+        if len(inside) == 1:
+            record, reason = _own(path, checkpoints, hashes)
+        if record:
+            samples[path] = record
+        else:
+            others.setdefault(reason, []).append(path.name)
+    return samples, others
+
+
+def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tuple[dict | None, str]:
+    """The record of a sample of these checkpoints; or None, and why it is none."""
+    if path.name.endswith(f"{REPRODUCED}.nii.gz"):
+        return None, "made by --reproduce"
+    try:
+        record = record_of(path)
+    except UserError:
+        return None, "with a damaged record"
+    if record is None:
+        return None, "without a record of inference.py"
+    for key in CHECKPOINTS[::-1]:
+        if record[key]["sha256"] != hashes[key]:
+            same_file = Path(record[key]["path"]).resolve() == checkpoints[key].resolve()
+            return None, f"from before {checkpoints[key].name} changed" if same_file else f"of another {key}"
+    if sha256_of(path) != record["volume"]["sha256"]:
+        return None, "changed since inference.py wrote them"
+    return record, ""
+
+
+def told(others: dict[str, list[str]]) -> str:
+    """One line on volumes by reason: `96 in data/; 2 of another unet (sample_000000, sample_000001)`."""
+    return "; ".join(
+        f"{len(names)} {reason}" + ("" if reason.endswith("/") else f" ({few(names, 3)})")
+        for reason, names in others.items()
+    )
+
+
+def check_one_model(folder: str, records: Iterable[dict]) -> None:
+    """Raise UserError where volumes of a folder, by their records, are of several models."""
+    records = list(records)
+    key = next((key for key in CHECKPOINTS[::-1] if len({one[key]["sha256"] for one in records}) > 1), None)
+    if key is None:
+        return
+    counts = Counter((one[key]["path"], one[key]["sha256"][:12]) for one in records)
+    each = ", ".join(f"{count} of {path} (SHA-256 {digest})" for (path, digest), count in counts.items())
+    raise UserError(
+        f"{folder}: holds samples of {len(counts)} models: {each}.\n"
+        "Put those of each into a folder of its own, and name one by --generated."
+    )
+
+
+def settings_of(records: Iterable[dict]) -> list[dict]:
+    """How samples were drawn: each combination of `REQUEST` with the number of its volumes, most first."""
+    counts = Counter(tuple(one[key] for key in REQUEST) for one in records)
+    return [dict(zip(REQUEST, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
+
+
+# ---------------------------------------------------------------- what is still to be made
+
+
+def missing(paths: dict[int, Path], request: dict) -> set[int]:
+    """The seeds whose volumes are still to be made; their folder is there afterwards.
+
+    Raises:
+        UserError: a file is in the way that this request did not make.
+    """
+    made, taken = set(), []
+    for seed, path in paths.items():
+        record = record_path(path)
+        there = [one for one in (path, record) if one.exists()]
+        if not there:
+            continue
+        how = differences(record, {"seed": seed, **request})
+        if not how and path in there and sha256_of(path) != read_record(record)["volume"]["sha256"]:
+            how = "it was changed since"
+        if how:
+            taken.append((there[0], how))
+        elif path in there:
+            made.add(seed)
+    if taken:
+        path, how = taken[0]
+        raise UserError(
+            f"{path} is there already ({len(taken)} of {len(paths)}), made otherwise: {how}. "
+            "Choose another --seed or output_dir."
+        )
+    folder = next(iter(paths.values())).parent
+    stems = {path.name.partition(".")[0] for path in paths.values()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob(".*.part"):  # of a write that was killed
+        if part.name.split(".")[1] in stems:
+            part.unlink()
+    return set(paths) - made

@@ -1,0 +1,1 @@
+"""Exact encoding and decoding in slabs, within a given memory."""

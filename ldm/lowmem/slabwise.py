@@ -1,0 +1,392 @@
+"""Decode and encode within a given memory, exactly: in slabs, with the statistics of the whole volume."""
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm import UserError
+from ldm.lowmem.lazy import Volume, leaf
+from ldm.lowmem.slabs import HostRows, Lane, Node, Rows, Sweep
+
+MOST_ROWS = 32  # of a slab: more is no faster, and takes memory that rows could be kept in
+PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
+
+# Bytes that are kept back on a CPU, since they were seen to be taken, by whom was not shown for all: freed
+# memory that glibc keeps (up to 64 MiB at its end alone), and what oneDNN keeps for each shape of slab, as a
+# multiple of the weights.
+HEAP, KEPT_WEIGHTS = 128 * 2**20, 4
+
+# Arithmetic in the time that a byte takes to host memory and back, at 400 TFLOP/s and 25 GB/s: assumed.
+FLOPS_A_BYTE = 16_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory of the autoencoder's device.
+
+    Attributes:
+        total: bytes, weights included.
+        beside: bytes of it that something else takes, such as another network.
+        like_gpu: for a prediction: of a GPU, whatever the device.
+    """
+
+    total: float
+    beside: int = 0
+    like_gpu: bool = False
+    plans: dict = field(default_factory=dict, compare=False, repr=False)  # what was found for volumes before
+
+
+def decode_within(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """`autoencoder.decode`, to rounding, within a budget.
+
+    Args:
+        autoencoder: any network whose `decode` is made of convolutions, group norms and pointwise functions;
+            other operations, such as attention, take their whole input at once. In eval mode.
+        latents: (B, c, d, h, w), unscaled.
+
+    Returns:
+        (B, C, D, H, W), on the CPU.
+
+    Raises:
+        UserError: the budget is too small; the least that would do is named.
+    """
+    return torch.cat([_within(autoencoder, "decode", one[None], budget)[0] for one in latents])
+
+
+def encode_within(autoencoder: nn.Module, images: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, ...]:
+    """`autoencoder.encode`, likewise: (B, C, D, H, W), on any device -> what it returns, each of (B, c, d, h,
+    w), on the CPU."""
+    parts = [_within(autoencoder, "encode", one[None], budget) for one in images]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def weights_bytes(network: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(one.nbytes for one in (*network.parameters(), *network.buffers()))
+
+
+def decoding_peak(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> float:
+    """Bytes that `decode_within` takes at most, the weights and what is beside them included.
+
+    Raises:
+        UserError: as it does.
+    """
+    plain, _, room = _planned(autoencoder, "decode", latents[:1], budget)
+    return plain + weights_bytes(autoencoder) + budget.beside if plain <= room else budget.total
+
+
+def _layout(network: nn.Module) -> torch.memory_format:
+    """The memory format of a network's convolutions."""
+    last = (
+        one.is_contiguous(memory_format=torch.channels_last_3d) and not one.is_contiguous()
+        for one in network.parameters()
+        if one.ndim == 5
+    )
+    return torch.channels_last_3d if any(last) else torch.contiguous_format
+
+
+def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
+    """What a method of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
+    device, function = next(network.parameters()).device, getattr(network, method)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what sampling has left there
+    plain, least, room = _planned(network, method, volume, budget)
+    if plain <= room:
+        results = function(volume.to(device))
+        return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
+    with _sparing(network):
+        run = _Run(device, room, least, _layout(network))
+        return run.results(function(Volume(leaf(run, volume))))
+
+
+def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> tuple[int, int, float]:
+    """Bytes beside the weights: of a whole (1, C, D, H, W) volume, the least that would do, and those that
+    there are. Raises UserError where there are less."""
+    device, function = next(network.parameters()).device, getattr(network, method)
+    held = weights_bytes(network) + budget.beside
+    on_cpu = device.type == "cpu" and not budget.like_gpu
+    heap = HEAP + KEPT_WEIGHTS * weights_bytes(network) if on_cpu else 0
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    key = (method, volume.shape, volume.dtype, volume.device, autocast)
+    if key not in budget.plans:
+        plain = _plain_peak(function, volume, device)
+        with _sparing(network):
+            budget.plans[key] = plain, _least(function, volume, device)
+    plain, least = budget.plans[key]
+    room = PLANNED * (budget.total - held) - heap
+    if min(plain, least) > room:
+        due = math.ceil(((min(least, plain) + heap) / PLANNED + held) / 1e6) / 1e3
+        raise UserError(
+            f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
+            f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."
+        )
+    return plain, least, room
+
+
+# ---------------------------------------------------------------- what fits
+
+
+class _Tracker(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are there still; their peak, with as much
+    again for what a convolution reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, torch.Tensor):
+                self.add(one)
+        copies = 0
+        if "convolution" in str(func) or "conv3d" in str(func) or "conv_transpose3d" in str(func):
+            copies = args[0].nbytes + result.nbytes
+        self.peak = max(self.peak, self.live + copies)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@contextlib.contextmanager
+def _pretending() -> Iterator[_Tracker]:
+    """Operations make tensors without data, and their bytes are counted."""
+    with (
+        torch.inference_mode(False),  # which hides what composed operations are made of
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Tracker() as tracker,
+    ):
+        yield tracker
+
+
+def _like(volume: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(volume.shape, dtype=volume.dtype, device=device)
+
+
+def _plain_peak(function: Callable, volume: torch.Tensor, device: torch.device) -> int:
+    """Bytes that a function of the whole volume takes."""
+    with _pretending() as tracker:
+        function(_like(volume, device))
+    return tracker.peak
+
+
+def _least(function: Callable, volume: torch.Tensor, device: torch.device) -> int:
+    """Bytes that the function takes in slabs of one row, if nothing is kept."""
+    with _pretending() as tracker:
+        run = _Plan(device, tracker)
+        run.results(function(Volume(leaf(run, _like(volume, device)))))
+    return max(run.least, tracker.peak)
+
+
+class _Plan:
+    """A run that computes nothing, and finds the least memory that the sweeps take."""
+
+    def __init__(self, device: torch.device, tracker: _Tracker):
+        self.device, self.tracker, self.least = device, tracker, 0
+
+    def hold(self, rows: Rows) -> None:
+        pass
+
+    def moments(self, node: Node, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._need([node])
+        return torch.zeros(2, groups, device=self.device).unbind()
+
+    def whole(self, node: Node) -> torch.Tensor:
+        self._need([node], [node])
+        return torch.empty((1, *node.size), dtype=node.dtype, device=self.device)
+
+    def results(self, volumes: Volume | Sequence[Volume]) -> None:
+        nodes = _nodes(volumes, self)
+        self._need(nodes, nodes if self.device.type == "cpu" else [])
+
+    def _need(self, tops: Sequence[Node], outputs: Sequence[Node] = ()) -> None:
+        made = sum(node.row_bytes * node.depth for node in outputs)
+        self.least = max(self.least, self.tracker.live + Sweep(tops).bytes(1) + made)
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+class _Run:
+    """The sweeps of one volume through a network.
+
+    Each group norm needs its whole input before anything of its output is known. That input is swept once
+    for the statistics. Its rows are kept for what reads them next, on the device where there is room, or in
+    host memory if that is sooner than to compute them again; else they are computed again.
+
+    Args:
+        room: bytes for all but the weights.
+        least: bytes of it that each sweep takes at least.
+        layout: memory format that the convolutions take their slabs in.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        room: float,
+        least: int,
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
+        self.device, self.room, self.least, self.layout = device, room, least, layout
+        self.held, self.lanes = weakref.WeakSet(), None
+
+    def hold(self, rows: Rows) -> None:
+        """Count these rows as long as they are there."""
+        self.held.add(rows)
+
+    @property
+    def free(self) -> float:
+        """Bytes that are not taken by rows that are kept."""
+        return self.room - sum(rows.nbytes for rows in self.held)
+
+    def thickness(self, sweep: Sweep, free: float) -> int:
+        """The most rows of a slab that fit."""
+        rows = 1
+        while rows < min(MOST_ROWS, sweep.tops[0].depth) and sweep.bytes(2 * rows) <= free:
+            rows *= 2
+        return rows
+
+    def place(self, node: Node, sweep: Sweep) -> Rows | HostRows | None:
+        """Where to keep the rows of a sweep; None: nowhere."""
+        size = node.row_bytes * node.depth
+        if node.rows is not None:  # they are there
+            return None
+        if size <= self.free - max(self.least, self.room / 3):
+            return Rows(self.device)
+        if (
+            self.device.type == "cpu"
+            or 2 * sweep.flops < FLOPS_A_BYTE * size
+            or size > free_host_memory() / 2
+        ):
+            return None
+        self.lanes = self.lanes or (Lane(self.device), Lane(self.device))
+        return HostRows(self.device, *self.lanes)
+
+    def moments(self, node: Node, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of each group of channels, over the whole volume, whose rows may be kept.
+
+        The moments of pieces are merged as Chan et al. (1979) do, which cancels nothing.
+        """
+        sweep = Sweep([node])
+        kept = self.place(node, sweep)
+        taken = 0 if kept is None or kept.hosted else node.row_bytes * node.depth
+        rows = self.thickness(sweep, self.free - taken)
+        count, mean, squares = 0, 0.0, 0.0
+        for a, b in sweep.slabs(rows):
+            slab = None if kept is None else node.gather(a, b, node.dtype)
+            for p, q in node.pieces(a, b):
+                piece = node.read(p, q) if slab is None else slab[:, :, p - a : q - a]
+                piece = piece.reshape(groups, -1)
+                exact = torch.float64 if piece.dtype == torch.float64 else torch.float32
+                variance, one = torch.var_mean(piece.to(exact), 1, correction=0)
+                n, one, variance = piece.shape[1], one.double(), variance.double()
+                apart, total = one - mean, count + n
+                squares = squares + variance * n + apart.square() * (count * n / total)
+                mean, count = mean + apart * (n / total), total
+            if kept is not None:
+                kept.append(a, slab)
+        if kept is not None:
+            self.hold(kept)
+            node.store(kept)
+        return mean, squares / count
+
+    def whole(self, node: Node) -> torch.Tensor:
+        """All rows in one tensor on the device."""
+        return self._all([node], self.device)[0]
+
+    def results(self, volumes: Volume | Sequence[Volume]) -> list[torch.Tensor]:
+        """What the network returned, on the CPU."""
+        return self._all(_nodes(volumes, self), torch.device("cpu"))
+
+    def _all(self, nodes: Sequence[Node], device: torch.device) -> list[torch.Tensor]:
+        results = [torch.empty((1, *node.size), dtype=node.dtype, device=device) for node in nodes]
+        taken = sum(one.nbytes for one in results) if device == self.device else 0
+        sweep = Sweep(nodes)
+        for a, b in sweep.slabs(self.thickness(sweep, self.free - taken)):
+            for node, result in zip(nodes, results, strict=True):
+                for p, q in node.pieces(a, b):
+                    result[:, :, p:q] = node.read(p, q)
+        return results
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take; 0 where the system does not tell."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        limit, current = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - current)
+    return free
+
+
+def _nodes(volumes: Volume | Sequence[Volume], run) -> list[Node]:
+    """The nodes of what a network returned."""
+    volumes = volumes if isinstance(volumes, (tuple, list)) else [volumes]
+    return [one.node if isinstance(one, Volume) else leaf(run, one) for one in volumes]
+
+
+# ---------------------------------------------------------------- networks
+
+
+@contextlib.contextmanager
+def _sparing(network: nn.Module) -> Iterator[None]:
+    """Let modules that would take the memory of a matrix of voxels by voxels, or cut volumes themselves, do
+    their arithmetic in another way meanwhile. MONAI's attention has been fused where it was built."""
+    changes = []
+    for module in network.modules():
+        if hasattr(module, "_attention") and hasattr(module, "proj_attn"):  # monai-generative's
+            changes.append((module, "_attention", functools.partial(_attention, module.scale)))
+        elif hasattr(module, "norm_float16"):  # MAISI's group norm, a group at a time
+            changes.append((module, "forward", functools.partial(_maisi_norm, module)))
+        elif hasattr(module, "num_splits"):  # MAISI's convolution
+            changes.append((module, "num_splits", 1))
+    before = [(module, name, module.__dict__.get(name)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            if value is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+
+
+def _attention(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of (heads, voxels, C), without the matrix of voxels by voxels."""
+    # Only of four axes is it computed by the kernels that do without.
+    query, key, value = (one[:, None] for one in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)[:, 0]
+
+
+def _maisi_norm(module: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """What MAISI's group norm computes: float32, or float16 behind it."""
+    x = F.group_norm(x.float(), module.num_groups, module.weight, module.bias, module.eps)
+    return x.half() if module.norm_float16 else x.float()

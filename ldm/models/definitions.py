@@ -1,0 +1,260 @@
+"""Build the networks that a config names, check what they can take, and load weights of any origin into
+them."""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import itertools
+import math
+import typing
+from collections.abc import Iterator, Sequence
+
+import torch
+from monai.utils import IgniteInfo
+from torch import nn
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from ldm import UserError, brief
+from ldm.models.layers import fuse_attention, norm_in_half
+
+NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
+SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
+MOST = 65_536  # of channels, blocks or steps that an argument of a network counts
+MOST_DOWNSAMPLING = 256
+MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
+MOST_VALUES = 10**6  # in a config
+
+
+def resolve_references(section, config: dict, where: str):
+    """Replace each `"@name"` (or `"$@name"`) in a section by the config's value of that name.
+
+    Nested names are written `@section::key`. No other `$` expression is evaluated: a config is data.
+
+    Raises:
+        UserError: a reference to nothing, to itself, or to more values than any config needs.
+    """
+    count = itertools.count()
+
+    def resolved(value, where: str, seen: tuple[str, ...]):
+        if next(count) > MOST_VALUES:  # each reference to a list of two references doubles it
+            raise UserError(f"{where}: references to references make more than {MOST_VALUES} values.")
+        if isinstance(value, dict):
+            return {key: resolved(one, f"{where}.{key}", seen) for key, one in value.items()}
+        if isinstance(value, list):
+            return [resolved(one, where, seen) for one in value]
+        if not isinstance(value, str) or not value.startswith(("@", "$")):
+            return value
+        name = value.removeprefix("$")
+        if not name.startswith("@"):
+            raise UserError(
+                f"{where}: {value!r} is an expression. A config is data: write the value itself, or @name."
+            )
+        name = name[1:].replace("#", "::")
+        if name in seen:
+            raise UserError(f"{where}: the reference @{name} leads back to itself.")
+        found = config
+        for part in name.split("::"):
+            if not isinstance(found, dict) or part not in found:
+                raise UserError(f"{where}: @{name} refers to a key that the config does not have.")
+            found = found[part]
+        return resolved(found, where, (*seen, name))
+
+    return resolved(section, where, ())
+
+
+def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Module]:
+    """The class that a `_target_` names, if it is a network (or scheduler) class of one of `packages`."""
+    module_name, _, class_name = target.rpartition(".")
+    package = next((p for p in packages if module_name == p or module_name.startswith(p + ".")), None)
+    if package is None:
+        raise UserError(
+            f"{where}: _target_ {target!r} is not allowed. It may name a class of {', '.join(packages)}."
+        )
+    if package == "generative.networks.schedulers":
+        # monai-generative 0.2.3 looks for IgniteInfo where MONAI no longer has it.
+        importlib.import_module("monai.config").IgniteInfo = IgniteInfo
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise UserError(f"{where}: _target_ {target!r} cannot be imported ({error}).") from None
+    if not (
+        isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(package)
+    ):
+        known = [n for n, c in vars(importlib.import_module(package)).items() if isinstance(c, type)]
+        near = difflib.get_close_matches(class_name, known, 1)
+        hint = f" Did you mean {package}.{near[0]}?" if near else ""
+        raise UserError(f"{where}: _target_ {target!r} is no network or scheduler class.{hint}")
+    return found
+
+
+def check_definition(definition: dict, packages: Sequence[str], where: str) -> type[nn.Module]:
+    """The class that a section's `_target_` names.
+
+    Raises:
+        UserError: it is none of these packages; or an argument that it does not have, of another type than
+            it declares, or beyond what any network counts.
+    """
+    cls = named_class(definition["_target_"], packages, where)
+    parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(cls.__init__)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in definition.keys() - {"_target_"}:
+        if key not in parameters and not takes_any:
+            near = difflib.get_close_matches(key, parameters, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
+        value, default = definition[key], parameters[key].default if key in parameters else None
+        if value is default is None:  # where an int is declared, at times
+            continue
+        if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
+            raise UserError(f"{where}.{key}: expected whole numbers from 0 to {MOST}, found {brief(value)}.")
+        if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
+            kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")
+            raise UserError(f"{where}.{key}: expected {kind}, found {brief(value)}.")
+    return cls
+
+
+def _leaves(value) -> Iterator:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        yield value
+    else:
+        for one in inner:
+            yield from _leaves(one)
+
+
+def _tuples(value):
+    """JSON has lists where some arguments are declared as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_a(value, kind) -> bool:
+    try:
+        check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return True
+
+
+def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Module:
+    """Build what a section with resolved references defines: `_target_` names the class, the rest its
+    arguments."""
+    cls = check_definition(definition, packages, where)
+    arguments = {key: value for key, value in definition.items() if key != "_target_"}
+    try:
+        built = cls(**arguments)
+    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+        raise UserError(f"{where}: {cls.__name__} refuses these arguments: {brief(error)}") from None
+    return norm_in_half(fuse_attention(built)) if packages is NETWORKS else built
+
+
+def check_networks(config: dict) -> None:
+    """See that the networks a config defines can be built, and fit its images and each other.
+
+    They are built on torch's meta device, where tensors have shapes and no values, and are given a small
+    volume: that takes no memory and, once their package is imported, a few tenths of a second.
+
+    Raises:
+        UserError: what does not fit is named.
+    """
+    for key in ("autoencoder_def", "diffusion_def"):
+        if key in config and downsampling(config[key]) > MOST_DOWNSAMPLING:
+            raise UserError(f"{key}: {len(_levels(config[key]))} levels are too many.")
+    with torch.device("meta"), torch.no_grad():
+        images = small_input(config, "autoencoder_def")
+        autoencoder = _checked_layers(config, "autoencoder_def")
+        with _explained("autoencoder_def", "as an autoencoder", images):
+            latents = autoencoder.encode(images)[0]
+            reconstruction = autoencoder.decode(latents)
+        _check_same("autoencoder_def: it reconstructs", reconstruction, "images", images)
+        if "diffusion_def" not in config:
+            return
+        unet = _checked_layers(config, "diffusion_def")
+        with _explained("diffusion_def", "with the autoencoder's latents", latents):
+            output = unet(latents, timesteps=torch.zeros(1))
+        _check_same("diffusion_def: it predicts", output, "latents", latents)
+
+
+def small_input(config: dict, key: str) -> torch.Tensor:
+    """The smallest images (1, C, D, H, W) that both networks take, or, for `diffusion_def`, such latents: on
+    torch's meta device."""
+    sides, channels = [2 * network_divisor(config)] * config["spatial_dims"], config["image_channels"]
+    if key == "diffusion_def":
+        sides, channels = latent_size(config, sides), config[key]["in_channels"]
+    return torch.empty(1, channels, *sides, device="meta")
+
+
+def _checked_layers(config: dict, key: str) -> nn.Module:
+    network = instantiate(config[key], NETWORKS, key)
+    empty = next((name for name, weight in network.named_parameters() if not weight.numel()), None)
+    if empty is not None:
+        raise UserError(f"{key}: {empty} has no weights. Expected 1 or more channels, found a 0.")
+    return network.eval()
+
+
+@contextlib.contextmanager
+def _explained(key: str, use: str, given: torch.Tensor) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+        shape = " x ".join(map(str, given.shape))
+        raise UserError(f"{key}: it cannot be used {use} ({shape}): {brief(error)}") from None
+
+
+def _check_same(what: str, made: torch.Tensor, of: str, given: torch.Tensor) -> None:
+    if made.shape != given.shape:
+        made, given = (" x ".join(map(str, tensor.shape)) for tensor in (made, given))
+        raise UserError(f"{what} {made} from {of} of {given}. In and out should be of one size.")
+
+
+def _levels(definition: dict) -> list:
+    levels = definition.get("channels", definition.get("num_channels"))
+    if not isinstance(levels, list) or not levels:
+        raise UserError(f"{definition['_target_']}: `channels` should list the channels of each level.")
+    return levels
+
+
+def downsampling(definition: dict) -> int:
+    """Factor between a network's finest and coarsest grid: 2 for each level after the first."""
+    return 2 ** (len(_levels(definition)) - 1)
+
+
+def latent_size(config: dict, size: Sequence[int]) -> list[int]:
+    """Sides of the latents of a volume of `size` voxels."""
+    factor = downsampling(config["autoencoder_def"])
+    return [side // factor for side in size]
+
+
+def network_divisor(config: dict) -> int:
+    """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
+    divisor = downsampling(config["autoencoder_def"])
+    return divisor * downsampling(config["diffusion_def"]) if "diffusion_def" in config else divisor
+
+
+def check_size(size: Sequence[int], divisor: int, where: str) -> None:
+    """Raise UserError unless `divisor` divides each side, with the nearest sizes that it does divide; or for
+    more voxels than there may be."""
+    if math.prod(size) > MOST_VOXELS:
+        raise UserError(f"{where}: {list(size)} are more than {MOST_VOXELS} voxels.")
+    if any(side % divisor for side in size):
+        near = [
+            sorted({max(divisor, side // divisor * divisor), -(-side // divisor) * divisor}) for side in size
+        ]
+        choices = " x ".join(" or ".join(map(str, sides)) for sides in near)
+        raise UserError(
+            f"{where}: {list(size)} does not fit the networks, which need multiples of {divisor}: {choices}."
+        )
+
+
+def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], where: str) -> None:
+    """Raise UserError where patches of this size leave the discriminator nothing to judge."""
+    side = min(size)
+    for module in discriminator.modules():
+        if isinstance(module, nn.Conv3d):
+            side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
+    # Instance normalisation needs more than one value, hence at least 2 after the last convolution but one.
+    if side < 1:
+        raise UserError(
+            f"{where}: {list(size)} is too small for the discriminator. Lower its `num_layers_d` or set "
+            "adversarial_weight to 0."
+        )

@@ -1,0 +1,293 @@
+"""Write and read checkpoints: whole or not there, and never code."""
+
+import hashlib
+import json
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from jsonschema import validators
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+from ldm import UserError, brief
+from ldm.system.files import written_whole
+from ldm.system.schemas import StrictValidator, fault, fields
+
+FORMAT = 1
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+
+def _is_dense(_, value) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _is_floats(_, value) -> bool:
+    return _is_dense(_, value) and value.is_floating_point()
+
+
+def _is_sum(_, value) -> bool:
+    return _is_floats(_, value) and value.shape == (2,) and bool(value.isfinite().all())
+
+
+def _is_plain_object(_, value) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict)
+
+
+def _is_interval(_, value) -> bool:
+    number = StrictValidator({"type": "number"}).is_valid
+    return isinstance(value, list) and len(value) == 2 and all(map(number, value)) and value[0] < value[1]
+
+
+def _is_array(_, value) -> bool:
+    return isinstance(value, list | tuple)
+
+
+TYPES = {
+    "array": _is_array,
+    "dense tensor": _is_dense,
+    "dense tensor of floats": _is_floats,
+    "sum and count": _is_sum,
+    "plain object": _is_plain_object,
+    "interval": _is_interval,
+}
+
+Validator = validators.extend(StrictValidator, type_checker=StrictValidator.TYPE_CHECKER.redefine_many(TYPES))
+
+WEIGHTS = {  # a state dict
+    "type": "object",
+    "minProperties": 1,
+    "propertyNames": {"type": "string"},
+    "additionalProperties": {"type": "dense tensor"},
+}
+
+WEIGHTS_OR_NONE = {**WEIGHTS, "type": ["object", "null"]}
+FLOATS = {"type": "dense tensor of floats"}
+AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
+COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
+HASHES = {"type": "array", "items": {"type": "string"}}
+SCALE_FACTOR = {"type": "number", "minimum": 1e-9, "maximum": 1e9}  # 1 / std of latents, with room to spare
+
+
+def _array(items: dict, count: int) -> dict:
+    return {"type": "array", "items": items, "minItems": count, "maxItems": count}
+
+
+def _stepper(state: dict, **more) -> dict:
+    """What `ldm.training.step.Stepper` saves; whether it fits the parameters is checked there."""
+    adam = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS)
+    optimizer = fields(
+        state={"type": "object", "additionalProperties": adam, **state},
+        param_groups=_array(fields(lr=AMOUNT, betas=_array(AMOUNT, 2)), 1),
+    )
+    factors = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), POSITIVE)
+    scaling = fields(**factors, growth_interval=SIZE, _growth_tracker=COUNT)
+    scaler = {"type": "object", "anyOf": [{"maxProperties": 0}, scaling]}
+    return {**fields(optimizer=optimizer, scaler=scaler), **more}
+
+
+DIVISION = ("batches_per_epoch", "cases_per_batch", "accumulate_steps")
+COUNTS = ("epoch", "batch", "step", "masked", "lines", *DIVISION)
+ENTRIES = {  # of a checkpoint of this project: what each is, in those that have it
+    "format": SIZE,
+    "model": WEIGHTS,
+    "config": {"type": "plain object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
+    # on what, and how far it was trained
+    "subjects": fields(training=HASHES, validation=HASHES),
+    **dict.fromkeys(COUNTS, COUNT),
+    "seconds": AMOUNT,
+    "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},
+    # what the next step follows from; a discriminator makes its first after the warm-up
+    "stepper": _stepper({"minProperties": 1}),
+    "ema": WEIGHTS_OR_NONE,
+    "discriminator": WEIGHTS_OR_NONE,
+    "discriminator_stepper": _stepper({}, type=["object", "null"]),
+    # how good it is
+    "best": {"type": "number"},
+    "validation": {"type": "object", "properties": {"power": {"type": "number"}}},
+    # what the weights of a diffusion model mean nothing without
+    "scale_factor": SCALE_FACTOR,
+    "autoencoder": {"type": "string"},  # `weights_hash`
+    "latent_shape": _array(SIZE, 4),
+    "shift": POSITIVE,  # of the times of rectified flow; None of other schedules is anything but 1
+    "geometry": fields(
+        spacing=_array(POSITIVE, 3),
+        size=_array(SIZE, 3),
+        limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
+    ),
+}
+
+CHECKPOINT = Validator(
+    {
+        "type": "object",
+        "properties": ENTRIES,
+        "required": ["format", "model", "config"],
+        "dependentRequired": {"scale_factor": ["autoencoder", "latent_shape", "geometry"]},
+    }
+)
+
+
+def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None:
+    """Write a checkpoint, whole or not at all; the one before becomes `keep`.
+
+    Raises:
+        OSError: as `written_whole`.
+    """
+    with written_whole(path, keep) as file:
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+            cause = error.__cause__ or error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(brief(error)) from None
+
+
+def save_safetensors(path: Path, content: dict) -> None:
+    """Write what a checkpoint holds beside what a training goes on from, as a safetensors file: the weights
+    under their plain names, and in the metadata each other entry as JSON and a SHA-256 over all.
+
+    Raises:
+        OSError: as `written_whole`.
+    """
+    entries = {"format": FORMAT, **content}
+    state = {name: tensor.contiguous() for name, tensor in entries.pop("model").items()}
+    metadata = {key: json.dumps(value) for key, value in entries.items()}
+    with written_whole(path) as file:
+        file.write(to_safetensors(state, {**metadata, "sha256": _digest(metadata, state)}))
+
+
+def _read_safetensors(path: Path) -> dict:
+    """What `save_safetensors` wrote, or `{"model": state}` of a file that others wrote.
+
+    Raises:
+        UserError: the SHA-256 is that of other content; others' files have none.
+    """
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata() or {}, file.keys()
+        state = {name: file.get_tensor(name) for name in names}
+    digest = metadata.pop("sha256", None)
+    if digest is None and "config" not in metadata:
+        return {"model": state}
+    if digest != _digest(metadata, state):
+        raise UserError(f"{path}: damaged (its SHA-256 is another). Use another checkpoint.")
+    return {**{key: json.loads(value) for key, value in metadata.items()}, "model": state}
+
+
+def _digest(metadata: dict[str, str], state: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{sorted(metadata.items())} {weights_hash(state)}".encode()).hexdigest()
+
+
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict: names, types, shapes and values, whatever the file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+MADE_BY = {"autoencoder": "train_autoencoder.py", "unet": "train_diffusion.py"}
+
+
+def require_checkpoint(path: Path, role: str) -> None:
+    """Raise UserError, with the next step, unless the checkpoint of a role (one of `MADE_BY`) is there."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such checkpoint. Run {MADE_BY[role]} first, or name a file of weights by --{role}."
+        )
+
+
+def _read_pickle(path: Path) -> dict:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise UserError(f"{path}: damaged ({damaged} fails its checksum). Use another checkpoint.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles and TorchScript, which an error tells better
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    """Why torch.load refuses a file. Torch's own words advise to read it with `weights_only=False`,
+    which runs whatever code it holds."""
+    more = re.search(r"GLOBAL (\S+)", text := str(error))
+    if more or (zipfile.is_zipfile(path) and "TorchScript" in text):
+        kind = f"a pickle that holds more than tensors ({more[1]})" if more else "a TorchScript program"
+        return (
+            f"{kind}. It is refused, since reading it could run code. Save its weights alone where you trust "
+            "it: docs/TROUBLESHOOTING.md, Weights from elsewhere."
+        )
+    reason = "" if "weights_only" in text else f" ({brief(f'{type(error).__name__}: {text}')})"
+    return f"not a checkpoint of tensors, or damaged{reason}. Copy it again, or use another."
+
+
+def load_checkpoint(path: Path, role: str | None = None) -> dict:
+    """Read a checkpoint of this project, or weights that others released, on the CPU; a file named
+    `*.safetensors` as such.
+
+    Args:
+        role: which network is meant, where a file of others holds several: one of `MADE_BY`.
+
+    Returns:
+        The checkpoint; weights of others come as `{"model": state}`, with their `scale_factor` where the file
+        has one.
+
+    Raises:
+        UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do, or
+            the SHA-256 of safetensors), holding more than tensors and plain values, of a later format,
+            with an entry that is not what `ENTRIES` says, or with several networks none of which is meant.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path.")
+    try:
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
+        raise UserError(f"{path}: {_why_unread(path, error)}") from None
+    factor = content.get("scale_factor") if isinstance(content, dict) else None
+    if isinstance(factor, torch.Tensor) and factor.numel() == 1:  # as MAISI has it
+        content = {**content, "scale_factor": factor.item()}
+    if isinstance(content, dict) and "format" in content:
+        version = content["format"]
+        if StrictValidator(SIZE).is_valid(version) and version > FORMAT:
+            raise UserError(f"{path}: written by a later version of this project (format {brief(version)}).")
+        if what := fault(CHECKPOINT, content):
+            raise UserError(f"{path}: an entry is not what it should be: {what}. Use another checkpoint.")
+        return content
+    return _weights_of_others(path, content, role)
+
+
+STATE_DICTS = ("state_dict", "model", "model_state_dict")  # MONAI's, Lightning's and others' habits
+KNOWN_BY = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
+
+
+def _weights_of_others(path: Path, content: object, role: str | None) -> dict:
+    """The one state dict of a file, or the one of its role, and the scale factor beside it."""
+    is_weights = Validator(WEIGHTS).is_valid
+    if is_weights(content):
+        return {"model": content}
+    networks = {k: v for k, v in content.items() if is_weights(v)} if isinstance(content, dict) else {}
+    if not networks:
+        raise UserError(f"{path}: holds neither a checkpoint of this project nor a state dict.")
+    meant = [key for key in networks if any(word in str(key).lower() for word in KNOWN_BY.get(role, ()))]
+    usual = [key for key in STATE_DICTS if key in networks]
+    chosen = meant or usual[:1] or list(networks)
+    if len(chosen) > 1:
+        raise UserError(
+            f"{path}: holds several networks ({brief(', '.join(map(str, chosen)))}). Save the state dict of "
+            "the one that is meant to a file of its own."
+        )
+    found = {"model": networks[chosen[0]]}
+    if "scale_factor" not in content:
+        return found
+    if what := fault(Validator(fields(scale_factor=SCALE_FACTOR)), content):
+        raise UserError(f"{path}: {what}. Use another checkpoint.")
+    return {**found, "scale_factor": content["scale_factor"]}

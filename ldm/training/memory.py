@@ -1,0 +1,380 @@
+"""The peak memory of a computation, predicted: it runs on tensors that have shapes and no values, and
+every allocation is counted.
+
+    with Meter(like_gpu=True) as meter:
+        network = build()
+        meter.hold("weights", network)
+        with meter.phase("training"):
+            network(images).mean().backward()
+    meter.peaks["training"].total
+
+torch's own MemTracker counts alike, but takes no step that calls one network twice, as an adversarial one
+does.
+"""
+
+import contextlib
+import copy
+import json
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ldm import UserError, brief
+from ldm.models.definitions import downsampling, network_divisor
+from ldm.system.ranks import Run, amp_dtype
+from ldm.training.step import Stepper
+
+GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
+BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
+PARTS = ("weights", "gradients", "optimiser", "averaged weights", "activations", "workspace")
+
+# What a library takes for itself during a convolution, in copies of its input, weight and output.
+# cuDNN, which lays tensors out anew: an allowance, NOT measured on a GPU (benchmarks/memory.py); oneDNN.
+GPU_COPIES, CPU_COPIES = 1.0, 1.0
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+# What CUDA's autocast computes in float32, and a CPU's in what it is given (torch's autocast_mode.h).
+FLOAT32_ON_CUDA = (
+    "group_norm", "layer_norm", "rms_norm", "softmax.int", "log_softmax.int", "softplus", "exp", "expm1",
+    "log", "log2", "log10", "log1p", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "reciprocal",
+    "rsqrt", "sum", "sum.dim_IntList", "cumsum", "logsumexp", "linalg_vector_norm", "cosine_similarity",
+    "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d",
+)  # fmt: skip
+
+NO_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+
+class ForecastError(Exception):
+    """The memory of a computation cannot be predicted. This says nothing about whether it can run."""
+
+
+@contextlib.contextmanager
+def forecasting() -> Iterator[None]:
+    """Raise a `ForecastError` in place of what a rehearsal raises, other than a `UserError`.
+
+    This catches `Exception`, since a network's own code runs here on tensors without values and may raise
+    anything: `NO_VALUES` where it asks for one, RuntimeError ("Cannot access data pointer"),
+    NotImplementedError of an operator without a meta kernel, AssertionError and TypeError of torch's own fake
+    kernels, and what the network makes of all these. None of it shows that the true computation would fail.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error.__context__, NO_VALUES):  # a network that cannot be built without values
+            raise _forecast_error(error.__context__) from None
+        raise
+    except Exception as error:
+        raise _forecast_error(error) from None
+
+
+def _forecast_error(error: Exception) -> ForecastError:
+    return ForecastError(f"the memory cannot be predicted ({type(error).__name__}: {brief(error)})")
+
+
+@contextlib.contextmanager
+def cuda_autocast_rules() -> Iterator[None]:
+    """Within, autocast on a CPU computes in float32 what it computes in float32 on CUDA."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in FLOAT32_ON_CUDA:
+        base, _, overload = name.partition(".")
+        library.impl(
+            name, _widened(getattr(getattr(torch.ops.aten, base), overload or "default")), "AutocastCPU"
+        )
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _widened(op: Callable) -> Callable:
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+    def kernel(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            args, kwargs = tree_map_only(torch.Tensor, widen, (args, kwargs))
+            return op(*args, **kwargs)
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by part (`PARTS`) at the moment when most are taken."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+    @property
+    def tensors(self) -> int:
+        """Without the libraries' workspace, which is an allowance: what does not fit in this cannot run."""
+        return self.total - self.parts["workspace"]
+
+
+class Meter(TorchDispatchMode):
+    """Within, tensors have no values, and what they would take is counted by part; networks have to be built
+    within.
+
+    Args:
+        like_gpu: autocast's rules, the allocator's blocks and the workspace of a GPU, else of this CPU. The
+            tensors say that they are on a CPU in both cases.
+        ranks: with more than one, DDP keeps the gradients from step to step.
+
+    Attributes:
+        peaks: {phase: Peak}.
+    """
+
+    def __init__(self, like_gpu: bool, ranks: int = 1):
+        super().__init__()
+        self.like_gpu, self.ranks, self.peaks = like_gpu, ranks, {}
+        self.copies = GPU_COPIES if like_gpu else CPU_COPIES
+        self.live = dict.fromkeys(PARTS, 0)
+        self.storages = {}  # id: [part, bytes, weak reference]
+        self.highest = None  # the peak so far of the phase that runs
+
+    def __enter__(self) -> "Meter":
+        with contextlib.ExitStack() as context:
+            enter = context.enter_context
+            enter(torch.inference_mode(False))  # in which autocast would be passed over
+            enter(torch.random.fork_rng(devices=[]))
+            enter(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            if self.like_gpu:
+                enter(cuda_autocast_rules())
+            enter(FakeTensorMode(allow_non_fake_inputs=True))
+            # torch does not move fake modules; they are where they should be.
+            enter(mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
+            self.context = context.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        super().__exit__(kind, error, traceback)
+        self.context.close()
+
+    def hold(self, part: str, *modules: nn.Module | None) -> None:
+        """Count the parameters and buffers of these modules as this part."""
+        for module in filter(None, modules):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                self._count(tensor, part)
+
+    def hold_steppers(self, steppers: Sequence[Stepper]) -> None:
+        """Take a first step, after which the optimisers have their state; and count gradients as such."""
+        for stepper in steppers:
+            for parameter in stepper.parameters:
+                parameter.register_post_accumulate_grad_hook(lambda p: self._count(p.grad, "gradients"))
+            self._fill_gradients(stepper)
+            stepper.scaler.scale(stepper.norm)  # the first call makes the scale, in fp16
+            take_steps([stepper])
+            for tensor in tree_leaves([dict(state) for state in stepper.optimizer.state.values()]):
+                self._count(tensor, "optimiser")
+            if self.ranks > 1 or stepper.section["accumulate_steps"] > 1:
+                self._fill_gradients(stepper)  # of the batches before the last
+
+    def _fill_gradients(self, stepper: Stepper) -> None:
+        for parameter in stepper.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            self._count(parameter.grad, "gradients")
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Keep the peak of what is done within as `peaks[name]`."""
+        self.highest = Peak(dict(self.live))
+        yield
+        self.peaks[name], self.highest = self.highest, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # which optimisers ask thousands of times
+            return torch.device("cpu")
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor)
+        workspace = 0
+        if func in CONVOLUTIONS:
+            tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+            workspace = int(self.copies * sum(x.nbytes for x in tensors))
+        self._note(workspace)
+        return result
+
+    def _note(self, workspace: int = 0) -> None:
+        """Keep what is taken now if it is the most so far in this phase."""
+        if self.highest and sum(self.live.values()) + workspace >= self.highest.total:
+            self.highest = Peak({**self.live, "workspace": workspace})
+
+    def _count(self, tensor: torch.Tensor, part: str | None = None) -> None:
+        """Count a tensor's storage once, as this part or as activations; or as another part than so far."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self.storages:
+            size = storage.nbytes()
+            size = -(-size // BLOCK) * BLOCK if self.like_gpu else size
+            self.storages[key] = ["activations", size, weakref.ref(storage, lambda _: self._forget(key))]
+            self.live["activations"] += size
+        counted = self.storages[key]
+        if part and part != counted[0]:
+            self.live[counted[0]] -= counted[1]
+            self.live[part] += counted[1]
+            counted[0] = part
+            self._note()
+
+    def _forget(self, key: int) -> None:
+        part, size, _ = self.storages.pop(key)
+        self.live[part] -= size
+
+
+def half_precision(gpu: bool) -> torch.dtype | None:
+    """What mixed precision computes in on this machine's GPU (where it has none: on one that has bf16), or on
+    this CPU."""
+    if gpu and not torch.cuda.is_available():
+        return torch.bfloat16
+    return amp_dtype(torch.device("cuda" if gpu else "cpu"))
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that are free for this process, and all that the GPU has; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, everything = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device), everything
+
+
+def take_steps(steppers: Sequence[Stepper]) -> None:
+    """Step with the gradients that there are, at a learning rate of 0, and clear them."""
+    for stepper in steppers:
+        stepper.clip()
+        stepper.step(0.0, torch.zeros((), device=stepper.norm.device))
+
+
+def table(peaks: dict[str, Peak]) -> str:
+    """The parts of each phase's peak in GB of 10^9 bytes, the largest phase first."""
+    peaks = dict(sorted(peaks.items(), key=lambda item: -item[1].total))
+    rows = [(part, [peak.parts[part] for peak in peaks.values()]) for part in PARTS]
+    rows = [row for row in rows if any(row[1])] + [("peak", [peak.total for peak in peaks.values()])]
+    lines = [f"{'GB':<18}" + "".join(f"{name:>12}" for name in peaks)]
+    return "\n".join(lines + [f"{what:<18}" + "".join(f"{n / GB:>12.2f}" for n in row) for what, row in rows])
+
+
+def highest(peaks: dict[str, Peak]) -> Peak:
+    """That of the phase that takes most."""
+    return max(peaks.values(), key=lambda peak: peak.total)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The peaks of a training script under a config, and of the same with a key changed.
+
+    Args:
+        rehearse: `(config, sizes, meter, run)`: within the meter, builds what the script builds and does
+            what it does, in phases.
+        stage: the config's section, "autoencoder_train" or "diffusion_train".
+        sizes: in voxels: stage 1's patches, the volumes that stage 2 encodes, those that stage 1 is validated
+            on. They stand in where the config leaves one open.
+        gpu: of a GPU, else of this CPU.
+        half: what mixed precision computes in; None: there is none here.
+        ranks: processes that train together. The peaks are those of each.
+    """
+
+    rehearse: Callable
+    stage: str
+    sizes: Sequence[Sequence[int]]
+    gpu: bool
+    half: torch.dtype | None
+    ranks: int = 1
+
+    def peaks(self, config: dict) -> dict[str, Peak]:
+        """{phase: Peak}.
+
+        Raises:
+            ForecastError: they cannot be predicted.
+            UserError: the networks cannot take the sizes.
+        """
+        first, second = config["autoencoder_train"], config["diffusion_train"]
+        own = first["patch_size"], second["patch_size"], first["val_patch_size"]
+        sizes = [mine or size for mine, size in zip(own, self.sizes, strict=True)]
+        meter = Meter(self.gpu, self.ranks)
+        run = Run(0, 1, torch.device("cpu"), self.half if config[self.stage]["amp"] else None)
+        with forecasting():
+            self.rehearse(config, sizes, meter, run)
+        return meter.peaks
+
+    def savings(self, config: dict, peaks: dict[str, Peak]) -> dict[str, int]:
+        """{`key=value ...`: bytes of the peak with it}, the lowest first, of the changes that bring it below
+        that of `peaks`."""
+        found, now = {}, highest(peaks).total
+        for change in self._changes(config, max(peaks, key=lambda name: peaks[name].total)):
+            changed = copy.deepcopy(config)
+            changed[self.stage] |= change
+            words = [f"{self.stage}.{key}={json.dumps(value)}" for key, value in change.items()]
+            with contextlib.suppress(UserError, ForecastError):  # too small for a network
+                found[" ".join(words).replace(", ", ",")] = highest(self.peaks(changed)).total
+        lower = sorted(found.items(), key=lambda item: item[1])
+        return {words: total for words, total in lower if total < now}
+
+    def _changes(self, config: dict, phase: str) -> list[dict]:
+        """Keys that may lower the peak of this phase."""
+        section, (patch, volume, shown) = config[self.stage], self.sizes
+        batch, steps, divisor = section["batch_size"], section["accumulate_steps"], network_divisor(config)
+        first, found = self.stage == "autoencoder_train", []
+        if not section["amp"] and self.half:
+            found.append({"amp": True})
+        if phase == "training" and not section["gradient_checkpointing"]:
+            found.append({"gradient_checkpointing": True})
+        if batch > 1 and (phase == "training" or phase == "validation" and not first):
+            found.append({"batch_size": 1, "accumulate_steps": batch * steps})
+        if section["ema_decay"] and phase != "encoding":
+            found.append({"ema_decay": 0})
+        if phase == "sampling":
+            found.append({"sample_interval": 0})
+        if first and phase == "validation" and list(shown) != list(patch):
+            found.append({"val_patch_size": list(patch)})
+        if first:
+            volume, divisor = patch, downsampling(config["autoencoder_def"])
+        found.append({"patch_size": [max(divisor, side * 3 // 4 // divisor * divisor) for side in volume]})
+        return found
+
+
+def listed(lower: dict[str, int]) -> str:
+    """`key=value (peak), or ...` of savings."""
+    return ", or ".join(f"{words} ({peak / GB:.1f} GB)" for words, peak in lower.items())
+
+
+def report(
+    peaks: dict[str, Peak],
+    lower: dict[str, int],
+    gpu: bool,
+    half: torch.dtype | None,
+    batch: int,
+    size: Sequence[int],
+) -> str:
+    """What a dry run prints: for what, the table, and what would lower the peak."""
+    where, size = "a GPU" if gpu else "this CPU", " x ".join(map(str, size))
+    lines = [
+        f"predicted for {where}: {batch} of {size} voxels at a time, {half or torch.float32}",
+        table(peaks),
+    ]
+    return "\n".join(lines + [f"less by {listed(lower)}"] * bool(lower))
