@@ -38,7 +38,7 @@ from ldm.data.datasets import VolumeDataset, WithDraws, stream
 from ldm.data.splits import subjects_of
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.models.autoencoder import LatentEncoder, set_posterior_std
+from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.definitions import check_discriminator_size, latent_size, small_input
 from ldm.models.initialisation import start_as_block_transform
 from ldm.models.layers import freeze_unreached, on_device
@@ -130,7 +130,7 @@ def discriminator_loss(
 
 @torch.no_grad()
 def judged_reconstruction(
-    encoder: LatentEncoder, criterion: AutoencoderLoss, image: torch.Tensor, slices: torch.Generator, run: Run
+    encoder: Autoencoder, criterion: AutoencoderLoss, image: torch.Tensor, slices: torch.Generator, run: Run
 ) -> tuple[torch.Tensor, dict]:
     """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, and the held-out loss with its
     terms. `slices` draws those that a 2D perceptual network compares."""
@@ -142,7 +142,7 @@ def judged_reconstruction(
 
 @torch.no_grad()
 def validate(
-    encoder: LatentEncoder, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
+    encoder: Autoencoder, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
 ) -> tuple[dict, dict]:
     """Reconstruct the held-out volumes, each rank its share. What is drawn is a function of the case alone.
 
@@ -179,7 +179,7 @@ def judge_again(
         return best["best"]
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, best["model"], str(files.best))
-    scores, _ = validate(LatentEncoder(on_device(autoencoder, run.device)), criterion, dataset, run)
+    scores, _ = validate(Autoencoder(on_device(autoencoder, run.device)), criterion, dataset, run)
     run.say(
         f"{files.best} was chosen by another measure. Its held-out loss by this config is "
         f"{scores['loss']:.4g}, which the next best has to beat."
@@ -199,7 +199,7 @@ def compared(scan: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequence
 class Networks:
     """The networks of stage 1 with their optimisers; the adversarial ones are None where that term is off."""
 
-    encoder: LatentEncoder
+    encoder: Autoencoder
     wrapped: nn.Module
     stepper: Stepper
     ema: nn.Module | None
@@ -216,7 +216,7 @@ class Networks:
     @property
     def shown(self) -> nn.Module:
         """The weights to validate and to keep: averaged, where there is an average."""
-        return (self.ema.module if self.ema else self.encoder).autoencoder
+        return (self.ema.module if self.ema else self.encoder).network
 
     def update_average(self) -> None:
         """After a step."""
@@ -226,7 +226,7 @@ class Networks:
     def state_dict(self) -> dict:
         """What a resumed run needs."""
         return {
-            "model": self.encoder.autoencoder.state_dict(),
+            "model": self.encoder.network.state_dict(),
             "stepper": self.stepper.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "discriminator": self.judge.state_dict() if self.judge else None,
@@ -236,7 +236,7 @@ class Networks:
     def load_state_dict(self, state: dict) -> None:
         """Take up a checkpoint."""
         where = str(state["path"])
-        load_weights(self.encoder.autoencoder, state["model"], where)
+        load_weights(self.encoder.network, state["model"], where)
         self.stepper.load_state_dict(state["stepper"], where)
         if self.ema and state["ema"]:
             load_weights(self.ema, state["ema"], f"{where}: ema")
@@ -263,9 +263,9 @@ def build_networks(
             f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
             f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
         )
-    encoder = LatentEncoder(autoencoder)
+    encoder = Autoencoder(autoencoder)
     freeze_unreached(encoder, small_input(config, "autoencoder_def"), 0.0)
-    encoder.autoencoder = utils.prepare_network(autoencoder, section, run)
+    utils.prepare_network(encoder.network, section, run)
     wrapped = utils.wrap_network(encoder, section, run, compiled)
     networks = Networks(
         encoder,
@@ -345,7 +345,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             take_steps(networks.steppers)
         with meter.phase("validation"):
             image = torch.zeros(1, channels, *val_size, device=run.device)
-            encoder = LatentEncoder(networks.shown).eval()
+            encoder = Autoencoder(networks.shown).eval()
             judged_reconstruction(encoder, networks.criterion, image, slices, run)
 
 
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     return
             if args.profile or not training.end_epoch():
                 continue
-            scores, pairs = validate(LatentEncoder(networks.shown), networks.criterion, val_set, run)
+            scores, pairs = validate(Autoencoder(networks.shown), networks.criterion, val_set, run)
             if training.is_best(scores["loss"]):
                 utils.keep_pair(environment, files.best, run)
             training.keep(scores)

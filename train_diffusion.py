@@ -39,7 +39,7 @@ from ldm.data.latents import Posteriors
 from ldm.data.splits import PARTS, check_unchanged, left_out, subjects_of
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import sample_latents
-from ldm.models.autoencoder import LatentEncoder, LatentMoments
+from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.definitions import latent_size, small_input
 from ldm.models.layers import freeze_unreached
 from ldm.models.weights import load_weights
@@ -75,7 +75,7 @@ class Latents:
 
     train: Posteriors | VolumeDataset
     val: Posteriors
-    encoder: LatentEncoder | None
+    encoder: Autoencoder | None
     autoencoder: str
     shape: list[int]
     geometry: dict
@@ -91,7 +91,7 @@ def encode_data(
 ) -> Latents:
     """Encode the training and held-out volumes."""
     encoder, workers = utils.load_autoencoder(autoencoder, config, run), config["data"]["num_workers"]
-    weights = weights_hash(encoder.autoencoder.state_dict())
+    weights = weights_hash(encoder.network.state_dict())
     check_same(resumed, weights, autoencoder)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
     geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
@@ -170,13 +170,13 @@ def one_of(dataset: Dataset, i: int) -> dict:
 
 
 @torch.no_grad()
-def posterior_of(batch: dict, encoder: LatentEncoder | None, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior_of(batch: dict, encoder: Autoencoder | None, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept, or encoded now, for this step alone,
     in the precision of the training."""
     if "mean" in batch:
         return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
     with run.autocast():
-        return encoder.posterior(batch["image"].to(run.device, non_blocking=True))
+        return encoder.encode(batch["image"].to(run.device, non_blocking=True))
 
 
 def prediction(
@@ -244,7 +244,8 @@ def validate(
 @torch.no_grad()
 def draw_samples(
     unet: nn.Module,
-    encoder: LatentEncoder,
+    encoder: Autoencoder,
+    scale_factor: float,
     process: NoiseProcess,
     shape: Sequence[int],
     steps: int,
@@ -258,7 +259,7 @@ def draw_samples(
             latents = sample_latents(
                 lambda x, t: unet(x, timesteps=t).float(), process, shape, [seed], steps, None, run.device
             )
-            volumes.append(encoder.decode(latents).cpu())
+            volumes.append(encoder.decode(latents / scale_factor).cpu())
     return torch.cat(volumes)
 
 
@@ -334,10 +335,8 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 
-    def define_encoder() -> LatentEncoder:
-        encoder = LatentEncoder(
-            configs.define_network(config, "autoencoder_def").eval().requires_grad_(False)
-        )
+    def define_encoder() -> Autoencoder:
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def").eval().requires_grad_(False))
         meter.hold("weights", encoder)
         return encoder
 
@@ -369,7 +368,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         if section["sample_interval"]:
             with torch.no_grad(), meter.phase("sampling"), run.autocast():
                 encoder = encoder or define_encoder()
-                encoder.autoencoder.decode(learner.shown(mean[:1], timesteps=t[:1]).float())
+                encoder.decode(learner.shown(mean[:1], timesteps=t[:1]).float())
 
 
 @utils.command
@@ -468,8 +467,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             validate_now, shown = training.end_epoch(), learner.shown
             if run.is_main and often and (training.done or epoch % often == 0):
                 decoder = source.encoder or utils.load_autoencoder(autoencoder, config, run)
-                decoder.scale_factor = scale_factor
-                volumes = draw_samples(shown, decoder, process, source.shape, section["sample_steps"], run)
+                volumes = draw_samples(
+                    shown, decoder, scale_factor, process, source.shape, section["sample_steps"], run
+                )
                 show_samples(volumes[:, 0], config["spacing"], epoch, model_dir)
                 for number, volume in zip(SAMPLE_SEEDS, volumes, strict=True):
                     picture = figures.three_planes(volume[0], config["spacing"])

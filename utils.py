@@ -34,7 +34,7 @@ from ldm.data.download import fetch_task01
 from ldm.data.layouts import find_cases
 from ldm.losses import missing_package
 from ldm.lowmem.slabwise import Budget
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.layers import add_checkpointing, on_device
 from ldm.models.weights import load_weights
 from ldm.system import messages, ranks
@@ -588,7 +588,7 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     return path
 
 
-def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> LatentEncoder:
+def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> Autoencoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share.
 
     Args:
@@ -599,7 +599,7 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))
     budget = Budget(max_memory * memory.GB) if max_memory else None
-    return LatentEncoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget=budget)
+    return Autoencoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget)
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:

@@ -13,7 +13,7 @@ from ldm import configs, generation
 from ldm.data import latents
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models import autoencoder as autoencoders
 from ldm.models.layers import on_device
 from ldm.system.ranks import Run
 from ldm.training.loop import Clock
@@ -86,14 +86,16 @@ class Diffusion:
         weights: of the UNet, to begin with.
     """
 
-    def __init__(self, config: dict, encoder: LatentEncoder, volumes: Dataset, run: Run, weights: dict):
+    def __init__(
+        self, config: dict, encoder: autoencoders.Autoencoder, volumes: Dataset, run: Run, weights: dict
+    ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
         kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
         first = train_diffusion.posterior_of(train_diffusion.one_of(kept, 0), encoder, run)[0]
         self.shape = list(first.shape[1:])
         source = train_diffusion.Latents(kept, kept, encoder, "", self.shape, {})
-        encoder.scale_factor = train_diffusion.measure_scale(source, run)
+        self.scale_factor = train_diffusion.measure_scale(source, run)
         self.dataset = train_diffusion.WithChance(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])
         self.learner = train_diffusion.build_learner(config, self.section["compile"], self.run)
@@ -108,7 +110,7 @@ class Diffusion:
             batch[key].to(self.run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
         )
         mean, std = train_diffusion.posterior_of(batch, self.encoder, self.run)
-        z0 = (mean + std * eps) * self.encoder.scale_factor
+        z0 = (mean + std * eps) * self.scale_factor
         t = self.process.draw_times(uniform, self.section["timestep_sampling"])
         loss = train_diffusion.diffusion_loss(
             self.learner.wrapped, self.process, z0, noise, t, self.run, self.section["min_snr_gamma"]
@@ -121,10 +123,19 @@ class Diffusion:
         self.clock.before, self.clock.started = seconds, time.monotonic()
 
 
-def sampling_networks(encoder: LatentEncoder, unet: nn.Module, process: NoiseProcess, latent_shape, size):
+def sampling_networks(
+    encoder: autoencoders.Autoencoder,
+    scale_factor: float,
+    unet: nn.Module,
+    process: NoiseProcess,
+    latent_shape,
+    size,
+):
     """Networks as `generation.draw` takes them."""
     geometry = {"size": list(size), "spacing": [1.0] * 3, "limits": [[0.0, 1.0]]}
-    return generation.Networks(encoder, unet.eval(), process, list(latent_shape), geometry, None)
+    return generation.Networks(
+        encoder, scale_factor, unet.eval(), process, list(latent_shape), geometry, None
+    )
 
 
 def default_sampler(process: NoiseProcess) -> tuple[str, int]:

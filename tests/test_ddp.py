@@ -21,7 +21,7 @@ from ldm import configs
 from ldm.data.datasets import VolumeDataset
 from ldm.data.layouts import find_cases
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.training.step import Stepper
 
 pytestmark = [
@@ -61,7 +61,7 @@ folder, data, split, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv.index
 torch.save(test_ddp.one_step(folder / "config.json", data), folder / f"step_{rank}.pt")
 
 built = []
-for name in ("LatentEncoder", "PatchDiscriminator"):
+for name in ("Autoencoder", "PatchDiscriminator"):
     def build(*args, cls=getattr(train_autoencoder, name), **kwargs):
         built.append(cls(*args, **kwargs))
         return built[-1]
@@ -89,7 +89,7 @@ def one_step(config_file: Path, data: Path) -> dict:
     for accumulate in (1, 2):
         section["accumulate_steps"] = accumulate
         torch.manual_seed(0)
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def"))
         network = utils.wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
         loss = train_autoencoder.AutoencoderLoss(section, None)

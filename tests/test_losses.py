@@ -23,7 +23,7 @@ from ldm.data.cases import Case
 from ldm.diffusion.process import NoiseProcess
 from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence, least_squares, unit_vectors
 from ldm.models import perceptual
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate, resolve_references
 from ldm.system.ranks import Run
 from ldm.training.loop import Means
@@ -296,7 +296,7 @@ def test_a_step_copies_nothing_that_is_waited_for(squeezenet):
     config = resolve_references(config, config, "config")
     encoder, unet = (
         build(instantiate(config[key], NETWORKS, key)).to("meta")
-        for build, key in ((LatentEncoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
+        for build, key in ((Autoencoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
     )
     judge = PatchDiscriminator(spatial_dims=3, channels=4, in_channels=1, num_layers_d=1).to("meta")
     stepper = types.SimpleNamespace(
