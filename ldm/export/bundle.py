@@ -7,6 +7,7 @@ project's own functions, so that it needs torch, MONAI and nibabel only.
 
 import importlib
 import inspect
+import math
 import re
 import shutil
 import warnings
@@ -23,7 +24,7 @@ from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.export.model_card import version_of
 from ldm.generation import Networks, nifti_bytes
-from ldm.models.definitions import downsampling, network_divisor
+from ldm.models.definitions import latent_size, network_divisor
 from ldm.system.checkpoints import save_safetensors, weights_hash
 from ldm.system.files import sha256_of, write_json, written_whole
 
@@ -118,13 +119,13 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     def noisy(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return *latents(batch, size), torch.rand(batch, generator=generator) * last
 
-    divisor, factor = network_divisor(config), downsampling(config["autoencoder_def"])
-    image_size, latent_size = networks.geometry["size"], networks.latent_shape[1:]
+    sides = network_divisor(config)
+    divisor, latent_divisor = math.lcm(*sides), math.lcm(*latent_size(config, sides))
     sizes = {}
     for name, module, example, size, multiple in (
-        ("encode", Encode(autoencoder, scale_factor), images, image_size, divisor),
-        ("decode", Decode(autoencoder, scale_factor), latents, latent_size, divisor // factor),
-        ("unet", unet, noisy, latent_size, divisor // factor),
+        ("encode", Encode(autoencoder, scale_factor), images, networks.geometry["size"], divisor),
+        ("decode", Decode(autoencoder, scale_factor), latents, networks.latent_shape[1:], latent_divisor),
+        ("unet", unet, noisy, networks.latent_shape[1:], latent_divisor),
     ):
         script, general = traced(name, module.eval(), example, size, multiple)
         with written_whole(folder / f"{name}.ts") as file:

@@ -16,12 +16,13 @@ from torch import nn
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from ldm import UserError, brief
+from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import fuse_attention, norm_in_half
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
 SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
 MOST = 65_536  # of channels, blocks or steps that an argument of a network counts
-MOST_DOWNSAMPLING = 256
+MOST_LEVELS = 9  # a factor of 256
 MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
 MOST_VALUES = 10**6  # in a config
 
@@ -152,14 +153,18 @@ def check_networks(config: dict) -> None:
     """See that the networks a config defines can be built, and fit its images and each other.
 
     They are built on torch's meta device, where tensors have shapes and no values, and are given a small
-    volume: that takes no memory and, once their package is imported, a few tenths of a second.
+    volume, and zeros for the conditions that the UNet needs. That takes no memory and, once their package is
+    imported, a few tenths of a second.
 
     Raises:
         UserError: what does not fit is named.
     """
-    for key in ("autoencoder_def", "diffusion_def"):
-        if key in config and downsampling(config[key]) > MOST_DOWNSAMPLING:
-            raise UserError(f"{key}: {len(_levels(config[key]))} levels are too many.")
+    for key in [key for key in ("autoencoder_def", "diffusion_def") if key in config]:
+        dims, expected = config[key].get("spatial_dims"), config["spatial_dims"]
+        if (type(dims), dims) != (int, expected):
+            raise UserError(f"{key}.spatial_dims: expected {expected}, found {brief(dims)}.")
+        if (levels := len(_levels(config[key]))) > MOST_LEVELS:
+            raise UserError(f"{key}: {levels} levels are too many. Expected at most {MOST_LEVELS}.")
     with torch.device("meta"), torch.no_grad():
         images = small_input(config, "autoencoder_def")
         autoencoder = _checked_layers(config, "autoencoder_def")
@@ -169,16 +174,22 @@ def check_networks(config: dict) -> None:
         _check_same("autoencoder_def: it reconstructs", reconstruction, "images", images)
         if "diffusion_def" not in config:
             return
-        unet = _checked_layers(config, "diffusion_def")
+        unet, found = _checked_layers(config, "diffusion_def"), config["diffusion_def"].get("out_channels")
+        if found != latents.shape[1]:
+            raise UserError(
+                f"diffusion_def.out_channels: expected {latents.shape[1]}, as many as the latents of the "
+                f"autoencoder have, found {brief(found)}."
+            )
         with _explained("diffusion_def", "with the autoencoder's latents", latents):
-            output = unet(latents, timesteps=torch.zeros(1))
+            cond = example_cond(config["diffusion_def"], 1, latents.shape[2:])
+            output = predict(unet, latents, torch.zeros(1), cond)
         _check_same("diffusion_def: it predicts", output, "latents", latents)
 
 
 def small_input(config: dict, key: str) -> torch.Tensor:
-    """The smallest images (1, C, D, H, W) that both networks take, or, for `diffusion_def`, such latents: on
-    torch's meta device."""
-    sides, channels = [2 * network_divisor(config)] * config["spatial_dims"], config["image_channels"]
+    """The smallest images (1, C, D, H, W) that both networks take or, for `diffusion_def`, such inputs of the
+    UNet, with the channels of its conditions; on torch's meta device."""
+    sides, channels = [2 * side for side in network_divisor(config)], config["image_channels"]
     if key == "diffusion_def":
         sides, channels = latent_size(config, sides), config[key]["in_channels"]
     return torch.empty(1, channels, *sides, device="meta")
@@ -207,6 +218,9 @@ def _check_same(what: str, made: torch.Tensor, of: str, given: torch.Tensor) -> 
         raise UserError(f"{what} {made} from {of} of {given}. In and out should be of one size.")
 
 
+# ---------------------------------------------------------------- sizes
+
+
 def _levels(definition: dict) -> list:
     levels = definition.get("channels", definition.get("num_channels"))
     if not isinstance(levels, list) or not levels:
@@ -214,43 +228,51 @@ def _levels(definition: dict) -> list:
     return levels
 
 
-def downsampling(definition: dict) -> int:
-    """Factor between a network's finest and coarsest grid: 2 for each level after the first."""
-    return 2 ** (len(_levels(definition)) - 1)
+def downsampling_factor(definition: dict) -> tuple[int, ...]:
+    """Factor between a network's finest and coarsest grid along each axis: 2 for each level after the
+    first."""
+    return (2 ** (len(_levels(definition)) - 1),) * definition["spatial_dims"]
 
 
 def latent_size(config: dict, size: Sequence[int]) -> list[int]:
     """Sides of the latents of a volume of `size` voxels."""
-    factor = downsampling(config["autoencoder_def"])
-    return [side // factor for side in size]
+    factor = downsampling_factor(config["autoencoder_def"])
+    return [side // step for side, step in zip(size, factor, strict=True)]
 
 
-def network_divisor(config: dict) -> int:
+def network_divisor(config: dict) -> tuple[int, ...]:
     """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
-    divisor = downsampling(config["autoencoder_def"])
-    return divisor * downsampling(config["diffusion_def"]) if "diffusion_def" in config else divisor
+    factors = [
+        downsampling_factor(config[key]) for key in ("autoencoder_def", "diffusion_def") if key in config
+    ]
+    return tuple(math.prod(axis) for axis in zip(*factors, strict=True))
 
 
-def check_size(size: Sequence[int], divisor: int, where: str) -> None:
+def per_axis(values: Sequence[int]) -> str:
+    """`4`, or `4 x 4 x 2` where the axes differ."""
+    return str(values[0]) if len(set(values)) == 1 else " x ".join(map(str, values))
+
+
+def check_size(size: Sequence[int], divisor: Sequence[int], where: str) -> None:
     """Raise UserError unless `divisor` divides each side, with the nearest sizes that it does divide; or for
     more voxels than there may be."""
     if math.prod(size) > MOST_VOXELS:
         raise UserError(f"{where}: {list(size)} are more than {MOST_VOXELS} voxels.")
-    if any(side % divisor for side in size):
-        near = [
-            sorted({max(divisor, side // divisor * divisor), -(-side // divisor) * divisor}) for side in size
-        ]
+    pairs = list(zip(size, divisor, strict=True))
+    if any(side % step for side, step in pairs):
+        near = [sorted({max(step, side // step * step), -(-side // step) * step}) for side, step in pairs]
         choices = " x ".join(" or ".join(map(str, sides)) for sides in near)
         raise UserError(
-            f"{where}: {list(size)} does not fit the networks, which need multiples of {divisor}: {choices}."
+            f"{where}: {list(size)} does not fit the networks, which need multiples of {per_axis(divisor)}: "
+            f"{choices}."
         )
 
 
 def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], where: str) -> None:
-    """Raise UserError where patches of this size leave the discriminator nothing to judge."""
+    """Raise UserError where patches of this size are too small for the discriminator."""
     side = min(size)
     for module in discriminator.modules():
-        if isinstance(module, nn.Conv3d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
     # Instance normalisation needs more than one value, hence at least 2 after the last convolution but one.
     if side < 1:
