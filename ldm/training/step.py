@@ -131,32 +131,30 @@ def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
-class Average(AveragedModel):
+class EMA(AveragedModel):
     """Exponential moving average of the weights; the decay rises with the steps, (1 + n) / (10 + n), up to
     `decay`. Buffers are those of the network.
 
-    The count stays on the CPU: torch's own update copies it to the device at each step, and a function of it
-    back, for which a GPU is waited for.
+    The count of steps lies on the device: a step that is skipped is not averaged, and no one waits to know.
     """
 
     def __init__(self, network: nn.Module, decay: float):
-        super().__init__(network)
+        super().__init__(network, device=next(network.parameters()).device)
         self.decay = decay
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take up the weights after a step."""
-        n = int(self.n_averaged)
-        averages, weights = list(self.module.parameters()), list(model.parameters())
-        if n == 0:
-            torch._foreach_copy_(averages, weights)
-        else:
-            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
-        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
-        self.n_averaged += 1
+    def update(self, network: nn.Module, skip: torch.Tensor) -> None:
+        """Average the weights after a step, unless `skip` (0 or 1, on the device)."""
+        n = self.n_averaged.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
+        weight = ((1 - decay) * (1 - skip)).float()
+        averages, weights = list(self.module.parameters()), list(network.parameters())
+        torch._foreach_lerp_(averages, weights, [weight] * len(weights))
+        for average, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
+            average.copy_(torch.where(skip.bool(), average, buffer))
+        self.n_averaged += (1 - skip).long()
 
 
-def make_ema(network: nn.Module, decay: float) -> Average | None:
-    """The average of the weights, or None where there is none."""
-    return Average(network, decay) if decay else None
+def make_ema(network: nn.Module, decay: float) -> EMA | None:
+    """The average of the weights; None where `decay` is 0."""
+    return EMA(network, decay) if decay else None
