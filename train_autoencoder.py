@@ -35,6 +35,8 @@ import utils
 from ldm import UserError, configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, WithDraws, stream
+from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
 from ldm.metrics import band_power, reconstruction_metrics
@@ -325,7 +327,7 @@ def latent_shape_of(config: dict, autoencoder: nn.Module, size: Sequence[int]) -
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: a training step with all terms of the loss, and the validation of a
-    volume. `sizes` are those of `configs.patch_sizes`."""
+    volume. `sizes` are those of `patch_sizes`."""
     patch_size, _, val_size = sizes
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
@@ -369,9 +371,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
-    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
-    patch_size, _, val_size = sizes = configs.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing = configs.preprocessing_of(config)
+    train_cases, val_cases, spacing = prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
+    config = configs.with_spacing(config, spacing, resumed)
+    patch_size, _, val_size = sizes = patch_sizes(config, [*train_cases, *val_cases])
+    preprocessing = Preprocessing.from_config(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
