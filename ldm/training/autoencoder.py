@@ -1,4 +1,4 @@
-"""What stage 1 trains: autoencoder and discriminator with their optimisers; how it is validated; its memory."""
+"""What stage 1 trains: autoencoder and discriminator with their optimisers; its validation; its memory."""
 
 import math
 from collections.abc import Sequence

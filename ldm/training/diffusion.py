@@ -1,7 +1,7 @@
 """What stage 2 trains: the diffusion network with its optimiser; the samples drawn on the way; its memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ SAMPLE_SEEDS = (0, 1, 2, 3)
 
 @dataclass
 class DiffusionLearner:
-    """The diffusion network in training. `model` is the network as it is called in training: compiled, in DDP.
+    """The diffusion network in training. `model` is the network as training calls it: compiled, in DDP.
     `ema_model` is None where nothing is averaged."""
 
     unet: nn.Module
@@ -134,9 +134,8 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         if not section["latent_cache"]:
             autoencoder = define_autoencoder()
             image = torch.zeros(1, config["image_channels"], *size, device=run.device)
-            with torch.no_grad():
-                with meter.phase("encoding"), replace(run, amp_dtype=None).autocast():  # as latents.encode
-                    autoencoder.posterior(image)
+            with torch.no_grad(), meter.phase("encoding"):  # in float32, as `latents.encode`
+                autoencoder.posterior(image)
         learner = build_learner(config, False, run)
         meter.hold("weights", learner.unet)
         meter.hold("averaged weights", learner.ema_model)

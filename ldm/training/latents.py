@@ -11,7 +11,8 @@ from ldm.data import latents
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws
 from ldm.data.latents import Posteriors
-from ldm.data.splits import PARTS, check_unchanged, left_out
+from ldm.data.prepare import data_folders, find_data
+from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
 from ldm.lowmem.slabwise import Budget
 from ldm.models.autoencoder import LatentEncoder, LatentMoments
 from ldm.models.layers import on_device
@@ -36,9 +37,10 @@ class WithNoise(WithDraws):
 class Latents:
     """What the diffusion model learns from.
 
-    `train` and `val` serve posteriors, `train` images where each epoch has versions of its own. `autoencoder`
-    is None where the posteriors come from a cache. `weights` is the hash of the autoencoder's weights, `shape`
-    that of the latents, (c, d, h, w); `geometry` holds spacing, size and intensity limits of the volumes.
+    `train` and `val` serve posteriors, `train` images where each epoch has versions of its own.
+    `autoencoder` is None where the posteriors come from a cache. `weights` is the hash of the autoencoder's
+    weights, `shape` that of the latents, (c, d, h, w); `geometry` holds spacing, size and intensity limits of
+    the volumes.
     """
 
     train: Posteriors | VolumeDataset
@@ -104,6 +106,45 @@ def encode_data(
         train = latents.encode_all(autoencoder, train, run, workers, "encode training")
     shape = list(val.entries[0].shape[2:])
     return Latents(train, val, autoencoder, weights, shape, geometry)
+
+
+def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None, run: Run) -> Latents:
+    """The latents that cache_latents.py has written; no image is opened and no autoencoder built.
+
+    Args:
+        path: of the autoencoder's file, which may be missing.
+
+    Raises:
+        UserError: they are not those of this config, autoencoder and data.
+    """
+    folder, seed = environment["cache_dir"] / latents.LATENTS, config["seed"]
+    about = latents.what_latents_follow_from(config)
+    manifest = latents.open_cache(folder, about, path, run)
+    weights = manifest["autoencoder"]["weights"]
+    check_same(resumed, weights, path)
+
+    def check() -> None:
+        folders = data_folders(environment)
+        where = ", ".join(map(str, folders))
+        if all(one.exists() for one in folders):
+            train, val = find_data(config, environment, run.say)
+            if others := latents.check_data(folder, manifest, [*train, *val]):
+                run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
+        else:
+            run.say(f"data: {where} does not exist; training uses the latents in {folder} alone")
+        latents.check_split(folder, manifest, environment["model_dir"] / SPLIT)
+
+    run.from_main(check)
+    parts = []
+    for part in PARTS:
+        cases = [
+            Case(record["case"], (), subject=record.get("subject", record["case"]))
+            for record in manifest[part]
+        ]
+        parts.append(Posteriors(cases, [folder / record["entry"] for record in manifest[part]], seed))
+    if resumed:
+        check_unchanged(environment["model_dir"] / SPLIT, *(part.cases for part in parts), resumed)
+    return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
 
 
 def check_same(resumed: dict | None, weights: str, path: Path) -> None:

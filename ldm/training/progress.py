@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -331,8 +331,8 @@ class Progress:
             )
 
     def _log_copies(self) -> None:
-        """Log the numbers that were copied from the device at an earlier step. They have arrived: `Guard.read`
-        has seen a later step end."""
+        """Log the numbers that were copied from the device at an earlier step. They have arrived, since
+        `Guard.read` has seen a later step end."""
         if self.copies:
             numbers, step = self.copies
             self.log.scalars(step, {**numbers, "memory/peak_gb": peak_memory_gb(self.run.device)})
@@ -342,8 +342,8 @@ class Progress:
     # ------------------------------------------------------------ saving
 
     def must_save(self) -> bool:
-        """Whether to save after this step: `save_minutes` have passed, or a signal asks to stop. The last step
-        of an epoch leaves that to its end."""
+        """Whether to save after this step: `save_minutes` have passed, or a signal asks to stop. After the
+        last step of an epoch, `end_epoch` saves."""
         if self.share >= 1 or self.batch == len(self.loader):
             return False
         alone = self.run.world_size == 1 and self.interruption.signal is not None  # no rank to agree with

@@ -1,5 +1,4 @@
-"""One step of training: learning rate, scaled backward, clipping, averaged weights, what the ranks agree on,
-and how far a run is."""
+"""One step of training: learning rate, scaled backward, clipping, the step, averaged weights."""
 
 import contextlib
 import math
@@ -23,7 +22,7 @@ def learning_rate(section: dict, world_size: int, progress: float, step: int, ep
 
 
 class Stepper:
-    """One optimiser: scaled backward, accumulation, clipping, and a step that can be masked.
+    """One optimiser: scaled backward, accumulation, clipping, and a step that can be skipped.
 
     Args:
         network: the wrapped network, whose gradients are summed over ranks on the last of the accumulated
@@ -43,6 +42,11 @@ class Stepper:
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.norm = torch.zeros((), device=device)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def accumulating(self, last: bool):
         """Context of a forward and backward pass; ranks exchange gradients only on the last batch of a
@@ -65,12 +69,12 @@ class Stepper:
         scale = self.scaler.scale(torch.ones_like(self.norm))
         return self.norm.isfinite() | (scale > 1)
 
-    def step(self, rate: float, masked: torch.Tensor) -> None:
-        """Step at this learning rate unless `masked` (0 or 1, on the device) or an overflow forbids it; clear
+    def step(self, rate: float, skip: torch.Tensor) -> None:
+        """Step at this learning rate unless `skip` (0 or 1, on the device) or an overflow forbids it; clear
         the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.found_inf = torch.maximum(masked.float(), (~self.norm.isfinite()).float())
+        self.optimizer.found_inf = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
         self.optimizer.grad_scale = None
         self.optimizer.step()
         self.scaler.update()
