@@ -46,8 +46,9 @@ from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
 from ldm.training.loop import Training
-from ldm.training.memory import Meter, take_steps
-from ldm.training.run_folder import StageFiles
+from ldm.training.memory import Meter, check_fits, take_steps
+from ldm.training.profiler import profiled
+from ldm.training.run_folder import StageFiles, keep_pair, lock_run_folder
 from ldm.training.step import Stepper, make_ema
 
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
@@ -354,18 +355,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration, processes, device
     parser = utils.training_parser(__doc__)
     args = parser.parse_args(argv)
-    config = utils.load_config(args.config_file, args.set)
+    config = utils.load_training_config(args, "autoencoder_train")
     if args.dry_run:
-        return utils.tell_memory(rehearse, config, "autoencoder_train", args)
+        return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file)
     section, seed = config["autoencoder_train"], config["seed"]
     utils.check_writable(environment, *utils.FOLDERS)
     criterion = AutoencoderLoss(section, environment["perceptual_weights"])  # before anything is downloaded
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
-    utils.claim(model_dir, run)
+    lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
-    resumed = utils.starting_point(args, config, environment, "autoencoder", files, run)
+    resumed = utils.resume_or_start(args, config, environment, "autoencoder", files, run)
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
@@ -380,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warn_of_padding(train_cases, config["spacing"], patch_size, run.say)
 
     # Step 2: networks
-    utils.refuse_what_cannot_fit(rehearse, config, "autoencoder_train", sizes, args, run)
+    check_fits(rehearse, config, "autoencoder_train", sizes, run)
     autoencoder = configs.define_network(config, "autoencoder_def")
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
@@ -389,8 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if section["initial_posterior_std"]:
         set_posterior_std(autoencoder, section["initial_posterior_std"])
-    compiled = section["compile"] if args.compile is None else args.compile
-    networks = build_networks(config, autoencoder, patch_size, val_size, criterion, compiled, run)
+    networks = build_networks(config, autoencoder, patch_size, val_size, criterion, section["compile"], run)
     latent_shape = latent_shape_of(config, autoencoder, patch_size)
     loader = utils.make_loader(WithPosteriorDraw(train_set, latent_shape, seed), section, config, run)
 
@@ -407,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # Step 4: training
-    with utils.profiled(args.profile, model_dir, run) as after_step:
+    with profiled(args.profile, model_dir, run) as after_step:
         for epoch in training.epochs():
             networks.encoder.train()
             adversarial_on = networks.judge is not None and epoch >= section["adversarial_warmup_epochs"]
@@ -422,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             scores, pairs = validate(LatentEncoder(networks.shown), networks.criterion, val_set, run)
             if training.is_best(scores["loss"]):
-                utils.keep_pair(environment, files.best, run)
+                keep_pair(environment, files.best, run)
             training.keep(scores)
             told = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
             training.bar.set_description(f"autoencoder, held-out {told}")

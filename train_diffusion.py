@@ -46,8 +46,9 @@ from ldm.models.weights import load_weights
 from ldm.system.checkpoints import weights_hash
 from ldm.system.ranks import Run
 from ldm.training.loop import Training
-from ldm.training.memory import Meter, take_steps
-from ldm.training.run_folder import StageFiles
+from ldm.training.memory import Meter, check_fits, take_steps
+from ldm.training.profiler import profiled
+from ldm.training.run_folder import StageFiles, lock_run_folder
 from ldm.training.step import Stepper, make_ema
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
@@ -378,11 +379,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.training_parser(__doc__)
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
-    config = utils.load_config(args.config_file, args.set)
+    config = utils.load_training_config(args, "diffusion_train")
     section, noise = config["diffusion_train"], config["NoiseScheduler"]
     section["timestep_sampling"] = check_scheduler(noise, section["timestep_sampling"])
     if args.dry_run:
-        return utils.tell_memory(rehearse, config, "diffusion_train", args)
+        return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
     utils.check_writable(environment, *utils.FOLDERS)
     seed = config["seed"]
@@ -390,9 +391,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
-    utils.claim(model_dir, run)
+    lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
-    resumed = utils.starting_point(args, config, environment, "diffusion", files, run)
+    resumed = utils.resume_or_start(args, config, environment, "diffusion", files, run)
 
     # Step 1: latents
     if section["latent_cache"]:
@@ -401,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         volumes = utils.volumes_to_encode(config, environment, run, args.skip_bad, autoencoder, resumed)
         size = list(volumes[0].size)
-    utils.refuse_what_cannot_fit(rehearse, config, "diffusion_train", [size] * 3, args, run)
+    check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:
         source = encode_data(config, *volumes, autoencoder, resumed, run)
 
@@ -432,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 3: the diffusion network, and where to go on
     torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
-    learner = build_learner(config, section["compile"] if args.compile is None else args.compile, run)
+    learner = build_learner(config, section["compile"], run)
     # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
     workers = 0 if source.in_memory and run.device.type == "cpu" else None
     loader = utils.make_loader(WithChance(source.train, source.shape, seed), section, config, run, workers)
@@ -445,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # Step 4: training
-    with utils.profiled(args.profile, model_dir, run) as after_step:
+    with profiled(args.profile, model_dir, run) as after_step:
         for epoch in training.epochs():
             learner.unet.train()
             for _, batch, last in training.batches():

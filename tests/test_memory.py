@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import nibabel as nib
@@ -363,11 +362,8 @@ def test_what_may_fit_is_only_warned_of(tmp_path, monkeypatch, free, everything)
     parts = {**dict.fromkeys(memory.PARTS, 0), "activations": 10**8, "workspace": 10**8}
     monkeypatch.setattr(Forecast, "peaks", lambda self, config: {"training": memory.Peak(parts)})
     monkeypatch.setattr(memory, "gpu_memory", lambda device: (free, everything))
-    args = Namespace(compile=None, amp=None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        utils.refuse_what_cannot_fit(
-            train_autoencoder.rehearse, config(), "autoencoder_train", SIZES, args, CPU
-        )
+        memory.check_fits(train_autoencoder.rehearse, config(), "autoencoder_train", SIZES, CPU)
     assert out.getvalue().startswith("warning: autoencoder_train: expected peak 0.2 GB. Of the GPU's ")
 
 

@@ -76,7 +76,7 @@ class Training:
         loader: of `make_loader`.
         files: the stage's checkpoints.
         facts: what goes into each checkpoint besides, `config` among it.
-        resumed: of `starting_point`.
+        resumed: of `resume_or_start`.
     """
 
     def __init__(
