@@ -35,6 +35,8 @@ import utils
 from ldm import UserError, configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, WithDraws, stream
+from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.losses import UNTRAINED, PerceptualLoss, gradient_difference, kl_divergence, least_squares
 from ldm.metrics import band_power, reconstruction_metrics
@@ -48,7 +50,7 @@ from ldm.system.ranks import Run
 from ldm.training.loop import Training
 from ldm.training.memory import Meter, check_fits, take_steps
 from ldm.training.profiler import profiled
-from ldm.training.run_folder import StageFiles, keep_pair, lock_run_folder
+from ldm.training.run_folder import StageFiles, keep_pair, lock_run_folder, resume_or_start
 from ldm.training.step import Stepper, make_ema
 
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
@@ -326,7 +328,7 @@ def latent_shape_of(config: dict, autoencoder: nn.Module, size: Sequence[int]) -
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: a training step with all terms of the loss, and the validation of a
-    volume. `sizes` are those of `configs.patch_sizes`."""
+    volume. `sizes` are those of `patch_sizes`."""
     patch_size, _, val_size = sizes
     batch_size, channels = config["autoencoder_train"]["batch_size"], config["image_channels"]
     with meter:
@@ -366,13 +368,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
-    resumed = utils.resume_or_start(args, config, environment, "autoencoder", files, run)
+    resumed = resume_or_start(files, "autoencoder", config, environment, run, args.resume, args.fresh)
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
-    train_cases, val_cases = utils.prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
-    patch_size, _, val_size = sizes = configs.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing = configs.preprocessing_of(config)
+    train_cases, val_cases, spacing = prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
+    config = configs.with_spacing(config, spacing, resumed)
+    patch_size, _, val_size = sizes = patch_sizes(config, [*train_cases, *val_cases])
+    preprocessing = Preprocessing.from_config(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common

@@ -36,7 +36,8 @@ from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws, stream
 from ldm.data.latents import Posteriors
-from ldm.data.splits import PARTS, check_unchanged, left_out, subjects_of
+from ldm.data.prepare import data_folders, find_data, prepare_data, volumes_to_encode
+from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out, subjects_of
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import sample_latents
 from ldm.models.autoencoder import LatentEncoder, LatentMoments
@@ -48,7 +49,7 @@ from ldm.system.ranks import Run
 from ldm.training.loop import Training
 from ldm.training.memory import Meter, check_fits, take_steps
 from ldm.training.profiler import profiled
-from ldm.training.run_folder import StageFiles, lock_run_folder
+from ldm.training.run_folder import StageFiles, lock_run_folder, resume_or_start
 from ldm.training.step import Stepper, make_ema
 
 SAMPLE_SEEDS = (0, 1, 2, 3)
@@ -109,25 +110,24 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
     Raises:
         UserError: they are not those of this config, autoencoder and data.
     """
-    folder, seed = environment["cache_dir"] / utils.LATENTS, config["seed"]
+    folder, seed = environment["cache_dir"] / latents.LATENTS, config["seed"]
     about = latents.what_latents_follow_from(config)
     manifest = latents.open_cache(folder, about, autoencoder, run)
     weights = manifest["autoencoder"]["weights"]
     check_same(resumed, weights, autoencoder)
 
     def check() -> None:
-        folders = utils.data_folders(environment)
+        folders = data_folders(environment)
         where = ", ".join(map(str, folders))
         if all(one.exists() for one in folders):
-            train, val = utils.find_data(config, environment, run.say)
+            train, val = find_data(config, environment, run.say)
             if others := latents.check_data(folder, manifest, [*train, *val]):
                 run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
         else:
             run.say(f"data: {where} is not there; the latents in {folder} stand for them")
-        latents.check_split(folder, manifest, environment["model_dir"] / utils.SPLIT)
+        latents.check_split(folder, manifest, environment["model_dir"] / SPLIT)
 
     run.from_main(check)
-    configs.settle_spacing(config, lambda: manifest["geometry"]["spacing"], resumed)
     parts = [
         Posteriors(
             [
@@ -140,7 +140,7 @@ def read_cache(config: dict, environment: dict, autoencoder: Path, resumed: dict
         for part in PARTS
     ]
     if resumed:
-        path = environment["model_dir"] / utils.SPLIT
+        path = environment["model_dir"] / SPLIT
         check_unchanged(path, *(part.cases for part in parts), resumed)
     return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
 
@@ -331,7 +331,7 @@ def build_learner(config: dict, compiled: bool, run: Run) -> Learner:
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """What takes memory in this stage: encoding a volume (not with a cache), a training step, the validation
-    of a volume, drawing a sample. `sizes` are those of `configs.patch_sizes`."""
+    of a volume, drawing a sample. `sizes` are those of `patch_sizes`."""
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 
@@ -393,14 +393,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
     lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
-    resumed = utils.resume_or_start(args, config, environment, "diffusion", files, run)
+    resumed = resume_or_start(files, "diffusion", config, environment, run, args.resume, args.fresh)
 
     # Step 1: latents
     if section["latent_cache"]:
         source = read_cache(config, environment, autoencoder, resumed, run)
+        config = configs.with_spacing(config, source.geometry["spacing"], resumed)
         size = source.geometry["size"]
     else:
-        volumes = utils.volumes_to_encode(config, environment, run, args.skip_bad, autoencoder, resumed)
+        train, val, spacing = prepare_data(
+            config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder
+        )
+        config = configs.with_spacing(config, spacing, resumed)
+        volumes = volumes_to_encode(config, environment, train, val, run)
         size = list(volumes[0].size)
     check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:

@@ -4,7 +4,6 @@ log."""
 import argparse
 import difflib
 import functools
-import itertools
 import math
 import os
 import re
@@ -23,11 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief, configs, counted
-from ldm.data import splits
-from ldm.data.cases import Case, choose_spacing, warn_of_padding
-from ldm.data.datasets import EpochSampler, VolumeDataset
-from ldm.data.download import fetch_task01
-from ldm.data.layouts import find_cases
+from ldm.data.datasets import EpochSampler
+from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
 from ldm.lowmem.slabwise import Budget
 from ldm.models.autoencoder import LatentEncoder
 from ldm.models.layers import add_checkpointing, on_device
@@ -39,13 +35,9 @@ from ldm.system.messages import CLEAN_UP, SAID
 from ldm.system.ranks import Run
 from ldm.system.schemas import StrictValidator
 from ldm.system.signals import leave_signals_to_the_main_process
-from ldm.training import memory, run_folder
-from ldm.training.run_folder import StageFiles
+from ldm.training import memory
 
 ROOT = Path(__file__).resolve().parent
-SPLIT = "split.json"
-LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
-
 
 # What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|remote process exited|timed out", re.IGNORECASE)
@@ -254,7 +246,6 @@ PATH = {  # that every system takes; an empty one would be the working directory
 }
 PATH_OR_NONE = {"description": f"{PATH['description']} or null", "anyOf": [PATH, {"type": "null"}]}
 SOURCES = {"type": "array", "items": PATH, "minItems": 1}
-FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # that results go to
 ENVIRONMENT = {  # those with a default may be left out
     "data_base_dir": {"description": "a folder or a list of folders", "anyOf": [PATH, SOURCES]},
     "model_dir": PATH,
@@ -348,7 +339,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if args.gpus is not None and args.gpus != local_world:
-        line = f"torchrun --standalone --nproc_per_node={args.gpus} {' '.join(sys.argv)}"
+        line = f"torchrun --standalone --nproc_per_node={args.gpus} {shlex.join(sys.argv)}"
         under = (
             f"torchrun started {local_world} processes here"
             if "WORLD_SIZE" in os.environ
@@ -361,9 +352,9 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         ranks.choose_kernels(tf32=training, repeatable=not training)
-    patient = None
+    slow_group = None
     if world_size > 1:
-        # With gloo beside NCCL, so that the group of the patient finds all connections made.
+        # With gloo beside NCCL, so that the slow group finds all connections made.
         on_gpus = device.type == "cuda" and dist.is_nccl_available()
         backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         try:
@@ -372,9 +363,16 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise OSError(f"the processes do not find each other at {where} ({brief(error)}).") from None
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else training and section.get("amp", True)
-    return Run(rank, world_size, device, ranks.amp_dtype(device) if amp else None, patient)
+    return Run(
+        rank,
+        world_size,
+        device,
+        ranks.amp_dtype(device) if amp else None,
+        slow_group,
+        shlex.join(["python", *sys.argv]),
+    )
 
 
 def _device_name(kind: str) -> str:
@@ -410,132 +408,6 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
 
 
 # ---------------------------------------------------------------- data
-
-
-def own_folders(environment: dict) -> list[Path]:
-    """Where the scripts write: what lies there is no data."""
-    return [environment[key] for key in FOLDERS]
-
-
-def data_folders(environment: dict) -> list[Path]:
-    """The folder of the data, or several."""
-    base = environment["data_base_dir"]
-    return base if isinstance(base, list) else [base]
-
-
-def find_data(
-    config: dict, environment: dict, say: Callable[[str], None] | None = None
-) -> tuple[list[Case], list[Case]]:
-    """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
-    without what this run or inference.py wrote."""
-    data = config["data"]
-    return find_cases(
-        environment["data_base_dir"],
-        data["pattern"],
-        contrasts=data["contrasts"],
-        subject=data["subject"],
-        outputs=own_folders(environment),
-        generated=False,
-        say=say,
-    )
-
-
-def prepare_data(
-    config: dict,
-    environment: dict,
-    run: Run,
-    skip_bad: bool = False,
-    write: bool = True,
-    resumed: dict | None = None,
-    autoencoder: Path | None = None,
-) -> tuple[list[Case], list[Case]]:
-    """Find the cases and split them: as `model_dir/split.json` says; where it is not there, the split is made
-    and written there.
-
-    With a `split.json`, its cases are the run's: others are left out and named. Those of its cases that are
-    gone or bad end a training; else they are left out and named too. Fixes `config["spacing"]` where the
-    config leaves it open.
-
-    Args:
-        skip_bad: read every voxel first. Where the split is made, leave out the cases that something is wrong
-            with; they are listed in `model_dir/skipped.json`. Else only the headers are read, and one that is
-            bad ends it.
-        write: it is for a training; else nothing is written or downloaded.
-        resumed: the checkpoint that is resumed.
-        autoencoder: the file of stage 1's weights. Where there is no split yet, what it was not trained on
-            is held out.
-
-    Raises:
-        UserError: no data, something is wrong with them, or a held-out case is trained on.
-    """
-    base = environment["data_base_dir"]
-    if environment["download_brats"] and write:
-        if isinstance(base, list):
-            raise UserError("download_brats: data_base_dir should be one folder, not a list.")
-        run.from_main(lambda: fetch_task01(base) and None)
-    found = find_data(config, environment, run.say)
-
-    def divide() -> splits.Sides:
-        path, where = environment["model_dir"] / SPLIT, ", ".join(map(str, data_folders(environment)))
-        known = None
-        if autoencoder and autoencoder.is_file():
-            known = load_checkpoint(autoencoder).get("subjects")
-        sides = splits.as_kept(path, *found, where, run.say, write) if path.is_file() else found
-        stages = (config["autoencoder_train"], config["diffusion_train"])
-        bad = splits.bad_cases(
-            [*sides[0], *sides[1]],
-            path,
-            configs.channels_of(config),
-            configs.intensity_of(config),
-            labels=any(section["augment"]["foreground_prob"] for section in stages),  # else they are not read
-            skip=skip_bad,
-            strict=write,
-            say=run.say,
-        )
-        return splits.divided(
-            *splits.without(bad, *sides, where),
-            path,
-            where,
-            val_fraction=config["data"]["val_fraction"],
-            seed=config["seed"],
-            strict=write,
-            say=run.say,
-            resumed=resumed,
-            autoencoder=autoencoder,
-            known=known,
-        )
-
-    train, val = run.from_main(divide)
-    if splits.is_single_subject(train, val):
-        run.say(
-            f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
-        )
-    configs.settle_spacing(config, lambda: choose_spacing(train, config["longest_side"]), resumed)
-    run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {config['spacing']} mm")
-    return train, val
-
-
-def volumes_to_encode(
-    config: dict,
-    environment: dict,
-    run: Run,
-    skip_bad: bool,
-    autoencoder: Path,
-    resumed: dict | None = None,
-) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and the held-out volumes of stage 2, as images; arguments as of `prepare_data`."""
-    train_cases, val_cases = prepare_data(
-        config, environment, run, skip_bad, resumed=resumed, autoencoder=autoencoder
-    )
-    _, size, _ = configs.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing, augment = configs.preprocessing_of(config), config["diffusion_train"]["augment"]
-    cache_rate, seed = config["data"]["cache_rate"], config["seed"]
-    common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    warn_of_padding(train_cases, config["spacing"], size, run.say)
-    return (
-        VolumeDataset(train_cases, preprocessing, size, False, augment, **common),
-        VolumeDataset(val_cases, preprocessing, size, **common),
-    )
 
 
 def make_loader(
@@ -630,38 +502,20 @@ def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
 # ---------------------------------------------------------------- training
 
 
-def resume_or_start(
-    args: argparse.Namespace, config: dict, environment: dict, stage: str, files: StageFiles, run: Run
-) -> dict | None:
-    """`run_folder.resume_or_start` by the command line: `--resume FILE`, `--fresh`, or neither."""
-    from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
-    needs_data = not from_cache and not environment["download_brats"]
-    return run_folder.resume_or_start(
-        files,
-        stage,
-        config,
-        environment,
-        run,
-        resume=args.resume,
-        fresh=args.fresh,
-        command=shlex.join(["python", *sys.argv]),
-        check_data=(lambda: find_data(config, environment)) if needs_data else None,
-    )
-
-
 def meant_for_gpu(args: argparse.Namespace) -> bool:
     """Whether a dry run is for a GPU, which is the default, or for this CPU."""
     return _device_name(args.device or "cuda") != "cpu"
 
 
 def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
-    """As `configs.patch_sizes`, for a dry run: the data are read only where the config leaves a size open."""
+    """As `prepare.patch_sizes`, for a dry run: the data are read only where the config leaves a size open."""
     cases = []
     if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
         environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
         skip = getattr(args, "skip_bad", False)
-        cases = itertools.chain(*prepare_data(config, environment, run, skip, write=False))
-    return configs.patch_sizes(config, list(cases))
+        train, val, spacing = prepare_data(config, environment, run, skip, write=False)
+        config, cases = configs.with_spacing(config, spacing), [*train, *val]
+    return patch_sizes(config, cases)
 
 
 def dry_run(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ import utils
 from ldm import configs
 from ldm.data.datasets import VolumeDataset
 from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import LatentEncoder
 from ldm.training.step import Stepper
@@ -84,7 +85,7 @@ def one_step(config_file: Path, data: Path) -> dict:
     section["batch_size"] = 2 // world_size
     run = utils.start(Namespace(gpus=None, device="cpu", amp=False))
     cases, _ = find_cases(data)
-    dataset = VolumeDataset(cases, configs.preprocessing_of(config), chain.SHAPE)
+    dataset = VolumeDataset(cases, Preprocessing.from_config(config), chain.SHAPE)
     found = {}
     for accumulate in (1, 2):
         section["accumulate_steps"] = accumulate

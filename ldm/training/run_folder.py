@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ldm import UserError, configs
+from ldm.data.prepare import find_data
 from ldm.system.checkpoints import COUNTS, load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.messages import CLEAN_UP
 from ldm.system.ranks import Run
@@ -148,8 +149,6 @@ def resume_or_start(
     run: Run,
     resume: Path | None = None,
     fresh: bool = False,
-    command: str = "",
-    check_data: Callable[[], object] | None = None,
 ) -> dict | None:
     """The checkpoint to resume from, on every rank; None where the training starts.
 
@@ -160,12 +159,11 @@ def resume_or_start(
     Args:
         stage: `autoencoder` or `diffusion`.
         resume, fresh: `--resume` and `--fresh`.
-        command: the command line, for `log.txt`.
-        check_data: raises where there are no data; called before anything is moved.
 
     Raises:
         UserError: the checkpoint that was named is missing or damaged; or checkpoints are there and none is
-            good; or it was trained with other networks or volumes than the config asks for.
+            good; or it was trained with other networks or volumes than the config asks for; or there are no
+            data to start over on.
     """
     found, model_dir = {}, environment["model_dir"]
     log = TextLog(model_dir / "log.txt") if run.is_main else None
@@ -187,8 +185,9 @@ def resume_or_start(
                 run.say(f"{model_dir}: no checkpoint of this stage to resume from; the training starts.")
             return None
         if fresh or environment["resume_ckpt"] is False:
-            if check_data:
-                check_data()
+            from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
+            if not from_cache and not environment["download_brats"]:
+                find_data(config, environment)  # fails before anything is moved
             why = "" if fresh else " (resume_ckpt is false; remove it to resume instead)"
             run.say(f"starting over{why}: earlier files are now in {set_aside(environment, stage)}")
             return None
@@ -200,7 +199,7 @@ def resume_or_start(
     if log:
         facts = {
             f"==== {stage}": f"resumes from {path}" if path else "starts",
-            "command": command,
+            "command": run.command,
             "config": model_dir / f"config_{stage}.json",
             "device": f"{run.device.type} x {run.world_size}, {run.amp_dtype or torch.float32}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
