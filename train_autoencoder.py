@@ -46,8 +46,10 @@ from ldm.training.autoencoder import (
     side_by_side,
     validate,
 )
+from ldm.training.memory import check_fits
+from ldm.training.profiler import profiled
 from ldm.training.progress import Progress
-from ldm.training.run_folder import StageFiles
+from ldm.training.run_folder import StageFiles, keep_pair, lock_run_folder, resume_or_start
 
 INITIAL_CASES = 16  # whose principal components a block transform starts from
 
@@ -57,18 +59,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration, processes, device
     parser = utils.training_parser(__doc__)
     args = parser.parse_args(argv)
-    config = utils.load_config(args.config_file, args.set)
+    config = utils.load_training_config(args, "autoencoder_train")
     section, seed = config["autoencoder_train"], config["seed"]
     if args.dry_run:
-        return utils.tell_memory(rehearse, config, "autoencoder_train", args)
+        return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file)
     utils.check_writable(environment, *utils.FOLDERS)
     criterion = AutoencoderLoss(section, environment["perceptual_weights"])  # before anything is downloaded
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
-    utils.claim(model_dir, run)
+    lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
-    resumed = utils.starting_point(args, config, environment, "autoencoder", files, run)
+    resumed = resume_or_start(files, "autoencoder", config, environment, run, args.resume, args.fresh)
     torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
@@ -84,15 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     warn_of_padding(train_cases, spacing, patch_size, run.say)
 
     # Step 2: networks
-    utils.refuse_what_cannot_fit(rehearse, config, "autoencoder_train", sizes, args, run)
+    check_fits(rehearse, config, "autoencoder_train", sizes, run)
     network = configs.define_network(config, "autoencoder_def")
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
         start_as_block_transform(network, torch.stack([first[(0, i)]["image"] for i in range(len(first))]))
     if section["initial_posterior_std"]:
         set_posterior_std(network, section["initial_posterior_std"])
-    compiled = section["compile"] if args.compile is None else args.compile
-    learner = build_learner(config, network, patch_size, val_size, criterion, compiled, run)
+    learner = build_learner(config, network, patch_size, val_size, criterion, section["compile"], run)
     autoencoder, model, optimizer = learner.autoencoder, learner.model, learner.optimizer
     ema_model, discriminator = learner.ema_model, learner.discriminator
     latent_shape = latent_shape_of(config, network, patch_size)
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     utils.describe_network("autoencoder", network, learner.frozen, about, run)
 
     # Step 3: train
-    with utils.profiled(args.profile, model_dir, run) as after_step:
+    with profiled(args.profile, model_dir, run) as after_step:
         for epoch in progress.epochs():
             autoencoder.train()
             adversarial = discriminator is not None and epoch >= section["adversarial_warmup_epochs"]
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             scores, pairs = validate(LatentEncoder(learner.network), criterion, val_set, run)
             if progress.is_best(scores["loss"]):
-                utils.keep_pair(environment, files.best, run)
+                keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.network)
             printed = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
             progress.bar.set_description(f"autoencoder, held-out {printed}")

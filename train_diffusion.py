@@ -35,8 +35,10 @@ from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import SAMPLE_SEEDS, build_learner, draw_samples, rehearse, save_pictures
 from ldm.training.latents import WithNoise, encode_data, load_autoencoder, read_cache
+from ldm.training.memory import check_fits
+from ldm.training.profiler import profiled
 from ldm.training.progress import Progress
-from ldm.training.run_folder import StageFiles
+from ldm.training.run_folder import StageFiles, lock_run_folder, resume_or_start
 
 
 @utils.command
@@ -45,20 +47,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.training_parser(__doc__)
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
-    config = utils.load_config(args.config_file, args.set)
+    config = utils.load_training_config(args, "diffusion_train")
     section, seed, scheduler = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
     sampling = check_scheduler(scheduler, section["timestep_sampling"])
     if args.dry_run:
-        return utils.tell_memory(rehearse, config, "diffusion_train", args)
+        return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file)
     utils.check_writable(environment, *utils.FOLDERS)
     NoiseProcess.from_config(scheduler)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
     autoencoder_file = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
-    utils.claim(model_dir, run)
+    lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "diffusion_unet")
-    resumed = utils.starting_point(args, config, environment, "diffusion", files, run)
+    resumed = resume_or_start(files, "diffusion", config, environment, run, args.resume, args.fresh)
 
     # Step 1: latents
     if section["latent_cache"]:
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = configs.with_spacing(config, spacing, resumed)
         train, val = volumes_to_encode(config, environment, train, val, run)
         size = list(train.size)
-    utils.refuse_what_cannot_fit(rehearse, config, "diffusion_train", [size] * 3, args, run)
+    check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:
         data = encode_data(config, train, val, autoencoder_file, resumed, run)
 
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 3: the diffusion network
     torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
-    learner = build_learner(config, section["compile"] if args.compile is None else args.compile, run)
+    learner = build_learner(config, section["compile"], run)
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
     # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
     workers = 0 if data.in_memory and run.device.type == "cpu" else None
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample_interval = 0
 
     # Step 4: train
-    with utils.profiled(args.profile, model_dir, run) as after_step:
+    with profiled(args.profile, model_dir, run) as after_step:
         for epoch in progress.epochs():
             unet.train()
             for batch, last in progress.batches():  # `last` of the batches that one step accumulates

@@ -12,8 +12,8 @@ from ldm import configs, generation
 from ldm.data import latents
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
-from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import LatentEncoder
 from ldm.models.denoiser import predict
 from ldm.models.layers import on_device
