@@ -200,7 +200,7 @@ def test_older_checkpoints_and_caches_have_the_same_intensities(load):
 def test_every_key_of_the_schema_is_read():
     """By its name in the code: one that is not changes nothing, whatever it is set to."""
     schema = json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
-    files = [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
 
     def keys(about: dict) -> set[str]:
