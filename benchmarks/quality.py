@@ -137,7 +137,7 @@ def build_arms(config: dict, encoder: Autoencoder, train, source, minutes: float
         ours.step,
         endless(utils.make_loader(ours.dataset, section, config, run, 0 if source.versions else None)),
         project.sampling_networks(
-            encoder, ours.scale_factor, ours.learner.shown, ours.process, latent_shape, shape
+            encoder, ours.scale_factor, ours.learner.network, ours.process, latent_shape, shape
         ),
         flags["ours"],
         ours.resume_clock,
