@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ldm import UserError
-from ldm.lowmem.slabwise import Budget, decode_within, encode_within
+
+if TYPE_CHECKING:
+    from ldm.lowmem.slabwise import Budget
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
@@ -23,7 +26,7 @@ class Autoencoder(nn.Module):
             are the same but for rounding. None: whole volumes at once.
     """
 
-    def __init__(self, network: nn.Module, budget: Budget | None = None):
+    def __init__(self, network: nn.Module, budget: "Budget | None" = None):
         super().__init__()
         self.autoencoder, self.budget = network, budget  # named as in checkpoints' averaged weights
 
@@ -64,6 +67,8 @@ class Autoencoder(nn.Module):
         With a budget the images may lie in host memory.
         """
         if self.budget:
+            from ldm.lowmem.slabwise import encode_within
+
             mean, std = encode_within(self.network, images, self.budget)
         else:
             mean, std = self.network.encode(images)
@@ -72,6 +77,8 @@ class Autoencoder(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
         if self.budget:
+            from ldm.lowmem.slabwise import decode_within
+
             return decode_within(self.network, latents, self.budget).float()
         return self.network.decode(latents).float()
 
