@@ -24,7 +24,7 @@ from ldm.models.definitions import (
     small_input,
 )
 from ldm.models.denoiser import example_cond
-from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached
+from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached, on_device
 from ldm.models.weights import load_weights, plain_names
 from ldm.system.checkpoints import load_checkpoint
 
@@ -556,7 +556,8 @@ def test_factors_by_definition_and_by_network():
 def test_one_interface_of_autoencoders(package, dims):
     """2D and 3D, of either package: shapes, float32, and the factor of the network that was built."""
     definition = AUTOENCODER | {"spatial_dims": dims}
-    autoencoder = Autoencoder(build(package, "AutoencoderKL", definition).bfloat16())
+    network = on_device(build(package, "AutoencoderKL", definition).bfloat16(), torch.device("cpu"))
+    autoencoder = Autoencoder(network)
     assert (autoencoder.latent_channels, autoencoder.spatial_dims) == (2, dims)
     assert autoencoder.factor == downsampling_factor({**definition, "channels": [8, 8]}) == (2,) * dims
     images = numbers(2, 1, *(8, 4, 8)[:dims]).bfloat16()
