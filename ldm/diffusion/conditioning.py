@@ -126,8 +126,8 @@ class Conditions:
             chosen[column] = value
         return chosen
 
-    def cond(self, chosen: dict[str, str], batch: int) -> dict[str, torch.Tensor]:
-        """`cond` of a batch under one condition, as `parse` gives it; unknown where it is empty."""
+    def cond(self, chosen: dict[str, str] | None, batch: int) -> dict[str, torch.Tensor]:
+        """`cond` of a batch under one condition, as `parse` gives it; unknown without one."""
         if not chosen:
             return self.unknown(batch)
         return {"class_labels": torch.full((batch,), self.values.index(chosen[self.column]))}
