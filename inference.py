@@ -10,8 +10,8 @@
 
 Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and, up to rounding, whatever
 `--batch-size`: sampling runs in float32, on a GPU without TF32. `--amp` trades that for speed. Networks are
-read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old or
-new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
+read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
+or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
 trained on, their intensities in the training set's typical range. No volume is overwritten: re-running the
 same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
 own; use `-n`.)
@@ -24,12 +24,12 @@ included: volumes are decoded in slabs, with the statistics of the whole volume,
 rounding. Less memory takes longer. It limits neither the memory of sampling nor, on a CPU, that of the
 program itself, about half a GB.
 
-Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, hashes of checkpoints and config,
-the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints that it
-names (or `--autoencoder`, `--unet`: moved, but the same files), in the same batch, precision and number of
-threads. It writes `sample_000003_reproduced.nii.gz` beside the record and prints whether the bytes are the
-same, or how far the volumes are apart; over 1e-4 of the range is exit code 1. `--device` is the only other
-option that it takes.
+Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, hashes of checkpoints and
+config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints
+that it names (or `--autoencoder`, `--unet`: moved, but the same files), in the same batch, precision and
+number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and prints whether the bytes
+are the same, or how far the volumes are apart; over 1e-4 of the range is exit code 1. `--device` is the only
+other option that it takes.
 """
 
 import argparse

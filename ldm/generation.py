@@ -13,7 +13,7 @@ import torch
 
 from ldm import UserError, configs
 from ldm.data.intensity import from_unit_range
-from ldm.diffusion.conditioning import Conditions, guided
+from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.lowmem.slabwise import Budget, weights_bytes
@@ -115,7 +115,7 @@ def load_networks(
     conditions = Conditions.from_checkpoint(second, config)
     if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.unknown(1).keys():
         raise UserError(
-            f"{unet_path}: its network needs {', '.join(sorted(unknown))}, but the file does not say of what. "
+            f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
             "Use a checkpoint of train_diffusion.py."
         )
     noise = config["NoiseScheduler"]
@@ -226,10 +226,6 @@ def draw(
     fast = run.amp_dtype is None and amp_dtype(run.device) is not None
     smaller = [f"a --batch-size below {len(seeds)}"] * (len(seeds) > 1) + ["--amp"] * fast
     size = " x ".join(map(str, networks.geometry["size"]))
-    cond, unknown = (
-        {key: value.to(run.device) for key, value in networks.conditions.cond(chosen, len(seeds)).items()}
-        for chosen in (condition, None)
-    )
     with (
         out_of_memory_explained(
             f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
@@ -237,7 +233,7 @@ def draw(
         ),
         run.autocast(),
     ):
-        model = guided(networks.unet, cond, unknown, guidance)
+        model = networks.conditions.model(networks.unet, condition, guidance, len(seeds), run.device)
         shape = networks.latent_shape
         latents = sample_latents(model, networks.process, shape, seeds, steps, sampler, run.device, progress)
         return networks.encoder.decode(latents).cpu()

@@ -122,7 +122,7 @@ class Conditions:
             if not equals or column != self.column or column in chosen:
                 raise UserError(f"--condition {text}: expected one {self.column}=VALUE.")
             if value not in self.values:
-                raise UserError(f"--condition {text}: expected one of {few(self.values, 20)}.")
+                raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
             chosen[column] = value
         return chosen
 
@@ -131,6 +131,20 @@ class Conditions:
         if not chosen:
             return self.unknown(batch)
         return {"class_labels": torch.full((batch,), self.values.index(chosen[self.column]))}
+
+    def model(
+        self,
+        unet: Callable,
+        chosen: dict[str, str] | None,
+        guidance: float,
+        batch: int,
+        device: torch.device,
+    ) -> Callable:
+        """The model function for a batch of samples under one condition, see `guided`."""
+        cond, unknown = (
+            {key: value.to(device) for key, value in self.cond(one, batch).items()} for one in (chosen, None)
+        )
+        return guided(unet, cond, unknown, guidance)
 
 
 def _value(case: Case, column: str) -> str | None:
