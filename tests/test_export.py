@@ -392,7 +392,7 @@ def test_the_card_tells_data_training_figures_and_limits(done, flow):
         "| quality | FID | no weights |",
         "- No sample is a copy.",
         "Not for diagnosis",
-        "It has seen 4 training volumes",
+        "It was trained on 4 training volumes only",
         "was measured: see the figures on copies",
     ):
         assert words in card, words
