@@ -51,6 +51,7 @@ from ldm.data.cases import Case, rounded, size_at, volume_size
 from ldm.data.datasets import stream
 from ldm.data.intensity import Intensity, to_unit_range
 from ldm.data.layouts import find_cases
+from ldm.data.prepare import prepare_data
 from ldm.data.preprocessing import Preprocessing, fit
 from ldm.data.reading import ras_geometry
 from ldm.evaluation import features, rows
@@ -67,6 +68,7 @@ from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 from ldm.training.logs import read_log
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
@@ -189,9 +191,10 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             trained = configs.completed(trained)
             config = {**config, "spacing": trained["spacing"], "longest_side": None} if config else trained
     if of_the_split:
-        cases[TRAINING], cases[HELD_OUT] = utils.prepare_data(
+        cases[TRAINING], cases[HELD_OUT], spacing = prepare_data(
             config, environment, run, write=False, autoencoder=autoencoder
         )
+        config = configs.with_spacing(config, spacing)
     out = args.out or environment["output_dir"] / "evaluation"
     for name in ("metrics.json", "report.html"):
         if (out / name).exists():
@@ -315,7 +318,7 @@ def take_out_scans(sources: dict[str, Source]) -> list[dict]:
 
 def notes_on_the_split(model_dir: Path, source: Source) -> list[str]:
     """What is said of the cases of split.json that are no longer there, or have become bad."""
-    path, there = model_dir / utils.SPLIT, {case.name for case in source.cases}
+    path, there = model_dir / splits.SPLIT, {case.name for case in source.cases}
     if not path.is_file():
         return []
     names = splits.read_split(path)[source.name == HELD_OUT]
@@ -327,7 +330,7 @@ def notes_on_the_split(model_dir: Path, source: Source) -> list[str]:
 def preprocessing_for(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
     """The way from file to volume: the config's, or the grid of the first sample."""
     if inputs.config:
-        way = configs.preprocessing_of(inputs.config)
+        way = Preprocessing.from_config(inputs.config)
     else:
         _, sizes = ras_geometry(inputs.sources[GENERATED].cases[0].images[0])
         way = Preprocessing((0,), tuple(rounded(size) for size in sizes))
@@ -605,7 +608,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: one grid for all, and networks that look at it
     way = preprocessing_for(inputs, args.channel)
-    encoder = utils.load_autoencoder(inputs.autoencoder, inputs.config, run) if inputs.autoencoder else None
+    encoder = load_autoencoder(inputs.autoencoder, inputs.config, run) if inputs.autoencoder else None
     divisor = downsampling(inputs.config["autoencoder_def"]) if encoder else 1
     size = volume_size(made.cases, way.spacing, divisor)
     networks, settings = feature_networks(args, encoder, run)

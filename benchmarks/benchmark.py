@@ -42,11 +42,14 @@ from benchmarks.report import NAMES, SIDES, quality_report, table
 from ldm import UserError, configs, generation
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
+from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import LatentEncoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 
 PARTS = tuple(NAMES)
 CONFIGS = {  # by device and whether quality is asked for
@@ -85,7 +88,7 @@ class VolumesInMemory(Dataset):
 
 def in_memory(cases: Sequence[Case], config: dict, size: Sequence[int]) -> VolumesInMemory:
     """Read cases, cropped or padded to `size` about the centre."""
-    volumes = VolumeDataset(cases, configs.preprocessing_of(config), size)
+    volumes = VolumeDataset(cases, Preprocessing.from_config(config), size)
     return VolumesInMemory(cases, torch.stack([volumes[(0, i)]["image"].clone() for i in range(len(cases))]))
 
 
@@ -270,8 +273,9 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     config["autoencoder_train"].update(reference.LOSS)
     count = 2 * max(config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train"))
     environment = find_data(args, config, folder, count + 2, run)
-    train, held_out = utils.prepare_data(config, environment, run)
-    patch, size, _ = configs.patch_sizes(config, [*train, *held_out])
+    train, held_out, spacing = prepare_data(config, environment, run)
+    config = configs.with_spacing(config, spacing)
+    patch, size, _ = patch_sizes(config, [*train, *held_out])
     few = train[:count]
     bench = Bench(
         config,
@@ -307,13 +311,14 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
         files = ["-c", args.config_file, "-e", str(folder / "environment.json")]
         train_autoencoder.main([*files, "--device", run.device.type, *settings])
         path = environment["model_dir"] / "autoencoder.pt"
-    train, held_out = utils.prepare_data(config, environment, run)
+    train, held_out, spacing = prepare_data(config, environment, run)
+    config = configs.with_spacing(config, spacing)
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
-    _, size, _ = configs.patch_sizes(config, [*train, *held_out])
-    encoder = utils.load_autoencoder(path, config, run)
+    _, size, _ = patch_sizes(config, [*train, *held_out])
+    encoder = load_autoencoder(path, config, run)
     changing = VolumeDataset(
-        train, configs.preprocessing_of(config), size, augment=config["diffusion_train"]["augment"]
+        train, Preprocessing.from_config(config), size, augment=config["diffusion_train"]["augment"]
     )
     kept = in_memory(train, config, size)
     return quality.compare(

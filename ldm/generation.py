@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ldm import UserError, configs
-from ldm.data.intensity import from_unit_range
+from ldm.data.intensity import Intensity, from_unit_range
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
@@ -199,7 +199,7 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
             "of the volumes to make."
         )
     check_size(size, network_divisor(config), "diffusion_train.patch_size")
-    window = configs.intensity_of(config).window
+    window = Intensity.from_config(config).window
     limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
     return {"spacing": spacing, "size": size, "limits": limits}
 

@@ -21,6 +21,7 @@ from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case
 from ldm.data.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
+from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, open_image, read_image
@@ -393,7 +394,7 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
     for skip in (False, True):
-        given = (configs.channels_of(config), configs.intensity_of(config))
+        given = (configs.channels_of(config), Intensity.from_config(config))
         how = {"labels": False, "skip": skip, "strict": False, "say": said.append}
         assert not splits.bad_cases(find_cases(tmp_path)[0], tmp_path / "split.json", *given, **how)
     assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2

@@ -34,6 +34,7 @@ from ldm.system.ranks import Run, without_tf32
 from ldm.system.schemas import StrictValidator, fault, fields
 from ldm.system.signals import leave_signals_to_the_main_process
 
+LATENTS = "latents"  # the folder of the cache in `cache_dir`
 MANIFEST = "manifest.json"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
@@ -85,7 +86,7 @@ class Posteriors(Dataset):
         if isinstance(entry, Path):
             entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
         mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
-        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+        return {"mean": mean, "std": std, "cond": {}, "epoch": epoch, "index": i}
 
 
 class _Versions(Dataset):
@@ -296,8 +297,8 @@ def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> Non
 
 
 def what_latents_follow_from(config: dict) -> dict:
-    """The keys of a config that the latents of stage 2 depend on, as the user wrote them; by them a cache
-    knows whether it is the right one. Ask before `settle_spacing` fixes the spacing."""
+    """The keys of a config that the latents of stage 2 depend on, as the user wrote them (a spacing left
+    open stays open). A cache is checked against them."""
     section, data = config["diffusion_train"], config["data"]
     keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
     about = {key: copy.deepcopy(config[key]) for key in keys}

@@ -19,7 +19,8 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 PARTS = ("training", "validation")
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
-SPLIT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
+SPLIT = "split.json"  # in model_dir
+SPLIT_CONTENT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
 NOTES_SAID = 5  # on the data, at a start
 SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of them
 
@@ -29,7 +30,7 @@ Sides = tuple[list[Case], list[Case]]
 def read_split(path: Path) -> tuple[list[str], list[str]]:
     """The names of the training and of the validation cases. Raises UserError: the file holds no split."""
     content = read_json(path, "split")
-    if what := fault(SPLIT, content):
+    if what := fault(SPLIT_CONTENT, content):
         raise UserError(
             f"{path}: {what}. Expected two lists of case names, `training` and `validation`. Restore it, "
             "or choose another model_dir."

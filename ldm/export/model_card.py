@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm import UserError, brief, configs
+from ldm.data.intensity import Intensity
 from ldm.data.splits import read_split
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.generation import Networks
@@ -222,7 +223,7 @@ def model_card(
         channels=", ".join(about["channels"]),
         size=by(geometry["size"]),
         spacing=by(geometry["spacing"]),
-        intensity=configs.intensity_of(config),
+        intensity=Intensity.from_config(config),
         limits=", ".join(f"{low:.6g} to {high:.6g}" for low, high in geometry["limits"]),
         training=_training(networks, origin),
         figures="\n".join(_figures(origin, metrics)),
