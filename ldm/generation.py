@@ -13,7 +13,7 @@ import torch
 
 from ldm import UserError, configs
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.lowmem.slabwise import Budget, weights_bytes
@@ -52,7 +52,7 @@ class Networks:
     latent_shape: list[int]
     geometry: dict
     power: float | None
-    conditions: Conditions = Conditions()
+    conditions: Conditions = UNCONDITIONED
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""

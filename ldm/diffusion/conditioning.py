@@ -4,6 +4,7 @@
 nothing is conditioned. Today it holds `class_labels`, taken from a column of `participants.tsv`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,15 @@ class Conditions:
         return self.column is not None
 
     @classmethod
-    def from_cases(cls, config: dict, cases: Sequence[Case]) -> "Conditions":
-        """The conditions that a config asks for, with the values of the training and validation cases.
+    def of_training(cls, config: dict, cases: Sequence[Case], resumed: dict | None) -> "Conditions":
+        """The conditions that a config asks for, with the values of the training and validation cases, or
+        those of the checkpoint that is resumed.
 
         Raises:
             UserError: no case has the column, or the network has another number of classes.
         """
+        if resumed:
+            return cls.from_checkpoint(resumed, config)
         column = config["conditions"]["class_labels"]
         if column is None:
             return cls()
@@ -76,6 +80,12 @@ class Conditions:
                 f"diffusion_def.num_class_embeds: expected {expected}, found {found}: {brief(self.column)} "
                 f"has {len(self.values)} values ({few(self.values)}), and one class stands for unknown."
             )
+
+    def summary(self, cases: Sequence[Case]) -> str:
+        """How many cases have each value, in one line."""
+        counts = Counter(int(self.of(case)["class_labels"]) for case in cases)
+        classes = ", ".join(f"{value} ({counts[i]})" for i, value in enumerate([*self.values, "unknown"]))
+        return f"conditions: classes by {self.column}, with their cases: {classes}"
 
     def state(self) -> dict:
         """The checkpoint's entry `conditions`."""
@@ -145,6 +155,9 @@ class Conditions:
             {key: value.to(device) for key, value in self.cond(one, batch).items()} for one in (chosen, None)
         )
         return guided(unet, cond, unknown, guidance)
+
+
+UNCONDITIONED = Conditions()
 
 
 def _value(case: Case, column: str) -> str | None:

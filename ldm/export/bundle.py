@@ -103,7 +103,7 @@ FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: (
         "from_config", "_from_scheduler", "draw_times", "add_noise", "target", "min_snr_weight"
     ),
-    Conditions: ("from_cases", "from_checkpoint", "check_classes", "state", "of", "draw"),
+    Conditions: ("of_training", "from_checkpoint", "check_classes", "summary", "state", "of", "draw"),
 }  # fmt: skip
 
 
