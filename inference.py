@@ -53,7 +53,7 @@ from ldm.export import records
 from ldm.generation import Networks
 from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
 from ldm.metrics import band_power
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
@@ -136,14 +136,14 @@ def rehearse(
     """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
+        autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
         unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
-        meter.hold("weights", encoder, unet)
+        meter.hold("weights", autoencoder, unet)
         latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
         with meter.phase("sampling"):
             guided(unet, cond, cond, guidance)(latents, torch.zeros(batch))
         with meter.phase("decoding"):
-            encoder.decode(latents)
+            autoencoder.decode(latents)
 
 
 def print_memory(args: argparse.Namespace, config: dict) -> None:
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = {
         "sampler": sampler,
         "steps": steps,
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         **({"condition": condition, "guidance": guidance} if condition else {}),
         "precision": run.precision,
         "compile": compiled,

@@ -34,7 +34,7 @@ from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
-from ldm.models.autoencoder import LatentEncoder, set_posterior_std
+from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 from ldm.training.autoencoder import (
     COMPARED,
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learner = build_learner(config, network, patch_size, val_size, criterion, section["compile"], run)
     autoencoder, model, optimizer = learner.autoencoder, learner.model, learner.optimizer
     ema_model, discriminator = learner.ema_model, learner.discriminator
-    latent_shape = latent_shape_of(config, network, patch_size)
+    latent_shape = latent_shape_of(config, autoencoder, patch_size)
     loader = utils.make_loader(WithPosteriorDraw(train_set, latent_shape, seed), section, config, run)
     facts = {"config": config, "subjects": subjects_of(train_cases, val_cases)}
     if resumed:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress.end_epoch(learner, optimizer.rate)
             if not progress.validates():
                 continue
-            scores, pairs = validate(LatentEncoder(learner.network), criterion, val_set, run)
+            scores, pairs = validate(Autoencoder(learner.network), criterion, val_set, run)
             if progress.is_best(scores["loss"]):
                 keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.network)

@@ -17,7 +17,7 @@ from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.lowmem.slabwise import Budget, weights_bytes
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.denoiser import example_cond
 from ldm.models.layers import on_device
@@ -42,11 +42,13 @@ USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffu
 class Networks:
     """Trained networks, and all else that a sample depends on, except its seed.
 
-    `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes; `power` is the
-    high-frequency power of the autoencoder's reconstructions, None where it was not measured.
+    `scale_factor` brings latents to the unit variance that the UNet learned; samples are divided by it before
+    they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes;
+    `power` is the high-frequency power of the autoencoder's reconstructions, None where it was not measured.
     """
 
-    encoder: LatentEncoder
+    autoencoder: Autoencoder
+    scale_factor: float
     unet: Callable
     process: NoiseProcess
     latent_shape: list[int]
@@ -128,10 +130,10 @@ def load_networks(
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
         budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
-        encoder = LatentEncoder(on_device(autoencoder, run.device).eval(), scale_factor, budget)
+        autoencoder = Autoencoder(on_device(autoencoder, run.device).eval(), budget)
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
-    return Networks(encoder, unet, process, shape, geometry, power, conditions)
+    return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions)
 
 
 def check_request(
@@ -236,7 +238,7 @@ def draw(
         model = networks.conditions.model(networks.unet, condition, guidance, len(seeds), run.device)
         shape = networks.latent_shape
         latents = sample_latents(model, networks.process, shape, seeds, steps, sampler, run.device, progress)
-        return networks.encoder.decode(latents).cpu()
+        return networks.autoencoder.decode(latents / networks.scale_factor).cpu()
 
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:

@@ -137,7 +137,7 @@ def write_bundle(
     """
     contents = {
         "model.pt": weights_of(networks.unet),
-        "autoencoder.pt": weights_of(networks.encoder.autoencoder),
+        "autoencoder.pt": weights_of(networks.autoencoder.network),
     }
     if not networks.process.is_flow:
         contents["alphas_cumprod.pt"] = networks.process.alphas_cumprod
@@ -183,7 +183,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "condition": None,
         "guidance": 1.0,
         "latent_shape": networks.latent_shape,
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         "spacing": list(networks.geometry["spacing"]),
         "limits": networks.geometry["limits"],
         "network_def": _fused(config["diffusion_def"]),
@@ -242,7 +242,9 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
     packages = ["nibabel", "fire"]
     if any(config[key]["_target_"].startswith("generative.") for key in ("diffusion_def", "autoencoder_def")):
         packages.append("monai-generative")
-    if any("attn" in name for network in (networks.unet, networks.encoder) for name in network.state_dict()):
+    if any(
+        "attn" in name for network in (networks.unet, networks.autoencoder) for name in network.state_dict()
+    ):
         packages.append("einops")
     versions = {name: version for name in packages if (version := version_of(name))}
     scores = {f"{one['group']}: {one['name']}": one["value"] for one in figures if one["value"] is not None}

@@ -25,9 +25,9 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
     Args:
         origin: the `history` of each checkpoint.
     """
-    autoencoder, unet = weights_of(networks.encoder.autoencoder), weights_of(networks.unet)
+    autoencoder, unet = weights_of(networks.autoencoder.network), weights_of(networks.unet)
     needed = {
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         "autoencoder": weights_hash(autoencoder),
         "latent_shape": networks.latent_shape,
         "geometry": networks.geometry,
@@ -98,8 +98,8 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     """
     generator = torch.Generator().manual_seed(0)
     plain = {"memory_format": torch.contiguous_format}
-    autoencoder, unet = networks.encoder.autoencoder.to(**plain), networks.unet.to(**plain)
-    process, conditions, scale_factor = networks.process, networks.conditions, networks.encoder.scale_factor
+    autoencoder, unet = networks.autoencoder.network.to(**plain), networks.unet.to(**plain)
+    process, conditions, scale_factor = networks.process, networks.conditions, networks.scale_factor
 
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.rand(batch, config["image_channels"], *size, generator=generator),)
