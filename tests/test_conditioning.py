@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import sys
 
 import chain
 import nibabel as nib
@@ -350,7 +351,7 @@ def test_a_training_resumes_bit_exactly_and_from_the_cache_is_the_same(done, tmp
     assert not chain.differences(whole["model"], halves["model"])
     assert not chain.differences(whole["stepper"], halves["stepper"])
     cached = trained("cached", 4, latent_cache=True, **constant)
-    chain.assert_weights_close(cached["model"], whole["model"])
+    assert not chain.differences(cached["model"], whole["model"])
     assert cached["conditions"] == whole["conditions"]
 
 
@@ -403,10 +404,12 @@ def test_every_export_takes_the_condition(model, monkeypatch):
 
     monkeypatch.chdir(out / "bundle")
     monkeypatch.syspath_prepend(str(out / "bundle"))
-    parser = ConfigParser(json.loads((out / "bundle/configs/inference.json").read_text()))
-    parser |= {"condition": "group=1", "guidance": 2, "steps": 6, "output_dir": str(out / "samples")}
+    content = json.loads((out / "bundle/configs/inference.json").read_text())
+    content |= {"condition": "group=1", "guidance": 2, "steps": 6, "output_dir": str(out / "samples")}
     with contextlib.redirect_stdout(io.StringIO()):
-        parser.get_parsed_content("run")
+        ConfigParser(content).get_parsed_content("run")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+        del sys.modules[name]  # another test's bundle has one of its own
     volume = nib.load(out / "samples" / "sample_000000.nii.gz").get_fdata()
     np.testing.assert_allclose(volume, expected, atol=1e-4)
     metadata = json.loads((out / "bundle/configs/metadata.json").read_text())
