@@ -59,6 +59,7 @@ import cache_latents
 import inference
 import test_ddp
 import train_autoencoder
+from ldm.training import autoencoder
 
 # One group for all three, since a process that opens gloo's a second time may hang.
 dist.init_process_group("gloo")

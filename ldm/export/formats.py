@@ -49,41 +49,16 @@ def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- TorchScript
 
 
-class Encode(nn.Module):
-    """(B, C, D, H, W) in [0, 1] -> mean and std of the scaled latents, each (B, c, d, h, w)."""
+class Call(nn.Module):
+    """A module of a call of a network, since only modules can be traced."""
 
-    def __init__(self, autoencoder: nn.Module, scale_factor: float):
+    def __init__(self, network: nn.Module, call: Callable):
         super().__init__()
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
+        self.network, self.call = network, call
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See above."""
-        mean, std = self.autoencoder.encode(images)
-        return mean.float() * self.scale_factor, std.float() * self.scale_factor
-
-
-class Decode(nn.Module):
-    """Scaled latents (B, c, d, h, w) -> (B, C, D, H, W), about [0, 1]."""
-
-    def __init__(self, autoencoder: nn.Module, scale_factor: float):
-        super().__init__()
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """See above."""
-        return self.autoencoder.decode(latents / self.scale_factor).float()
-
-
-class Classified(nn.Module):
-    """Noisy latents (B, c, d, h, w), times (B,) and class labels (B,) -> the prediction."""
-
-    def __init__(self, unet: nn.Module):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: torch.Tensor, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """See above."""
-        return self.unet(latents, timesteps=times, class_labels=labels)
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """`call(network, *inputs)`."""
+        return self.call(self.network, *inputs)
 
 
 def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
@@ -101,6 +76,16 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     autoencoder, unet = networks.autoencoder.network.to(**plain), networks.unet.to(**plain)
     process, conditions, scale_factor = networks.process, networks.conditions, networks.scale_factor
 
+    def encode(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = network.encode(images)
+        return mean.float() * scale_factor, std.float() * scale_factor
+
+    def decode(network: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        return network.decode(latents / scale_factor).float()
+
+    def predict(network: nn.Module, latents: torch.Tensor, times: torch.Tensor, *labels: torch.Tensor):
+        return network(latents, timesteps=times, **dict(zip(["class_labels"], labels, strict=False)))
+
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.rand(batch, config["image_channels"], *size, generator=generator),)
 
@@ -116,9 +101,9 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     image_size, latent_size = networks.geometry["size"], networks.latent_shape[1:]
     takes = {}
     for name, module, example, size, multiple in (
-        ("encode", Encode(autoencoder, scale_factor), images, image_size, divisor),
-        ("decode", Decode(autoencoder, scale_factor), latents, latent_size, divisor // factor),
-        ("unet", Classified(unet) if conditions else unet, noisy, latent_size, divisor // factor),
+        ("encode", Call(autoencoder, encode), images, image_size, divisor),
+        ("decode", Call(autoencoder, decode), latents, latent_size, divisor // factor),
+        ("unet", Call(unet, predict), noisy, latent_size, divisor // factor),
     ):
         script, general = traced(name, module.eval(), example, size, multiple)
         with written_whole(folder / f"{name}.ts") as file:
