@@ -45,10 +45,11 @@ from ldm.data.datasets import VolumeDataset
 from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 
 PARTS = tuple(NAMES)
 CONFIGS = {  # by device and whether quality is asked for
@@ -142,11 +143,11 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
         first = bench.volumes.images[: section["batch_size"]]
         stage = reference.Diffusion(autoencoder, unet, first, section["lr"], run.device)
         return training_work(bench, stage, bench.volumes, "diffusion_train", side)
-    encoder = LatentEncoder(autoencoder, scale_factor=1.0)
+    encoder = Autoencoder(autoencoder)
     if part == "diffusion":
         stage = project.Diffusion(config, encoder, bench.volumes, run, unet.state_dict())
         return training_work(bench, stage, stage.dataset, "diffusion_train", side)
-    shape = [autoencoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
+    shape = [encoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
     latents = torch.randn(1, *shape).to(run.device)
     of_side = our_sampling if side == "ours" else reference_sampling
     return of_side(bench, part, encoder, unet.eval().requires_grad_(False), latents)
@@ -159,11 +160,11 @@ def training_work(bench: Bench, stage, dataset: Dataset, section: str, side: str
     return measure.Work(((lambda: stage.step(next(batches)), 1),), bench.flags[side])
 
 
-def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def our_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """A volume, or the decoding of a latent (1, c, d, h, w), as inference.py makes it by default."""
     run, process = Run(0, 1, bench.run.device), NoiseProcess.from_config(bench.config["NoiseScheduler"])
     size = bench.volumes.images.shape[2:]
-    networks = project.sampling_networks(encoder, unet, process, latents.shape[1:], size)
+    networks = project.sampling_networks(encoder, 1.0, unet, process, latents.shape[1:], size)
 
     @torch.inference_mode()
     def work() -> None:
@@ -175,7 +176,7 @@ def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents)
     return measure.Work(((work, 1),), bench.flags["inference"])
 
 
-def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def reference_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """The same as the reference makes it; of its 1000 steps, some are run and stand for all."""
     steps = bench.reference_steps
 
@@ -183,7 +184,7 @@ def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, la
         reference.draw_latents(unet, latents.shape[1:], [0], steps, bench.run.device)
 
     def decode() -> None:
-        reference.decode(encoder.autoencoder, latents, encoder.scale_factor)
+        reference.decode(encoder.network, latents, 1.0)
 
     parts = ((decode, 1),) if part == "decoding" else ((draw, reference.STEPS / steps), (decode, 1))
     return measure.Work(parts, bench.flags["reference"])
@@ -315,7 +316,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
     _, size, _ = patch_sizes(config, [*train, *held_out])
-    encoder = utils.load_autoencoder(path, config, run)
+    encoder = load_autoencoder(path, config, run)
     changing = VolumeDataset(
         train, Preprocessing.from_config(config), size, augment=config["diffusion_train"]["augment"]
     )
