@@ -21,7 +21,7 @@ from ldm.system.schemas import StrictValidator, explained
 
 # Keys that a checkpoint's weights depend on, and keys of networks that change memory and no result.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
-FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}
+FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
 RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
 ONLY_HOW = {
     "use_checkpoint",
@@ -31,6 +31,7 @@ ONLY_HOW = {
     "save_mem",
     "print_info",
 }
+ONLY_IN_TRAINING = {"conditions.dropout"}
 
 ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
@@ -158,7 +159,7 @@ def check_fixed(
     trained = completed(trained)
     some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
     for key, (was, now) in differences(some, others).items():
-        if key.rpartition(".")[2] not in ONLY_HOW:
+        if key.rpartition(".")[2] not in ONLY_HOW and key not in ONLY_IN_TRAINING:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 
 

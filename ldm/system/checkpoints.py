@@ -73,7 +73,7 @@ WEIGHTS_OR_NONE = {**WEIGHTS, "type": ["object", "null"]}
 FLOATS = {"type": "dense tensor of floats"}
 AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
 COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
-HASHES = {"type": "array", "items": {"type": "string"}}
+TEXTS = {"type": "array", "items": {"type": "string"}}
 SCALE_FACTOR = {"type": "number", "minimum": 1e-9, "maximum": 1e9}  # 1 / std of latents, with room to spare
 
 
@@ -101,7 +101,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, in those that have
     "model": WEIGHTS,
     "config": {"type": "plain object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
     # on what, and how far it was trained
-    "subjects": fields(training=HASHES, validation=HASHES),
+    "subjects": fields(training=TEXTS, validation=TEXTS),
     **dict.fromkeys(COUNTS, COUNT),
     "seconds": AMOUNT,
     "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},
@@ -117,6 +117,10 @@ ENTRIES = {  # of a checkpoint of this project: what each is, in those that have
     "scale_factor": SCALE_FACTOR,
     "autoencoder": {"type": "string"},  # `weights_hash`
     "latent_shape": _array(SIZE, 4),
+    "conditions": {  # of a conditioned model, see `ldm.diffusion.conditioning`
+        "type": "object",
+        "properties": {"class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1})},
+    },
     "shift": POSITIVE,  # of the times of rectified flow; None of other schedules is anything but 1
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
