@@ -27,6 +27,7 @@ from ldm.data.cases import typical_limits
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
+from ldm.training.latents import load_autoencoder
 from ldm.training.run_folder import lock_run_folder
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "
             "how many of each to encode, such as 4."
         )
-    encoder = utils.load_autoencoder(path, config, run, args.max_memory)
+    encoder = load_autoencoder(path, config, run, args.max_memory)
     weights = weights_hash(encoder.autoencoder.state_dict())
     autoencoder = {"weights": weights, "file": run.from_main(lambda: sha256_of(path))}
 

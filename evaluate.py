@@ -68,6 +68,7 @@ from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 from ldm.training.logs import read_log
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"
@@ -607,7 +608,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: one grid for all, and networks that look at it
     way = preprocessing_for(inputs, args.channel)
-    encoder = utils.load_autoencoder(inputs.autoencoder, inputs.config, run) if inputs.autoencoder else None
+    encoder = load_autoencoder(inputs.autoencoder, inputs.config, run) if inputs.autoencoder else None
     divisor = downsampling(inputs.config["autoencoder_def"]) if encoder else 1
     size = volume_size(made.cases, way.spacing, divisor)
     networks, settings = feature_networks(args, encoder, run)

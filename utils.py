@@ -18,18 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief, configs, counted
 from ldm.data.datasets import EpochSampler
 from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
-from ldm.lowmem.slabwise import Budget
-from ldm.models.autoencoder import LatentEncoder
-from ldm.models.layers import add_checkpointing, on_device
-from ldm.models.weights import load_weights
 from ldm.system import messages, ranks
-from ldm.system.checkpoints import SCALE_FACTOR, load_checkpoint, require_checkpoint
+from ldm.system.checkpoints import SCALE_FACTOR, require_checkpoint
 from ldm.system.files import NO_SPACE, parse_json, read_json
 from ldm.system.messages import CLEAN_UP, SAID
 from ldm.system.ranks import Run
@@ -461,42 +456,13 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     return path
 
 
-def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> LatentEncoder:
-    """The frozen autoencoder of stage 1, checked against the config in what both stages share.
-
-    Args:
-        max_memory: GB to encode and decode in; None: no limit.
-    """
-    checkpoint = load_checkpoint(path, "autoencoder")
-    configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
-    autoencoder = configs.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, checkpoint["model"], str(path))
-    budget = Budget(max_memory * memory.GB) if max_memory else None
-    return LatentEncoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget=budget)
-
-
-def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:
-    """Compile -> DDP, after `prepare_network`. The parameters stay those of `network`."""
-    if compiled:
-        network = torch.compile(network)
-    if run.world_size > 1:
-        # With accumulation, the first backward runs under no_sync, which a static graph does not allow.
-        network = DistributedDataParallel(
-            network,
-            device_ids=[run.device.index] if run.device.type == "cuda" else None,
-            static_graph=section["accumulate_steps"] == 1,
-            gradient_as_bucket_view=True,
-        )
-    return network
-
-
-def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
-    """Move to the device; checkpointing and synchronised batch norm, which change the network in place."""
-    if section["gradient_checkpointing"]:
-        add_checkpointing(network)
-    if run.world_size > 1 and run.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return on_device(network, run.device)
+def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], about: str, run: Run) -> None:
+    """Print the size of the network that is trained, and on what it is trained."""
+    if frozen:
+        run.say(f"{stage}: {len(frozen)} parameters that no loss reaches are frozen, such as {frozen[0]}")
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    device = f"{run.device} x {run.world_size}, {run.amp_dtype or torch.float32}"
+    run.say(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
 
 
 # ---------------------------------------------------------------- training

@@ -49,6 +49,7 @@ from ldm.models.autoencoder import LatentEncoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 
 PARTS = tuple(NAMES)
 CONFIGS = {  # by device and whether quality is asked for
@@ -315,7 +316,7 @@ def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags:
     if len(held_out) < 2:
         raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
     _, size, _ = patch_sizes(config, [*train, *held_out])
-    encoder = utils.load_autoencoder(path, config, run)
+    encoder = load_autoencoder(path, config, run)
     changing = VolumeDataset(
         train, Preprocessing.from_config(config), size, augment=config["diffusion_train"]["augment"]
     )

@@ -11,11 +11,11 @@ import torch
 from chain import Project, make_data
 from torch import nn
 
-import train_diffusion
 import utils
 from benchmarks import benchmark, measure, project, quality, reference, report, scaling
 from ldm import configs
 from ldm.data.cases import Case
+from ldm.diffusion.objective import diffusion_loss
 from ldm.models.autoencoder import LatentEncoder
 from ldm.models.definitions import downsampling
 from ldm.system.ranks import Run
@@ -63,7 +63,8 @@ def test_the_reference_learns_the_noise_and_so_does_this_project(setting):
     squared = torch.cumprod(1 - betas, 0)[t].float().reshape(-1, 1, 1, 1, 1)
     by_hand = (unet(squared.sqrt() * z0 + (1 - squared).sqrt() * noise, t) - noise).square().mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
-    ours = train_diffusion.diffusion_loss(unet, reference.noise_process(), z0, noise, t, RUN)
+    process = reference.noise_process()
+    ours = diffusion_loss(process, unet(process.add_noise(z0, noise, t), t), z0, noise, t)
     assert loss.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
@@ -81,12 +82,12 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     batch = torch.utils.data.default_collate([ours.dataset[(0, i)] for i in range(2)])
     before = autoencoder_of(config)
     before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
-    for one in (theirs.autoencoder, ours.networks.encoder.autoencoder):
+    for one in (theirs.autoencoder, ours.learner.autoencoder.autoencoder):
         one.load_state_dict(before.state_dict())
-    theirs.discriminator.load_state_dict(ours.networks.judge.state_dict())
+    theirs.discriminator.load_state_dict(ours.learner.discriminator.state_dict())
     theirs.step(batch)
     ours.step(batch)
-    mine = [stepper.optimizer for stepper in ours.networks.steppers]
+    mine = [stepper.optimizer for stepper in ours.learner.optimizers.values()]
     for a, b, weight in zip(
         (theirs.generator_optimizer, theirs.discriminator_optimizer), mine, (1, 0.01), strict=True
     ):
@@ -96,7 +97,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
         )
         assert first.norm() > 1e-6
         assert (first - weight * second).norm() < 1e-3 * first.norm()
-    moved = ours.networks.encoder.autoencoder.state_dict()
+    moved = ours.learner.autoencoder.autoencoder.state_dict()
     assert max((moved[name] - weight).abs().max() for name, weight in before.state_dict().items()) > 1e-3
 
 

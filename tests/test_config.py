@@ -19,6 +19,7 @@ from ldm.data import latents
 from ldm.data.intensity import Intensity
 from ldm.data.prepare import patch_sizes
 from ldm.diffusion.process import NoiseProcess
+from ldm.losses import AutoencoderLoss
 from ldm.models.definitions import NETWORKS, SCHEDULERS, named_class, resolve_references
 from ldm.system.files import write_json
 
@@ -148,7 +149,7 @@ def test_older_and_newer_name_of_the_epochs(load):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_is_whole(path):
     config = utils.load_config(path)
-    train_autoencoder.AutoencoderLoss(config["autoencoder_train"], None)  # needs no file of weights
+    AutoencoderLoss(config["autoencoder_train"], None)  # needs no file of weights
     sizes = [parameters(config, key) for key in ("autoencoder_def", "diffusion_def")]
     if path.stem == "config_demo":
         assert sum(sizes) < 50e6  # for a laptop

@@ -21,9 +21,16 @@ from ldm import configs
 from ldm.data.datasets import VolumeDataset
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
+from ldm.losses import AutoencoderLoss
 from ldm.models.autoencoder import LatentEncoder
+from ldm.models.denoiser import predict
+from ldm.training.autoencoder import WithPosteriorDraw
+from ldm.training.diffusion import build_learner
+from ldm.training.latents import WithNoise
 from ldm.training.step import Stepper
+from ldm.training.wrapping import wrap_network
 
 pytestmark = [
     pytest.mark.skipif(
@@ -91,12 +98,12 @@ def one_step(config_file: Path, data: Path) -> dict:
         section["accumulate_steps"] = accumulate
         torch.manual_seed(0)
         encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
-        network = utils.wrap_network(encoder, section, run, False)
+        network = wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
-        loss = train_autoencoder.AutoencoderLoss(section, None)
+        loss = AutoencoderLoss(section, None)
         first, second = (
             utils.make_loader(kind(dataset, [3, 8, 10, 6], seed=0), section, config, run)
-            for kind in (train_autoencoder.WithPosteriorDraw, train_diffusion.WithChance)
+            for kind in (WithPosteriorDraw, WithNoise)
         )
         for number, (batch, chance) in enumerate(zip(first, second, strict=True)):
             with stepper.accumulating(number + 1 == accumulate):
@@ -121,19 +128,18 @@ def steps_with_unused_parameters(config: dict, run) -> dict:
     }
     config["diffusion_train"] |= {"accumulate_steps": 2, "ema_decay": 0.0}
     torch.manual_seed(0)
-    learner = train_diffusion.build_learner(config, False, run)
+    learner = build_learner(config, False, run)
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     generator, mine = torch.Generator().manual_seed(1), slice(run.rank, None, run.world_size)
     for _ in range(2):
         for last in (False, True):
             z0, noise = torch.randn(2, 2, 3, 8, 8, 8, generator=generator)[:, mine]
-            with learner.stepper.accumulating(last):
+            with learner.optimizer.accumulating(last):
                 t = torch.full((len(z0),), 500.0)
-                learner.stepper.backward(
-                    train_diffusion.diffusion_loss(learner.wrapped, process, z0, noise, t, run)
-                )
-        learner.stepper.clip()
-        learner.stepper.step(1e-3, torch.zeros(()))
+                prediction = predict(learner.model, process.add_noise(z0, noise, t), t, {})
+                learner.optimizer.backward(diffusion_loss(process, prediction, z0, noise, t))
+        learner.optimizer.clip()
+        learner.optimizer.step(1e-3, torch.zeros(()))
     return learner.unet.state_dict()
 
 

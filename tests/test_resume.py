@@ -19,7 +19,7 @@ from ldm import UserError
 from ldm.generation import load_networks
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.ranks import Run
-from ldm.training.loop import Training
+from ldm.training.progress import Progress
 from ldm.training.run_folder import StageFiles
 from ldm.training.step import Stepper
 
@@ -121,9 +121,9 @@ def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypat
         alive.extend(tuple(one().shape) for one in read if one() is not None)
         yield from real_epochs(self)
 
-    torch_load, real_epochs = torch.load, Training.epochs
+    torch_load, real_epochs = torch.load, Progress.epochs
     monkeypatch.setattr(torch, "load", load)
-    monkeypatch.setattr(Training, "epochs", epochs)
+    monkeypatch.setattr(Progress, "epochs", epochs)
     assert "resumed in epoch" in project.run(script, "--no-amp", *longer)
     assert len(read) > 100 and not alive
 

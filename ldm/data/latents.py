@@ -86,7 +86,7 @@ class Posteriors(Dataset):
         if isinstance(entry, Path):
             entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
         mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
-        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+        return {"mean": mean, "std": std, "cond": {}, "epoch": epoch, "index": i}
 
 
 class _Versions(Dataset):
