@@ -32,7 +32,7 @@ import utils
 from ldm import configs, generation
 from ldm.export import bundle, model_card
 from ldm.system.checkpoints import MADE_BY, require_checkpoint
-from ldm.system.files import written_whole
+from ldm.system.files import new_folder, written_whole
 from ldm.system.ranks import Run
 
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     # Step 2: write into a neighbouring folder, which takes the name when all is there
-    out = utils.prepare_folder(args.out)
+    out = new_folder(args.out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         if "safetensors" in args.formats:

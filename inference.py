@@ -286,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = utils.load_config(args.config_file, args.set)
     if args.dry_run:
         return tell_memory(args, config)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, "output_dir")
+    environment = utils.load_environment(args.environment_file, writable=("output_dir",))
     run = utils.start(args)
     output_dir = environment["output_dir"]
 

@@ -32,6 +32,7 @@ from ldm.data.prepare import prepare_data, volumes_to_encode
 from ldm.data.splits import subjects_of
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import SAMPLE_SEEDS, build_learner, draw_samples, rehearse, save_pictures
 from ldm.training.latents import WithNoise, encode_data, load_autoencoder, read_cache
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = check_scheduler(scheduler, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, *utils.FOLDERS)
+    environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     NoiseProcess.from_config(scheduler)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]

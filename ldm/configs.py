@@ -48,12 +48,9 @@ def check_config(config: dict, path: str | Path) -> dict:
     schema = _schema()
     try:
         config = resolve_references(config, config, "config")
-        errors = StrictValidator(schema).iter_errors(config)
-        error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+        check_schema(config, schema, path, hint="docs/config.md lists the keys.")
     except RecursionError:
         raise UserError(f"{path}: lists within lists, or references to references, lead too deep.") from None
-    if error is not None:
-        raise UserError(f"{path}: {_explain(error)}")
     for section in ("autoencoder_train", "diffusion_train"):
         if "n_epochs" in config.get(section, {}):
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
@@ -73,6 +70,33 @@ def check_config(config: dict, path: str | Path) -> dict:
     _check_intensity(config, stated, path)
     check_networks(config)
     return config
+
+
+def check_schema(content: dict, schema: dict, path: str | Path, hint: str) -> None:
+    """Check the content of a JSON file against a JSON Schema.
+
+    Args:
+        path: the file, for messages.
+        hint: where its keys are listed; printed with an unknown or missing key that has no near one.
+
+    Raises:
+        UserError: an unknown or missing key, or a wrong value; the key is named.
+    """
+    errors = StrictValidator(schema).iter_errors(content)
+    error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+    if error is None:
+        return
+    what = f"{explained(error)}."
+    if error.validator == "required":
+        what += f" {hint}"
+    elif error.validator in ("additionalProperties", "unevaluatedProperties"):
+        known = error.schema["properties"]
+        key = next(key for key in error.instance if key not in known)
+        near = difflib.get_close_matches(key, known, 1)
+        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
+        where = ".".join(map(str, [*error.absolute_path, key]))
+        what = f"unknown key {brief(where)}. {f'Did you mean {near[0]}?' if near else hint}"
+    raise UserError(f"{path}: {what}")
 
 
 def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
@@ -187,18 +211,6 @@ def with_spacing(config: dict, spacing: Sequence[float], resumed: dict | None = 
 
 def _schema() -> dict:
     return json.loads(SCHEMA.read_text(encoding="utf-8"))
-
-
-def _explain(error) -> str:
-    where = ".".join(str(part) for part in error.absolute_path)
-    if error.validator in ("additionalProperties", "unevaluatedProperties"):
-        known = error.schema["properties"]
-        key = next(key for key in error.instance if key not in known)
-        near = difflib.get_close_matches(key, known, 1)
-        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
-        hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
-        return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
-    return f"{explained(error)}."
 
 
 def _fill_defaults(section: dict, schema: dict, root: dict) -> None:

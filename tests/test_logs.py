@@ -411,7 +411,7 @@ def test_log_txt_tells_how_a_run_ended(encoded, monkeypatch):
         with pytest.raises(RuntimeError, match="a fault of the program"):
             encoded.run(train_diffusion, *more)
     text = text_of(encoded)
-    assert "error: not foreseen\nTraceback " in text and "RuntimeError: a fault of the program" in text
+    assert "error: unexpected\nTraceback " in text and "RuntimeError: a fault of the program" in text
     assert text.count("UserWarning: a library's word") == 1
     assert warnings.showwarning.__module__ != logs.__name__
 

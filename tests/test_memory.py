@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -335,7 +336,7 @@ def test_bad_device(given):
 def test_refusal_names_the_largest_saving_first(tmp_path, monkeypatch):
     project = Project(tmp_path / "project", make_data(tmp_path / "data"))
     monkeypatch.setattr(memory, "gpu_memory", lambda device: (10**5, 10**9))
-    monkeypatch.setattr(utils.os, "name", "posix")
+    monkeypatch.setattr(os, "name", "posix")
     bytes_of = {"gradient_checkpointing": 3, "batch_size": 2, "patch_size": 4}
 
     def peaks(self, config):
@@ -513,9 +514,9 @@ chain.leave_after(test_memory.worker, sys.argv[1], sys.argv[2:])
 
 def worker(folder: str, argv: list[str]) -> None:
     """Of two ranks: the second one's GPU is small. Leaves a file when it is about to say why it ends."""
-    rank, sleep = int(os.environ["RANK"]), utils.time.sleep
+    rank, sleep = int(os.environ["RANK"]), time.sleep
     memory.gpu_memory = lambda device: (10**5,) * 2 if rank else (10**12,) * 2
-    utils.time.sleep = lambda seconds: (Path(folder, f"heard_{rank}").touch(), sleep(seconds))
+    time.sleep = lambda seconds: (Path(folder, f"heard_{rank}").touch(), sleep(seconds))
     train_autoencoder.main(argv)
 
 

@@ -103,6 +103,24 @@ def write_json(path: Path, content: dict | list) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def new_folder(path: str | Path) -> Path:
+    """The absolute path of an `--out` folder that does not exist yet; an empty one makes way for it.
+
+    Raises:
+        UserError: something else is there, or the place cannot be written to.
+    """
+    out = Path(path).resolve()
+    try:
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error}; name a folder that can be made.") from error
+    if out.exists():
+        raise UserError(f"--out {path} already holds something; name a new folder, or delete that one first.")
+    return out
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:

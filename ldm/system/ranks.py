@@ -1,13 +1,15 @@
 """This process among the others: who it is, what they agree on, and the signals that stop them."""
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ldm import UserError
+from ldm import UserError, counted
 from ldm.system.messages import tell
 
 
@@ -82,6 +84,44 @@ class Run:
         if error:
             raise error
         return result
+
+
+def check_device_name(kind: str) -> str:
+    """Raise UserError unless `--device` is cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise UserError(f"--device {kind}: expected cpu, cuda or cuda:N.")
+    return kind
+
+
+def find_device(kind: str, local_rank: int, processes_here: int) -> torch.device:
+    """The device of this process: a CPU, the GPU that is named, or under torchrun a GPU for each process.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    if check_device_name(kind) == "cpu":
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
+        )
+    number, count = kind.partition(":")[2], torch.cuda.device_count()
+    there = f"{counted(count, 'GPU{s}')} here{chosen}"
+    if number and processes_here > 1:
+        raise UserError(
+            f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
+            "own.\nUse --device cuda; the variable CUDA_VISIBLE_DEVICES chooses the GPUs."
+        )
+    if not number and processes_here > count:
+        raise UserError(
+            f"{processes_here} processes for {there}: each process needs a GPU of its own.\n"
+            f"Use torchrun --nproc_per_node={count}, or --device cpu."
+        )
+    if (index := int(number or local_rank)) >= count:
+        raise UserError(f"--device {kind}: found {there}, numbered from 0.")
+    return torch.device("cuda", index)
 
 
 def choose_kernels(tf32: bool, repeatable: bool) -> None:

@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ldm import UserError, brief
+from ldm import Failure, UserError, brief
 from ldm.losses import missing_package
 from ldm.models.definitions import downsampling, network_divisor
 from ldm.system.ranks import Run, amp_dtype
@@ -65,7 +65,7 @@ NO_VALUES = (
 )
 
 
-class ForecastError(Exception):
+class ForecastError(Failure):
     """The memory of a computation cannot be predicted. This says nothing about whether it can run."""
 
 
