@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "how many of each to encode, such as 4."
         )
     encoder = load_autoencoder(path, config, run, args.max_memory)
-    weights = weights_hash(encoder.autoencoder.state_dict())
+    weights = weights_hash(encoder.network.state_dict())
     autoencoder = {"weights": weights, "file": run.from_main(lambda: sha256_of(path))}
 
     # Step 2: what is there already, and the rest

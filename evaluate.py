@@ -60,7 +60,7 @@ from ldm.evaluation.verdicts import verdicts
 from ldm.evaluation.volumes import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet, Yardsticks
 from ldm.export import records
 from ldm.models import perceptual
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, downsampling, instantiate
 from ldm.models.weights import load_weights
 from ldm.system import versions
@@ -395,12 +395,12 @@ def geometry_notes(source: Source, way: Preprocessing, size: Sequence[int]) -> l
 
 
 def feature_networks(
-    args: argparse.Namespace, encoder: LatentEncoder | None, run: Run
+    args: argparse.Namespace, encoder: Autoencoder | None, run: Run
 ) -> tuple[dict[str, Callable], dict[str, str]]:
     """The networks of features by name, and for each what the page says of it."""
     networks, told = {}, {}
     if encoder:
-        networks[OWN] = features.AutoencoderFeatures(encoder.autoencoder)
+        networks[OWN] = features.AutoencoderFeatures(encoder)
         told["own features"] = (
             "the encoder of the autoencoder; such figures are never to be set beside published ones"
         )
@@ -451,7 +451,7 @@ def volumes_of(source: Source, read: Reader, run: Run) -> Iterator[tuple[Case, t
 
 @torch.inference_mode()
 def gather(
-    inputs: Inputs, read: Reader, networks: dict, encoder: LatentEncoder | None, classifier, run: Run
+    inputs: Inputs, read: Reader, networks: dict, encoder: Autoencoder | None, classifier, run: Run
 ) -> tuple[Sets, dict[str, list[tuple[str, np.ndarray]]]]:
     """Read all volumes once (those of the 2.5D distance twice); and keep a few of each set to be looked at,
     (name, (D, H, W))."""

@@ -5,21 +5,25 @@
         -e config/environment.json -g 8
     python train_autoencoder.py -c config/config_demo.json -e config/environment.json --device cpu
 
-The config (docs/config.md lists its keys) says what to train, the environment file where data are and results
-go. The loss is L1 or L2, KL, perceptual and patch-adversarial, each with its weight; a weight of 0 builds
-nothing.
+The config says what to train (docs/config.md lists its keys), the environment file where data are and where
+results go. The loss is the sum of L1 or L2, KL, gradient-difference, perceptual and adversarial terms, each
+with its weight. A term of weight 0 is not built.
 
-Written to `model_dir`: `autoencoder.pt` (lowest held-out loss so far: reconstruction, gradient and perceptual
-terms with their weights, on whole volumes), `autoencoder_last.pt` (newest, with optimiser and discriminator)
-and `autoencoder_prev.pt` (the one before it),
-`config_autoencoder.json` (as resolved), `split.json`, `train_log.jsonl` (numbers), `log.txt` (what was said),
-`losses.png` (up to date), `reconstruction.gif` (a sweep through a held-out scan and its reconstruction); to
-`output_dir`: `reconstructions.png`; to `tfevent_path`/autoencoder: TensorBoard, with the same held-out scans,
-their reconstructions and 4 times the difference at each validation.
+Written to `model_dir`:
+    autoencoder.pt              the lowest held-out loss so far: reconstruction, gradient-difference and
+                                perceptual terms on whole volumes, with averaged weights
+    autoencoder_last.pt         the newest, with optimisers and discriminator; _prev.pt is the one before it
+    config_autoencoder.json     the config as resolved
+    split.json                  training and held-out cases
+    train_log.jsonl, log.txt    numbers; messages
+    losses.png                  curves, redrawn during training
+    reconstruction.gif          a sweep through a held-out scan and its reconstruction
+to `output_dir`: reconstructions.png; to `tfevent_path`/autoencoder: TensorBoard, with held-out scans, their
+reconstructions and 4 times the difference at each validation.
 
-The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
-over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint. `--dry-run`
-only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training that cannot fit is refused.
+Re-running the same command resumes bit-exactly. SIGTERM and Ctrl-C save first. `--fresh` starts over and
+moves what is there to `model_dir/old-N`; `--resume FILE` resumes from that checkpoint. `--dry-run` prints the
+predicted peak memory by part, for a GPU or this CPU, and trains nothing.
 """
 
 from collections.abc import Sequence
@@ -35,7 +39,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.environment import FOLDERS
 from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
-from ldm.models.autoencoder import LatentEncoder, set_posterior_std
+from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 from ldm.training.autoencoder import (
     COMPARED,
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     learner = build_learner(config, network, patch_size, val_size, criterion, section["compile"], run)
     autoencoder, model, optimizer = learner.autoencoder, learner.model, learner.optimizer
     ema_model, discriminator = learner.ema_model, learner.discriminator
-    latent_shape = latent_shape_of(config, network, patch_size)
+    latent_shape = latent_shape_of(config, autoencoder, patch_size)
     loader = utils.make_loader(WithPosteriorDraw(train_set, latent_shape, seed), section, config, run)
     facts = {"config": config, "subjects": subjects_of(train_cases, val_cases)}
     if resumed:
@@ -163,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress.end_epoch(learner, optimizer.rate)
             if not progress.validates():
                 continue
-            scores, pairs = validate(LatentEncoder(learner.network), criterion, val_set, run)
+            scores, pairs = validate(Autoencoder(learner.network), criterion, val_set, run)
             if progress.is_best(scores["loss"]):
                 keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.network)

@@ -4,21 +4,24 @@
     torchrun --standalone --nproc_per_node=8 train_diffusion.py -c config/config_train_multigpu.json \\
         -e config/environment.json -g 8
 
-Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume, and each of its versions where
-`augment.versions` says how many there are, is encoded once; the posteriors are kept in memory, and each step
-draws latents from them. With `latent_cache` they come from the disk, where cache_latents.py left them. The
-scale factor, 1 / std of the latents of the whole training set, is measured once, printed, and stored with the
-weights.
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume is encoded once, and each of its
+augmented versions where `augment.versions` says how many there are. Each step draws latents from the
+posteriors, which are kept in memory; with `latent_cache` they are read from the disk, where cache_latents.py
+has written them. The scale factor, 1 / std of the latents of the whole training set, is measured once and
+stored with the weights.
 
-Written to `model_dir`: `diffusion_unet.pt` (best loss on held-out volumes so far, averaged weights),
-`diffusion_unet_last.pt` (newest, with optimiser) and `diffusion_unet_prev.pt` (the one before it),
-`config_diffusion.json`, `train_log.jsonl` (numbers), `log.txt` (what was said), `losses.png` (up to date),
-`samples/` (drawn on the way from the same seeds, and `progress.gif` of all of them), `samples.gif` (a sweep
-through the newest); to `tfevent_path`/diffusion: TensorBoard.
+Written to `model_dir`:
+    diffusion_unet.pt           the lowest loss on held-out volumes so far, with averaged weights
+    diffusion_unet_last.pt      the newest, with optimiser; _prev.pt is the one before it
+    config_diffusion.json       the config as resolved
+    train_log.jsonl, log.txt    numbers; messages
+    losses.png                  curves, redrawn during training
+    samples/, samples.gif       samples drawn during training from fixed seeds; a sweep through the newest
+to `tfevent_path`/diffusion: TensorBoard.
 
-The same command again goes on where it stopped, to the bit; SIGTERM and Ctrl-C save first. `--fresh` starts
-over and moves what was there to `model_dir/old-N`; `--resume FILE` goes on from that checkpoint. `--dry-run`
-only tells the peak memory, by part, on a GPU or this CPU; on a GPU a training that cannot fit is refused.
+Re-running the same command resumes bit-exactly. SIGTERM and Ctrl-C save first. `--fresh` starts over and
+moves what is there to `model_dir/old-N`; `--resume FILE` resumes from that checkpoint. `--dry-run` prints the
+predicted peak memory by part, for a GPU or this CPU, and trains nothing.
 """
 
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
 from ldm.environment import FOLDERS
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
@@ -144,11 +144,11 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
         first = bench.volumes.images[: section["batch_size"]]
         stage = reference.Diffusion(autoencoder, unet, first, section["lr"], run.device)
         return training_work(bench, stage, bench.volumes, "diffusion_train", side)
-    encoder = LatentEncoder(autoencoder, scale_factor=1.0)
+    encoder = Autoencoder(autoencoder)
     if part == "diffusion":
         stage = project.Diffusion(config, encoder, bench.volumes, run, unet.state_dict())
         return training_work(bench, stage, stage.dataset, "diffusion_train", side)
-    shape = [autoencoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
+    shape = [encoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
     latents = torch.randn(1, *shape).to(run.device)
     of_side = our_sampling if side == "ours" else reference_sampling
     return of_side(bench, part, encoder, unet.eval().requires_grad_(False), latents)
@@ -161,11 +161,11 @@ def training_work(bench: Bench, stage, dataset: Dataset, section: str, side: str
     return measure.Work(((lambda: stage.step(next(batches)), 1),), bench.flags[side])
 
 
-def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def our_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """A volume, or the decoding of a latent (1, c, d, h, w), as inference.py makes it by default."""
     run, process = Run(0, 1, bench.run.device), NoiseProcess.from_config(bench.config["NoiseScheduler"])
     size = bench.volumes.images.shape[2:]
-    networks = project.sampling_networks(encoder, unet, process, latents.shape[1:], size)
+    networks = project.sampling_networks(encoder, 1.0, unet, process, latents.shape[1:], size)
 
     @torch.inference_mode()
     def work() -> None:
@@ -177,7 +177,7 @@ def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents)
     return measure.Work(((work, 1),), bench.flags["inference"])
 
 
-def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def reference_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """The same as the reference makes it; of its 1000 steps, some are run and stand for all."""
     steps = bench.reference_steps
 
@@ -185,7 +185,7 @@ def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, la
         reference.draw_latents(unet, latents.shape[1:], [0], steps, bench.run.device)
 
     def decode() -> None:
-        reference.decode(encoder.autoencoder, latents, encoder.scale_factor)
+        reference.decode(encoder.network, latents, 1.0)
 
     parts = ((decode, 1),) if part == "decoding" else ((draw, reference.STEPS / steps), (decode, 1))
     return measure.Work(parts, bench.flags["reference"])

@@ -14,7 +14,7 @@ from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
 from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models import autoencoder as autoencoders
 from ldm.models.denoiser import predict
 from ldm.models.layers import on_device
 from ldm.system.ranks import Run
@@ -61,11 +61,11 @@ class Autoencoder:
         self.section = config["autoencoder_train"]
         self.run, size = run_of(self.section, run), dataset[(0, 0)]["image"].shape[1:]
         autoencoder = configs.define_network(config, "autoencoder_def")
-        latent_shape = stage1.latent_shape_of(config, autoencoder, size)
         criterion = AutoencoderLoss(self.section, None)
         self.learner = stage1.build_learner(
             config, autoencoder, size, size, criterion, self.section["compile"], self.run
         )
+        latent_shape = stage1.latent_shape_of(config, self.learner.autoencoder, size)
         self.dataset = stage1.WithPosteriorDraw(dataset, latent_shape, config["seed"])
         self.clock = Clock(self.section, len(dataset))
 
@@ -101,7 +101,9 @@ class Diffusion:
         weights: of the UNet, to begin with.
     """
 
-    def __init__(self, config: dict, encoder: LatentEncoder, volumes: Dataset, run: Run, weights: dict):
+    def __init__(
+        self, config: dict, encoder: autoencoders.Autoencoder, volumes: Dataset, run: Run, weights: dict
+    ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
         kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
@@ -138,10 +140,19 @@ class Diffusion:
         self.clock.before, self.clock.started = seconds, time.monotonic()
 
 
-def sampling_networks(encoder: LatentEncoder, unet: nn.Module, process: NoiseProcess, latent_shape, size):
+def sampling_networks(
+    encoder: autoencoders.Autoencoder,
+    scale_factor: float,
+    unet: nn.Module,
+    process: NoiseProcess,
+    latent_shape: Sequence[int],
+    size: Sequence[int],
+) -> generation.Networks:
     """Networks as `generation.draw` takes them."""
     geometry = {"size": list(size), "spacing": [1.0] * 3, "limits": [[0.0, 1.0]]}
-    return generation.Networks(encoder, unet.eval(), process, list(latent_shape), geometry, None)
+    return generation.Networks(
+        encoder, scale_factor, unet.eval(), process, list(latent_shape), geometry, None
+    )
 
 
 def default_sampler(process: NoiseProcess) -> tuple[str, int]:

@@ -24,7 +24,7 @@ from benchmarks import measure, project, reference
 from ldm import generation
 from ldm.evaluation.distances import KernelDistance, interval
 from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.system.ranks import Run
 
 SLICES = 24
@@ -96,12 +96,12 @@ def draw_reference(networks: generation.Networks, count: int, device, batch: int
         latents = reference.draw_latents(networks.unet, networks.latent_shape, seeds, reference.STEPS, device)
         for latent in latents.split(1):
             volumes.append(
-                reference.decode(networks.encoder.autoencoder, latent, networks.encoder.scale_factor).cpu()
+                reference.decode(networks.autoencoder.network, latent, networks.scale_factor).cpu()
             )
     return torch.cat(volumes)
 
 
-def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: float, flags, run: Run) -> dict:
+def build_arms(config: dict, encoder: Autoencoder, train, source, minutes: float, flags, run: Run) -> dict:
     """Both trainings, before their first step.
 
     Args:
@@ -117,16 +117,15 @@ def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: flo
 
     loader = utils.make_loader(train, section, config, run, workers=0)
     theirs = reference.Diffusion(
-        encoder.autoencoder, unet, next(iter(loader))["image"], section["lr"], run.device
+        encoder.network, unet, next(iter(loader))["image"], section["lr"], run.device
     )
-    their_encoder = LatentEncoder(encoder.autoencoder, theirs.scale_factor)
     their_process = reference.noise_process()
     latent_shape = list(theirs.latent_shape)
     arms = {
         "reference": Arm(
             theirs.step,
             endless(loader),
-            project.sampling_networks(their_encoder, unet, their_process, latent_shape, shape),
+            project.sampling_networks(encoder, theirs.scale_factor, unet, their_process, latent_shape, shape),
             flags["reference"],
         )
     }
@@ -137,7 +136,9 @@ def build_arms(config: dict, encoder: LatentEncoder, train, source, minutes: flo
     arms["ours"] = Arm(
         ours.step,
         endless(utils.make_loader(ours.dataset, section, config, run, 0 if source.versions else None)),
-        project.sampling_networks(encoder, ours.learner.shown, ours.process, latent_shape, shape),
+        project.sampling_networks(
+            encoder, ours.scale_factor, ours.learner.network, ours.process, latent_shape, shape
+        ),
         flags["ours"],
         ours.resume_clock,
         prepared,
@@ -153,7 +154,7 @@ def told(distance: KernelDistance) -> dict:
 
 def compare(
     config: dict,
-    encoder: LatentEncoder,
+    encoder: Autoencoder,
     train,
     held_out,
     source,
@@ -177,7 +178,7 @@ def compare(
         is no worse than the reference at its end, or None; "speedup" of a volume no worse than its, or None.
     """
     device, plain = run.device, Run(0, 1, run.device)  # volumes are drawn as inference.py draws by default
-    network = AutoencoderFeatures(encoder.autoencoder)
+    network = AutoencoderFeatures(encoder)
     space = FeatureSpace(rows_of(network, train.images))
     real = space(rows_of(network, held_out.images))
 
@@ -237,7 +238,7 @@ def time_of_reference(networks: generation.Networks, steps: int, flags: dict, de
         reference.draw_latents(networks.unet, shape, [0], steps, device)
 
     def end() -> None:
-        reference.decode(networks.encoder.autoencoder, latents, networks.encoder.scale_factor)
+        reference.decode(networks.autoencoder.network, latents, networks.scale_factor)
 
     work = measure.Work(((start, reference.STEPS / steps), (end, 1)), flags["reference"])
     return statistics.median(work.seconds(device) for _ in range(TIMED))

@@ -16,7 +16,7 @@ from benchmarks import benchmark, measure, project, quality, reference, report, 
 from ldm import configs
 from ldm.data.cases import Case
 from ldm.diffusion.objective import diffusion_loss
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import downsampling
 from ldm.system.ranks import Run
 
@@ -82,7 +82,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     batch = torch.utils.data.default_collate([ours.dataset[(0, i)] for i in range(2)])
     before = autoencoder_of(config)
     before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
-    for one in (theirs.autoencoder, ours.learner.autoencoder.autoencoder):
+    for one in (theirs.autoencoder, ours.learner.autoencoder.network):
         one.load_state_dict(before.state_dict())
     theirs.discriminator.load_state_dict(ours.learner.discriminator.state_dict())
     theirs.step(batch)
@@ -97,7 +97,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
         )
         assert first.norm() > 1e-6
         assert (first - weight * second).norm() < 1e-3 * first.norm()
-    moved = ours.learner.autoencoder.autoencoder.state_dict()
+    moved = ours.learner.autoencoder.network.state_dict()
     assert max((moved[name] - weight).abs().max() for name, weight in before.state_dict().items()) > 1e-3
 
 
@@ -121,7 +121,7 @@ def test_the_average_and_the_clock_of_this_projects_side(setting):
     config = utils.load_config(setting.config_file)
     images = numbers(4, 1, 16, 20, 12).abs()
     data = benchmark.VolumesInMemory([Case(str(i), ()) for i in range(4)], images)
-    encoder = LatentEncoder(autoencoder_of(config), 1.0)
+    encoder = Autoencoder(autoencoder_of(config))
     weights = configs.define_network(config, "diffusion_def").state_dict()
     stage = project.Diffusion(config, encoder, data, RUN, weights)
     assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16

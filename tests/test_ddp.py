@@ -24,7 +24,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.losses import AutoencoderLoss
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.denoiser import predict
 from ldm.training.autoencoder import WithPosteriorDraw
 from ldm.training.diffusion import build_learner
@@ -59,6 +59,7 @@ import cache_latents
 import inference
 import test_ddp
 import train_autoencoder
+from ldm.training import autoencoder
 
 # One group for all three, since a process that opens gloo's a second time may hang.
 dist.init_process_group("gloo")
@@ -69,11 +70,11 @@ folder, data, split, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv.index
 torch.save(test_ddp.one_step(folder / "config.json", data), folder / f"step_{rank}.pt")
 
 built = []
-for name in ("LatentEncoder", "PatchDiscriminator"):
-    def build(*args, cls=getattr(train_autoencoder, name), **kwargs):
+for name in ("Autoencoder", "PatchDiscriminator"):
+    def build(*args, cls=getattr(autoencoder, name), **kwargs):
         built.append(cls(*args, **kwargs))
         return built[-1]
-    setattr(train_autoencoder, name, build)
+    setattr(autoencoder, name, build)
 train_autoencoder.main(sys.argv[3:split])
 torch.save([network.state_dict() for network in built], folder / f"weights_{rank}.pt")
 inference.main(sys.argv[split + 1 :])
@@ -97,7 +98,7 @@ def one_step(config_file: Path, data: Path) -> dict:
     for accumulate in (1, 2):
         section["accumulate_steps"] = accumulate
         torch.manual_seed(0)
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def"))
         network = wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
         loss = AutoencoderLoss(section, None)

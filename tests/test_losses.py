@@ -31,7 +31,7 @@ from ldm.losses import (
     unit_vectors,
 )
 from ldm.models import perceptual
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate, resolve_references
 from ldm.models.denoiser import predict
 from ldm.system.ranks import Run
@@ -306,7 +306,7 @@ def test_a_step_copies_nothing_that_is_waited_for(squeezenet):
     config = resolve_references(config, config, "config")
     encoder, unet = (
         build(instantiate(config[key], NETWORKS, key)).to("meta")
-        for build, key in ((LatentEncoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
+        for build, key in ((Autoencoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
     )
     discriminator = PatchDiscriminator(spatial_dims=3, channels=4, in_channels=1, num_layers_d=1).to("meta")
     criterion = AutoencoderLoss(section, squeezenet[0]).to("meta")

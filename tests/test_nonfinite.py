@@ -479,6 +479,12 @@ def worker(folder: str, rank: int, argv: list[str]) -> None:
             torch.save(held, os.path.join(folder, f"held_{rank}.pt"))
             raise
 
+    def recording(build):
+        return lambda *args: learners.append(build(*args)) or learners[-1]
+
+    learners = []
+    for script in (train_autoencoder, train_diffusion):
+        script.build_learner = recording(script.build_learner)
     real, real_read = Progress.end_step, Guard.read
     Progress.end_step, Guard.read = end_step, read
     number = 3 if rank else 0  # there is no batch 0

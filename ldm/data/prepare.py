@@ -89,35 +89,22 @@ def prepare_data(
     found = find_data(config, environment, run.say)
 
     def divide() -> splits.Sides:
-        path = environment["model_dir"] / splits.SPLIT
-        where = ", ".join(map(str, data_folders(environment)))
         known = None
         if autoencoder and autoencoder.is_file():
             known = load_checkpoint(autoencoder).get("subjects")
-        sides = splits.as_kept(path, *found, where, run.say, write) if path.is_file() else found
         stages = (config["autoencoder_train"], config["diffusion_train"])
-        bad = splits.bad_cases(
-            [*sides[0], *sides[1]],
-            path,
+        labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
+        where = ", ".join(map(str, data_folders(environment)))
+        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, write, run.say)
+        sides = splitter.without_bad(
+            *splitter.select(*found),
             configs.channels_of(config),
             Intensity.from_config(config),
-            labels=any(section["augment"]["foreground_prob"] for section in stages),  # else they are not read
-            skip=skip_bad,
-            strict=write,
-            say=run.say,
+            labels,
+            skip_bad,
         )
-        return splits.divided(
-            *splits.without(bad, *sides, where),
-            path,
-            where,
-            val_fraction=config["data"]["val_fraction"],
-            seed=config["seed"],
-            strict=write,
-            say=run.say,
-            resumed=resumed,
-            autoencoder=autoencoder,
-            known=known,
-        )
+        val_fraction, seed = config["data"]["val_fraction"], config["seed"]
+        return splitter.divide(*sides, val_fraction, seed, resumed, autoencoder, known)
 
     train, val = run.from_main(divide)
     if splits.is_single_subject(train, val):

@@ -208,10 +208,10 @@ def model_card(
         title=title,
         description=about["description"],
         authors=about["authors"],
-        autoencoder=_network(config["autoencoder_def"], networks.encoder),
+        autoencoder=_network(config["autoencoder_def"], networks.autoencoder),
         factor=downsampling(config["autoencoder_def"]),
         latents=by(networks.latent_shape),
-        scale_factor=networks.encoder.scale_factor,
+        scale_factor=networks.scale_factor,
         unet=_network(config["diffusion_def"], networks.unet),
         prediction=process.prediction,
         noise=f"rectified flow, shift {process.shift:g}"

@@ -13,7 +13,7 @@ from ldm import UserError, configs, figures
 from ldm.data.datasets import VolumeDataset, WithDraws, stream
 from ldm.losses import UNTRAINED, AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.metrics import band_power, reconstruction_metrics
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_discriminator_size, latent_size, small_input
 from ldm.models.layers import freeze_unreached, on_device
 from ldm.models.weights import load_weights
@@ -56,7 +56,7 @@ class AutoencoderLearner:
     `ema_model` is None where nothing is averaged, the discriminator's parts where its weight is 0.
     """
 
-    autoencoder: LatentEncoder
+    autoencoder: Autoencoder
     model: nn.Module
     optimizer: Stepper
     ema_model: EMA | None
@@ -69,7 +69,7 @@ class AutoencoderLearner:
     @property
     def network(self) -> nn.Module:
         """The network to validate and to keep: with averaged weights, where there are any."""
-        return (self.ema_model.module if self.ema_model else self.autoencoder).autoencoder
+        return (self.ema_model.module if self.ema_model else self.autoencoder).network
 
     @property
     def optimizers(self) -> dict[str, Stepper]:
@@ -80,7 +80,7 @@ class AutoencoderLearner:
     def state_dict(self) -> dict:
         """The entries of a checkpoint."""
         return {
-            "model": self.autoencoder.autoencoder.state_dict(),
+            "model": self.autoencoder.network.state_dict(),
             "stepper": self.optimizer.state_dict(),
             "ema": self.ema_model.state_dict() if self.ema_model else None,
             "discriminator": self.discriminator.state_dict() if self.discriminator else None,
@@ -92,7 +92,7 @@ class AutoencoderLearner:
     def load_state_dict(self, state: dict) -> None:
         """Load a checkpoint."""
         where = str(state["path"])
-        load_weights(self.autoencoder.autoencoder, state["model"], where)
+        load_weights(self.autoencoder.network, state["model"], where)
         self.optimizer.load_state_dict(state["stepper"], where)
         if self.ema_model and state["ema"]:
             load_weights(self.ema_model, state["ema"], f"{where}: ema")
@@ -121,9 +121,9 @@ def build_learner(
             f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
             f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
         )
-    autoencoder = LatentEncoder(network)
+    autoencoder = Autoencoder(network)
     frozen = freeze_unreached(autoencoder, small_input(config, "autoencoder_def"), 0.0)
-    autoencoder.autoencoder = prepare_network(network, section, run)
+    autoencoder = Autoencoder(prepare_network(network, section, run))
     model = wrap_network(autoencoder, section, run, compiled)
     optimizer, ema_model = Stepper(model, section, run.amp_dtype), make_ema(autoencoder, section["ema_decay"])
     learner = AutoencoderLearner(autoencoder, model, optimizer, ema_model, criterion, frozen=frozen)
@@ -139,9 +139,9 @@ def build_learner(
     return learner
 
 
-def latent_shape_of(config: dict, network: nn.Module, size: Sequence[int]) -> list[int]:
+def latent_shape_of(config: dict, autoencoder: Autoencoder, size: Sequence[int]) -> list[int]:
     """(c, d, h, w) of the latents of volumes of this size in voxels."""
-    return [config.get("latent_channels", network.latent_channels), *latent_size(config, size)]
+    return [autoencoder.latent_channels, *latent_size(config, size)]
 
 
 # ---------------------------------------------------------------- validation
@@ -149,7 +149,7 @@ def latent_shape_of(config: dict, network: nn.Module, size: Sequence[int]) -> li
 
 @torch.no_grad()
 def compare_with_reconstruction(
-    autoencoder: LatentEncoder,
+    autoencoder: Autoencoder,
     criterion: AutoencoderLoss,
     image: torch.Tensor,
     slices: torch.Generator,
@@ -165,7 +165,7 @@ def compare_with_reconstruction(
 
 @torch.no_grad()
 def validate(
-    autoencoder: LatentEncoder, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
+    autoencoder: Autoencoder, criterion: AutoencoderLoss, dataset: VolumeDataset, run: Run
 ) -> tuple[dict, dict]:
     """Reconstruct the held-out volumes, each rank its share. What is random is a function of the case alone.
 
@@ -204,7 +204,7 @@ def best_loss(
         return best["best"]
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, best["model"], str(files.best))
-    scores, _ = validate(LatentEncoder(on_device(network, run.device)), criterion, dataset, run)
+    scores, _ = validate(Autoencoder(on_device(network, run.device)), criterion, dataset, run)
     run.say(
         f"{files.best} was chosen by another measure. Its held-out loss by this config is "
         f"{scores['loss']:.4g}, which the next best has to beat."
@@ -238,7 +238,9 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         slices, count = stream(config["seed"], "slices"), section["batch_size"]
         with meter.phase("training"):
             images = torch.zeros(count, channels, *patch_size, device=run.device)
-            eps = torch.zeros(count, *latent_shape_of(config, network, patch_size), device=run.device)
+            eps = torch.zeros(
+                count, *latent_shape_of(config, learner.autoencoder, patch_size), device=run.device
+            )
             with run.autocast():
                 reconstruction, mean, std = learner.model(images, eps)
             loss = criterion(images, reconstruction, mean, std, slices)["loss"]
@@ -253,5 +255,5 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             take_steps(list(learner.optimizers.values()))
         with meter.phase("validation"):
             image = torch.zeros(1, channels, *val_size, device=run.device)
-            autoencoder = LatentEncoder(learner.network).eval()
+            autoencoder = Autoencoder(learner.network).eval()
             compare_with_reconstruction(autoencoder, criterion, image, slices, run)

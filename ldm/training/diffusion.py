@@ -12,7 +12,7 @@ from ldm.data.augmentation import augmentation
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size, small_input
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import freeze_unreached
@@ -80,7 +80,7 @@ def build_learner(config: dict, compiled: bool, run: Run) -> DiffusionLearner:
 @torch.no_grad()
 def draw_samples(
     unet: nn.Module,
-    autoencoder: LatentEncoder,
+    autoencoder: Autoencoder,
     scale_factor: float,
     process: NoiseProcess,
     shape: Sequence[int],
@@ -122,10 +122,10 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 
-    def define_autoencoder() -> LatentEncoder:
+    def define_autoencoder() -> Autoencoder:
         network = configs.define_network(config, "autoencoder_def").eval().requires_grad_(False)
         meter.hold("weights", network)
-        return LatentEncoder(network)
+        return Autoencoder(network)
 
     with meter:
         latent = latent_size(config, size)
@@ -135,7 +135,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             autoencoder = define_autoencoder()
             image = torch.zeros(1, config["image_channels"], *size, device=run.device)
             with torch.no_grad(), meter.phase("encoding"):  # in float32, as `latents.encode`
-                autoencoder.posterior(image)
+                autoencoder.encode(image)
         learner = build_learner(config, False, run)
         meter.hold("weights", learner.unet)
         meter.hold("averaged weights", learner.ema_model)
@@ -147,7 +147,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             if encodes:
                 with torch.no_grad(), run.autocast():
                     images = image.expand(count, -1, -1, -1, -1).clone()
-                    mean, std = autoencoder.posterior(images)
+                    mean, std = autoencoder.encode(images)
             z0, t = mean + std * noise, process.draw_times(torch.zeros(count, device=run.device))
             with run.autocast():
                 prediction = predict(learner.model, process.add_noise(z0, noise, t), t, cond)

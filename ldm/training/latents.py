@@ -14,7 +14,7 @@ from ldm.data.latents import Posteriors
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
 from ldm.lowmem.slabwise import Budget
-from ldm.models.autoencoder import LatentEncoder, LatentMoments
+from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, weights_hash
@@ -45,7 +45,7 @@ class Latents:
 
     train: Posteriors | VolumeDataset
     val: Posteriors
-    autoencoder: LatentEncoder | None
+    autoencoder: Autoencoder | None
     weights: str
     shape: list[int]
     geometry: dict
@@ -62,7 +62,7 @@ class Latents:
         if "mean" in batch:
             return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
         with run.autocast():
-            return self.autoencoder.posterior(batch["image"].to(run.device, non_blocking=True))
+            return self.autoencoder.encode(batch["image"].to(run.device, non_blocking=True))
 
     def scale_factor(self, run: Run) -> float:
         """1 / std of the latents of the whole training set, the same on every rank (Rombach et al., 2022,
@@ -78,7 +78,7 @@ def one_of(dataset: Dataset, i: int) -> dict:
     return {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")}
 
 
-def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> LatentEncoder:
+def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> Autoencoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share.
 
     Args:
@@ -86,10 +86,10 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
     """
     checkpoint = load_checkpoint(path, "autoencoder")
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
-    autoencoder = configs.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, checkpoint["model"], str(path))
+    network = configs.define_network(config, "autoencoder_def")
+    load_weights(network, checkpoint["model"], str(path))
     budget = Budget(max_memory * GB) if max_memory else None
-    return LatentEncoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget=budget)
+    return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
 
 
 def encode_data(
@@ -97,7 +97,7 @@ def encode_data(
 ) -> Latents:
     """Encode the training and held-out volumes with the autoencoder at `path`."""
     autoencoder, workers = load_autoencoder(path, config, run), config["data"]["num_workers"]
-    weights = weights_hash(autoencoder.autoencoder.state_dict())
+    weights = weights_hash(autoencoder.network.state_dict())
     check_same(resumed, weights, path)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
     geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
