@@ -168,13 +168,16 @@ def test_stages(script, stage):
     def training(sizes=SIZES, **changes):
         changes = {f"{stage}__{key}": value for key, value in changes.items()}
         forecast = Forecast(script.rehearse, stage, sizes, True, torch.bfloat16)
-        return forecast.peaks(config(**changes))["training"].parts
+        return forecast.peaks(config(**changes))["training"]
 
-    one, two, four = (training(batch_size=n)["activations"] for n in (1, 2, 4))
-    assert four - two == pytest.approx(2 * (two - one), rel=0.05)  # linear in the batch
-    assert training(gradient_checkpointing=True)["activations"] < 0.9 * two
-    assert training(ema_decay=0.0)["averaged weights"] == 0
-    parts = training()
+    one, two, four = (training(batch_size=n) for n in (1, 2, 4))
+    assert four.total - two.total == pytest.approx(
+        2 * (two.total - one.total), rel=0.05
+    )  # linear in the batch
+    checkpointed, plain = (training(gradient_checkpointing=on).parts["activations"] for on in (True, False))
+    assert checkpointed < 0.9 * plain
+    assert training(ema_decay=0.0).parts["averaged weights"] == 0
+    parts = training().parts
     key = "autoencoder_def" if stage == "autoencoder_train" else "diffusion_def"
     count = sum(p.numel() for p in configs.define_network(config(), key).parameters())
     assert parts["weights"] >= 4 * count
