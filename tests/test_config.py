@@ -475,7 +475,7 @@ def test_config_file_that_cannot_be_read(tmp_path):
         utils.load_config(tmp_path / "gone.json")
     for text, message in (
         ("{", "not valid JSON"),
-        ("[]", "should hold a JSON object"),
+        ("[]", "expected a JSON object"),
         ("\udcff", "not valid JSON"),
     ):
         (tmp_path / "bad.json").write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -515,7 +515,7 @@ def test_environment_of_the_tutorial(tmp_path):
         ({"model_dir": 3}, "model_dir: expected a path of names of up to 255 printable characters, found 3"),
         ({"model_dir": ["m"]}, "model_dir: expected a path"),
         ({"model_dir": None}, "model_dir: expected a path .*, found null"),
-        ({"resume_ckpt": "true"}, "resume_ckpt: expected true or false, found \"true\""),
+        ({"resume_ckpt": "true"}, 'resume_ckpt: expected true or false, found "true"'),
         ({"resume_ckpt": 1}, "resume_ckpt: expected true or false, found 1"),
         ({"data_base_dir": {}}, "data_base_dir: expected a folder or a list of folders, found {}"),
         ({"data_base_dir": [1]}, "data_base_dir"),

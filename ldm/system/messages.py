@@ -1,4 +1,4 @@
-"""What is printed: messages and progress bars; and the log that `log.txt` is written from."""
+"""Messages to the user, progress bars, and the logger behind `log.txt`."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ import logging
 from tqdm import tqdm
 
 CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
-# What the main process says, for `ldm.training.logs.TextLog`; it prints nothing.
+# Messages of the main process, for `ldm.training.logs.TextLog`; it prints nothing.
 SAID = logging.getLogger("ldm")
 SAID.setLevel(logging.INFO)
 SAID.propagate = False
@@ -14,13 +14,13 @@ SAID.addHandler(logging.NullHandler())
 
 
 def tell(text: str) -> None:
-    """Print without breaking a progress bar, and note it in `log.txt`; on the main process."""
+    """Print above a progress bar, and write to `log.txt`; on the main process."""
     SAID.info(text)
     tqdm.write(text)
 
 
 def progress_bar(run, what: str, total: int | None = None, items=None, unit: str = "step") -> tqdm:
-    """A bar with the time left, on the main process; closed before an error is told."""
+    """A bar with the remaining time, on the main process; closed before an error is printed."""
     bar = tqdm(
         items, total=total, desc=what, unit=unit, disable=not run.is_main, dynamic_ncols=True, mininterval=0.5
     )

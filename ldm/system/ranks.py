@@ -1,4 +1,4 @@
-"""This process among the others: who it is, what they agree on, and the signals that stop them."""
+"""The processes of a run, their device, and the precision that they compute in."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def precision(self) -> str:
-        """What networks compute in: float32, tf32 (products of 10 bits), bfloat16 or float16."""
+        """What networks compute in: float32, tf32 (10-bit mantissa in products), bfloat16 or float16."""
         if self.amp_dtype:
             return str(self.amp_dtype).removeprefix("torch.")
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
@@ -42,12 +42,12 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def say(self, text: str) -> None:
-        """Print once, whatever the number of processes, without breaking a progress bar."""
+        """Print on the main process, above a progress bar, and write to `log.txt`."""
         if self.is_main:
             tell(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, on the CPU; the others may be long in coming."""
+        """Sum over the ranks, on the CPU; other ranks may be late."""
         tensor = tensor.cpu()
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.slow_group)
@@ -61,14 +61,14 @@ class Run:
         return values
 
     def share(self, rows: torch.Tensor) -> None:
-        """Fill in the rows of a tensor on the CPU that other ranks have: row i is that of rank i modulo the
-        number of ranks. The values themselves are sent; `gather` would pickle them."""
+        """Fill in the rows of a tensor on the CPU that other ranks have computed: row i is that of rank i
+        modulo the number of ranks. Sends the values themselves; `gather` would pickle them."""
         if self.world_size > 1:
             for i, row in enumerate(rows):
                 dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
-        """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
+        """The result of `make()` on the main process, on every rank; an error is raised on every rank."""
         result = error = None
         if self.is_main:
             try:
@@ -125,12 +125,12 @@ def find_device(kind: str, local_rank: int, processes_here: int) -> torch.device
 
 
 def choose_kernels(tf32: bool, repeatable: bool) -> None:
-    """How GPUs compute in float32: one home for the four flags, so that one script leaves none to the next in
+    """Set how GPUs compute in float32. All four flags are set, so that none is left from an earlier script in
     the same process.
 
     Args:
         tf32: matrix products and convolutions round their inputs to 10 bits of mantissa, for speed.
-        repeatable: the same bytes each time; else the algorithms that cuDNN finds fastest for each size.
+        repeatable: the same bytes each time; else the algorithms that cuDNN measures as fastest.
     """
     # The older flags: torch refuses to mix them with `fp32_precision`, and torch.compile reads these.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
