@@ -139,7 +139,7 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
 
     Raises:
         UserError: volumes cannot be decoded within `--max-memory`.
-        ForecastError: the peaks cannot be predicted.
+        ForecastError: the peaks cannot be estimated.
     """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
 

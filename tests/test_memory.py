@@ -222,12 +222,12 @@ def test_a_forecast_that_fails_stops_only_a_dry_run(tmp_path, given, unpredictab
         dry(train_autoencoder, "-c", given)
     assert stop.value.code == 1
     message = err.getvalue()
-    assert message.startswith("error: the memory cannot be predicted (") and message.count("\n") == 1
+    assert message.startswith("error: the memory cannot be estimated (") and message.count("\n") == 1
 
     project = Project(tmp_path / "project", make_data(tmp_path / "data"))
     monkeypatch.setattr(memory, "gpu_memory", lambda device: (10**9, 10**9))
     told = project.run(train_autoencoder, "--set", "autoencoder_train.max_epochs=1")
-    assert "warning: no memory forecast: the memory cannot be predicted (" in told
+    assert "warning: no memory forecast: the memory cannot be estimated (" in told
     assert (project.model_dir / "autoencoder.pt").exists()
 
 
@@ -294,7 +294,7 @@ def test_dry_run_takes_open_sizes_from_the_data(tmp_path, script, without_saving
 def test_dry_run_tells_what_would_lower_the_peak(given):
     told = dry(train_autoencoder, "-c", given, "-e", "nowhere.json", "--amp")
     last = told.splitlines()[-1]
-    assert last.startswith("less by autoencoder_train.")
+    assert last.startswith("to lower it: autoencoder_train.")
     assert "autoencoder_train.gradient_checkpointing=true (0.0 GB)" in last
 
 
