@@ -165,10 +165,8 @@ def test_shipped_config_is_whole(path):
 def test_shipped_configs_are_all_here():
     assert {path.stem.removeprefix("config_") for path in SHIPPED} >= {
         "demo",
-        "train_8g",
         "train_16g",
         "train_32g",
-        "train_80g",
         "train_multigpu",
     }
 
