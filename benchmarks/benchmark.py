@@ -45,6 +45,7 @@ from ldm.data.datasets import VolumeDataset
 from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
+from ldm.environment import FOLDERS
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
@@ -101,7 +102,7 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
         run.say(f"no --data: {count} brains are simulated")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
-    places = {key: folder / key for key in utils.FOLDERS}
+    places = {key: folder / key for key in FOLDERS}
     return {"data_base_dir": Path(data).expanduser(), "download_brats": False, **places}
 
 

@@ -14,7 +14,7 @@ MODULES = {
     if path.name != "__init__.py"
 }
 # Each may import from itself and from those before it.
-ORDER = ["system", "models", "configs", "data", "diffusion", "losses", "metrics", "figures"]
+ORDER = ["system", "models", "configs", "environment", "data", "diffusion", "losses", "metrics", "figures"]
 ORDER += ["training", "generation", "evaluation", "export"]
 
 

@@ -18,11 +18,10 @@ from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
+from ldm.environment import FOLDERS
 from ldm.models.definitions import check_size, downsampling, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
-
-FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # of the environment, for results
 
 
 def own_folders(environment: dict) -> list[Path]:
