@@ -61,7 +61,7 @@ from ldm.evaluation.volumes import MEDICALNET, OWN, RADIMAGENET, Sets, VolumeSet
 from ldm.export import records
 from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.definitions import NETWORKS, downsampling, instantiate
+from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate
 from ldm.models.weights import load_weights
 from ldm.system import versions
 from ldm.system.checkpoints import load_checkpoint
@@ -609,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 1: one grid for all, and networks that look at it
     way = preprocessing_for(inputs, args.channel)
     encoder = load_autoencoder(inputs.autoencoder, inputs.config, run) if inputs.autoencoder else None
-    divisor = downsampling(inputs.config["autoencoder_def"]) if encoder else 1
+    divisor = downsampling_factor(inputs.config["autoencoder_def"]) if encoder else 1
     size = volume_size(made.cases, way.spacing, divisor)
     networks, settings = feature_networks(args, encoder, run)
     classifier = read_classifier(args.classifier, run)

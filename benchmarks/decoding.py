@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import forget_peak, resident
 from ldm.lowmem import slabwise
-from ldm.lowmem.lazy import Volume, leaf
+from ldm.lowmem.lazy import LazyVolume, leaf
 from ldm.lowmem.slabs import Sweep
 from ldm.lowmem.slabwise import Budget, decode_within, weights_bytes
 from ldm.models.definitions import NETWORKS, instantiate
@@ -148,14 +148,16 @@ def plan(size: int, amp: bool, limit: float) -> None:
         least = slabwise._least(autoencoder.decode, latents, device)
         for given, host in ((1e15, 1e15), (room, 1e15), (room, 0)):
             slabwise.free_host_memory = lambda host=host: host
-            with slabwise._pretending():
+            with slabwise._fake_tensors():
                 run = Rehearsal(device, given, least)
-                run.results(autoencoder.decode(Volume(leaf(run, torch.empty(latents.shape, device=device)))))
+                run.results(
+                    autoencoder.decode(LazyVolume(leaf(run, torch.empty(latents.shape, device=device))))
+                )
             told.append(run)
     slabwise.free_host_memory = free
     whole, hosted, alone = told
     told = f"whole {plain / 1e9:.1f} GB and {whole.flops / 1e12:.0f} TFLOP"
-    print(f"{told}; the least that would do: {least / 1e9:.1f} GB")
+    print(f"{told}; at least {least / 1e9:.1f} GB")
     for name, run in (("with host memory", hosted), ("without", alone)):
         times = run.flops / whole.flops
         print(f"{limit / 1e9:g} GB, {name}: {run.sweeps} sweeps, {times:.2f} times the arithmetic")

@@ -17,7 +17,7 @@ from ldm import configs
 from ldm.data.cases import Case
 from ldm.diffusion.objective import diffusion_loss
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.definitions import downsampling
+from ldm.models.definitions import downsampling_factor
 from ldm.system.ranks import Run
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_the_average_and_the_clock_of_this_projects_side(setting):
     encoder = Autoencoder(autoencoder_of(config))
     weights = configs.define_network(config, "diffusion_def").state_dict()
     stage = project.Diffusion(config, encoder, data, RUN, weights)
-    assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16
+    assert downsampling_factor(config["autoencoder_def"])[0] * stage.shape[1] == 16
     stage.resume_clock(45.0)
     assert stage.clock.progress(stage.clock.seconds) == pytest.approx(0.75, abs=0.01)
     stage.step(next(quality.endless(utils.make_loader(stage.dataset, stage.section, config, RUN, 0))))

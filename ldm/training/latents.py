@@ -15,7 +15,6 @@ from ldm.data.latents import Posteriors
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
-from ldm.lowmem.slabwise import Budget
 from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
@@ -99,7 +98,11 @@ def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | Non
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, checkpoint["model"], str(path))
-    budget = Budget(max_memory * GB) if max_memory else None
+    budget = None
+    if max_memory:
+        from ldm.lowmem.slabwise import Budget
+
+        budget = Budget(max_memory * GB)
     return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
 
 
