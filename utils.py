@@ -447,6 +447,7 @@ def prepare_data(
     write: bool = True,
     resumed: dict | None = None,
     autoencoder: Path | None = None,
+    known: dict | None = None,
 ) -> tuple[list[Case], list[Case]]:
     """Find the cases and split them: as `model_dir/split.json` says; where it is not there, the split is made
     and written there.
@@ -463,6 +464,7 @@ def prepare_data(
         resumed: the checkpoint that is resumed.
         autoencoder: the file of stage 1's weights. Where there is no split yet, what it was not trained on
             is held out.
+        known: the `subjects` in that file, where it was read already.
 
     Raises:
         UserError: no data, something is wrong with them, or a held-out case is trained on.
@@ -476,9 +478,9 @@ def prepare_data(
 
     def divide() -> splits.Sides:
         path, where = environment["model_dir"] / SPLIT, ", ".join(map(str, data_folders(environment)))
-        known = None
-        if autoencoder and autoencoder.is_file():
-            known = load_checkpoint(autoencoder).get("subjects")
+        subjects = known
+        if subjects is None and autoencoder and autoencoder.is_file():
+            subjects = load_checkpoint(autoencoder).get("subjects")
         sides = splits.as_kept(path, *found, where, run.say, write) if path.is_file() else found
         stages = (config["autoencoder_train"], config["diffusion_train"])
         bad = splits.bad_cases(
@@ -501,7 +503,7 @@ def prepare_data(
             say=run.say,
             resumed=resumed,
             autoencoder=autoencoder,
-            known=known,
+            known=subjects,
         )
 
     train, val = run.from_main(divide)
@@ -588,13 +590,16 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     return path
 
 
-def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> LatentEncoder:
+def load_autoencoder(
+    path: Path, config: dict, run: Run, max_memory: float | None = None, checkpoint: dict | None = None
+) -> LatentEncoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share.
 
     Args:
         max_memory: GB to encode and decode in; None: no limit.
+        checkpoint: the content of the file, where it was read already.
     """
-    checkpoint = load_checkpoint(path, "autoencoder")
+    checkpoint = checkpoint or load_checkpoint(path, "autoencoder")
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     autoencoder = configs.define_network(config, "autoencoder_def")
     load_weights(autoencoder, checkpoint["model"], str(path))

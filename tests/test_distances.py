@@ -86,19 +86,19 @@ def test_a_permutation_test_by_all_splits():
 def test_the_least_shift_that_the_permutation_test_sees():
     """On a line a bit more rows than a t-test needs: 64 and 64 for 0.5, 17 and 17 for 1 (Cohen, 1988)."""
     line = numbers(300, 1).double()
-    seen = [distances.smallest_shift_seen(line, n, n) for n in (2, 12, 30, 90)]
+    seen = [distances.detectable_shift(line, n, n) for n in (2, 12, 30, 90)]
     assert seen[0] is None and seen[1] == 1.5 and seen[2] == 1.0 and seen[3] == 0.5
     many = numbers(300, 12).double()
-    assert distances.smallest_shift_seen(many, 30, 30) == 0.5  # of features that vary by themselves: sooner
+    assert distances.detectable_shift(many, 30, 30) == 0.5  # of features that vary by themselves: sooner
 
 
 def test_an_interval_of_a_difference_is_students():
     draws = distances.bootstrap_mean(numbers(200).numpy(), 4000)
-    low, high = distances.difference_interval(draws, 7.0, 5)
+    low, high = distances.t_interval(draws, 7.0, 5)
     plain = interval(draws)
     assert (low + high) / 2 == pytest.approx(7, abs=0.02)
     assert (high - low) / (plain[1] - plain[0]) == pytest.approx(2.776 / 1.960 * math.sqrt(5 / 4), rel=1e-3)
-    assert distances.difference_interval(draws, 7.0, 1) is None
+    assert distances.t_interval(draws, 7.0, 1) is None
 
 
 def test_intervals_of_shares():
