@@ -1,7 +1,6 @@
 """This project's steps, by the functions of its own scripts; what they log and save is left out."""
 
 import dataclasses
-import time
 
 import torch
 from torch import nn
@@ -115,10 +114,6 @@ class Diffusion:
         )
         self.learner.stepper.backward(loss)
         optimise(self.learner, self.section, self.clock, int(batch["epoch"][0]))
-
-    def resume_clock(self, seconds: float) -> None:
-        """Go on as one that has trained for so long, whatever time passed between."""
-        self.clock.before, self.clock.started = seconds, time.monotonic()
 
 
 def sampling_networks(encoder: LatentEncoder, unet: nn.Module, process: NoiseProcess, latent_shape, size):

@@ -15,7 +15,6 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-from ldm.diffusion.process import NoiseProcess
 from ldm.models.definitions import NETWORKS, check_definition
 from ldm.system.ranks import Run
 
@@ -41,11 +40,6 @@ def define_network(config: dict, key: str, run: Run) -> nn.Module:
 def noise_scheduler() -> DDPMScheduler:
     """The tutorial's, but for `clip_sample`."""
     return DDPMScheduler(STEPS, clip_sample=False, **NOISE)
-
-
-def noise_process() -> NoiseProcess:
-    """The same for this project's samplers."""
-    return NoiseProcess(noise_scheduler().alphas_cumprod, "epsilon", STEPS)
 
 
 class Autoencoder:
