@@ -21,11 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.data import latents
 from ldm.data.cases import typical_limits
+from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
+from ldm.training.latents import load_autoencoder
+from ldm.training.run_folder import lock_run_folder
 
 
 @utils.command
@@ -46,22 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = config["data"]["num_workers"]
     run = utils.start(args)
     path = utils.autoencoder_path(args, environment)
-    folder = environment["cache_dir"] / utils.LATENTS
+    folder = environment["cache_dir"] / latents.LATENTS
     about = latents.what_latents_follow_from(config)
 
     # Step 1: data and autoencoder
-    train, val = utils.volumes_to_encode(config, environment, run, args.skip_bad, path)
+    train, val, spacing = prepare_data(config, environment, run, args.skip_bad, autoencoder=path)
+    config = configs.with_spacing(config, spacing)
+    train, val = volumes_to_encode(config, environment, train, val, run)
     if train.versions is None:
         raise UserError(
             "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "
             "how many of each to encode, such as 4."
         )
-    encoder = utils.load_autoencoder(path, config, run, args.max_memory)
-    weights = weights_hash(encoder.autoencoder.state_dict())
+    encoder = load_autoencoder(path, config, run, args.max_memory)
+    weights = weights_hash(encoder.network.state_dict())
     autoencoder = {"weights": weights, "file": run.from_main(lambda: sha256_of(path))}
 
     # Step 2: what is there already, and the rest
-    utils.claim(folder, run)
+    lock_run_folder(folder, run)
     run.from_main(lambda: latents.begin(folder, about, autoencoder, args.fresh))
     key = repr((sorted(about.items()), weights, config["spacing"], train.size))
     training, shape, made = latents.add(folder, encoder, train, run, workers, "encode training", key)
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 3: the manifest
     def finish() -> int:
-        found = utils.find_data(config, environment)
+        found = find_data(config, environment)
         used = {case.name for case in [*train.cases, *val.cases]}
         manifest = {
             "about": about,

@@ -30,7 +30,9 @@ import utils
 from ldm import UserError, configs, counted
 from ldm.data.cases import Case
 from ldm.data.checks import Problem, check_cases, note_lines, stray_files
+from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
+from ldm.data.prepare import own_folders
 from ldm.data.reading import ras_geometry
 from ldm.data.splits import shared_subjects
 
@@ -61,13 +63,13 @@ def main(argv=None):
     source, where, how = args.folders, {"generated": False, "say": print}, {}
     if args.environment_file:
         environment = utils.load_environment(args.environment_file)
-        source, where["outputs"] = environment["data_base_dir"], utils.own_folders(environment)
+        source, where["outputs"] = environment["data_base_dir"], own_folders(environment)
     elif len(source) == 1:
         source = source[0]
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
         where |= {key: config["data"][key] for key in ("pattern", "contrasts", "subject")}
-        how["channels"], how["intensity"] = configs.channels_of(config), configs.intensity_of(config)
+        how["channels"], how["intensity"] = configs.channels_of(config), Intensity.from_config(config)
 
     # Step 2: read it
     training, validation = find_cases(source, **where)

@@ -44,8 +44,10 @@ import utils
 from ldm import UserError, configs
 from ldm.data.cases import rounded, volume_size
 from ldm.data.layouts import find_cases
+from ldm.data.prepare import prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
+from ldm.data.splits import SPLIT
 from ldm.evaluation import content, reading, table
 from ldm.evaluation.features import feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
@@ -60,6 +62,7 @@ from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
+from ldm.training.latents import load_autoencoder
 from ldm.training.logs import read_log
 
 TONES = {"good": "good", "warn": "caution", "bad": "bad", "none": "unclear"}  # as printed
@@ -144,8 +147,8 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     split = dict.fromkeys((TRAINING, HELD_OUT))
     if needs_split:
         known = {"autoencoder": autoencoder, "known": checkpoint.get("subjects")}
-        pair = utils.prepare_data(config, environment, run, write=False, **known)
-        split = dict(zip(split, pair, strict=True))
+        *sides, spacing = prepare_data(config, environment, run, write=False, **known)
+        split, config = dict(zip(split, sides, strict=True)), configs.with_spacing(config, spacing)
     out = args.out or environment["output_dir"] / "evaluation"
     for name in ("metrics.json", "report.html"):
         if (out / name).exists():
@@ -162,7 +165,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             )
         elif split[name]:
             sources[name] = Source(name, str(environment["data_base_dir"]), split[name])
-            notes += reading.split_notes(environment["model_dir"] / utils.SPLIT, sources[name])
+            notes += reading.split_notes(environment["model_dir"] / SPLIT, sources[name])
     if args.generated:
         found, others = reading.check_named_samples(sources[GENERATED], unet)
     return Inputs(sources, config, autoencoder, checkpoint, log, out, found, [*others, *notes])
@@ -171,7 +174,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
 def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
     """The config's, or onto the grid of the first sample."""
     if inputs.config:
-        preprocessing = configs.preprocessing_of(inputs.config)
+        preprocessing = Preprocessing.from_config(inputs.config)
     else:
         _, spacing = ras_geometry(inputs.sources[GENERATED].cases[0].images[0])
         preprocessing = Preprocessing((0,), tuple(map(rounded, spacing)))
@@ -208,11 +211,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     preprocessing = preprocessing_of(inputs, args.channel)
     encoder, digest, divisor = None, None, 1
     if inputs.autoencoder:
-        encoder = utils.load_autoencoder(inputs.autoencoder, inputs.config, run, checkpoint=inputs.checkpoint)
+        encoder = load_autoencoder(inputs.autoencoder, inputs.config, run, checkpoint=inputs.checkpoint)
         digest, divisor = sha256_of(inputs.autoencoder), downsampling(inputs.config["autoencoder_def"])
     size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
-    autoencoder = encoder.autoencoder if encoder else None
-    networks, about_networks = feature_networks(autoencoder, args.medicalnet, args.radimagenet, run.device)
+    networks, about_networks = feature_networks(encoder, args.medicalnet, args.radimagenet, run.device)
     classifier = read_classifier(args.classifier, run)
     for source in sources.values():
         notes += reading.resampling_notes(source, preprocessing, size)

@@ -47,7 +47,7 @@ from ldm.diffusion.samplers import SAMPLERS, choose_sampler
 from ldm.export import records
 from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
 from ldm.metrics import band_power
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
@@ -124,7 +124,7 @@ def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter,
     """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def").to(run.device).eval(), 1.0)
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
         unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
         meter.hold("weights", encoder, unet)
         latents = torch.zeros(batch, *shape, device=run.device)
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = {
         "sampler": sampler,
         "steps": steps,
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         "precision": run.precision,
         "compile": bool(args.compile),
         "device": run.device.type,

@@ -2,57 +2,37 @@
 log."""
 
 import argparse
-import contextlib
-import copy
 import difflib
 import functools
-import itertools
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ldm import UserError, brief, configs, counted
-from ldm.data import splits
-from ldm.data.cases import Case, choose_spacing, warn_of_padding
-from ldm.data.datasets import EpochSampler, VolumeDataset
-from ldm.data.download import fetch_task01
-from ldm.data.layouts import find_cases
-from ldm.losses import missing_package
-from ldm.lowmem.slabwise import Budget
-from ldm.models.autoencoder import LatentEncoder
-from ldm.models.layers import add_checkpointing, on_device
-from ldm.models.weights import load_weights
+from ldm.data.datasets import EpochSampler
+from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
 from ldm.system import messages, ranks
-from ldm.system.checkpoints import SCALE_FACTOR, load_checkpoint, require_checkpoint, weights_hash
+from ldm.system.checkpoints import SCALE_FACTOR, require_checkpoint
 from ldm.system.files import NO_SPACE, parse_json, read_json
 from ldm.system.messages import CLEAN_UP, SAID
 from ldm.system.ranks import Run
 from ldm.system.schemas import StrictValidator
 from ldm.system.signals import leave_signals_to_the_main_process
-from ldm.system.versions import versions
 from ldm.training import memory
-from ldm.training.logs import TextLog, read_log, write_log
-from ldm.training.run_folder import StageFiles, load_training_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-SPLIT = "split.json"
-LATENTS = "latents"  # the folder in `cache_dir` that cache_latents.py writes
-
 
 # What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
 LOST = re.compile("connection (was )?(closed|reset|refused)|remote process exited|timed out", re.IGNORECASE)
@@ -228,6 +208,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     return configs.check_config(config, f"{path} with --set" if overrides else path)
 
 
+def load_training_config(args: argparse.Namespace, stage: str) -> dict:
+    """As `load_config`, with `--amp` and `--compile` in the section `stage`."""
+    config = load_config(args.config_file, args.set)
+    flags = {key: getattr(args, key) for key in ("amp", "compile")}
+    config[stage] |= {key: value for key, value in flags.items() if value is not None}
+    return config
+
+
 def _apply_override(config: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -253,7 +241,6 @@ PATH = {  # that every system takes; an empty one would be the working directory
 }
 PATH_OR_NONE = {"description": f"{PATH['description']} or null", "anyOf": [PATH, {"type": "null"}]}
 SOURCES = {"type": "array", "items": PATH, "minItems": 1}
-FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # that results go to
 ENVIRONMENT = {  # those with a default may be left out
     "data_base_dir": {"description": "a folder or a list of folders", "anyOf": [PATH, SOURCES]},
     "model_dir": PATH,
@@ -347,7 +334,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if args.gpus is not None and args.gpus != local_world:
-        line = f"torchrun --standalone --nproc_per_node={args.gpus} {' '.join(sys.argv)}"
+        line = f"torchrun --standalone --nproc_per_node={args.gpus} {shlex.join(sys.argv)}"
         under = (
             f"torchrun started {local_world} processes here"
             if "WORLD_SIZE" in os.environ
@@ -360,9 +347,9 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         ranks.choose_kernels(tf32=training, repeatable=not training)
-    patient = None
+    slow_group = None
     if world_size > 1:
-        # With gloo beside NCCL, so that the group of the patient finds all connections made.
+        # With gloo beside NCCL, so that the slow group finds all connections made.
         on_gpus = device.type == "cuda" and dist.is_nccl_available()
         backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         try:
@@ -371,9 +358,16 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise OSError(f"the processes do not find each other at {where} ({brief(error)}).") from None
         # A download, a check of all voxels or a slow disk may take longer than a step ever should.
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else training and section.get("amp", True)
-    return Run(rank, world_size, device, ranks.amp_dtype(device) if amp else None, patient)
+    return Run(
+        rank,
+        world_size,
+        device,
+        ranks.amp_dtype(device) if amp else None,
+        slow_group,
+        shlex.join(["python", *sys.argv]),
+    )
 
 
 def _device_name(kind: str) -> str:
@@ -409,134 +403,6 @@ def _gpu(kind: str, local_rank: int) -> torch.device:
 
 
 # ---------------------------------------------------------------- data
-
-
-def own_folders(environment: dict) -> list[Path]:
-    """Where the scripts write: what lies there is no data."""
-    return [environment[key] for key in FOLDERS]
-
-
-def data_folders(environment: dict) -> list[Path]:
-    """The folder of the data, or several."""
-    base = environment["data_base_dir"]
-    return base if isinstance(base, list) else [base]
-
-
-def find_data(
-    config: dict, environment: dict, say: Callable[[str], None] | None = None
-) -> tuple[list[Case], list[Case]]:
-    """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
-    without what this run or inference.py wrote."""
-    data = config["data"]
-    return find_cases(
-        environment["data_base_dir"],
-        data["pattern"],
-        contrasts=data["contrasts"],
-        subject=data["subject"],
-        outputs=own_folders(environment),
-        generated=False,
-        say=say,
-    )
-
-
-def prepare_data(
-    config: dict,
-    environment: dict,
-    run: Run,
-    skip_bad: bool = False,
-    write: bool = True,
-    resumed: dict | None = None,
-    autoencoder: Path | None = None,
-    known: dict | None = None,
-) -> tuple[list[Case], list[Case]]:
-    """Find the cases and split them: as `model_dir/split.json` says; where it is not there, the split is made
-    and written there.
-
-    With a `split.json`, its cases are the run's: others are left out and named. Those of its cases that are
-    gone or bad end a training; else they are left out and named too. Fixes `config["spacing"]` where the
-    config leaves it open.
-
-    Args:
-        skip_bad: read every voxel first. Where the split is made, leave out the cases that something is wrong
-            with; they are listed in `model_dir/skipped.json`. Else only the headers are read, and one that is
-            bad ends it.
-        write: it is for a training; else nothing is written or downloaded.
-        resumed: the checkpoint that is resumed.
-        autoencoder: the file of stage 1's weights. Where there is no split yet, what it was not trained on
-            is held out.
-        known: the `subjects` in that file, where it was read already.
-
-    Raises:
-        UserError: no data, something is wrong with them, or a held-out case is trained on.
-    """
-    base = environment["data_base_dir"]
-    if environment["download_brats"] and write:
-        if isinstance(base, list):
-            raise UserError("download_brats: data_base_dir should be one folder, not a list.")
-        run.from_main(lambda: fetch_task01(base) and None)
-    found = find_data(config, environment, run.say)
-
-    def divide() -> splits.Sides:
-        path, where = environment["model_dir"] / SPLIT, ", ".join(map(str, data_folders(environment)))
-        subjects = known
-        if subjects is None and autoencoder and autoencoder.is_file():
-            subjects = load_checkpoint(autoencoder).get("subjects")
-        sides = splits.as_kept(path, *found, where, run.say, write) if path.is_file() else found
-        stages = (config["autoencoder_train"], config["diffusion_train"])
-        bad = splits.bad_cases(
-            [*sides[0], *sides[1]],
-            path,
-            configs.channels_of(config),
-            configs.intensity_of(config),
-            labels=any(section["augment"]["foreground_prob"] for section in stages),  # else they are not read
-            skip=skip_bad,
-            strict=write,
-            say=run.say,
-        )
-        return splits.divided(
-            *splits.without(bad, *sides, where),
-            path,
-            where,
-            val_fraction=config["data"]["val_fraction"],
-            seed=config["seed"],
-            strict=write,
-            say=run.say,
-            resumed=resumed,
-            autoencoder=autoencoder,
-            known=subjects,
-        )
-
-    train, val = run.from_main(divide)
-    if splits.is_single_subject(train, val):
-        run.say(
-            f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
-        )
-    configs.settle_spacing(config, lambda: choose_spacing(train, config["longest_side"]), resumed)
-    run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {config['spacing']} mm")
-    return train, val
-
-
-def volumes_to_encode(
-    config: dict,
-    environment: dict,
-    run: Run,
-    skip_bad: bool,
-    autoencoder: Path,
-    resumed: dict | None = None,
-) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and the held-out volumes of stage 2, as images; arguments as of `prepare_data`."""
-    train_cases, val_cases = prepare_data(
-        config, environment, run, skip_bad, resumed=resumed, autoencoder=autoencoder
-    )
-    _, size, _ = configs.patch_sizes(config, [*train_cases, *val_cases])
-    preprocessing, augment = configs.preprocessing_of(config), config["diffusion_train"]["augment"]
-    cache_rate, seed = config["data"]["cache_rate"], config["seed"]
-    common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    warn_of_padding(train_cases, config["spacing"], size, run.say)
-    return (
-        VolumeDataset(train_cases, preprocessing, size, False, augment, **common),
-        VolumeDataset(val_cases, preprocessing, size, **common),
-    )
 
 
 def make_loader(
@@ -590,314 +456,47 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     return path
 
 
-def load_autoencoder(
-    path: Path, config: dict, run: Run, max_memory: float | None = None, checkpoint: dict | None = None
-) -> LatentEncoder:
-    """The frozen autoencoder of stage 1, checked against the config in what both stages share.
-
-    Args:
-        max_memory: GB to encode and decode in; None: no limit.
-        checkpoint: the content of the file, where it was read already.
-    """
-    checkpoint = checkpoint or load_checkpoint(path, "autoencoder")
-    configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
-    autoencoder = configs.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, checkpoint["model"], str(path))
-    budget = Budget(max_memory * memory.GB) if max_memory else None
-    return LatentEncoder(on_device(autoencoder, run.device).eval().requires_grad_(False), budget=budget)
+def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], about: str, run: Run) -> None:
+    """Print the size of the network that is trained, and on what it is trained."""
+    if frozen:
+        run.say(f"{stage}: {len(frozen)} parameters that no loss reaches are frozen, such as {frozen[0]}")
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    device = f"{run.device} x {run.world_size}, {run.amp_dtype or torch.float32}"
+    run.say(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
 
 
-def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:
-    """Compile -> DDP, after `prepare_network`. The parameters stay those of `network`."""
-    if compiled:
-        network = torch.compile(network)
-    if run.world_size > 1:
-        # With accumulation, the first backward runs under no_sync, which a static graph does not allow.
-        network = DistributedDataParallel(
-            network,
-            device_ids=[run.device.index] if run.device.type == "cuda" else None,
-            static_graph=section["accumulate_steps"] == 1,
-            gradient_as_bucket_view=True,
-        )
-    return network
+# ---------------------------------------------------------------- training
 
 
-def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
-    """Move to the device; checkpointing and synchronised batch norm, which change the network in place."""
-    if section["gradient_checkpointing"]:
-        add_checkpointing(network)
-    if run.world_size > 1 and run.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return on_device(network, run.device)
-
-
-# ---------------------------------------------------------------- memory, predicted
-
-
-def planned(config: dict, stage: str, args: argparse.Namespace) -> dict:
-    """The config with what the command line says of mixed precision."""
-    config = copy.deepcopy(config)
-    if args.amp is not None:
-        config[stage]["amp"] = args.amp
-    return config
+def meant_for_gpu(args: argparse.Namespace) -> bool:
+    """Whether a dry run is for a GPU, which is the default, or for this CPU."""
+    return _device_name(args.device or "cuda") != "cpu"
 
 
 def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
-    """As `configs.patch_sizes`, for a dry run: by the config, or by the data where one is open."""
+    """As `prepare.patch_sizes`, for a dry run: the data are read only where the config leaves a size open."""
     cases = []
     if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
         environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
         skip = getattr(args, "skip_bad", False)
-        cases = itertools.chain(*prepare_data(config, environment, run, skip, write=False))
-    return configs.patch_sizes(config, list(cases))
+        train, val, spacing = prepare_data(config, environment, run, skip, write=False)
+        config, cases = configs.with_spacing(config, spacing), [*train, *val]
+    return patch_sizes(config, cases)
 
 
-def meant_for_gpu(args: argparse.Namespace) -> bool:
-    """Whether a dry run tells the memory of a GPU, as it does by default, or of this CPU."""
-    return _device_name(args.device or "cuda") != "cpu"
+def dry_run(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
+    """Print the estimated peak memory of a training script, by part, and what would lower it.
 
-
-def tell_memory(rehearse: Callable, config: dict, stage: str, args: argparse.Namespace) -> None:
-    """The dry run of a training script: print the peaks by part, and what would lower them. Nothing is
-    written.
+    Args:
+        rehearse: as of `memory.Forecast`.
+        stage: the config's section.
 
     Raises:
-        UserError: the command line also says where to start, or asks for a trace.
-        ForecastError: the peaks cannot be predicted.
+        UserError: the command line asks for a training as well.
+        ForecastError: the peaks cannot be estimated.
     """
     if others := [f"--{name}" for name in ("fresh", "resume", "profile") if getattr(args, name)]:
         raise UserError(f"--dry-run: nothing is trained; leave out {', '.join(others)}.")
-    config = planned(config, stage, args)
-    section, gpu = config[stage], meant_for_gpu(args)
-    if section.get("perceptual_weight") and (missing := missing_package(section["perceptual_network"])):
-        print(f"not counted: the perceptual network. {missing}")
-        section["perceptual_weight"] = 0.0
-    sizes, ranks = planned_sizes(config, args), args.gpus or int(os.environ.get("WORLD_SIZE", 1))
-    forecast = memory.Forecast(rehearse, stage, sizes, gpu, memory.half_precision(gpu), ranks)
-    peaks = forecast.peaks(config)
-    lower = forecast.savings(config, peaks)
-    half = forecast.half if section["amp"] else None
-    print(memory.report(peaks, lower, gpu, half, section["batch_size"], sizes[stage == "diffusion_train"]))
-
-
-def refuse_what_cannot_fit(
-    rehearse: Callable, config: dict, stage: str, sizes: Sequence, args: argparse.Namespace, run: Run
-) -> None:
-    """On GPUs: warn where the predicted peak is more than is free on any, or cannot be predicted.
-
-    Memory that is in use may be free before the peak, and the libraries' workspace is an allowance: neither
-    refuses a training.
-
-    Args:
-        sizes: as `configs.patch_sizes` gives them.
-
-    Raises:
-        UserError: the tensors alone are more than a whole GPU. Not on Windows, whose driver may put them into
-            main memory, nor where the networks are compiled, which may keep fewer.
-    """
-    compiled = config[stage]["compile"] if args.compile is None else args.compile
-    memories = run.gather(memory.gpu_memory(run.device))
-    if None in memories:
-        return
-    free, everything = (min(values) for values in zip(*memories, strict=True))
-
-    def check() -> None:
-        wanted = planned(config, stage, args)
-        half = ranks.amp_dtype(run.device)
-        forecast = memory.Forecast(rehearse, stage, sizes, True, half, run.world_size)
-        try:
-            peaks = forecast.peaks(wanted)
-        except (memory.ForecastError, UserError) as error:
-            # Also a UserError: without values a check may fail that passes with them. Else it comes again.
-            run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
-            return
-        peak = memory.highest(peaks)
-        if peak.total <= free:
-            return
-        lower = memory.listed(forecast.savings(wanted, peaks)) or "smaller networks"
-        needs = f"{stage}: expected peak {peak.total / memory.GB:.1f} GB"
-        if peak.tensors > everything and not compiled and os.name != "nt":
-            raise UserError(
-                f"{needs}, but the GPU has {everything / memory.GB:.1f} GB in all.\nTo lower it: {lower}"
-            )
-        run.say(
-            f"warning: {needs}. Of the GPU's {everything / memory.GB:.1f} GB {free / memory.GB:.1f} are free "
-            f"now.\nTo lower it: {lower}"
-        )
-
-    run.from_main(check)
-
-
-# ---------------------------------------------------------------- where a training starts and stops
-
-
-def claim(model_dir: Path, run: Run) -> None:
-    """Keep every other run from writing to a model folder until this script ends, however it ends.
-
-    Raises:
-        UserError: another run has it.
-        OSError: the folder cannot be made or written to.
-    """
-
-    def lock():
-        model_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(model_dir / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{model_dir}: another run is writing there. Wait for its end, or choose another model_dir."
-            ) from None
-        CLEAN_UP.callback(lock.release)
-        for part in model_dir.glob(".*.part"):  # of a save that was killed
-            part.unlink()
-
-    run.from_main(lock)
-
-
-def starting_point(
-    args: argparse.Namespace, config: dict, environment: dict, stage: str, files: StageFiles, run: Run
-):
-    """The checkpoint to go on from, on every rank, or None to start: `--resume FILE`, `--fresh`, else the
-    newest that is good, unless `resume_ckpt` is false.
-
-    What a start leaves behind is moved to `model_dir/old-N`. From here on `model_dir/log.txt` is kept. Keys
-    of the config that differ from the checkpoint's are said.
-
-    Raises:
-        UserError: the checkpoint that was named is missing or damaged, or none that is there is good; it was
-            trained with other networks or volumes than the config asks for; or there are no data to start
-            over on.
-    """
-    found, model_dir = {}, environment["model_dir"]
-
-    def check() -> None:
-        """Before anything is moved. A spacing that the data decide is checked when they are found."""
-        keys = [key for key in configs.FIXED[stage] if key != "spacing" or config["spacing"]]
-        configs.check_fixed(
-            found["content"]["config"], config, keys, found["content"]["path"], configs.RESUMING
-        )
-
-    log = TextLog(model_dir / "log.txt") if run.is_main else None
-
-    def choose() -> Path | None:
-        if args.resume:
-            found["content"] = load_training_checkpoint(args.resume, files.name)
-            check()
-            if files.present() and args.resume.resolve() != files.last.resolve():
-                run.say(f"what is in {files.last.parent} is copied to {set_aside(environment, stage, True)}")
-            return args.resume
-        if not files.present():
-            if environment["resume_ckpt"]:
-                run.say(f"{files.last.parent}: no checkpoint of this stage to go on from, so it starts.")
-            return None
-        if args.fresh or environment["resume_ckpt"] is False:
-            from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
-            if not from_cache and not environment["download_brats"]:
-                find_data(config, environment)  # before anything is moved
-            why = "" if args.fresh else " (resume_ckpt is false; remove it to go on instead)"
-            run.say(f"starting over{why}: what was there is now in {set_aside(environment, stage)}")
-            return None
-        path, found["content"] = files.newest(run.say)
-        check()
-        return path
-
-    path = run.from_main(choose)
-    if log:
-        begun = f"goes on from {path}" if path else "starts"
-        facts = {
-            f"==== {stage}": begun,
-            "command": shlex.join(["python", *sys.argv]),
-            "config": model_dir / f"config_{stage}.json",
-            "device": f"{run.device.type} x {run.world_size}, {run.amp_dtype or torch.float32}",
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
-        }
-        log.begin(facts)
-    if path is None:
-        return None
-    content = found["content"] if run.is_main else load_training_checkpoint(path, files.name)
-    if changes := configs.changes(content["config"], config):
-        run.say(f"differs from the checkpoint's config: {changes}")
-    return content
-
-
-def keep_pair(environment: dict, best: Path, run: Run) -> None:
-    """Before stage 1's best weights are replaced, copy them to `old-N` if a diffusion model was trained on
-    them: it is of no use without them."""
-    unet = environment["model_dir"] / "diffusion_unet.pt"
-
-    def copy():
-        if not (unet.is_file() and best.is_file()):
-            return
-        if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
-            old = set_aside(environment, "autoencoder", copy=True)
-            run.say(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
-
-    run.from_main(copy)
-
-
-STAGE_FILES = {
-    # A diffusion model goes with its autoencoder.
-    "autoencoder": ("*.pt", "*.json", "samples", "*.gif", "losses.png", "log.txt"),
-    "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples", "samples.gif", "losses.png"),
-}
-
-
-def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
-    """Move what a stage left in `model_dir`, its pictures and its TensorBoard files to a new `old-N`; or copy
-    them there, to be gone on with."""
-    model_dir, output_dir = environment["model_dir"], environment["output_dir"]
-    old = next(p for n in itertools.count(1) if not (p := model_dir / f"old-{n}").exists())
-    old.mkdir()
-    log, text, stages = model_dir / "train_log.jsonl", model_dir / "log.txt", [stage]
-    if stage == "autoencoder":
-        stages.append("diffusion")
-    pictures = [output_dir / "reconstructions.png"] if stage == "autoencoder" else []
-    for path in [p for pattern in STAGE_FILES[stage] for p in model_dir.glob(pattern)] + pictures:
-        if path.is_dir() and copy:
-            shutil.copytree(path, old / path.name)
-        elif path.exists():
-            (shutil.copy2 if copy else shutil.move)(path, old / path.name)
-    if text.is_file():  # of both stages: it goes on
-        shutil.copy2(text, old / text.name)
-    if log.is_file():
-        shutil.copy2(log, old / log.name)
-        if not copy:
-            write_log(log, [entry for entry in read_log(log) if entry["stage"] not in stages])
-    for one in [] if copy else stages:
-        events = environment["tfevent_path"] / one
-        if events.is_dir():
-            shutil.move(events, old / f"tensorboard_{one}")
-    return old
-
-
-@contextlib.contextmanager
-def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], bool]]:
-    """Profile a few steps; the trace goes to `folder/trace_rankN.json`. Yields what to call after each step,
-    which says whether the trace is complete."""
-    if not enabled:
-        yield lambda: False
-        return
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if run.device.type == "cuda" else []
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"trace_rank{run.rank}.json"
-    wait, warmup, active = 1, 2, 3
-    with torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(path)),
-        profile_memory=True,
-    ) as profile:
-
-        def after_step() -> bool:
-            profile.step()
-            return profile.step_num >= wait + warmup + active
-
-        yield after_step
-    if profile.step_num < wait + warmup + active:
-        raise UserError(
-            f"--profile: only {profile.step_num} steps were left, expected {wait + warmup + active}. Raise "
-            "max_epochs."
-        )
-    run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")
+    world_size = args.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    sizes = planned_sizes(config, args)
+    print(memory.training_report(rehearse, config, stage, sizes, meant_for_gpu(args), world_size))

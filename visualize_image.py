@@ -494,7 +494,9 @@ def denoise(args: argparse.Namespace) -> None:
     volumes = []
     for i in progress_bar(run, "decode", items=range(len(kept)), unit="frame"):
         with run.autocast():
-            volumes.append(networks.encoder.decode(latents[i].to(run.device)).cpu()[0])
+            volumes.append(
+                networks.autoencoder.decode(latents[i].to(run.device) / networks.scale_factor).cpu()[0]
+            )
 
     # Step 3: one frame each
     spacing, window = networks.geometry["spacing"], networks.geometry["limits"][args.channel]

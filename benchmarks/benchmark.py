@@ -34,8 +34,10 @@ from benchmarks import measure, project, reference
 from ldm import UserError, configs, generation
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
+from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
+from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
@@ -76,7 +78,7 @@ class VolumesInMemory(Dataset):
 
 def in_memory(cases: Sequence[Case], config: dict, size: Sequence[int]) -> VolumesInMemory:
     """Read cases, cropped or padded to `size` about the centre."""
-    volumes = VolumeDataset(cases, configs.preprocessing_of(config), size)
+    volumes = VolumeDataset(cases, Preprocessing.from_config(config), size)
     return VolumesInMemory(cases, torch.stack([volumes[(0, i)]["image"].clone() for i in range(len(cases))]))
 
 
@@ -96,7 +98,7 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
         run.say(f"no --data: simulating {count} brains")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
-    places = {key: folder / key for key in utils.FOLDERS}
+    places = {key: folder / key for key in FOLDERS}
     return {"data_base_dir": Path(data).expanduser(), "download_brats": False, **places}
 
 
@@ -138,11 +140,11 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
         first = bench.volumes.images[: section["batch_size"]]
         stage = reference.Diffusion(autoencoder, unet, first, section["lr"], run.device)
         return training_work(bench, stage, bench.volumes, "diffusion_train", side)
-    encoder = LatentEncoder(autoencoder, scale_factor=1.0)
+    encoder = Autoencoder(autoencoder)
     if part == "diffusion":
         stage = project.Diffusion(config, encoder, bench.volumes, run, unet.state_dict())
         return training_work(bench, stage, stage.dataset, "diffusion_train", side)
-    shape = [autoencoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
+    shape = [encoder.latent_channels, *latent_size(config, bench.volumes.images.shape[2:])]
     latents = torch.randn(1, *shape).to(run.device)
     of_side = our_sampling if side == "ours" else reference_sampling
     return of_side(bench, part, encoder, unet.eval().requires_grad_(False), latents)
@@ -155,11 +157,11 @@ def training_work(bench: Bench, stage, dataset: Dataset, section: str, side: str
     return measure.Work(((lambda: stage.step(next(batches)), 1),), bench.flags[side])
 
 
-def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def our_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """A sample, or the decoding of a latent (1, c, d, h, w), by inference.py's defaults."""
     run, process = Run(0, 1, bench.run.device), NoiseProcess.from_config(bench.config["NoiseScheduler"])
     size = bench.volumes.images.shape[2:]
-    networks = project.sampling_networks(encoder, unet, process, latents.shape[1:], size)
+    networks = project.sampling_networks(encoder, 1.0, unet, process, latents.shape[1:], size)
 
     @torch.inference_mode()
     def work() -> None:
@@ -171,7 +173,7 @@ def our_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents)
     return measure.Work(((work, 1),), bench.flags["inference"])
 
 
-def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, latents) -> measure.Work:
+def reference_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
     """The same by the reference; some of its 1000 steps are timed and stand for all."""
     steps = bench.reference_steps
 
@@ -179,7 +181,7 @@ def reference_sampling(bench: Bench, part: str, encoder: LatentEncoder, unet, la
         reference.draw_latents(unet, latents.shape[1:], [0], steps, bench.run.device)
 
     def decode() -> None:
-        reference.decode(encoder.autoencoder, latents, encoder.scale_factor)
+        reference.decode(encoder.network, latents, 1.0)
 
     parts = ((decode, 1),) if part == "decoding" else ((draw, reference.STEPS / steps), (decode, 1))
     return measure.Work(parts, bench.flags["reference"])
@@ -245,8 +247,9 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     config["autoencoder_train"].update(reference.LOSS)
     count = 2 * max(config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train"))
     environment = find_data(args, config, folder, count + 2, run)
-    train, held_out = utils.prepare_data(config, environment, run)
-    patch, size, _ = configs.patch_sizes(config, [*train, *held_out])
+    train, held_out, spacing = prepare_data(config, environment, run)
+    config = configs.with_spacing(config, spacing)
+    patch, size, _ = patch_sizes(config, [*train, *held_out])
     few = train[:count]
     bench = Bench(
         config,

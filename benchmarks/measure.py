@@ -15,7 +15,7 @@ import monai
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ldm.training.loop import peak_memory_gb
+from ldm.training.progress import peak_memory_gb
 
 PROC = Path("/proc/self")  # of Linux
 LEAST = 0.5  # seconds that one timing lasts at least

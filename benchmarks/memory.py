@@ -21,7 +21,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from benchmarks.measure import forget_peak, resident
-from ldm import configs
+from ldm.data.prepare import patch_sizes
 from ldm.system import ranks
 from ldm.system.ranks import Run
 from ldm.training.memory import GB, Forecast, Peak, take_steps
@@ -100,7 +100,7 @@ class Case:
         self.config = utils.load_config(
             utils.ROOT / args.config, [f"{key}={value}" for key, value in keys.items()]
         )
-        self.sizes = configs.patch_sizes(self.config, [])
+        self.sizes = patch_sizes(self.config, [])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.half = ranks.amp_dtype(self.device) if args.amp else None
         self.rehearse = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}[args.stage].rehearse

@@ -1,22 +1,27 @@
 """This project's steps, by the functions of its own scripts; what they log and save is left out."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import train_autoencoder
-import train_diffusion
 from ldm import configs, generation
 from ldm.data import latents
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
-from ldm.models.autoencoder import LatentEncoder
+from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
+from ldm.models import autoencoder as autoencoders
+from ldm.models.denoiser import predict
 from ldm.models.layers import on_device
 from ldm.system.ranks import Run
-from ldm.training.loop import Clock
-from ldm.training.step import learning_rate
+from ldm.training import autoencoder as stage1
+from ldm.training import diffusion as stage2
+from ldm.training.latents import Latents, WithNoise, one_of
+from ldm.training.progress import Clock
+from ldm.training.step import Stepper, learning_rate
 
 
 def run_of(section: dict, run: Run) -> Run:
@@ -24,14 +29,14 @@ def run_of(section: dict, run: Run) -> Run:
     return dataclasses.replace(run, amp_dtype=run.amp_dtype if section["amp"] else None)
 
 
-def optimise(learner, section: dict, clock: Clock, epoch: int) -> None:
-    """From gradients to the next weights: clipping, rate, optimisers, average."""
-    masked = (~torch.stack([stepper.clip() for stepper in learner.steppers]).all()).double()
+def optimise(optimizers: Sequence[Stepper], section: dict, clock: Clock, epoch: int) -> torch.Tensor:
+    """From gradients to the next weights: clip, rate, step. Returns whether the step was skipped."""
+    skip = (~torch.stack([optimizer.clip() for optimizer in optimizers]).all()).double()
     rate = learning_rate(section, 1, clock.progress(clock.seconds), clock.step, epoch)
-    for stepper in learner.steppers:
-        stepper.step(rate, masked)
+    for optimizer in optimizers:
+        optimizer.step(rate, skip)
     clock.step += 1
-    learner.update_average()
+    return skip
 
 
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
@@ -55,21 +60,31 @@ class Autoencoder:
         self.section = config["autoencoder_train"]
         self.run, size = run_of(self.section, run), dataset[(0, 0)]["image"].shape[1:]
         autoencoder = configs.define_network(config, "autoencoder_def")
-        latent_shape = train_autoencoder.latent_shape_of(config, autoencoder, size)
-        criterion = train_autoencoder.AutoencoderLoss(self.section, None)
-        self.networks = train_autoencoder.build_networks(
+        criterion = AutoencoderLoss(self.section, None)
+        self.learner = stage1.build_learner(
             config, autoencoder, size, size, criterion, self.section["compile"], self.run
         )
-        self.dataset = train_autoencoder.WithPosteriorDraw(dataset, latent_shape, config["seed"])
+        latent_shape = stage1.latent_shape_of(config, self.learner.autoencoder, size)
+        self.dataset = stage1.WithPosteriorDraw(dataset, latent_shape, config["seed"])
         self.clock = Clock(self.section, len(dataset))
 
     def step(self, batch: dict) -> None:
         """One step of each network on a batch of the dataset, as the loader makes it."""
         images, eps = (batch[key].to(self.run.device, non_blocking=True) for key in ("image", "eps"))
-        train_autoencoder.train_batch(
-            self.networks, images, eps, slices=None, adversarial_on=True, last=True, run=self.run
-        )
-        optimise(self.networks, self.section, self.clock, int(batch["epoch"][0]))
+        learner, run = self.learner, self.run
+        with run.autocast():
+            reconstruction, mean, std = learner.model(images, eps)
+        loss = learner.criterion(images, reconstruction, mean, std, None)["loss"]
+        with run.autocast():
+            adversarial = adversarial_loss(learner.discriminator, reconstruction)
+        learner.optimizer.backward(loss + self.section["adversarial_weight"] * adversarial)
+        with run.autocast():
+            loss = discriminator_loss(learner.wrapped_discriminator, reconstruction, images)
+        learner.discriminator_optimizer.backward(loss)
+        optimizers = list(learner.optimizers.values())
+        skip = optimise(optimizers, self.section, self.clock, int(batch["epoch"][0]))
+        if learner.ema_model:
+            learner.ema_model.update(learner.autoencoder, skip)
 
 
 class Diffusion:
@@ -79,26 +94,27 @@ class Diffusion:
 
     Args:
         config: resolved.
-        encoder: the frozen autoencoder, whose scale factor is measured here.
+        encoder: the frozen autoencoder.
         volumes: what to encode.
         run: device and precision.
         weights: of the UNet, to begin with.
     """
 
-    def __init__(self, config: dict, encoder: LatentEncoder, volumes: Dataset, run: Run, weights: dict):
+    def __init__(
+        self, config: dict, encoder: autoencoders.Autoencoder, volumes: Dataset, run: Run, weights: dict
+    ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
         kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
-        first = train_diffusion.posterior_of(train_diffusion.one_of(kept, 0), encoder, run)[0]
-        self.shape = list(first.shape[1:])
-        source = train_diffusion.Latents(kept, kept, encoder, "", self.shape, {})
-        encoder.scale_factor = train_diffusion.measure_scale(source, run)
-        self.dataset = train_diffusion.WithChance(kept, self.shape, config["seed"])
+        self.data = Latents(kept, kept, encoder, "", [], {})
+        self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
+        self.scale_factor = self.data.scale_factor(run)
+        self.dataset = WithNoise(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])
-        self.learner = train_diffusion.build_learner(config, self.section["compile"], self.run)
+        self.learner = stage2.build_learner(config, self.section["compile"], self.run)
         self.learner.unet.load_state_dict(weights)
-        if self.learner.ema:
-            self.learner.ema.module.load_state_dict(weights)
+        if self.learner.ema_model:
+            self.learner.ema_model.module.load_state_dict(weights)
         self.clock = Clock(self.section, len(volumes))
 
     def step(self, batch: dict) -> None:
@@ -106,20 +122,32 @@ class Diffusion:
         eps, noise, uniform = (
             batch[key].to(self.run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
         )
-        mean, std = train_diffusion.posterior_of(batch, self.encoder, self.run)
-        z0 = (mean + std * eps) * self.encoder.scale_factor
-        t = self.process.draw_times(uniform, self.section["timestep_sampling"])
-        loss = train_diffusion.diffusion_loss(
-            self.learner.wrapped, self.process, z0, noise, t, self.run, self.section["min_snr_gamma"]
-        )
-        self.learner.stepper.backward(loss)
-        optimise(self.learner, self.section, self.clock, int(batch["epoch"][0]))
+        process, learner = self.process, self.learner
+        mean, std = self.data.posterior(batch, self.run)
+        z0 = (mean + std * eps) * self.scale_factor
+        t = process.draw_times(uniform, self.section["timestep_sampling"])
+        with self.run.autocast():
+            prediction = predict(learner.model, process.add_noise(z0, noise, t), t, {})
+        loss = diffusion_loss(process, prediction, z0, noise, t, self.section["min_snr_gamma"])
+        learner.optimizer.backward(loss)
+        skip = optimise([learner.optimizer], self.section, self.clock, int(batch["epoch"][0]))
+        if learner.ema_model:
+            learner.ema_model.update(learner.unet, skip)
 
 
-def sampling_networks(encoder: LatentEncoder, unet: nn.Module, process: NoiseProcess, latent_shape, size):
+def sampling_networks(
+    encoder: autoencoders.Autoencoder,
+    scale_factor: float,
+    unet: nn.Module,
+    process: NoiseProcess,
+    latent_shape: Sequence[int],
+    size: Sequence[int],
+) -> generation.Networks:
     """Networks as `generation.draw` takes them."""
     geometry = {"size": list(size), "spacing": [1.0] * 3, "limits": [[0.0, 1.0]]}
-    return generation.Networks(encoder, unet.eval(), process, list(latent_shape), geometry, None)
+    return generation.Networks(
+        encoder, scale_factor, unet.eval(), process, list(latent_shape), geometry, None
+    )
 
 
 def default_sampler(process: NoiseProcess) -> tuple[str, int]:

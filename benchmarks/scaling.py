@@ -18,7 +18,7 @@ import train_diffusion
 import utils
 from benchmarks.measure import count_flops
 from ldm import UserError, configs
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.training.memory import Forecast, highest
 
@@ -30,7 +30,7 @@ def arithmetic(config: dict, size: int) -> list[float]:
     """TFLOP for a volume of this side: a step of stage 1 and of stage 2 without discriminator and
     perceptual network, a prediction of the UNet, a decoding."""
     with FakeTensorMode():
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def"))
         unet = configs.define_network(config, "diffusion_def")
         images = torch.zeros(1, config["image_channels"], *[size] * 3)
         latents = torch.zeros(1, config["diffusion_def"]["in_channels"], *latent_size(config, [size] * 3))
@@ -38,7 +38,7 @@ def arithmetic(config: dict, size: int) -> list[float]:
             lambda: encoder(images, latents)[0].sum().backward(),
             lambda: unet(latents, timesteps=torch.zeros(1)).sum().backward(),
             torch.no_grad()(lambda: unet(latents, timesteps=torch.zeros(1))),
-            torch.no_grad()(lambda: encoder.autoencoder.decode(latents)),
+            torch.no_grad()(lambda: encoder.decode(latents)),
         ]
         return [count_flops(call) / 1e12 for call in calls]
 

@@ -11,21 +11,27 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Configuration
 
 A training config is a JSON file, given by `-c`. This page is generated from `config/schema.json` by
-`python docs/make_config_md.py`; each key's type, default and meaning stand there and nowhere else.
+`python docs/make_config_md.py`.
 
-- Unknown keys and wrong types are refused, with the nearest known key named.
-- `--set autoencoder_train.lr=8e-5` wins over the file, the file over the default.
-- `"@name"` (also written `"$@name"`) stands for the value of another key, `"@section::key"` for a nested one.
-  No other expression is read: a config is data.
-- What was used, with all defaults, is written to `model_dir/config_autoencoder.json` and
+- Unknown keys and wrong types are refused; the error names the nearest known key.
+- `--set autoencoder_train.lr=8e-5` overrides the file, the file overrides the default.
+- `"@name"` (or `"$@name"`) is replaced by the value of another key, `"@section::key"` by that of a nested one.
+  Other expressions are refused: a config is data.
+- The resolved config, with all defaults, is written to `model_dir/config_autoencoder.json` and
   `config_diffusion.json`, and into the checkpoints.
 
-The environment file, given by `-e`, says where things are: `data_base_dir` (a folder, a JSON list, or several
-of these),
-`model_dir`, `tfevent_path`, `output_dir`; and may say `resume_ckpt` (false: each run starts over, as by
-`--fresh`; true or absent: it goes on from the newest checkpoint),
-`download_brats` (fetch MSD Task01 first), `perceptual_weights` (a local file) and `cache_dir` (default
-`model_dir`/cache). Relative paths count from the working directory.
+The environment file, given by `-e`, names paths. Relative ones count from the working directory.
+
+| key | meaning |
+|---|---|
+| `data_base_dir` | the data: a folder, a JSON list, or several of these ([data.md](data.md#where-the-data-are)) |
+| `model_dir` | checkpoints and logs |
+| `tfevent_path` | TensorBoard files |
+| `output_dir` | samples |
+| `cache_dir` | preprocessed volumes and latents; default `model_dir`/cache |
+| `perceptual_weights` | weights of the perceptual network, a local file |
+| `resume_ckpt` | default true: resume from the newest checkpoint; false: start over at each run, as `--fresh` |
+| `download_brats` | true: download MSD Task01 first |
 """
 
 

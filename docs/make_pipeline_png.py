@@ -29,7 +29,7 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.simulation import CONTRASTS, simulate_subject
 from ldm.diffusion.process import NoiseProcess
 from ldm.figures import middle, upright
-from ldm.models.autoencoder import LatentEncoder, LatentMoments, set_posterior_std
+from ldm.models.autoencoder import Autoencoder, LatentMoments, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 
 SPACING = (2.0, 2.0, 2.0)  # mm
@@ -62,12 +62,12 @@ def compute() -> dict[str, np.ndarray]:
     autoencoder = configs.define_network(config, "autoencoder_def").eval()
     start_as_block_transform(autoencoder, volumes)
     set_posterior_std(autoencoder, 0.1)
-    encoder, moments = LatentEncoder(autoencoder), LatentMoments()
-    mean, std = encoder.posterior(volumes)
+    encoder, moments = Autoencoder(autoencoder), LatentMoments()
+    mean, std = encoder.encode(volumes)
     moments.add(mean, std)
-    encoder.scale_factor = moments.scale_factor()
-    latents = (mean + std * torch.randn_like(mean)) * encoder.scale_factor
-    image = encoder.decode(latents[1:2])
+    scale_factor = moments.scale_factor()
+    latents = (mean + std * torch.randn_like(mean)) * scale_factor
+    image = encoder.decode(latents[1:2] / scale_factor)
     mean, std, latents = map(standardised, (mean, std, latents))
     trained, drawn = latents[:1], latents[1:2]
 

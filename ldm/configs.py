@@ -3,24 +3,18 @@
 import copy
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from ldm import UserError, brief
-from ldm.data.cases import Case, volume_size
-from ldm.data.intensity import Intensity
-from ldm.data.preprocessing import Preprocessing
 from ldm.models.definitions import (
     NETWORKS,
     SCHEDULERS,
     check_definition,
     check_networks,
-    check_size,
-    downsampling,
     instantiate,
-    network_divisor,
     resolve_references,
 )
 from ldm.system.schemas import StrictValidator, explained
@@ -178,16 +172,17 @@ def changes(trained: dict, config: dict) -> str:
     return "; ".join(f"{key} {now}, was {was}" for key, (was, now) in found.items())
 
 
-def settle_spacing(config: dict, choose: Callable[[], list[float]], resumed: dict | None) -> None:
-    """Fix the spacing where the config leaves it open.
+def with_spacing(config: dict, spacing: Sequence[float], resumed: dict | None = None) -> dict:
+    """The config with this spacing in mm where it leaves the spacing open; else the config itself.
 
     Raises:
-        UserError: it is not that of the checkpoint that is resumed.
+        UserError: it is not the spacing of the checkpoint that is resumed.
     """
     if config["spacing"] is None:
-        config["spacing"], config["longest_side"] = choose(), None
+        config = {**config, "spacing": list(spacing), "longest_side": None}
     if resumed:
         check_fixed(resumed["config"], config, ("spacing",), resumed["path"], RESUMING)
+    return config
 
 
 def _schema() -> dict:
@@ -227,49 +222,8 @@ def channels_of(config: dict) -> tuple[int, ...]:
     return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
 
 
-def preprocessing_of(config: dict) -> Preprocessing:
-    """The one way from file to volume, for training, validation and inference."""
-    return Preprocessing(channels_of(config), tuple(config["spacing"]), intensity_of(config))
-
-
-def intensity_of(config: dict) -> Intensity:
-    """How the values of the channels that are used become 0 to 1."""
-    section = config["intensity"]
-    window = section["window"]
-    if window is not None:
-        pairs = window if isinstance(window[0], list) else [window] * len(channels_of(config))
-        window = tuple((float(low), float(high)) for low, high in pairs)
-    return Intensity(
-        section["lower_percentile"],
-        section["upper_percentile"],
-        section["clip"],
-        window,
-        section["nan_is_background"],
-    )
-
-
 def define_network(config: dict, key: str) -> nn.Module:
     """Build the network of a config section, such as `autoencoder_def`."""
     if key not in config:
         raise UserError(f"{key}: missing from the config.")
     return instantiate(config[key], NETWORKS, key)
-
-
-def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
-    """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
-    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
-
-    Raises:
-        UserError: a size that the networks cannot take; the nearest that they can are named.
-    """
-    first, second = config["autoencoder_train"], config["diffusion_train"]
-    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
-    if not (patch and volume):
-        whole = volume_size(cases, config["spacing"], network_divisor(config))
-        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
-        patch, volume = patch or whole, volume or whole
-    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
-    check_size(volume, network_divisor(config), "diffusion_train.patch_size")
-    check_size(patch, factor, "autoencoder_train.patch_size")
-    check_size(shown, factor, "autoencoder_train.val_patch_size")
-    return patch, volume, shown

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from ldm import UserError, configs
-from ldm.data.intensity import from_unit_range
+from ldm.data.intensity import Intensity, from_unit_range
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import sample_latents
 from ldm.lowmem.slabwise import Budget, weights_bytes
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
@@ -41,11 +41,14 @@ USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffu
 class Networks:
     """Trained networks, and what their volumes follow from beside a seed.
 
-    `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes; `power` the fine
-    spectral power of the autoencoder's reconstructions, None where it was not measured.
+    `scale_factor` multiplies latents to the unit variance that the UNet learned, and divides its samples
+    before they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the
+    volumes; `power` the high-frequency power of the autoencoder's reconstructions, None where it was not
+    measured.
     """
 
-    encoder: LatentEncoder
+    autoencoder: Autoencoder
+    scale_factor: float
     unet: Callable
     process: NoiseProcess
     latent_shape: list[int]
@@ -115,9 +118,10 @@ def load_networks(
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
         budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
-        encoder = LatentEncoder(on_device(autoencoder, run.device).eval(), scale_factor, budget)
+        autoencoder = Autoencoder(on_device(autoencoder, run.device).eval(), budget)
     return Networks(
-        encoder,
+        autoencoder,
+        scale_factor,
         compile_for_sampling(unet, run) if compiled else unet,
         process,
         shape,
@@ -188,7 +192,7 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
             "which volumes to make."
         )
     check_size(config["diffusion_train"]["patch_size"], network_divisor(config), "diffusion_train.patch_size")
-    window = configs.intensity_of(config).window
+    window = Intensity.from_config(config).window
     limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
     return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
 
@@ -226,7 +230,7 @@ def draw(
             run.device,
             progress,
         )
-        return networks.encoder.decode(latents).cpu()
+        return networks.autoencoder.decode(latents / networks.scale_factor).cpu()
 
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:

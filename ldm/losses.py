@@ -38,6 +38,23 @@ def least_squares(logits: torch.Tensor, target: float) -> torch.Tensor:
     return nn.functional.mse_loss(judged, torch.full_like(judged, target))
 
 
+def discriminator_loss(
+    discriminator: nn.Module, reconstruction: torch.Tensor, images: torch.Tensor
+) -> torch.Tensor:
+    """Least-squares loss of the discriminator on reconstructions and images, in one pass."""
+    logits = discriminator(torch.cat([reconstruction.detach(), images]).contiguous())[-1]
+    fake, real = logits.float().chunk(2)
+    return 0.5 * (least_squares(fake, 0.0) + least_squares(real, 1.0))
+
+
+def adversarial_loss(discriminator: nn.Module, reconstruction: torch.Tensor) -> torch.Tensor:
+    """The generator's least-squares loss; the discriminator's weights get no gradient."""
+    discriminator.requires_grad_(False)
+    logits = discriminator(reconstruction.contiguous())[-1]
+    discriminator.requires_grad_(True)
+    return least_squares(logits.float(), 1.0)
+
+
 MEDICALNET_DEPTHS = {"medicalnet_resnet10": 10, "medicalnet_resnet50": 50}
 UNTRAINED = object()  # in place of a file of weights: random ones, to count what the network takes
 
@@ -160,3 +177,53 @@ def _lpips(network: str, state: dict | None, where: str) -> nn.Module:
     else:
         load_weights(model, state, where)
     return model
+
+
+RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
+
+
+class AutoencoderLoss(nn.Module):
+    """The autoencoder's loss: reconstruction, gradient difference, KL and perceptual terms, each with its
+    weight. The adversarial term is added by the training loop after the warm-up.
+
+    Args:
+        section: `autoencoder_train` of the config.
+        perceptual_weights: as of `PerceptualLoss`.
+    """
+
+    def __init__(self, section: dict, perceptual_weights: str | None):
+        super().__init__()
+        self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
+        weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
+        self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
+        self.perceptual = None
+        if section["perceptual_weight"]:
+            self.perceptual = PerceptualLoss(
+                section["perceptual_network"], perceptual_weights, section["perceptual_slice_ratio"]
+            )
+
+    def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
+        """Terms by name, unweighted, and their weighted sum as "loss"."""
+        terms = self._distances(images, reconstruction, generator)
+        terms = {"recon_loss": terms.pop("recon_loss"), "kl_loss": kl_divergence(mean, std), **terms}
+        weights = {**self.weights, "kl_loss": self.section["kl_weight"]}
+        return {**terms, "loss": self._weighted(terms, weights)}
+
+    def held_out(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
+        """The terms that compare reconstructions with images, unweighted, and their weighted sum as "loss".
+        KL does not, and the adversarial term changes with its discriminator."""
+        terms = self._distances(images, reconstruction, generator)
+        return {**terms, "loss": self._weighted(terms, self.weights)}
+
+    def _distances(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
+        reconstruction = reconstruction.float()
+        terms = {"recon_loss": self.recon(reconstruction, images)}
+        if "gradient_loss" in self.weights:
+            terms["gradient_loss"] = gradient_difference(reconstruction, images)
+        if self.perceptual is not None:
+            terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
+        return terms
+
+    @staticmethod
+    def _weighted(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+        return sum(weights[name] * term for name, term in terms.items())

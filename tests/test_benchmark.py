@@ -10,13 +10,13 @@ import torch
 from chain import Project, make_data
 from torch import nn
 
-import train_diffusion
 import utils
 from benchmarks import benchmark, measure, project, reference, scaling
 from ldm import configs
 from ldm.data.cases import Case
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import downsampling
 from ldm.system.ranks import Run
 
@@ -64,7 +64,7 @@ def test_the_reference_learns_the_noise_and_so_does_this_project(setting):
     by_hand = (unet(squared.sqrt() * z0 + (1 - squared).sqrt() * noise, t) - noise).square().mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
     process = NoiseProcess(reference.noise_scheduler().alphas_cumprod, "epsilon", 1000)
-    ours = train_diffusion.diffusion_loss(unet, process, z0, noise, t, RUN)
+    ours = diffusion_loss(process, unet(process.add_noise(z0, noise, t), t), z0, noise, t)
     assert loss.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
@@ -82,12 +82,12 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     batch = torch.utils.data.default_collate([ours.dataset[(0, i)] for i in range(2)])
     before = autoencoder_of(config)
     before.quant_conv_log_sigma.conv.bias.data.fill_(-25)
-    for one in (theirs.autoencoder, ours.networks.encoder.autoencoder):
+    for one in (theirs.autoencoder, ours.learner.autoencoder.network):
         one.load_state_dict(before.state_dict())
-    theirs.discriminator.load_state_dict(ours.networks.judge.state_dict())
+    theirs.discriminator.load_state_dict(ours.learner.discriminator.state_dict())
     theirs.step(batch)
     ours.step(batch)
-    mine = [stepper.optimizer for stepper in ours.networks.steppers]
+    mine = [stepper.optimizer for stepper in ours.learner.optimizers.values()]
     for a, b, weight in zip(
         (theirs.generator_optimizer, theirs.discriminator_optimizer), mine, (1, 0.01), strict=True
     ):
@@ -97,7 +97,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
         )
         assert first.norm() > 1e-6
         assert (first - weight * second).norm() < 1e-3 * first.norm()
-    moved = ours.networks.encoder.autoencoder.state_dict()
+    moved = ours.learner.autoencoder.network.state_dict()
     assert max((moved[name] - weight).abs().max() for name, weight in before.state_dict().items()) > 1e-3
 
 
@@ -119,13 +119,13 @@ def test_a_step_of_this_projects_side_moves_weights_and_average(setting):
     config = utils.load_config(setting.config_file)
     images = numbers(4, 1, 16, 20, 12).abs()
     data = benchmark.VolumesInMemory([Case(str(i), ()) for i in range(4)], images)
-    encoder = LatentEncoder(autoencoder_of(config), 1.0)
+    encoder = Autoencoder(autoencoder_of(config))
     weights = configs.define_network(config, "diffusion_def").state_dict()
     stage = project.Diffusion(config, encoder, data, RUN, weights)
     assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16
     stage.step(next(benchmark.endless(utils.make_loader(stage.dataset, stage.section, config, RUN, 0))))
     name = "out.2.conv.weight"
-    for moved in (stage.learner.unet, stage.learner.ema.module):
+    for moved in (stage.learner.unet, stage.learner.ema_model.module):
         assert not torch.equal(moved.state_dict()[name], weights[name])
 
 

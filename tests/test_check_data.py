@@ -20,8 +20,10 @@ import utils
 from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case
-from ldm.data.checks import check_cases, check_header, check_headers, check_voxels, label_values, masks_among
+from ldm.data.checks import check_cases, check_header, check_headers, check_voxels, label_values
+from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
+from ldm.data.masks import masks_among
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, open_image, read_image
 
@@ -393,9 +395,10 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
     for skip in (False, True):
-        given = (configs.channels_of(config), configs.intensity_of(config))
-        how = {"labels": False, "skip": skip, "strict": False, "say": said.append}
-        assert not splits.bad_cases(find_cases(tmp_path)[0], tmp_path / "split.json", *given, **how)
+        splitter = splits.Splitter(tmp_path / "split.json", str(tmp_path), False, said.append)
+        how = (configs.channels_of(config), Intensity.from_config(config), False, skip)
+        cases, _ = find_cases(tmp_path)
+        assert splitter.without_bad(cases, [], *how) == (cases, [])
     assert [line.split(":")[1] for line in said].count(" 3 files (a.nii.gz, ...)") == 2
     assert sum("b.nii.gz: minimum" in line for line in said) == 1  # where voxels are read
 
@@ -496,7 +499,9 @@ def test_an_uncompressed_file_is_as_long_as_its_header_says(tmp_path, change, du
 
 def test_a_channel_of_many_is_read_once(tmp_path, monkeypatch):
     path, opened = save(tmp_path / "a.nii.gz", noise(0, (*SHAPE, 3))), []
-    monkeypatch.setattr("ldm.data.reading.read_image", lambda path: opened.append(path) or read_image(path))
+    monkeypatch.setattr(
+        "ldm.data.preprocessing.read_image", lambda path: opened.append(path) or read_image(path)
+    )
     volume = Preprocessing((2, 0), (2.0, 1.5, 3.0)).read([path])
     assert np.array_equal(volume, np.moveaxis(noise(0, (*SHAPE, 3)), -1, 0)[[2, 0]]) and opened == [path]
 
@@ -680,7 +685,7 @@ def test_a_mask_of_any_name_is_known_by_what_it_holds(tmp_path, monkeypatch):
     ]
     assert not masks_among([case for case in cases if case.name in {"liver.nii.gz", "organs.nii"}])  # no scan
     read = []
-    monkeypatch.setattr("ldm.data.checks.read_image", lambda path: read.append(path.name) or read_image(path))
+    monkeypatch.setattr("ldm.data.masks.read_image", lambda path: read.append(path.name) or read_image(path))
     assert not masks_among(cases[:2]) and len(read) == 1  # of a good data set, one scan
 
 

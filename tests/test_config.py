@@ -17,7 +17,9 @@ import utils
 from ldm import UserError, configs, generation
 from ldm.data import latents
 from ldm.data.intensity import Intensity
+from ldm.data.prepare import patch_sizes
 from ldm.diffusion.process import NoiseProcess
+from ldm.losses import AutoencoderLoss
 from ldm.models.definitions import NETWORKS, SCHEDULERS, named_class, resolve_references
 from ldm.system.files import write_json
 
@@ -119,7 +121,7 @@ def test_tutorial_config_builds_its_networks(load, package, memory):
     assert parameters(config, "diffusion_def") == 189_325_576 + 5 * (256**2 + 256) + 6 * (512**2 + 512)
     assert config["autoencoder_train"]["max_epochs"] == 1200
     assert config["diffusion_train"]["max_epochs"] == 10000
-    assert configs.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
+    assert patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     assert process.prediction == "epsilon" and process.alphas_cumprod[0] == pytest.approx(1 - 0.0015)
 
@@ -129,7 +131,7 @@ def test_what_the_tutorial_leaves_out_is_the_references(load):
     section = config["autoencoder_train"]
     assert section["adversarial_weight"] == 0.01 and section["adversarial_warmup_epochs"] == 5
     assert section["discriminator"] == {"channels": 32, "num_layers_d": 3, "norm": "INSTANCE"}
-    assert configs.intensity_of(config) == Intensity(0.0, 99.5, clip=True)
+    assert Intensity.from_config(config) == Intensity(0.0, 99.5, clip=True)
     assert config["NoiseScheduler"]["schedule"] == "scaled_linear_beta"
     assert config["seed"] == 0
 
@@ -147,13 +149,13 @@ def test_older_and_newer_name_of_the_epochs(load):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_is_whole(path):
     config = utils.load_config(path)
-    train_autoencoder.AutoencoderLoss(config["autoencoder_train"], None)  # needs no file of weights
+    AutoencoderLoss(config["autoencoder_train"], None)  # needs no file of weights
     sizes = [parameters(config, key) for key in ("autoencoder_def", "diffusion_def")]
     if path.stem == "config_demo":
         assert sum(sizes) < 50e6  # for a laptop
     if path.stem.startswith("config_train_"):  # the published networks, for BraTS
         assert sizes == [21_000_353, 189_325_576]
-        assert configs.patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
+        assert patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     NoiseProcess.from_config(config["NoiseScheduler"])
     assert utils.load_config(path) == config  # reading changes nothing
 
@@ -177,11 +179,11 @@ def test_resolved_config_reads_back_as_itself(load, tmp_path):
 
 def test_a_window_takes_the_place_of_the_percentiles(load, tmp_path):
     config = load({**tutorial(), "intensity": {"window": [-1000, 1000]}})
-    assert configs.intensity_of(config) == Intensity(None, None, window=((-1000.0, 1000.0),))
+    assert Intensity.from_config(config) == Intensity(None, None, window=((-1000.0, 1000.0),))
     write_json(tmp_path / "resolved.json", config)
     assert utils.load_config(tmp_path / "resolved.json") == config
     two = {"channel": [1, 0], "image_channels": 2, "intensity": {"window": [[0, 1], [2, 3]]}}
-    assert configs.intensity_of(load({**tutorial(), **two})).window == ((0.0, 1.0), (2.0, 3.0))
+    assert Intensity.from_config(load({**tutorial(), **two})).window == ((0.0, 1.0), (2.0, 3.0))
     weights_from_elsewhere = config | {"spacing": [1, 1, 1]}
     geometry = generation.geometry_of({}, weights_from_elsewhere, tmp_path)
     assert geometry["limits"] == [[-1000, 1000]]
@@ -199,7 +201,7 @@ def test_older_checkpoints_and_caches_have_the_same_intensities(load):
 def test_every_key_of_the_schema_is_read():
     """By its name in the code: one that is not changes nothing, whatever it is set to."""
     schema = json.loads((ROOT / "config/schema.json").read_text(encoding="utf-8"))
-    files = [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
 
     def keys(about: dict) -> set[str]:
@@ -460,7 +462,7 @@ def test_arguments_that_the_network_refuses(load):
 )
 def test_patch_that_the_networks_do_not_divide(load, key, size, message):
     with pytest.raises(UserError, match=rf"{key}\.patch_size: .*{message}"):
-        configs.patch_sizes(load(changed(f"{key}.patch_size", size)), [])
+        patch_sizes(load(changed(f"{key}.patch_size", size)), [])
 
 
 # ---- files

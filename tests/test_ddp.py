@@ -20,9 +20,17 @@ import utils
 from ldm import configs
 from ldm.data.datasets import VolumeDataset
 from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.losses import AutoencoderLoss
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.denoiser import predict
+from ldm.training.autoencoder import WithPosteriorDraw
+from ldm.training.diffusion import build_learner
+from ldm.training.latents import WithNoise
 from ldm.training.step import Stepper
+from ldm.training.wrapping import wrap_network
 
 pytestmark = [
     pytest.mark.skipif(
@@ -51,6 +59,7 @@ import cache_latents
 import inference
 import test_ddp
 import train_autoencoder
+from ldm.training import autoencoder
 
 # One group for all three, since a process that opens gloo's a second time may hang.
 dist.init_process_group("gloo")
@@ -61,11 +70,11 @@ folder, data, split, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv.index
 torch.save(test_ddp.one_step(folder / "config.json", data), folder / f"step_{rank}.pt")
 
 built = []
-for name in ("LatentEncoder", "PatchDiscriminator"):
-    def build(*args, cls=getattr(train_autoencoder, name), **kwargs):
+for name in ("Autoencoder", "PatchDiscriminator"):
+    def build(*args, cls=getattr(autoencoder, name), **kwargs):
         built.append(cls(*args, **kwargs))
         return built[-1]
-    setattr(train_autoencoder, name, build)
+    setattr(autoencoder, name, build)
 train_autoencoder.main(sys.argv[3:split])
 torch.save([network.state_dict() for network in built], folder / f"weights_{rank}.pt")
 inference.main(sys.argv[split + 1 :])
@@ -84,18 +93,18 @@ def one_step(config_file: Path, data: Path) -> dict:
     section["batch_size"] = 2 // world_size
     run = utils.start(Namespace(gpus=None, device="cpu", amp=False))
     cases, _ = find_cases(data)
-    dataset = VolumeDataset(cases, configs.preprocessing_of(config), chain.SHAPE)
+    dataset = VolumeDataset(cases, Preprocessing.from_config(config), chain.SHAPE)
     found = {}
     for accumulate in (1, 2):
         section["accumulate_steps"] = accumulate
         torch.manual_seed(0)
-        encoder = LatentEncoder(configs.define_network(config, "autoencoder_def"))
-        network = utils.wrap_network(encoder, section, run, False)
+        encoder = Autoencoder(configs.define_network(config, "autoencoder_def"))
+        network = wrap_network(encoder, section, run, False)
         stepper = Stepper(network, section, None)
-        loss = train_autoencoder.AutoencoderLoss(section, None)
+        loss = AutoencoderLoss(section, None)
         first, second = (
             utils.make_loader(kind(dataset, [3, 8, 10, 6], seed=0), section, config, run)
-            for kind in (train_autoencoder.WithPosteriorDraw, train_diffusion.WithChance)
+            for kind in (WithPosteriorDraw, WithNoise)
         )
         for number, (batch, chance) in enumerate(zip(first, second, strict=True)):
             with stepper.accumulating(number + 1 == accumulate):
@@ -120,19 +129,18 @@ def steps_with_unused_parameters(config: dict, run) -> dict:
     }
     config["diffusion_train"] |= {"accumulate_steps": 2, "ema_decay": 0.0}
     torch.manual_seed(0)
-    learner = train_diffusion.build_learner(config, False, run)
+    learner = build_learner(config, False, run)
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     generator, mine = torch.Generator().manual_seed(1), slice(run.rank, None, run.world_size)
     for _ in range(2):
         for last in (False, True):
             z0, noise = torch.randn(2, 2, 3, 8, 8, 8, generator=generator)[:, mine]
-            with learner.stepper.accumulating(last):
+            with learner.optimizer.accumulating(last):
                 t = torch.full((len(z0),), 500.0)
-                learner.stepper.backward(
-                    train_diffusion.diffusion_loss(learner.wrapped, process, z0, noise, t, run)
-                )
-        learner.stepper.clip()
-        learner.stepper.step(1e-3, torch.zeros(()))
+                prediction = predict(learner.model, process.add_noise(z0, noise, t), t, {})
+                learner.optimizer.backward(diffusion_loss(process, prediction, z0, noise, t))
+        learner.optimizer.clip()
+        learner.optimizer.step(1e-3, torch.zeros(()))
     return learner.unet.state_dict()
 
 

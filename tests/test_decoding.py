@@ -22,7 +22,7 @@ from ldm.lowmem import slabs, slabwise
 from ldm.lowmem.lazy import Volume, leaf
 from ldm.lowmem.slabs import HostRows, Lane, Rows, Sweep
 from ldm.lowmem.slabwise import Budget, decode_within, encode_within
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
@@ -387,13 +387,13 @@ def test_the_peak_of_the_process_is_within_the_budget(budget):
 
 
 @torch.inference_mode()
-def test_latent_encoder_keeps_its_promises_within_a_budget(autoencoder, monkeypatch):
+def test_autoencoder_within_a_budget(autoencoder, monkeypatch):
     images = numbers(2, 1, 20, 12, 8)
-    plain, small = LatentEncoder(autoencoder, 0.5), LatentEncoder(autoencoder, 0.5, Budget(1e12))
+    plain, small = Autoencoder(autoencoder), Autoencoder(autoencoder, Budget(1e12))
     force(monkeypatch, "nowhere", 3)
-    for one, other in zip(small.posterior(images), plain.posterior(images), strict=True):
+    for one, other in zip(small.encode(images), plain.encode(images), strict=True):
         assert_close(one, other, 1e-5)
-    latents = plain.posterior(images)[0]
+    latents = plain.encode(images)[0]
     assert_close(small.decode(latents), plain.decode(latents), 1e-5)
 
 

@@ -16,6 +16,7 @@ from ldm.evaluation import distances, features
 from ldm.evaluation.distances import KernelDistance, frechet_distance, interval
 from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
 from ldm.models import perceptual
+from ldm.models.autoencoder import Autoencoder
 from ldm.system.files import sha256_of
 
 
@@ -42,7 +43,7 @@ def test_pooled_means_and_deviations_of_cells():
     activation[..., 2:, 2:, 3] = 2.0  # half of the last cell
     due = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert features._pooled(activation)[0].tolist() == pytest.approx(due, abs=1e-3)
-    groups = features.rows_of(AutoencoderFeatures(Identity()), activation)
+    groups = features.rows_of(AutoencoderFeatures(Autoencoder(Identity())), activation)
     assert [group[0].tolist() for group in groups] == [pytest.approx(due, abs=1e-3)] * 2
 
 
@@ -124,7 +125,7 @@ def test_own_feature_distance_of_the_same_of_blurred_and_of_noise():
         3, 1, 1, 1, (8, 8), (False, False), 3, 4,
         with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
     )  # fmt: skip
-    network = AutoencoderFeatures(autoencoder)
+    network = AutoencoderFeatures(Autoencoder(autoencoder))
     whole = FeatureSpace(rows_of(network, brains(40, 0)))
 
     def space(volumes):

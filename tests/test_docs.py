@@ -293,7 +293,7 @@ def test_pages_that_the_code_names_exist():
     """Such as docs/TROUBLESHOOTING.md in an error message."""
     if not (ROOT / "README.md").exists():
         pytest.skip("README.md is not written yet")
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py"), *ROOT.glob("launchers/*")]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py"), *ROOT.glob("launchers/*")]
     named = {page for path in sources for page in re.findall(r"docs/\w+\.md", path.read_text("utf-8"))}
     assert "docs/config.md" in named
     assert not [page for page in sorted(named) if not (ROOT / page).is_file()]
@@ -365,7 +365,7 @@ PUNCTUATION = re.compile(r"[.,:;?]+(?=[\s~]|$)")  # behind a word
 def literals() -> str:
     """The words of all strings of the code, a line a string, with ~ where a value stands."""
     found = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm/*.py"), *ROOT.glob("launchers/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py"), *ROOT.glob("launchers/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "~" for part in node.values]

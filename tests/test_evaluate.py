@@ -30,6 +30,7 @@ from ldm.evaluation.reading import Reader, Source, check_named_samples, samples_
 from ldm.export import records
 from ldm.metrics import RadialSpectrum
 from ldm.models import perceptual
+from ldm.models.autoencoder import Autoencoder
 from ldm.system import files
 from ldm.system.ranks import Run
 
@@ -332,7 +333,7 @@ def test_own_feature_metrics_are_those_of_the_rows(of_more, scans, done):
         paths = sorted(scans[name].glob("*.nii.gz"))
         read = torch.randperm(len(paths), generator=stream(0, "evaluation", called)).tolist()
         volumes = np.stack([Preprocessing((0,), SPACING)([paths[i]]) for i in read])
-        rows[name] = rows_of(AutoencoderFeatures(network.eval()), torch.tensor(volumes))
+        rows[name] = rows_of(AutoencoderFeatures(Autoencoder(network.eval())), torch.tensor(volumes))
     space = FeatureSpace(rows["training"])
     # Of each as many as there are samples.
     sides = zip(("more", "held", "training"), (8, 10, 12), range(3), strict=True)

@@ -15,7 +15,7 @@ import train_autoencoder
 import train_diffusion
 from ldm.lowmem.slabwise import Budget, decode_within
 from ldm.models.definitions import NETWORKS, instantiate
-from ldm.training.loop import Training
+from ldm.training.progress import Progress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,10 +44,10 @@ def test_a_step_waits_for_nothing_on_the_gpu(tmp_path, monkeypatch, schedule):
     first = project.config["autoencoder_train"] | common | {"adversarial_warmup_epochs": 0}
     second = project.config["diffusion_train"] | common | {"min_snr_gamma": 5.0}
     project.change(autoencoder_train=first, diffusion_train=second, NoiseScheduler={"schedule": schedule})
-    real, steps = Training._steps, []
+    real, steps = Progress.batches, []
 
-    def strictly(self, numbered):
-        for item in real(self, numbered):
+    def strictly(self):
+        for item in real(self):
             steps.append(self.stage)
             torch.cuda.set_sync_debug_mode("error" if steps.count(self.stage) > 3 else "default")
             try:
@@ -55,7 +55,7 @@ def test_a_step_waits_for_nothing_on_the_gpu(tmp_path, monkeypatch, schedule):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Training, "_steps", strictly)
+    monkeypatch.setattr(Progress, "batches", strictly)
     for script in (train_autoencoder, train_diffusion):
         project.run(script, "--device", "cuda")
     assert steps.count("autoencoder") == steps.count("diffusion") == 14

@@ -14,7 +14,7 @@ MODULES = {
     if path.name != "__init__.py"
 }
 # Each may import from itself and from those before it.
-ORDER = ["system", "models", "data", "diffusion", "losses", "metrics", "figures", "configs"]
+ORDER = ["system", "models", "configs", "data", "diffusion", "losses", "metrics", "figures"]
 ORDER += ["training", "generation", "export", "evaluation"]
 
 

@@ -25,10 +25,11 @@ import cache_latents
 import train_autoencoder
 import train_diffusion
 import utils
+from ldm.data.datasets import VolumeDataset
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.signals import Interruption
 from ldm.training.logs import TrainLog
-from ldm.training.loop import Training
+from ldm.training.progress import Progress
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals between processes, and file size limits")
 STAGE = {train_autoencoder: "autoencoder", train_diffusion: "diffusion"}
@@ -134,12 +135,12 @@ def stopped_by(number: signal.Signals, project: Project, script, owner, name: st
 MOMENTS = {  # before which call of what, and the steps that are saved then
     "in a step": (torch.optim.Adam, "step", 2, {1, 2, 3, 4}),
     "in the last step of an epoch": (torch.optim.Adam, "step", 4, {4, 5, 6}),
-    "while loading": (train_diffusion.VolumeDataset, "volume", 9, {1, 2, 3, 4}),
+    "while loading": (VolumeDataset, "volume", 9, {1, 2, 3, 4}),
     "in a validation": (None, "validate", 1, {4}),
     "in the save": (torch, "save", 1, {4}),
     "in the save of the best": (torch, "save", 2, {4}),
     "in a line of the log": (TrainLog, "record", 2, {4}),
-    "before the first step": (Training, "epochs", 1, set()),
+    "before the first step": (Progress, "epochs", 1, set()),
     "after the last": (TrainLog, "close", 1, {8}),
 }
 
@@ -183,7 +184,7 @@ def test_promise_9_signal_after_signal(whole, tmp_path):
                 stopped_by(number, project, train_diffusion, torch.optim.Adam, "step", 1),
                 pytest.MonkeyPatch.context() as patch,
             ):
-                before_call(patch, Training, "step", 1, partial(signal.raise_signal, number))
+                before_call(patch, Progress, "vote", 1, partial(signal.raise_signal, number))
                 project.run(train_diffusion, "--no-amp")
         except pytest.fail.Exception:  # the run came to its end
             break
@@ -230,7 +231,7 @@ def worker(undisturbed: list[str], disturbed: list[str]) -> None:
         while not asked and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    before_call(pytest.MonkeyPatch(), Training, "step", 8, wait)
+    before_call(pytest.MonkeyPatch(), Progress, "vote", 8, wait)
     train_autoencoder.main(disturbed)
 
 

@@ -161,7 +161,7 @@ class Encoder:
         torch.manual_seed(0)
         self.layer, self.tf32 = torch.nn.Conv3d(1, 2, 3, padding=1), []
 
-    def posterior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.tf32 += [backend.allow_tf32 for backend in (torch.backends.cuda.matmul, torch.backends.cudnn)]
         return self.layer(image).float().chunk(2, 1)
 
@@ -186,7 +186,7 @@ def test_what_is_kept_is_encoded_in_float32_whatever_the_training_has():
     assert torch.equal(a.entries, b.entries) and a.entries.shape == (3, 2, 2, 1, 64, 64, 32)
     assert not any(encoder.tf32) and torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
     with torch.no_grad():
-        mean, std = encoder.posterior(Volumes().image(2, 1)[None])
+        mean, std = encoder.encode(Volumes().image(2, 1)[None])
     assert torch.equal(a.entries[2, 1], torch.stack([mean[0], std[0]]))
 
 

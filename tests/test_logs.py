@@ -21,9 +21,12 @@ import train_diffusion
 from ldm import figures
 from ldm.data.cases import Case
 from ldm.data.latents import Posteriors
+from ldm.diffusion import objective
 from ldm.diffusion.process import NoiseProcess
+from ldm.losses import AutoencoderLoss
 from ldm.system.ranks import Run
-from ldm.training import logs, loop
+from ldm.training import autoencoder, logs, progress
+from ldm.training.latents import WithNoise
 from ldm.training.logs import TrainLog
 from ldm.training.step import Stepper, learning_rate
 
@@ -112,11 +115,11 @@ def test_the_same_scans_are_shown_at_each_validation(watched):
     project, _ = watched
     events = events_of(project, "autoencoder")
     names = project.split()["validation"]
-    assert events.Tags()["images"] == [f"{train_autoencoder.COMPARED}/{name}" for name in names]
+    assert events.Tags()["images"] == [f"{autoencoder.COMPARED}/{name}" for name in names]
     assert len(names) == 2
     scans = []
     for name in names:
-        found = pictures(events, f"{train_autoencoder.COMPARED}/{name}")
+        found = pictures(events, f"{autoencoder.COMPARED}/{name}")
         assert sorted(found) == [2, 4, 6, 8, 10]
         parts = [np.split(picture, 3) for picture in found.values()]
         scans.append(parts[0][0])
@@ -152,8 +155,8 @@ def test_the_main_rank_shows_its_own_cases_by_name(monkeypatch, world_size, show
     monkeypatch.setattr(Run, "sum", lambda self, tensor: tensor)
     run = Run(0, world_size, torch.device("cpu"))
     section = chain.CONFIG["autoencoder_train"] | {"recon_loss": "l1"}
-    criterion = train_autoencoder.AutoencoderLoss(section, None)
-    _, pairs = train_autoencoder.validate(Halving(), criterion, HeldOut(), run)
+    criterion = AutoencoderLoss(section, None)
+    _, pairs = autoencoder.validate(Halving(), criterion, HeldOut(), run)
     assert list(pairs) == [f"case {i}" for i in shown]
     for i, (scan, reconstruction) in zip(shown, pairs.values(), strict=True):
         assert torch.equal(scan, images[i]) and torch.equal(reconstruction, images[i] / 2)
@@ -231,7 +234,7 @@ def test_the_quarters_go_from_little_noise_to_much(scheduler, times, quarters):
         def forward(self, x, timesteps):
             return timesteps.reshape(-1, 1, 1, 1, 1).expand_as(x)
 
-    scores = train_diffusion.validate(
+    scores = objective.validate(
         Off(),
         held_out,
         1.0,
@@ -266,11 +269,11 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
 
         monkeypatch.setattr(owner, name, timed)
 
-    takes(train_diffusion.WithChance, "__getitem__", delay)
-    takes(loop.Training, "step", 0.1)
+    takes(WithNoise, "__getitem__", delay)
+    takes(progress.Progress, "vote", 0.1)
     takes(train_diffusion, "validate", 100.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(loop, "HINT_STEPS", 4)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(progress, "HINT_STEPS", 4)
     said = encoded.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=10")
     events = events_of(encoded, "diffusion")
     seconds = 2 * delay + 0.1
@@ -278,7 +281,7 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
     for tag, value in (due | {"data_wait_share": 2 * delay / seconds}).items():
         assert scalars(events, f"time/{tag}") == dict.fromkeys((10, 20), pytest.approx(value, rel=1e-4))
     if delay == 0.3:
-        told = "86% of the time of 4 steps went into waiting for data. Raise data.num_workers (0 now): docs"
+        told = "86% of the time of 4 steps was spent waiting for data. Raise data.num_workers (0 now): docs"
         assert said.count("hint: ") == 1 and f"hint: {told}/TROUBLESHOOTING.md" in said
     else:
         assert "hint" not in said
@@ -286,13 +289,13 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
 
 def test_a_slow_loader_is_waited_for(encoded, monkeypatch):
     """By the true clock: 0.1 s an item, two items a step, whatever else the machine does."""
-    real = train_diffusion.WithChance.__getitem__
+    real = WithNoise.__getitem__
 
     def late(self, key):
         time.sleep(0.1)
         return real(self, key)
 
-    monkeypatch.setattr(train_diffusion.WithChance, "__getitem__", late)
+    monkeypatch.setattr(WithNoise, "__getitem__", late)
     encoded.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=5")
     events = events_of(encoded, "diffusion")
     share, seconds = (scalars(events, f"time/{tag}")[10] for tag in ("data_wait_share", "seconds_per_step"))
@@ -301,8 +304,8 @@ def test_a_slow_loader_is_waited_for(encoded, monkeypatch):
 
 def test_the_hint_names_the_cache_where_it_could_be_larger(encoded, monkeypatch):
     """And counts from the first epoch on where nothing is cached."""
-    monkeypatch.setattr(loop, "HINT_STEPS", 2)
-    monkeypatch.setattr(loop, "HINT_SHARE", 0.0)
+    monkeypatch.setattr(progress, "HINT_STEPS", 2)
+    monkeypatch.setattr(progress, "HINT_SHARE", 0.0)
     more = ["--no-amp", "--set", "diffusion_train.max_epochs=1", "--set", "data.cache_rate=0"]
     assert "data.num_workers (0 now) or data.cache_rate (0)" in encoded.run(train_diffusion, *more)
 
@@ -376,12 +379,12 @@ def test_log_txt_marks_a_resume_and_goes_along_with_a_fresh_start(encoded):
     encoded.run(train_diffusion, *more, "diffusion_train.max_epochs=2")
     first = text_of(encoded)
     last = encoded.model_dir / "diffusion_unet_last.pt"
-    assert "==== diffusion: starts" in first and f"==== diffusion: goes on from {last}" in first
+    assert "==== diffusion: starts" in first and f"==== diffusion: resumes from {last}" in first
     encoded.run(train_diffusion, *more, "diffusion_train.max_epochs=1", "--fresh")
     old = encoded.model_dir / "old-1"
     assert (old / "log.txt").read_text() == first and text_of(encoded).startswith(first)  # stage 1's is there
     again = text_of(encoded).removeprefix(first).splitlines()
-    assert again[1].endswith("==== diffusion: starts") and any("starting over: what was" in x for x in again)
+    assert again[1].endswith("==== diffusion: starts") and any("starting over:" in x for x in again)
     assert (old / "losses.png").is_file()
     short = ("autoencoder_train.max_epochs=1", "--fresh")
     encoded.run(train_autoencoder, *more, *short)

@@ -16,17 +16,27 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_autoencoder
-import train_diffusion
 from ldm import UserError
 from ldm.data.cases import Case
+from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
-from ldm.losses import PerceptualLoss, gradient_difference, kl_divergence, least_squares, unit_vectors
+from ldm.losses import (
+    AutoencoderLoss,
+    PerceptualLoss,
+    adversarial_loss,
+    discriminator_loss,
+    gradient_difference,
+    kl_divergence,
+    least_squares,
+    unit_vectors,
+)
 from ldm.models import perceptual
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate, resolve_references
+from ldm.models.denoiser import predict
 from ldm.system.ranks import Run
-from ldm.training.loop import Means
+from ldm.training import autoencoder
+from ldm.training.progress import EpochMeans
 from ldm.training.step import make_ema
 
 WITHOUT = r"or set autoencoder_train\.perceptual_weight to 0"
@@ -246,14 +256,14 @@ def test_the_held_out_loss_compares_the_same_slices_each_time(squeezenet):
     """Drawn by case, not by its place in the list; so that a validation differs by its weights alone."""
     section = {"recon_loss": "l2", "gradient_weight": 0.5, "kl_weight": 1.0}
     section |= {"perceptual_weight": 2.0, "perceptual_network": "squeeze", "perceptual_slice_ratio": 0.1}
-    criterion, images = train_autoencoder.AutoencoderLoss(section, squeezenet[0]), numbers(2, 1, 20, 20, 20)
+    criterion, images = AutoencoderLoss(section, squeezenet[0]), numbers(2, 1, 20, 20, 20)
     encoder, found = nn.Module(), []
     encoder.reconstruct = lambda image: image.sqrt()
     for order in ([0, 1], [0, 1], [1, 0]):
         held_out = MagicMock(cases=[Case(str(i), ()) for i in order], seed=0)
         held_out.__len__ = lambda self: 2
         held_out.__getitem__ = lambda self, key, order=order: {"image": images[order[key[1]]]}
-        scores, _ = train_autoencoder.validate(encoder, criterion, held_out, Run(0, 1, torch.device("cpu")))
+        scores, _ = autoencoder.validate(encoder, criterion, held_out, Run(0, 1, torch.device("cpu")))
         found.append(scores)
     assert found[0] == found[1] and found[0]["perceptual_loss"] > 0
     assert found[2]["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
@@ -296,29 +306,33 @@ def test_a_step_copies_nothing_that_is_waited_for(squeezenet):
     config = resolve_references(config, config, "config")
     encoder, unet = (
         build(instantiate(config[key], NETWORKS, key)).to("meta")
-        for build, key in ((LatentEncoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
+        for build, key in ((Autoencoder, "autoencoder_def"), (lambda unet: unet, "diffusion_def"))
     )
-    judge = PatchDiscriminator(spatial_dims=3, channels=4, in_channels=1, num_layers_d=1).to("meta")
-    stepper = types.SimpleNamespace(
-        accumulating=lambda last: contextlib.nullcontext(), backward=lambda loss: loss.backward()
-    )
-    criterion = train_autoencoder.AutoencoderLoss(section, squeezenet[0]).to("meta")
-    average, judges = make_ema(encoder, 0.9), (judge, judge, stepper)
-    networks = train_autoencoder.Networks(encoder, encoder, stepper, average, criterion, *judges)
+    discriminator = PatchDiscriminator(spatial_dims=3, channels=4, in_channels=1, num_layers_d=1).to("meta")
+    criterion = AutoencoderLoss(section, squeezenet[0]).to("meta")
+    average, skip = make_ema(encoder, 0.9), torch.zeros((), dtype=torch.float64, device="meta")
     process = NoiseProcess(torch.linspace(0.99, 0.01, 100), "epsilon", 100)
     process.levels(torch.zeros(1, **meta))  # the one copy of the schedule
-    means, z, t = Means({"loss": torch.zeros(2).double()}), torch.empty(2, 3, 8, 8, 8, **meta), torch.ones(2)
+    means, t = EpochMeans({"loss": torch.zeros(2).double()}), torch.ones(2)
+    z = torch.empty(2, 3, 8, 8, 8, **meta)
     with Waits() as waits:
         torch.zeros(1).to("meta")
     assert len(waits.found) == 1  # such a copy is seen
     with Waits() as waits:
         images, eps = torch.empty(2, 1, 20, 24, 28, **meta), torch.empty(2, 3, 10, 12, 14, **meta)
-        means.add(train_autoencoder.train_batch(networks, images, eps, seeded(), True, True, run))
-        for _ in range(2):
-            networks.update_average()
-        loss = train_diffusion.diffusion_loss(unet, process, z, z, t.to("meta", non_blocking=True), run, 5.0)
-        means.add({"loss": loss})
-    assert not waits.found and int(average.n_averaged) == 2
+        with run.autocast():
+            reconstruction, mean, std = encoder(images, eps)
+            terms = criterion(images, reconstruction, mean, std, seeded())
+            terms["adversarial_loss"] = adversarial_loss(discriminator, reconstruction)
+            (terms["loss"] + terms["adversarial_loss"]).backward()
+            terms["discriminator_loss"] = discriminator_loss(discriminator, reconstruction, images)
+            terms["discriminator_loss"].backward()
+        means.add(terms)
+        average.update(encoder, skip)
+        t = t.to("meta", non_blocking=True)
+        prediction = predict(unet, process.add_noise(z, z, t), t, {})
+        means.add({"loss": diffusion_loss(process, prediction, z, z, t, 5.0)})
+    assert not waits.found
 
 
 # ---- files and packages that are no good

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import nibabel as nib
@@ -24,7 +23,7 @@ import train_diffusion
 import utils
 from ldm import UserError, configs
 from ldm.system.ranks import Run
-from ldm.training import memory
+from ldm.training import autoencoder, diffusion, memory
 from ldm.training.memory import Forecast, Meter, highest
 from ldm.training.step import Stepper, make_ema
 
@@ -145,7 +144,7 @@ def test_precision_of_operations_under_cudas_rules(operation, dtype):
 def test_a_prediction_leaves_no_trace():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    Forecast(train_autoencoder.rehearse, "autoencoder_train", SIZES, True, torch.bfloat16).peaks(config())
+    Forecast(autoencoder.rehearse, "autoencoder_train", SIZES, True, torch.bfloat16).peaks(config())
     assert torch.equal(torch.get_rng_state(), state)
     layer = nn.Linear(2, 2)
     assert type(layer.weight.data) is torch.Tensor and layer.to(torch.float64).weight.dtype == torch.float64
@@ -185,7 +184,7 @@ def test_stages(script, stage):
 def test_half_precision_of_older_gpus_is_counted_too():
     """float16 (V100, T4): the loss is scaled, and group norms are in float32, as bfloat16's are not."""
     peaks = [
-        Forecast(train_autoencoder.rehearse, "autoencoder_train", SIZES, True, half).peaks(
+        Forecast(autoencoder.rehearse, "autoencoder_train", SIZES, True, half).peaks(
             config(autoencoder_train__amp=True)
         )["training"]
         for half in (torch.bfloat16, torch.float16, None)
@@ -363,11 +362,8 @@ def test_what_may_fit_is_only_warned_of(tmp_path, monkeypatch, free, everything)
     parts = {**dict.fromkeys(memory.PARTS, 0), "activations": 10**8, "workspace": 10**8}
     monkeypatch.setattr(Forecast, "peaks", lambda self, config: {"training": memory.Peak(parts)})
     monkeypatch.setattr(memory, "gpu_memory", lambda device: (free, everything))
-    args = Namespace(compile=None, amp=None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        utils.refuse_what_cannot_fit(
-            train_autoencoder.rehearse, config(), "autoencoder_train", SIZES, args, CPU
-        )
+        memory.check_fits(autoencoder.rehearse, config(), "autoencoder_train", SIZES, CPU)
     assert out.getvalue().startswith("warning: autoencoder_train: expected peak 0.2 GB. Of the GPU's ")
 
 
@@ -444,7 +440,7 @@ def test_only_what_can_lower_a_phase_is_tried(monkeypatch, phase, due):
     monkeypatch.setattr(Forecast, "peaks", peaks)
     now = config(diffusion_train__sample_interval=5)
     section = now["diffusion_train"]
-    forecast = Forecast(train_diffusion.rehearse, "diffusion_train", SIZES, True, torch.bfloat16)
+    forecast = Forecast(diffusion.rehearse, "diffusion_train", SIZES, True, torch.bfloat16)
     small = memory.Peak({**dict.fromkeys(memory.PARTS, 0), "weights": 1})
     large = memory.Peak({**dict.fromkeys(memory.PARTS, 0), "weights": 2})
     forecast.savings(now, {"another": small, phase: large})

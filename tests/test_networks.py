@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm import UserError
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, check_discriminator_size, check_size, downsampling, instantiate
 from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached
 from ldm.models.weights import load_weights, plain_names
@@ -86,7 +86,7 @@ def test_compiling_makes_one_graph_for_all_steps(name):
     arguments = UNET if name == "DiffusionModelUNet" else AUTOENCODER
     network = build("monai", name, arguments).train()
     add_checkpointing(network)
-    network = network if arguments is UNET else LatentEncoder(network)
+    network = network if arguments is UNET else Autoencoder(network)
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
@@ -428,9 +428,9 @@ def test_parameters_that_no_loss_reaches_are_frozen(recomputing):
     images, latents = (torch.empty(1, channels, 8, 8, 8, device="meta") for channels in (1, 2))
     times = torch.zeros(1, device="meta")
     for package, count in (("generative", 8), ("monai", 0)):
-        encoder = LatentEncoder(build(package, "AutoencoderKL", AUTOENCODER))
+        encoder = Autoencoder(build(package, "AutoencoderKL", AUTOENCODER))
         unet = build(package, "DiffusionModelUNet", UNET | {"num_class_embeds": 3})
-        for network in (encoder.autoencoder, unet) if recomputing else ():
+        for network in (encoder.network, unet) if recomputing else ():
             add_checkpointing(network)
         before = copy.deepcopy(encoder.state_dict() | unet.state_dict())
         labels = torch.zeros(1, dtype=torch.long, device="meta")

@@ -17,9 +17,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train_autoencoder
 import train_diffusion
-from ldm.training.guard import Watch
-from ldm.training.loop import Means, Training
-from ldm.training.step import Stepper
+from ldm.losses import AutoencoderLoss
+from ldm.training import autoencoder, diffusion
+from ldm.training.guard import Guard
+from ldm.training.progress import EpochMeans, Progress
+from ldm.training.step import EMA, Stepper
 
 NAN = math.nan
 SECTION = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
@@ -69,8 +71,6 @@ def planted(script, source: str, *numbers: int):
 
     def diffusion_loss(*args):
         loss = real_loss(*args)
-        if not torch.is_grad_enabled():
-            return loss  # of the validation
         seen["losses"].append(float(loss.detach()))
         return loss * NAN if source == "loss" and due() else loss
 
@@ -100,30 +100,31 @@ def planted(script, source: str, *numbers: int):
         seen["steps"].append((bool(masked), differences(before, after)))
         seen["averages"].append([copy.deepcopy(average.state_dict()) for average in averages])
 
-    def note_cases(self, terms, batch, *args):
+    def note_cases(self, terms, batch):
         seen["cases"].append([self.loader.dataset.cases[i].name for i in batch["index"]])
-        real_note(self, terms, batch, *args)
+        real_note(self, terms, batch)
 
     def make_ema(*args):
         averages.append(real_ema(*args))
         return averages[-1]
 
-    averages, real_note, real_ema = [], Training.step, script.make_ema
+    module = autoencoder if script is train_autoencoder else diffusion
+    averages, real_note, real_ema = [], Progress.add, module.make_ema
     with pytest.MonkeyPatch.context() as patch:
         if script is train_diffusion:
             real_loss = train_diffusion.diffusion_loss
             patch.setattr(train_diffusion, "diffusion_loss", diffusion_loss)
         else:
             real_loss, real_judge = (
-                train_autoencoder.AutoencoderLoss.forward,
+                AutoencoderLoss.forward,
                 train_autoencoder.discriminator_loss,
             )
-            patch.setattr(train_autoencoder.AutoencoderLoss, "forward", autoencoder_loss)
+            patch.setattr(AutoencoderLoss, "forward", autoencoder_loss)
             patch.setattr(train_autoencoder, "discriminator_loss", discriminator_loss)
         patch.setattr(Stepper, "backward", backward)
         patch.setattr(Stepper, "step", step)
-        patch.setattr(Training, "step", note_cases)
-        patch.setattr(script, "make_ema", make_ema)
+        patch.setattr(Progress, "add", note_cases)
+        patch.setattr(module, "make_ema", make_ema)
         yield seen
         seen["averages"].append([average.state_dict() for average in averages])
 
@@ -171,14 +172,13 @@ def test_promise_10_steps_may_be_passed_over_up_to_a_number(project, tmp_path, s
     kind = "gradient" if source == "gradient" else "loss"
     for n, (step, cases) in enumerate([(5, seen["cases"][0]), (7, seen["cases"][2])], 1):
         where = f"step {step}: the {kind} is not finite (rank 0: {cases[0]})"
-        assert f"warning: {where}; the step is passed over ({n} of 2)" in said
+        assert f"warning: {where}; the step is skipped ({n} of 2)" in said
     assert said.count("warning: ") == 2
 
     # By hand: leave out the same steps of optimisers and averages, with all numbers finite.
     real_step, calls = Stepper.step, []
     steppers = 2 if script is train_autoencoder else 1
-    owner = train_autoencoder.Networks if script is train_autoencoder else train_diffusion.Learner
-    real_average = owner.update_average
+    real_average = EMA.update
 
     def step(self, rate, masked):
         calls.append(1)
@@ -189,14 +189,14 @@ def test_promise_10_steps_may_be_passed_over_up_to_a_number(project, tmp_path, s
 
     averaged = []
 
-    def update_average(self):
+    def update(self, *args):
         averaged.append(1)
         if len(averaged) in (2, 4):
-            real_average(self)
+            real_average(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stepper, "step", step)
-        patch.setattr(owner, "update_average", update_average)
+        patch.setattr(EMA, "update", update)
         other.run(script, "--no-amp")
     a, b = (one.checkpoint(LAST[script]) for one in (project, other))
     assert a["masked"] == 2 and b["masked"] == 0
@@ -293,7 +293,7 @@ def test_promise_10_an_epoch_without_a_finite_step(project):
 
 
 def test_the_decision_is_read_a_step_later(project, monkeypatch):
-    """At each step: reduce, look at the one before, update its average, step. After the last: look at it."""
+    """At each step: reduce, read the one before, step, average. After the last: read it."""
     order = []
 
     def note(owner, name, what):
@@ -305,19 +305,21 @@ def test_the_decision_is_read_a_step_later(project, monkeypatch):
 
         monkeypatch.setattr(owner, name, noted)
 
-    note(Watch, "cast", "cast")
-    note(train_diffusion.Learner, "update_average", "average")
+    note(Guard, "vote", "vote")
+    note(Guard, "read", "read")
+    note(EMA, "update", "average")
     note(Stepper, "step", "step")
-    note(Training, "end_epoch", "end")
+    note(Progress, "end_epoch", "end")
     project.run(train_diffusion, "--no-amp")
     # The end of epoch 0, at which the checkpoint stands, comes again first.
-    assert order == ["end", "cast", "step"] + ["cast", "average", "step"] * 3 + ["end", "average"]
+    assert order[:2] == ["end", "read"]
+    assert order[2:-3] == ["vote", "read", "step", "average"] * 4
+    assert order[-3:] == ["end", "read", "read"]  # before the epoch's line, and before the save
 
 
-def watch(allowed: int = 0, said: list | None = None, after: list | None = None) -> Watch:
-    """A watch over one process."""
-    note = (lambda: after.append(1)) if after is not None else (lambda: None)
-    return Watch(1, lambda value: [value], allowed, 0.0, 0, note, (said if said is not None else []).append)
+def guard(allowed: int = 0, printed: list | None = None) -> Guard:
+    """The guard of one process."""
+    return Guard(1, lambda value: [value], allowed, 0.0, 0, (printed if printed is not None else []).append)
 
 
 def test_nothing_on_the_device_is_waited_for():
@@ -326,30 +328,30 @@ def test_nothing_on_the_device_is_waited_for():
         network = nn.Linear(3, 3)
         stepper, watched, means = (
             Stepper(network, SECTION | {"clip_grad_norm": 1.0}, None),
-            watch(),
-            Means({}),
+            guard(),
+            EpochMeans({}),
         )
         for number in range(3):
             loss = network(torch.randn(2, 3)).square().mean()
             stepper.backward(loss)
             means.add({"loss": loss})
-            masked = watched.cast(loss, stepper.clip(), False, False, 1.0, number, ["a"])
+            masked = watched.vote(loss, stepper.clip(), False, False, 1.0, number, ["a"])
             stepper.step(1e-2, masked)
         with pytest.raises(DataDependentOutputException):
             watched.read()
 
 
-def test_a_watch_reads_all_but_the_newest():
-    said, after = [], []
-    watched = watch(1, said, after)
+def test_a_guard_reads_all_but_the_newest():
+    printed = []
+    watched = guard(1, printed)
     for number, loss in enumerate([1.0, NAN, 1.0]):
-        masked = watched.cast(torch.tensor(loss), torch.tensor(True), False, False, 2.0, number, ["a"])
+        masked = watched.vote(torch.tensor(loss), torch.tensor(True), False, False, 2.0, number, ["a"])
         assert float(masked) == math.isnan(loss)
         watched.read()
-        assert (len(said), len(after)) == [(0, 0), (0, 1), (1, 1)][number]
+        assert len(printed) == [0, 0, 1][number]
     watched.read(all_steps=True)
-    assert (watched.masked, len(after), len(watched.pending)) == (1, 2, 0)
-    watched.cast(torch.tensor(math.inf), torch.tensor(True), False, False, 3.0, 3, ["b", "c"])
+    assert (watched.skipped, len(watched.pending)) == (1, 0)
+    watched.vote(torch.tensor(math.inf), torch.tensor(True), False, False, 3.0, 3, ["b", "c"])
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is not finite \(rank 0: b, c\)"):
         watched.read(all_steps=True)
 
@@ -362,7 +364,7 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
     network = nn.Linear(2, 1, bias=False)
     stepper = Stepper(network, SECTION, torch.float16)
     weights = copy.deepcopy(network.state_dict())
-    zero, watched = torch.zeros(()), watch()
+    zero, watched = torch.zeros(()), guard()
 
     def backward(overflow: bool) -> torch.Tensor:
         loss = network(torch.ones(1, 2)).square().mean()
@@ -374,12 +376,12 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
     for halvings in range(16):
         loss = backward(True)
         assert stepper.scaler.get_scale() == 2 ** (16 - halvings)
-        masked = watched.cast(loss, stepper.clip(), False, False, 0.0, halvings, ["a"])
+        masked = watched.vote(loss, stepper.clip(), False, False, 0.0, halvings, ["a"])
         assert masked == 0
         stepper.step(1e-2, masked)
         assert not differences(network.state_dict(), weights)
     watched.read(all_steps=True)
-    assert watched.masked == 0 and stepper.scaler.get_scale() == 1
+    assert watched.skipped == 0 and stepper.scaler.get_scale() == 1
 
     # A finite one steps, by as much as without a scale: Adam's first step is the learning rate.
     backward(False)
@@ -390,7 +392,7 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
 
     # With nothing left to lower, it is a fault.
     loss = backward(True)
-    watched.cast(loss, stepper.clip(), False, False, 0.0, 17, ["a"])
+    watched.vote(loss, stepper.clip(), False, False, 0.0, 17, ["a"])
     with pytest.raises(FloatingPointError, match="step 18: the gradient is not finite"):
         watched.read(all_steps=True)
 
@@ -398,11 +400,11 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
 def test_promise_10_an_fp16_loss_that_is_not_finite_is_a_fault_at_once():
     """No scale mends the forward pass."""
     network = nn.Linear(2, 1)
-    stepper, watched = Stepper(network, SECTION, torch.float16), watch()
+    stepper, watched = Stepper(network, SECTION, torch.float16), guard()
     before = copy.deepcopy(network.state_dict())
     loss = network(torch.ones(1, 2)).mean() * NAN
     stepper.backward(loss)
-    masked = watched.cast(loss, stepper.clip(), False, False, 0.0, 0, ["a"])
+    masked = watched.vote(loss, stepper.clip(), False, False, 0.0, 0, ["a"])
     stepper.step(1e-2, masked)
     assert masked == 1
     assert not differences(before, network.state_dict())
@@ -429,7 +431,7 @@ def test_the_mask_alone_holds_back_a_finite_step():
 
 def test_epoch_means_leave_out_what_is_not_finite():
     """Of each term by itself, those from before a resume counted in."""
-    means = Means({"loss": torch.tensor([10.0, 4.0], dtype=torch.float64)})
+    means = EpochMeans({"loss": torch.tensor([10.0, 4.0], dtype=torch.float64)})
     for loss, other in ((2.0, NAN), (math.inf, 3.0), (NAN, 5.0)):
         means.add({"loss": torch.tensor(loss), "other": torch.tensor(other)})
     totals = means.totals(lambda pair: pair)
@@ -465,9 +467,9 @@ def worker(folder: str, rank: int, argv: list[str]) -> None:
     def keep(script, seen):
         held[script.__name__] = {"steps": [[m, bool(c)] for m, c in seen["steps"]], "cases": seen["cases"]}
 
-    def step(self, *args):
+    def end_step(self, *args):
         real(self, *args)
-        held[self.stage] = self.learner.state_dict() | {"masked": self.watch.masked}
+        held[self.stage] = learners[-1].state_dict() | {"masked": self.guard.skipped}
 
     def read(self, *args, **kwargs):
         try:
@@ -477,8 +479,14 @@ def worker(folder: str, rank: int, argv: list[str]) -> None:
             torch.save(held, os.path.join(folder, f"held_{rank}.pt"))
             raise
 
-    real, real_read = Training.step, Watch.read
-    Training.step, Watch.read = step, read
+    def recording(build):
+        return lambda *args: learners.append(build(*args)) or learners[-1]
+
+    learners = []
+    for script in (train_autoencoder, train_diffusion):
+        script.build_learner = recording(script.build_learner)
+    real, real_read = Progress.end_step, Guard.read
+    Progress.end_step, Guard.read = end_step, read
     number = 3 if rank else 0  # there is no batch 0
     with planted(train_autoencoder, "gradient", number) as seen:
         train_autoencoder.main(argv)
@@ -515,7 +523,7 @@ def test_promise_10_nan_on_rank_1_only(begun, tmp_path):
     warning = (
         f"step 3: the gradient is not finite (rank 0: {first['train_autoencoder']['cases'][2][0]}; rank 1: "
     )
-    assert f"{warning}{case['train_autoencoder']}); the step is passed over (1 of 1)" in printed
+    assert f"{warning}{case['train_autoencoder']}); the step is skipped (1 of 1)" in printed
     assert not differences(first["autoencoder"], second["autoencoder"])
     # Stage 2: the third step ends it.
     due = [[False, True]] * 2 + [[True, False]]

@@ -29,7 +29,7 @@ from ldm.data.cases import choose_spacing
 from ldm.data.layouts import find_cases
 from ldm.system.checkpoints import save_checkpoint
 from ldm.system.files import sha256_of
-from ldm.training.loop import Clock
+from ldm.training.progress import Clock
 from ldm.training.step import Stepper, learning_rate, make_ema
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt")
@@ -401,15 +401,15 @@ def test_the_clock_counts_steps_or_minutes_and_goes_on_after_a_resume(monkeypatc
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     steps = Clock({"max_epochs": 10, "max_minutes": None, "save_minutes": None}, 5, step=10)
-    assert steps.progress(1e9) == 10 / 50 and not steps.save_due
+    assert steps.progress(1e9) == 10 / 50 and not steps.wants_save
     minutes = Clock({"max_epochs": 10, "max_minutes": 2, "save_minutes": 1}, 5, step=10, seconds=30)
     assert minutes.progress(30) == pytest.approx(0.25)
     now[0] += 59
-    assert minutes.seconds == 89 and not minutes.save_due
+    assert minutes.seconds == 89 and not minutes.wants_save
     now[0] += 1
-    assert minutes.seconds == 90 and minutes.save_due and minutes.progress(90) == pytest.approx(0.75)
+    assert minutes.seconds == 90 and minutes.wants_save and minutes.progress(90) == pytest.approx(0.75)
     minutes.step, minutes.saved_at = 45, 90  # the epochs are over first
-    assert minutes.progress(90) == pytest.approx(0.9) and not minutes.save_due
+    assert minutes.progress(90) == pytest.approx(0.9) and not minutes.wants_save
     assert minutes.progress(690) == 1.0
 
 
@@ -420,7 +420,7 @@ def test_averaged_weights():
     ema, expected = make_ema(layer, 0.2), None
     for n, weight in enumerate((1.0, 3.0, -5.0, 2.0)):
         torch.nn.init.constant_(layer.weight, weight)
-        ema.update_parameters(layer)
+        ema.update(layer, torch.zeros((), dtype=torch.float64))
         decay = min(0.2, (1 + n) / (10 + n))
         expected = weight if n == 0 else decay * expected + (1 - decay) * weight
         assert ema.module.weight.item() == pytest.approx(expected)

@@ -497,7 +497,7 @@ WINDOWS_ERROR = "DefaultCPUAllocator: not enough memory: you tried to allocate 4
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
 @pytest.mark.parametrize(
-    "where", ["ldm.generation.sample_latents", "ldm.models.autoencoder.LatentEncoder.decode"]
+    "where", ["ldm.generation.sample_latents", "ldm.models.autoencoder.Autoencoder.decode"]
 )
 def test_out_of_memory_names_what_to_change(model, monkeypatch, where, error):
     def fail(*args):

@@ -19,7 +19,7 @@ from ldm import UserError
 from ldm.generation import load_networks
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.ranks import Run
-from ldm.training.loop import Training
+from ldm.training.progress import Progress
 from ldm.training.run_folder import StageFiles
 from ldm.training.step import Stepper
 
@@ -121,9 +121,9 @@ def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypat
         alive.extend(tuple(one().shape) for one in read if one() is not None)
         yield from real_epochs(self)
 
-    torch_load, real_epochs = torch.load, Training.epochs
+    torch_load, real_epochs = torch.load, Progress.epochs
     monkeypatch.setattr(torch, "load", load)
-    monkeypatch.setattr(Training, "epochs", epochs)
+    monkeypatch.setattr(Progress, "epochs", epochs)
     assert "resumed in epoch" in project.run(script, "--no-amp", *longer)
     assert len(read) > 100 and not alive
 
@@ -356,7 +356,7 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
     for n in (1, 2):
         said = project.run(script, "--no-amp", *arguments)
         assert (
-            f"starting over{'' if arguments else ' (resume_ckpt is false; remove it to go on instead)'}"
+            f"starting over{'' if arguments else ' (resume_ckpt is false; remove it to resume instead)'}"
             in said
         )
         kept = fingerprint(project.model_dir / f"old-{n}")
@@ -389,7 +389,7 @@ def test_resume_ckpt_lets_the_first_run_of_a_stage_start(whole, tmp_path, flag):
     project = copy_of(whole, tmp_path / "first", "autoencoder.pt", "split.json")
     project.set_environment(**({} if flag is None else {"resume_ckpt": flag}))
     said = project.run(train_diffusion, "--no-amp")
-    assert ("no checkpoint of this stage to go on from" in said) == (flag is True)
+    assert ("no checkpoint of this stage to resume from" in said) == (flag is True)
     equal(project, whole, train_diffusion)
 
 

@@ -14,10 +14,10 @@ from chain import Project, copy_of
 import check_data
 import evaluate
 import train_diffusion
-import utils
 from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case
+from ldm.data.prepare import prepare_data
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint
 from ldm.system.ranks import Run
 
@@ -50,7 +50,7 @@ def prepare(base: Path | list[Path], model_dir: Path, pattern: str | None = None
     environment = {"data_base_dir": base, "model_dir": model_dir, "download_brats": False}
     environment |= dict.fromkeys(("output_dir", "cache_dir", "tfevent_path"), model_dir)
     config = CONFIG | {"data": CONFIG["data"] | {"pattern": pattern}}
-    train, val = utils.prepare_data(config, environment, RUN, **how)
+    train, val, _ = prepare_data(config, environment, RUN, **how)
     return [case.name for case in train], [case.name for case in val]
 
 

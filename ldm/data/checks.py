@@ -1,13 +1,11 @@
 """Find what is wrong with a data set before hours of work: from headers alone, and from every voxel.
 
-A problem is a row for a table: which case, which file, why. A note has the same three, on something that
-does no harm or that a config key handles: its case is trained on. Nothing here raises because a file is bad.
+Nothing here raises because a file is bad: it becomes a `Problem`, a row of a table.
 """
 
 import hashlib
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.intensity import Intensity
+from ldm.data.masks import mask_values, masks_among
 from ldm.data.reading import (
     channel_count,
     corners_apart,
@@ -44,7 +43,7 @@ CORNER_TOLERANCE = 0.01  # of a voxel: how far apart the corners of grids that a
 class Problem:
     """What is wrong with a file of a case; `case` is "" where the file belongs to none.
 
-    A `note` is what a user should know: it makes no case bad and ends no training.
+    A `note` is on something that does no harm or that a config key handles: its case is trained on.
     """
 
     case: str
@@ -71,10 +70,9 @@ def note_lines(problems: Sequence[Problem]) -> list[str]:
 class Reading:
     """What reading every voxel of a case gave.
 
-    `intensities` is the least and the greatest value of the channels that are used; `digests` tells of each
-    good image, by the hash of its voxels, which others are the same; `above` is the largest share of a
-    channel that lies above its window (0 where there is none); `masks` are the images that look like masks,
-    with the number of their values.
+    `intensities` is the least and the greatest value of the channels that are used. `digests` holds a hash of
+    the voxels of each good image. `above` is the largest share of a channel that lies above its window (0
+    without a window). `masks` are the images that look like masks, with the number of their values.
     """
 
     problems: list[Problem]
@@ -90,17 +88,18 @@ class Reading:
 def check_headers(
     cases: Sequence[Case], channels: Sequence[int] | None = None, labels: bool = True
 ) -> list[Problem]:
-    """What is wrong with a data set as far as its headers tell, and masks among its images where a look at
-    few files shows them.
+    """What is wrong with a data set by its headers, and masks among its images where a look at few files
+    shows them.
 
     Args:
         cases: the whole data set, since a case is also compared with the others.
-        channels: the channels that will be used; None: all there are.
-        labels: whether labels matter.
+        channels: the channels that will be used; None: all.
+        labels: whether labels are checked.
     """
     problems = _header_problems(cases, channels, labels)
     bad = {problem.case for problem in problems if not problem.note}
-    return _in_order([*problems, *masks_among([case for case in cases if case.name not in bad])], cases)
+    masks = masks_among([case for case in cases if case.name not in bad])
+    return _in_order([*problems, *(_mask_problem(*mask) for mask in masks)], cases)
 
 
 def _header_problems(cases: Sequence[Case], channels: Sequence[int] | None, labels: bool) -> list[Problem]:
@@ -128,7 +127,7 @@ def _header_problems(cases: Sequence[Case], channels: Sequence[int] | None, labe
 def check_header(
     case: Case, channels: Sequence[int] | None = None, labels: bool = True
 ) -> tuple[list[Problem], int]:
-    """What the headers of one case tell, and the number of its channels (0 where a file is unreadable)."""
+    """What is wrong with one case by its headers, and the number of its channels (0: some file is bad)."""
     problems, opened = [], {}
 
     def add(file: Path, reason: str, note: bool = False) -> None:
@@ -160,93 +159,14 @@ def check_header(
 
 
 def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.SpatialImage, name: str):
-    """Why an image is not on the grid of the case's first, or None."""
-    shape, due = (tuple(int(side) for side in one.shape[:3]) for one in (image, first))
-    if shape != due:
-        return f"shape {shape}, but {name} has {due}"
+    """Why an image is not on the grid of the first image of its case, or None."""
+    shape, expected = (tuple(int(side) for side in one.shape[:3]) for one in (image, first))
+    if shape != expected:
+        return f"shape {shape}, but {name} has {expected}"
     distance = corners_apart(shape, image.affine, first.affine)
     if distance > CORNER_TOLERANCE * nib.affines.voxel_sizes(first.affine).min():
         return f"lies elsewhere than {name}: its affine puts a corner {distance:.3g} mm away"
     return None
-
-
-# ---------------------------------------------------------------- masks
-
-MASK_VALUES = 128  # distinct values of a mask at most: the fullest label maps of a body have about 120
-LEAST_BYTES = 2**16  # of a file's voxels, below which packing tells nothing
-PATCHES = 0.5  # of neighbours in the foreground that have one value: 0.75 and more in masks, 0.1 in scans
-MOST_PACKED = 1032  # bytes that gzip makes of one
-
-
-def masks_among(cases: Sequence[Case]) -> list[Problem]:
-    """Images that are masks by what they hold, where others are scans.
-
-    A mask packs far better than a scan. Only files that do are read, the best first, until some prove to be
-    scans: a good data set costs a look at the end or the middle of each file.
-    """
-    files = [(case, file) for case in cases for file in case.images]
-    with ThreadPoolExecutor(8) as pool:
-        packed = list(pool.map(_packed_share, [file for _, file in files]))
-    known = sorted((share, i) for i, share in enumerate(packed) if share is not None)
-
-    def values_of(i: int) -> int:
-        try:
-            return _mask_values(np.asanyarray(read_image(files[i][1]).dataobj))
-        except UserError:  # reported when every voxel is read
-            return 0
-
-    if not known or values_of(known[-1][1]):
-        return []
-    problems, scans = [], 0
-    for share, i in known:
-        if share > known[-1][0] / 4 or scans == 8:
-            break
-        if values := values_of(i):
-            problems.append(_mask_problem(*files[i], values))
-        else:
-            scans += 1
-    return problems
-
-
-def _packed_share(file: Path) -> float | None:
-    """The packed size of a file as a share of its voxels' bytes; None where it is unknown."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            if opened.read(2) == b"\x1f\x8b":
-                opened.seek(-4, os.SEEK_END)  # where gzip keeps the length of what it packed
-                whole = int.from_bytes(opened.read(4), "little")
-                # A length that deflate cannot reach is no length: the file was cut short.
-                return size / whole if LEAST_BYTES <= whole <= MOST_PACKED * size else None
-            opened.seek(size // 2)
-            piece = opened.read(2**18)
-            return len(zlib.compress(piece, 1)) / len(piece) if size >= LEAST_BYTES else None
-    except OSError:
-        return None
-
-
-def _mask_values(voxels: np.ndarray) -> int:
-    """How many values a mask holds: 2 to `MASK_VALUES` whole numbers in patches, so that most neighbours in
-    the foreground have the same; 0 of what is no mask. (D, H, W), or with channels last."""
-    flat = voxels.ravel()
-    for some in (flat[:: max(1, flat.size // 10**4)], flat):  # a scan shows itself in a few
-        values = np.unique(some)
-        if len(values) > MASK_VALUES or not np.array_equal(values, np.rint(values)):
-            return 0
-    if len(values) < 2:
-        return 0
-    same = pairs = 0
-    for axis in range(3):
-        along = np.moveaxis(voxels, axis, 0)
-        foreground = along[:-1] != values[0]
-        same += np.count_nonzero(foreground & (along[:-1] == along[1:]))
-        pairs += np.count_nonzero(foreground)
-    return len(values) if pairs and same / pairs > PATCHES else 0
-
-
-def _mask_problem(case: Case, file: Path, values: int) -> Problem:
-    reason = f"holds {values} whole numbers in patches, other images hold many: a mask? Move it away"
-    return Problem(case.name, file, f"{reason}, or choose the images by data.pattern")
 
 
 # ---------------------------------------------------------------- voxels
@@ -259,29 +179,29 @@ def check_cases(
     labels: bool = True,
     workers: int | None = None,
 ) -> tuple[list[Problem], dict[str, tuple[float, float]]]:
-    """All that is wrong with a data set: of its headers and its voxels, masks among its images, scans that
-    are there twice.
+    """All that is wrong with a data set: with its headers and voxels, masks among its images, scans stored
+    twice.
 
     Args:
-        cases, channels, labels: as for `check_headers`.
+        cases, channels, labels: as of `check_headers`.
         intensity: how training will map the values of these channels to 0 and 1.
-        workers: files read at a time; default: one a core, 16 at most, each of which holds a volume.
+        workers: volumes in memory at a time; default: one a core, 16 at most.
 
     Returns:
-        (problems, intensities): the intensities are the least and the greatest value by the name of the case.
+        (problems, intensities): the least and the greatest value of each case that could be read, by name.
     """
     problems = _header_problems(cases, channels, labels)
     folders = {case.label.parent.parent for case in cases if labels and case.label}
     values = {folder: label_values(folder / "dataset.json") for folder in folders}
 
-    def read(case: Case) -> Reading:
+    def read_case(case: Case) -> Reading:
         expected = values[case.label.parent.parent] if labels and case.label else None
         return check_voxels(case, channels, intensity, labels, expected)
 
-    # Threads: gzip, numpy and hashlib, which take nearly all the time, let go of Python's lock, and a process
+    # Threads: gzip, numpy and hashlib, which take nearly all the time, release Python's lock, and a process
     # would first spend seconds on importing torch.
     with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 16)) as pool:
-        readings = list(tqdm(pool.map(read, cases), total=len(cases), desc="reading", unit="case"))
+        readings = list(tqdm(pool.map(read_case, cases), total=len(cases), desc="reading", unit="case"))
     problems += [problem for reading in readings for problem in reading.problems]
     if any(reading.digests.keys() - reading.masks.keys() for reading in readings):  # some are scans
         problems += [
@@ -292,24 +212,20 @@ def check_cases(
     bad = {problem.case for problem in problems if not problem.note}
     first: dict[str, tuple[str, Path]] = {}
     for case, reading in zip(cases, readings, strict=True):
-        # A twin of what is left out for another reason is no twin.
+        # A copy of a scan that is left out anyway is no problem.
         for file, digest in reading.digests.items() if case.name not in bad else ():
             if (other := first.setdefault(digest, (case.name, file))) != (case.name, file):
                 twin = other[1].name if other[1].name != file.name else f"{other[0]}, {other[1]}"
                 reason = f"the same voxels as {twin}: the split may put one on each side. Remove one"
                 problems.append(Problem(case.name, file, reason))
     problems += [problem for problem in _above_window(cases, readings) if problem.case not in bad]
-    ranges = {
-        case.name: reading.intensities
-        for case, reading in zip(cases, readings, strict=True)
-        if reading.intensities
-    }
-    return _in_order(problems, cases), ranges
+    read = zip(cases, readings, strict=True)
+    return _in_order(problems, cases), {case.name: one.intensities for case, one in read if one.intensities}
 
 
 def _above_window(cases: Sequence[Case], readings: Sequence[Reading]) -> list[Problem]:
-    """Notes on cases of which far more lies above the window than of the others: a CT that is stored from 0
-    on, among some in Hounsfield units, say."""
+    """Notes on cases of which far more lies above the window than of the others, such as a CT stored from 0
+    on among CTs in Hounsfield units."""
     usual = float(np.median([reading.above for reading in readings]))
     return [
         Problem(
@@ -354,12 +270,12 @@ def check_voxels(
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
-            if values := _mask_values(voxels):
+            if values := mask_values(voxels):
                 masks[file] = values
             if fault is None:
                 extremes += [np.nanmin(voxels), np.nanmax(voxels)]
                 above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
-            voxels = apply_orientation(voxels, io_orientation(image.affine))  # however they are stored
+            voxels = apply_orientation(voxels, io_orientation(image.affine))  # RAS, whatever the storage
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))
         if stored and all(one.note for one in faults):
@@ -377,7 +293,7 @@ def check_voxels(
 
 
 def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, str | None]:
-    """What keeps a channel from being trained on, or else what is to be noted of it."""
+    """(Why a channel cannot be trained on, or None; else a note on it, or None)."""
     if fault := intensity.unknown(voxels):
         return fault, None
     voxels = intensity.without_nan(voxels)
@@ -387,8 +303,8 @@ def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, 
 
 
 def _wrapped(voxels: np.ndarray) -> str | None:
-    """Whether unsigned 16-bit values lie at both ends of the range and nowhere between: numbers below 0 have
-    become large ones."""
+    """A note where unsigned 16-bit values lie at both ends of the range and not between: negative numbers
+    stored without a sign."""
     large, middle = voxels > WRAPPED, (voxels > 2**15) & (voxels <= WRAPPED)
     share = large.mean()
     if middle.any() or not 0.001 < share < 0.999 or len(np.unique(voxels[large])) < 3:
@@ -400,7 +316,7 @@ def _wrapped(voxels: np.ndarray) -> str | None:
 
 
 def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
-    """Which values of a label, all from 0 to 255, dataset.json does not name; an empty label is fine."""
+    """Which values of a label (0 to 255) dataset.json does not name; an empty label is fine."""
     counts = np.bincount(label.astype(np.uint8).ravel())
     unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
     if unexpected:
@@ -410,7 +326,7 @@ def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | Non
 
 
 def label_values(dataset_json: Path) -> frozenset[int] | None:
-    """The values that a Decathlon or nnU-Net `dataset.json` gives labels; None where it tells of none."""
+    """The values that a Decathlon or nnU-Net `dataset.json` gives labels; None where it gives none."""
     if not dataset_json.is_file():
         return None
     labels = read_json(dataset_json).get("labels")
@@ -422,11 +338,8 @@ def label_values(dataset_json: Path) -> frozenset[int] | None:
     return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
 
 
-# ---------------------------------------------------------------- stray files
-
-
 def stray_files(cases: Sequence[Case]) -> list[Problem]:
-    """The `._*` files that macOS leaves beside copies; `find_cases` passes them over."""
+    """The `._*` files that macOS leaves beside copies; `find_cases` ignores them."""
     files = {file for case in cases for file in [*case.images, *([case.label] if case.label else [])]}
     folders = sorted({file.parent for file in files if file.parent.is_dir()})
     reason = "macOS's note on a file, no image: it is passed over. Delete it"
@@ -438,11 +351,16 @@ def stray_files(cases: Sequence[Case]) -> list[Problem]:
     ]
 
 
+def _mask_problem(case: Case, file: Path, values: int) -> Problem:
+    reason = f"holds {values} whole numbers in patches, other images hold many: a mask? Move it away"
+    return Problem(case.name, file, f"{reason}, or choose the images by data.pattern")
+
+
 def _without_name(error: UserError, file: Path) -> str:
     return str(error).removeprefix(f"{file}: ").removesuffix(".")
 
 
 def _in_order(problems: Sequence[Problem], cases: Sequence[Case]) -> list[Problem]:
-    """Sorted as the cases are, each problem once: an unreadable header is found with the voxels again."""
-    rank = {case.name: i for i, case in enumerate(cases)}
-    return sorted(dict.fromkeys(problems), key=lambda problem: rank[problem.case])
+    """Sorted as the cases are, each once: an unreadable header is found again with the voxels."""
+    place = {case.name: i for i, case in enumerate(cases)}
+    return sorted(dict.fromkeys(problems), key=lambda problem: place[problem.case])

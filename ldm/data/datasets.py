@@ -124,7 +124,7 @@ class VolumeDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         image = self.image(i, version_of(self.seed, epoch, self.cases[i].name, self.versions))
-        return {"image": image, "epoch": epoch, "index": i}
+        return {"image": image, "cond": {}, "epoch": epoch, "index": i}
 
     def image(self, i: int, version: int) -> torch.Tensor:
         """A version of case `i`, (C, *size) float32."""

@@ -1,13 +1,13 @@
-"""Fetch the brain tumour data of the Medical Segmentation Decathlon (MSD Task01): resumable, verified, whole.
+"""Download the brain tumour data of the Medical Segmentation Decathlon (MSD Task01): resumable and verified.
 
-`fetch_task01` is the one entry. Beside the data set's folder it keeps, while at work and after a failure:
+`fetch_task01` is the entry point. During the work, and after a failure, these lie beside the data set's
+folder, and none after a success:
 
-    Task01_BrainTumour.tar.part        what has come so far; a later call resumes at its end
+    Task01_BrainTumour.tar.part        the bytes received so far; a later call resumes at its end
     Task01_BrainTumour.tar.part.json   address, length and validator (ETag or date) of the whole file
-    Task01_BrainTumour.unpacking/      what is being unpacked; a later call begins it again
+    Task01_BrainTumour.unpacking/      what is being unpacked; a later call starts it again
 
-and nothing of these after a success. One process at a time: under torchrun, call it on one rank and let the
-others wait.
+Call it from one process at a time: under torchrun, on one rank while the others wait.
 """
 
 import errno
@@ -36,35 +36,35 @@ TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 GB = 1e9
 
-# What a system says of names and lengths in an archive that it cannot take; of its own it says others.
-FAULTS = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
+# Errors of the operating system for names in an archive that it cannot take; others are the disk's.
+NAME_ERRORS = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class DownloadError(OSError):
-    """The network or the server failed: a run-time failure. What has come is kept; a later call resumes."""
+    """The network or the server failed: a run-time failure. The bytes received are kept; a later call
+    resumes."""
 
 
 class RefusedArchive(UserError):
-    """The archive is not what it should be, or is not safe to unpack. `fetch_task01` deletes it."""
+    """The archive has the wrong content, or is not safe to unpack. `fetch_task01` deletes it."""
 
 
-class _Broken(Exception):
-    """One attempt failed in a way that another may mend."""
+class _AttemptFailed(Exception):
+    """One attempt failed, and another may succeed."""
 
 
 def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | None = None) -> Path:
-    """Make sure that MSD Task01_BrainTumour is there, whole; download (about 7.6 GB) and unpack it if not.
+    """Download (about 7.6 GB) and unpack MSD Task01_BrainTumour, unless it is complete already.
 
     Args:
         data_base_dir: the folder to hold `Task01_BrainTumour`, or that folder itself, or any folder with a
-            `dataset.json` of its own, which is then taken for the data set; made if need be.
-        url: where to fetch the archive, an uncompressed tar, by http, https or file. Default: the address
-            that MONAI knows.
-        md5: 32 hexadecimal digits, the archive's MD5. Default: the one that MONAI knows.
+            `dataset.json`, which is then taken for the data set. It is made where it is missing.
+        url: address of the archive, an uncompressed tar, by http, https or file. Default: the one in MONAI.
+        md5: 32 hexadecimal digits, the archive's MD5. Default: the one in MONAI.
 
     Returns:
-        The data set's folder, with `dataset.json` and every file that it names. A complete one is left alone,
-        and no request is made.
+        The data set's folder, with `dataset.json` and every file that it names. For a complete data set no
+        request is made.
 
     Raises:
         UserError: a folder that cannot be made or holds an incomplete data set, too little disk space, a bad
@@ -90,21 +90,18 @@ def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | N
         ) from error
     if occupied:
         if gap := find_gap(folder):
-            raise UserError(
-                f"{folder} is there, but {gap}. Move or delete it, or name another data_base_dir."
-            )
-        print(f"{folder} is there and complete: nothing to download.")
+            raise UserError(f"{folder} exists, but {gap}. Move or delete it, or name another data_base_dir.")
+        print(f"{folder} is complete: nothing to download.")
         return folder
 
     part = folder.with_name(TASK + ".tar.part")
     try:
         download(url, part)
         print(f"Checking the MD5 of {part.name}")
-        found = file_md5(part)
-        if found != md5:
+        if (found := file_md5(part)) != md5:
             raise RefusedArchive(
-                f"{url} gave a wrong file: its MD5 is {found}, and {md5} was expected. It is deleted, "
-                "nothing was unpacked. Check the address, the MD5 and any proxy on the way, then run again."
+                f"{url} gave a wrong file: its MD5 is {found}, expected {md5}. It is deleted, nothing was "
+                "unpacked. Check the address, the MD5 and any proxy on the way, then run again."
             )
         unpack(part, folder)
     except RefusedArchive:
@@ -115,7 +112,7 @@ def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | N
 
 
 def find_gap(folder: Path) -> str | None:
-    """What a data set in MSD's layout lacks, in words; None if `dataset.json` and what it names are there."""
+    """What a data set in MSD's layout lacks; None if `dataset.json` and all files that it names exist."""
     description = folder / "dataset.json"
     if not description.is_file():
         return "it holds no dataset.json"
@@ -141,67 +138,68 @@ def find_gap(folder: Path) -> str | None:
 
 def file_md5(path: Path) -> str:
     """The MD5 of a file, as hexadecimal digits."""
-    # Not for security, but to know the file that MONAI knows: FIPS builds of Python allow MD5 for that alone.
-    digest = hashlib.md5(usedforsecurity=False)
+    # Not for security, but to recognise MONAI's file: FIPS builds of Python allow MD5 for that alone.
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-# ---- download ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- download
 
 
 def download(url: str, part: Path) -> None:
-    """Fetch `url` into the file `part`, from where an earlier call broke off, in up to `ATTEMPTS` attempts.
+    """Download `url` into the file `part`, resuming an earlier call, in up to `ATTEMPTS` attempts.
 
-    What is there already is kept only if it came from the same address and the server still has the same file
-    (by length and ETag, or else date of change) and answers a range request (RFC 9110, section 14); if not,
-    the file is fetched anew. Makes no request if `part` is complete. The content is not verified here.
+    Bytes of an earlier call are kept only if they came from the same address and the server still has the
+    same file (by length and ETag, or else date of change) and answers a range request (RFC 9110, section 14);
+    else the download starts again. No request is made if `part` is complete. The content is not verified.
 
     Raises:
-        UserError: not an address; too little disk space for the archive and what it holds.
-        DownloadError: all attempts failed, or the server refused for good (HTTP 403, 404, ...).
+        UserError: not an address; too little disk space for the archive and its content.
+        DownloadError: all attempts failed, or the server refused (HTTP 403, 404, ...).
         OSError: the disk failed.
     """
     if not url.startswith(("http://", "https://", "file://")):
         raise UserError(f"cannot download {url}: the address must begin with http://, https:// or file://")
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _go_on(url, part)
-        except _Broken as broken:
-            reason = broken
-        here = part.stat().st_size if part.exists() else 0
+            return _attempt(url, part)
+        except _AttemptFailed as failure:
+            reason = failure
+        received = f"{(part.stat().st_size if part.exists() else 0) / GB:.2f} GB received so far"
         if attempt < ATTEMPTS:
-            print(f"{reason}; attempt {attempt + 1} of {ATTEMPTS} follows, {here / GB:.2f} GB are here")
+            print(f"{reason}; attempt {attempt + 1} of {ATTEMPTS} follows, {received}")
             time.sleep(PAUSE * 2 ** (attempt - 1))
-    raise DownloadError(
-        f"cannot download {url}: {reason}. {here / GB:.2f} GB are here; run again to resume from there."
-    )
+    raise DownloadError(f"cannot download {url}: {reason}. {received}; run again to resume.")
 
 
-def _go_on(url: str, part: Path) -> None:
+def _attempt(url: str, part: Path) -> None:
     """One attempt: append to `part` from its end to the end of the file, or write it anew."""
-    known = _read_notes(part)
+    notes = part.with_name(part.name + ".json")
+    try:
+        known = json.loads(notes.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # the latter: cut off by a kill
+        known = {}
     resumable = part.exists() and known.get("url") == url and known.get("length") is not None
     offset = part.stat().st_size if resumable else 0
     if resumable and offset == known["length"]:
         return
 
     with _request(url, part, offset) as response:
-        length = _length(response)
+        stated = response.headers.get("Content-Length", "")
+        length = int(stated) if stated.isdigit() else None
         validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if offset and response.status == http.client.PARTIAL_CONTENT:
-            # Compared here rather than left to an If-Range header, which not every server heeds.
+            # Compared here: not every server heeds an If-Range header.
             rest = f"bytes {offset}-{known['length'] - 1}/{known['length']}"
             if response.headers.get("Content-Range") != rest or validator != known["validator"]:
                 _discard(part)
-                raise _Broken("the file on the server has changed")
+                raise _AttemptFailed("the file on the server has changed")
             length = known["length"]
         else:
             offset = 0
             part.write_bytes(b"")
-            _write_notes(part, {"url": url, "length": length, "validator": validator})
+            content = {"url": url, "length": length, "validator": validator}
+            notes.write_text(json.dumps(content), encoding="utf-8")
 
         if length is not None:
             # The archive is not compressed (its NIfTI files are): it unpacks to about its own size.
@@ -211,73 +209,51 @@ def _go_on(url: str, part: Path) -> None:
             while chunk := _read(response):
                 file.write(chunk)
                 bar.update(len(chunk))
-    received = part.stat().st_size
-    if length is not None and received < length:
-        raise _Broken("the connection was cut")
+    if length is not None and part.stat().st_size < length:
+        raise _AttemptFailed("the connection was cut")
 
 
 def _request(url: str, part: Path, offset: int):
-    """Ask for `url` from byte `offset` on; a failure becomes the error that says whether to try again."""
+    """Ask for `url` from byte `offset` on; a failure becomes the error that decides on another attempt."""
     try:
         return urlopen(Request(url, headers={"Range": f"bytes={offset}-"} if offset else {}), timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
-        said = f"the server answered HTTP {error.code} {error.reason}"
+        answer = f"the server answered HTTP {error.code} {error.reason}"
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             _discard(part)
-            raise _Broken("the file on the server has changed") from error
+            raise _AttemptFailed("the file on the server has changed") from error
         if error.code in (408, 429) or error.code >= 500:
-            raise _Broken(said) from error
-        raise DownloadError(f"cannot download {url}: {said}. Check the address.") from error
+            raise _AttemptFailed(answer) from error
+        raise DownloadError(f"cannot download {url}: {answer}. Check the address.") from error
     except (ValueError, http.client.InvalidURL) as error:
         raise UserError(f"cannot download {url}: {error}. Check the address.") from error
     except (OSError, http.client.HTTPException) as error:
         if url.startswith("file:"):
-            raise UserError(f"cannot read {url}: {_in_words(error)}. Check the path.") from error
-        raise _Broken(f"the network failed ({_in_words(error)})") from error
+            raise UserError(f"cannot read {url}: {_reason(error)}. Check the path.") from error
+        raise _AttemptFailed(f"the network failed ({_reason(error)})") from error
 
 
 def _read(response) -> bytes:
-    """The next bytes, as many as have come; none at the end. An OSError here is not the disk's."""
+    """The next bytes; none at the end. An OSError here is the network's, not the disk's."""
     try:
         return response.read1(CHUNK)
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"the network failed ({_in_words(error)})") from error
+        raise _AttemptFailed(f"the network failed ({_reason(error)})") from error
 
 
-def _in_words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, URLError) else error
     return str(cause) or type(cause).__name__
 
 
-def _length(response) -> int | None:
-    stated = response.headers.get("Content-Length", "")
-    return int(stated) if stated.isdigit() else None
-
-
-def _notes_file(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _read_notes(part: Path) -> dict:
-    """What is known of the file that `part` is a part of; empty if nothing is, or if a kill cut them off."""
-    try:
-        return json.loads(_notes_file(part).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def _write_notes(part: Path, notes: dict) -> None:
-    _notes_file(part).write_text(json.dumps(notes), encoding="utf-8")
-
-
 def _discard(part: Path) -> None:
-    _notes_file(part).unlink(missing_ok=True)
+    part.with_name(part.name + ".json").unlink(missing_ok=True)
     part.unlink(missing_ok=True)
 
 
 def _require_space(folder: Path, archive: int, unpacked: int) -> None:
-    """Raise UserError unless `folder`'s disk has room for so many bytes more."""
+    """Raise UserError unless the disk of `folder` has room for so many bytes more."""
     free = shutil.disk_usage(folder).free
     if free < archive + unpacked:
         raise UserError(
@@ -287,15 +263,15 @@ def _require_space(folder: Path, archive: int, unpacked: int) -> None:
         )
 
 
-# ---- unpack ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- unpack
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `Task01_BrainTumour/` of a tar to `folder`, which must be absent or empty: all of it or nothing.
+    """Unpack `Task01_BrainTumour/` of a tar to `folder`, which must be missing or empty: all or nothing.
 
-    Every member is judged before the first is written: only files and folders, none of them outside. They go
-    to `folder` + ".unpacking", which becomes `folder` once `dataset.json` and all that it names are there.
-    "._" files, which macOS adds, are left out, and so is whatever lies beside `Task01_BrainTumour/`.
+    All members are checked before the first is written: only files and folders, none of them outside. They
+    go to `folder` + ".unpacking", which becomes `folder` once `dataset.json` and all files that it names are
+    complete. "._" files, which macOS adds, and files beside `Task01_BrainTumour/` are left out.
 
     Raises:
         RefusedArchive: not a tar, damaged, unsafe or incomplete.
@@ -321,7 +297,7 @@ def unpack(archive: Path, folder: Path) -> None:
             folder.rmdir()  # an empty one: Windows renames to a free name only
         (scratch / TASK).rename(folder)
     except (tarfile.TarError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in FAULTS:
+        if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
             raise
         reason = brief(error)
         raise RefusedArchive(f"{archive.name} is refused: not a whole, safe tar ({reason}).") from error
@@ -330,9 +306,9 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:
-    """What makes a member unsafe on any system, in words."""
-    # PureWindowsPath takes both kinds of slash, drive letters and network shares for what they are. tarfile's
-    # "data" filter alone would strip a leading slash and go on, and let links within the folder pass.
+    """What makes a member unsafe on any system, or None."""
+    # PureWindowsPath recognises both kinds of slash, drive letters and network shares. tarfile's "data"
+    # filter alone would strip a leading slash, and would accept links within the folder.
     path = PureWindowsPath(member.name)
     if path.drive or path.root or ".." in path.parts or "\0" in member.name:
         return "leads outside the data set's folder"

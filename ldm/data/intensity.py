@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ldm.configs import channels_of
+
 LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
 BULK = 99.9  # % of the voxels; there is a note on values further out that set the range
 FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1 that hold no bulk
@@ -26,6 +28,17 @@ class Intensity:
     clip: bool = True
     window: tuple[tuple[float, float], ...] | None = None
     nan_is_background: bool = False
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Intensity":
+        """The config's section `intensity`, with a window for each channel that is used."""
+        section = config["intensity"]
+        window = section["window"]
+        if window is not None:
+            pairs = window if isinstance(window[0], list) else [window] * len(channels_of(config))
+            window = tuple((float(low), float(high)) for low, high in pairs)
+        ends = (section["lower_percentile"], section["upper_percentile"])
+        return cls(*ends, section["clip"], window, section["nan_is_background"])
 
     def __str__(self) -> str:
         """What becomes 0 and 1."""

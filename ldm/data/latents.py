@@ -25,7 +25,7 @@ from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, version_of
 from ldm.data.preprocessing import CODE
 from ldm.data.splits import PARTS, read_split, write_split
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.weights import plain_names
 from ldm.system.checkpoints import load_checkpoint, weights_hash
 from ldm.system.files import read_json, sha256_of, write_array, write_json
@@ -34,6 +34,7 @@ from ldm.system.ranks import Run, without_tf32
 from ldm.system.schemas import StrictValidator, fault, fields
 from ldm.system.signals import leave_signals_to_the_main_process
 
+LATENTS = "latents"  # the folder of the cache in `cache_dir`
 MANIFEST = "manifest.json"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
@@ -85,7 +86,7 @@ class Posteriors(Dataset):
         if isinstance(entry, Path):
             entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
         mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
-        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+        return {"mean": mean, "std": std, "cond": {}, "epoch": epoch, "index": i}
 
 
 class _Versions(Dataset):
@@ -105,7 +106,7 @@ class _Versions(Dataset):
 
 @torch.no_grad()
 def encode(
-    encoder: LatentEncoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
+    encoder: Autoencoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Encode all versions of some volumes: index and (versions, 2, c, d, h, w) float32, on the CPU, of each.
     Autocast and TF32 are off.
@@ -124,16 +125,14 @@ def encode(
     versions = []
     for i, version, image in progress_bar(run, what, items=loader, unit="volume"):
         with without_tf32():
-            mean, std = encoder.posterior(image[None].to(run.device, non_blocking=True))
+            mean, std = encoder.encode(image[None].to(run.device, non_blocking=True))
         versions.append(torch.stack([mean[0], std[0]]).cpu())
         if version + 1 == volumes.versions:
             yield i, torch.stack(versions)
             versions = []
 
 
-def encode_all(
-    encoder: LatentEncoder, volumes: VolumeDataset, run: Run, workers: int, what: str
-) -> Posteriors:
+def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: int, what: str) -> Posteriors:
     """Encode each volume once, each rank its share, and give every rank all posteriors."""
     mine = range(run.rank, len(volumes), run.world_size)
     entries = None
@@ -173,7 +172,7 @@ def begin(folder: Path, about: dict, autoencoder: dict, fresh: bool) -> None:
 
 
 def add(
-    folder: Path, encoder: LatentEncoder, volumes: VolumeDataset, run: Run, workers: int, what: str, key: str
+    folder: Path, encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: int, what: str, key: str
 ) -> tuple[list[dict], list[int], int]:
     """Encode into a cache what is not there yet, each rank its share.
 
@@ -295,8 +294,8 @@ def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> Non
 
 
 def what_latents_follow_from(config: dict) -> dict:
-    """The keys of a config that the latents of stage 2 depend on, as the user wrote them; by them a cache
-    knows whether it is the right one. Ask before `settle_spacing` fixes the spacing."""
+    """The keys of a config that the latents of stage 2 depend on, as the user wrote them (a spacing left
+    open stays open). A cache is checked against them."""
     section, data = config["diffusion_train"], config["data"]
     keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
     about = {key: copy.deepcopy(config[key]) for key in keys}

@@ -27,6 +27,7 @@ from nibabel.orientations import io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 
 from ldm import UserError
+from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
 from ldm.data.reading import RAS, _times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MOST_VOXELS
@@ -59,6 +60,11 @@ class Preprocessing:
     channels: tuple[int, ...]
     spacing: tuple[float, float, float]
     intensity: Intensity = Intensity()
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Preprocessing":
+        """The one way from file to volume, for training, validation and inference."""
+        return cls(channels_of(config), tuple(config["spacing"]), Intensity.from_config(config))
 
     @property
     def key(self) -> str:

@@ -1,10 +1,11 @@
-"""Which cases are trained on and which are held out: kept in `split.json`, free of leaks, and remembered by
-the checkpoints that were trained on it."""
+"""Which cases are trained on and which are held out: kept in `split.json`, checked for leaks, and remembered
+by the checkpoints that were trained on it."""
 
 import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 PARTS = ("training", "validation")
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
-SPLIT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
-NOTES_SAID = 5  # on the data, at a start
-SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of them
+SPLIT = "split.json"  # in model_dir
+SPLIT_CONTENT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
+NOTES_PRINTED = 5  # at the start of a training
+SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of it
 
 Sides = tuple[list[Case], list[Case]]
 
@@ -29,7 +31,7 @@ Sides = tuple[list[Case], list[Case]]
 def read_split(path: Path) -> tuple[list[str], list[str]]:
     """The names of the training and of the validation cases. Raises UserError: the file holds no split."""
     content = read_json(path, "split")
-    if what := fault(SPLIT, content):
+    if what := fault(SPLIT_CONTENT, content):
         raise UserError(
             f"{path}: {what}. Expected two lists of case names, `training` and `validation`. Restore it, "
             "or choose another model_dir."
@@ -42,125 +44,10 @@ def write_split(path: Path, train: Sequence[str], validation: Sequence[str]) -> 
     write_json(path, dict(zip(PARTS, (list(train), list(validation)), strict=True)))
 
 
-def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
-    """The line on cases that a file does not name."""
-    verb, names = "is" if len(cases) == 1 else "are", few([case.name for case in cases])
-    return f"{counted(len(cases), 'scan{s}')} in {where} {verb} not in {path} and {verb} left out: {names}"
-
-
-def as_kept(
-    path: Path, cases: list[Case], validation: list[Case], where: str, say: Callable, strict: bool
-) -> Sides:
-    """The cases that a split.json names, of those that there are; the others are said to be left out.
-
-    Args:
-        cases, validation: those that the data set has, as it divides them.
-        where: they were found, for messages.
-        say: prints a line.
-        strict: it is for a training, which is refused if a case is gone.
-
-    Raises:
-        UserError: as `strict` says; or nothing is left of a side.
-    """
-    by_name = {case.name: case for case in [*cases, *validation]}
-    names = read_split(path)
-    known = {name for part in names for name in part}
-    gone = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
-    others = [case for case in by_name.values() if case.name not in known]
-    what = f"{counted(len(gone), 'case{s}')} of {path} not found in {where}"
-    if gone and strict:
-        raise UserError(
-            f"{what}: {few(gone)}. Put them back, or choose another model_dir, where a new split is made."
-        )
-    sides = tuple([by_name[name] for name in part if name in by_name] for part in names)
-    if empty := [part for part, side in zip(PARTS, sides, strict=True) if not side]:
-        raise UserError(f"{what}, and no {empty[0]} case is left: {few(gone)}. Put them back.")
-    if gone:
-        say(f"warning: {what}, and left out: {few(gone)}")
-    if others:
-        remedy = ". Another model_dir would take them in" if strict else ""
-        say(f"data: {left_out(others, where, path)}{remedy}")
-    if moved := sorted({case.name for case in validation}.intersection(case.name for case in sides[0])):
-        told = f"{where}: has {few(moved)} under validation, {path} has under training."
-        if strict:
-            raise UserError(f"{told} Choose another model_dir, where a new split is made.")
-        say(f"warning: {told} The model was trained on them")
-    return sides
-
-
-# ---------------------------------------------------------------- bad cases
-
-
-def bad_cases(
-    cases: list[Case],
-    path: Path,
-    channels: Sequence[int],
-    intensity: Intensity,
-    *,
-    labels: bool,
-    skip: bool,
-    strict: bool,
-    say: Callable,
-) -> set[str]:
-    """Names of the cases to leave out; notes on the data are printed.
-
-    Args:
-        path: of the split.json. Where it is there, no case may be left out of a training.
-        channels, intensity, labels: as of `ldm.data.checks.check_cases`.
-        skip: read every voxel; where there is no split.json, leave bad cases out. A training lists them in a
-            skipped.json beside it. Else only the headers are read.
-        strict: it is for a training.
-        say: prints a line.
-
-    Raises:
-        UserError: some are bad and may not be left out.
-    """
-    kept = path.is_file()
-    if skip:
-        problems, _ = check_cases(cases, channels, intensity, labels)
-    else:
-        problems = check_headers(cases, channels, labels)
-    notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
-    for line in notes[:NOTES_SAID]:
-        say(line)
-    if (more := len(notes) - NOTES_SAID) > 0:
-        say(f"note: {more} more notes; check_data.py lists all")
-    bad = {problem.case for problem in problems}
-    if bad and (strict if kept else not skip):
-        first, of = problems[0], f" of {path}" if kept else ""
-        remedy = (
-            "Put good copies in their place, or leave them out by --skip-bad in another model_dir."
-            if kept
-            else "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
-        )
-        raise UserError(
-            f"{first.file}: {first.reason}. {len(bad)} of {len(cases)} cases{of} are bad.\n{remedy}"
-        )
-    skipped = path.with_name("skipped.json")
-    if skip and strict and not kept:
-        write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
-    if bad:
-        told = f": {few(sorted(bad))}" if kept else f", listed in {skipped}"
-        say(f"data: {len(bad)} bad case(s) left out{told}")
-    return bad
-
-
-def without(bad: set[str], cases: list[Case], validation: list[Case], where: str) -> Sides:
-    """The cases without the bad ones. Raises UserError: none is left of a side that had some."""
-    train, val = ([case for case in some if case.name not in bad] for some in (cases, validation))
-    if not train or validation and not val:
-        part = "validation" if train else "training"
-        raise UserError(f"{where}: every {part} case is bad. check_data.py says why.")
-    return train, val
-
-
-# ---------------------------------------------------------------- a new split
-
-
-def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[list[Case], list[Case]]:
+def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> Sides:
     """Hold out a share of the subjects, at least one, by a seeded draw.
 
-    All scans of a subject fall on the same side. A single subject is on both: the caller says so to the user.
+    All scans of a subject fall on the same side. A single subject is on both: the caller warns the user.
     """
     subjects = sorted({case.subject for case in cases})
     if len(subjects) == 1:
@@ -171,73 +58,177 @@ def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> tuple[
     return [c for c in cases if c.subject not in held_out], [c for c in cases if c.subject in held_out]
 
 
-def divided(
-    cases: list[Case],
-    validation: list[Case],
-    path: Path,
-    where: str,
-    *,
-    val_fraction: float,
-    seed: int,
-    say: Callable,
-    strict: bool,
-    resumed: dict | None = None,
-    autoencoder: Path | None = None,
-    known: dict | None = None,
-) -> Sides:
-    """The training and the validation cases, checked for leaks; a training's new split is written.
+def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
+    """The line on cases that a file does not name."""
+    verb, names = "is" if len(cases) == 1 else "are", few([case.name for case in cases])
+    return f"{counted(len(cases), 'scan{s}')} in {where} {verb} not in {path} and {verb} left out: {names}"
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """Splits the cases of a data set as split.json says, or anew.
 
     Args:
-        cases, validation: as the split.json or the data set divides them. Where there is no validation, what
-            the checkpoint did not train on is held out, else a share of the subjects.
         path: of the split.json.
-        where: the cases were found, for messages.
-        val_fraction, seed: as of `split_cases`.
+        where: the data folders, for messages.
+        strict: for a training, which ends where a case of split.json is missing, bad or on the other side,
+            and which writes a new split. Else such cases are left out, and nothing is written.
         say: prints a line.
-        strict: it is for a training.
-        resumed: the checkpoint that is resumed.
-        autoencoder, known: the file of stage 1's weights, and the `subjects` in it.
-
-    Raises:
-        UserError: a held-out case is trained on, or the split has changed since a checkpoint was trained.
     """
-    kept, what, problems = path.is_file(), "", []
-    if not validation and not (problems := one_file_of_two_subjects(cases)):
-        before = (resumed or {}).get("subjects") or known
-        if before and (alike := split_alike(cases, before)):
-            cases, validation = alike
-            of = (resumed or {}).get("path", autoencoder)
-            say(f"data: no {path} yet: held out is what {of} held out")
+
+    path: Path
+    where: str
+    strict: bool
+    say: Callable[[str], None]
+
+    def select(self, cases: list[Case], validation: list[Case]) -> Sides:
+        """The cases that split.json names. Others are left out and named; without a split.json, none are.
+
+        Args:
+            cases, validation: all cases, as the data set divides them.
+
+        Raises:
+            UserError: as `strict` says; or no case of a side is left.
+        """
+        if not self.path.is_file():
+            return cases, validation
+        by_name = {case.name: case for case in [*cases, *validation]}
+        names = read_split(self.path)
+        known = {name for part in names for name in part}
+        missing = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
+        what = f"{counted(len(missing), 'case{s}')} of {self.path} not found in {self.where}"
+        if missing and self.strict:
+            raise UserError(
+                f"{what}: {few(missing)}. Put them back, or choose another model_dir, where a new split is "
+                "made."
+            )
+        sides = tuple([by_name[name] for name in part if name in by_name] for part in names)
+        if empty := [part for part, side in zip(PARTS, sides, strict=True) if not side]:
+            raise UserError(f"{what}, and no {empty[0]} case is left: {few(missing)}. Put them back.")
+        if missing:
+            self.say(f"warning: {what}, and left out: {few(missing)}")
+        if others := [case for case in by_name.values() if case.name not in known]:
+            remedy = ". Another model_dir would take them in" if self.strict else ""
+            self.say(f"data: {left_out(others, self.where, self.path)}{remedy}")
+        if moved := sorted({case.name for case in validation} & {case.name for case in sides[0]}):
+            what = f"{self.where}: has {few(moved)} under validation, {self.path} has under training."
+            if self.strict:
+                raise UserError(f"{what} Choose another model_dir, where a new split is made.")
+            self.say(f"warning: {what} The model was trained on them")
+        return sides
+
+    def without_bad(
+        self,
+        cases: list[Case],
+        validation: list[Case],
+        channels: Sequence[int],
+        intensity: Intensity,
+        labels: bool,
+        skip: bool,
+    ) -> Sides:
+        """The cases without the bad ones; notes on the data are printed.
+
+        Args:
+            channels, intensity, labels: as of `ldm.data.checks.check_cases`.
+            skip: read every voxel, and where there is no split.json, leave bad cases out; a training lists
+                them in skipped.json. Else only headers are read.
+
+        Raises:
+            UserError: bad cases that may not be left out, or none is left of a side.
+        """
+        every, kept = [*cases, *validation], self.path.is_file()
+        if skip:
+            problems, _ = check_cases(every, channels, intensity, labels)
         else:
-            cases, validation = split_cases(cases, val_fraction, seed)
-    if validation:
-        what, problems = "held out and also trained on: ", leaks(cases, validation)
-    if problems:
-        first, more = problems[0], f" ({len(problems)} such cases)" if len(problems) > 1 else ""
-        advice = (
-            "Choose another model_dir, for data with each patient on one side and no scan twice."
-            if kept
-            else "Keep each patient on one side and no scan twice; check_data.py lists all."
-        )
-        raise UserError(f"{path if kept else where}: {what}{first.file} {first.reason}{more}.\n{advice}")
-    if resumed:
-        check_unchanged(path, cases, validation, resumed)
-    if known and (seen := on_side(validation, known, "training")):
-        of_all = f"{len(seen)} of {counted(len(validation), 'validation case{s}')}"
-        told = f"{autoencoder}: was trained on {of_all} ({few([case.name for case in seen])})"
-        if strict and autoencoder.parent.resolve() == path.parent.resolve():
-            raise UserError(f"{told}: {path} has changed since. Restore it, or choose another model_dir.")
-        say(f"warning: {told}: figures on them are better than on new scans")
-    if strict and not kept:
-        write_split(path, *([case.name for case in some] for some in (cases, validation)))
-    return cases, validation
+            problems = check_headers(every, channels, labels)
+        notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
+        for line in notes[:NOTES_PRINTED]:
+            self.say(line)
+        if (more := len(notes) - NOTES_PRINTED) > 0:
+            self.say(f"note: {more} more notes; check_data.py lists all")
+        bad = {problem.case for problem in problems}
+        if bad and (self.strict if kept else not skip):
+            first, of = problems[0], f" of {self.path}" if kept else ""
+            remedy = (
+                "Put good copies in their place, or leave them out by --skip-bad in another model_dir."
+                if kept
+                else "check_data.py lists all. Fix or remove them, or train without them by --skip-bad."
+            )
+            raise UserError(
+                f"{first.file}: {first.reason}. {len(bad)} of {len(every)} cases{of} are bad.\n{remedy}"
+            )
+        skipped = self.path.with_name("skipped.json")
+        if skip and self.strict and not kept:
+            write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
+        if bad:
+            which = f": {few(sorted(bad))}" if kept else f", listed in {skipped}"
+            self.say(f"data: {len(bad)} bad case(s) left out{which}")
+        train, val = ([case for case in some if case.name not in bad] for some in (cases, validation))
+        if not train or validation and not val:
+            part = "validation" if train else "training"
+            raise UserError(f"{self.where}: every {part} case is bad. check_data.py says why.")
+        return train, val
+
+    def divide(
+        self,
+        cases: list[Case],
+        validation: list[Case],
+        val_fraction: float,
+        seed: int,
+        resumed: dict | None = None,
+        autoencoder: Path | None = None,
+        known: dict | None = None,
+    ) -> Sides:
+        """The training and the validation cases, checked for leaks; a training's new split is written.
+
+        Args:
+            cases, validation: as split.json or the data set divides them. Without validation cases, those are
+                held out that a checkpoint held out, else a share of the subjects.
+            val_fraction, seed: as of `split_cases`.
+            resumed: the checkpoint that is resumed.
+            autoencoder, known: the file of stage 1's weights, and the `subjects` in it.
+
+        Raises:
+            UserError: a held-out case is trained on, or a case changed sides since a checkpoint was trained.
+        """
+        path, kept, what, problems = self.path, self.path.is_file(), "", []
+        if not validation and not (problems := one_file_of_two_subjects(cases)):
+            before = (resumed or {}).get("subjects") or known
+            if before and (alike := split_alike(cases, before)):
+                cases, validation = alike
+                of = (resumed or {}).get("path", autoencoder)
+                self.say(f"data: no {path} yet: held out is what {of} held out")
+            else:
+                cases, validation = split_cases(cases, val_fraction, seed)
+        if validation:
+            what, problems = "held out and also trained on: ", leaks(cases, validation)
+        if problems:
+            first, more = problems[0], f" ({len(problems)} such cases)" if len(problems) > 1 else ""
+            advice = (
+                "Choose another model_dir, for data with each patient on one side and no scan twice."
+                if kept
+                else "Keep each patient on one side and no scan twice; check_data.py lists all."
+            )
+            source = path if kept else self.where
+            raise UserError(f"{source}: {what}{first.file} {first.reason}{more}.\n{advice}")
+        if resumed:
+            check_unchanged(path, cases, validation, resumed)
+        if known and (seen := on_side(validation, known, "training")):
+            of_all = f"{len(seen)} of {counted(len(validation), 'validation case{s}')}"
+            what = f"{autoencoder}: was trained on {of_all} ({few([case.name for case in seen])})"
+            if self.strict and autoencoder.parent.resolve() == path.parent.resolve():
+                raise UserError(f"{what}: {path} has changed since. Restore it, or choose another model_dir.")
+            self.say(f"warning: {what}: figures on them are better than on new scans")
+        if self.strict and not kept:
+            write_split(path, *([case.name for case in some] for some in (cases, validation)))
+        return cases, validation
 
 
 # ---------------------------------------------------------------- leaks
 
 
 def is_single_subject(train: Sequence[Case], validation: Sequence[Case]) -> bool:
-    """Whether both sides hold scans of one and the same subject: it is its own validation, on purpose."""
+    """Whether both sides hold scans of one subject, which is its own validation on purpose."""
     return len({case.subject for case in [*train, *validation]}) == 1
 
 
@@ -269,19 +260,30 @@ def leaks(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
 def shared_subjects(train: Sequence[Case], validation: Sequence[Case]) -> list[Problem]:
     """Validation cases of a subject that is trained on, unless it is the only one."""
     subjects = {} if is_single_subject(train, validation) else {case.subject: case.name for case in train}
-    told = "is of subject {}, who is under training too, as {}"
+    reason = "is of subject {}, who is under training too, as {}"
     return [
-        Problem(case.name, case.images[0], told.format(brief(case.subject), subjects[case.subject]))
+        Problem(case.name, case.images[0], reason.format(brief(case.subject), subjects[case.subject]))
         for case in validation
         if case.subject in subjects
     ]
 
 
+def one_file_of_two_subjects(cases: Sequence[Case]) -> list[Problem]:
+    """The same files under two subjects: a draw of subjects may put one on each side."""
+    found, first = [], {}
+    for case in cases:
+        other = first.setdefault(tuple(map(_real, case.images)), case)
+        if other.subject != case.subject:
+            reason = f"is there as {other.name} and as {case.name}: the split may put one on each side"
+            found.append(Problem(case.name, case.images[0], reason))
+    return found
+
+
 def _twins(some: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Of the second files those that hold the same bytes as one of the first, with it. Files that cannot be
-    read are reported elsewhere."""
+    """Those of the second files that hold the same bytes as one of the first, each with that one. Files that
+    cannot be read are reported elsewhere."""
     groups = {None: (some, others)}
-    for key in (_size, _sample, sha256_of):
+    for key in (lambda path: path.stat().st_size, _sample, sha256_of):
         finer = defaultdict(lambda: ([], []))
         for group, sides in groups.items():
             for side, paths in enumerate(sides):
@@ -298,10 +300,6 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, it takes links in a circle
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
 def _sample(path: Path) -> bytes:
     """Hash of some bytes of the start, the middle and the end of a file."""
     digest, last = hashlib.sha256(), max(0, path.stat().st_size - SAMPLED)
@@ -312,22 +310,11 @@ def _sample(path: Path) -> bytes:
     return digest.digest()
 
 
-def one_file_of_two_subjects(cases: Sequence[Case]) -> list[Problem]:
-    """The same files under two subjects: a draw of subjects may put one on each side."""
-    found, first = [], {}
-    for case in cases:
-        other = first.setdefault(tuple(map(_real, case.images)), case)
-        if other.subject != case.subject:
-            reason = f"is there as {other.name} and as {case.name}: the split may put one on each side"
-            found.append(Problem(case.name, case.images[0], reason))
-    return found
-
-
 # ---------------------------------------------------------------- what a checkpoint remembers
 
 
 def subjects_of(train: Sequence[Case], validation: Sequence[Case]) -> dict[str, list[str]]:
-    """For a checkpoint: hashes of the subjects of each side, since names may tell of a person."""
+    """For a checkpoint: hashes of the subjects of each side, since names may identify a person."""
     sides = zip(PARTS, (train, validation), strict=True)
     return {part: sorted({_hashed(case.subject) for case in cases}) for part, cases in sides}
 
@@ -339,21 +326,21 @@ def _hashed(subject: str) -> str:
 def on_side(cases: Sequence[Case], subjects: dict[str, list[str]], part: str) -> list[Case]:
     """The cases whose subject a checkpoint's `subjects` have on this side, and not on the other."""
     (other,) = set(PARTS) - {part}
-    there = set(subjects[part]) - set(subjects[other])
-    return [case for case in cases if _hashed(case.subject) in there]
+    on_it = set(subjects[part]) - set(subjects[other])
+    return [case for case in cases if _hashed(case.subject) in on_it]
 
 
 def split_alike(cases: Sequence[Case], subjects: dict[str, list[str]]) -> Sides | None:
     """Hold out what a checkpoint's training held out, and train on the rest; None where that leaves nothing
     on a side."""
-    held_out = {case.name for case in on_side(cases, subjects, "validation")}
+    validation = on_side(cases, subjects, "validation")
+    held_out = {case.name for case in validation}
     train = [case for case in cases if case.name not in held_out]
-    validation = [case for case in cases if case.name in held_out]
     return (train, validation) if train and validation else None
 
 
 def check_unchanged(path: Path, train: Sequence[Case], validation: Sequence[Case], resumed: dict) -> None:
-    """See that no case has changed sides since a run that is resumed was begun.
+    """Check that no case has changed sides since the training that is resumed began.
 
     Args:
         path: of the split.json.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.models import perceptual
+from ldm.models.autoencoder import Autoencoder
 from ldm.models.perceptual import medicalnet, radimagenet, standardised, trunk
 
 OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # the networks
@@ -26,29 +27,17 @@ class AutoencoderFeatures:
     autoencoder's encoder and of the posterior mean.
 
     Args:
-        autoencoder: frozen, with `encoder.blocks` and `encode(x) -> (mean, ...)`. The activations are those
-            after the last block of each resolution.
+        autoencoder: frozen. The activations are those after the last block of each resolution.
     """
 
-    def __init__(self, autoencoder: nn.Module):
+    def __init__(self, autoencoder: Autoencoder):
         self.autoencoder = autoencoder
 
     @torch.no_grad()
     def __call__(self, volume: torch.Tensor) -> list[torch.Tensor]:
         """(1, C, D, H, W) -> a row (F,) for each resolution and one for the mean, float64 on the CPU."""
-        seen = []
-        hooks = [
-            block.register_forward_hook(lambda module, inputs, output: seen.append(output))
-            for block in self.autoencoder.encoder.blocks
-        ]
-        try:
-            mean = self.autoencoder.encode(volume.to(next(self.autoencoder.parameters()).device))[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sizes = [x.shape[2:] for x in seen]
-        last = [x for i, x in enumerate(seen) if i + 1 == len(seen) or sizes[i] != sizes[i + 1]]
-        return [_pooled(x)[0].double().cpu() for x in [*last, mean]]
+        device = next(self.autoencoder.parameters()).device
+        return [_pooled(x)[0].double().cpu() for x in self.autoencoder.activations(volume.to(device))]
 
 
 def _pooled(activation: torch.Tensor) -> torch.Tensor:
@@ -140,7 +129,7 @@ class RadImageNetFeatures:
 
 
 def feature_networks(
-    autoencoder: nn.Module | None,
+    autoencoder: Autoencoder | None,
     medicalnet_weights: Sequence[str] | None,
     radimagenet_weights: Sequence[str] | None,
     device: torch.device,

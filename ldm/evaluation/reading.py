@@ -29,7 +29,7 @@ from ldm.evaluation.groups import (
 )
 from ldm.export import records
 from ldm.metrics import RadialSpectrum
-from ldm.models.autoencoder import LatentEncoder
+from ldm.models.autoencoder import Autoencoder
 from ldm.system.files import sha256_of
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
@@ -243,7 +243,7 @@ def read_groups(
     sources: dict[str, Source],
     read: Reader,
     networks: dict[str, Callable],
-    encoder: LatentEncoder | None,
+    encoder: Autoencoder | None,
     classifier: Callable | None,
     run: Run,
 ) -> tuple[Comparison, dict[str, list[tuple[str, np.ndarray]]]]:

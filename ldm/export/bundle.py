@@ -45,9 +45,9 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
     Args:
         origin: the `history` of each checkpoint.
     """
-    autoencoder, unet = _weights(networks.encoder.autoencoder), _weights(networks.unet)
+    autoencoder, unet = _weights(networks.autoencoder.network), _weights(networks.unet)
     follows = {
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         "autoencoder": weights_hash(autoencoder),
         "latent_shape": networks.latent_shape,
         "geometry": networks.geometry,
@@ -106,8 +106,8 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     generator = torch.Generator().manual_seed(0)
     image_channels, latent_channels = config["image_channels"], networks.latent_shape[0]
     plain = {"memory_format": torch.contiguous_format}
-    autoencoder, unet = networks.encoder.autoencoder.to(**plain), networks.unet.to(**plain)
-    scale_factor, last = networks.encoder.scale_factor, networks.process.num_train_timesteps
+    autoencoder, unet = networks.autoencoder.network.to(**plain), networks.unet.to(**plain)
+    scale_factor, last = networks.scale_factor, networks.process.num_train_timesteps
 
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.rand(batch, image_channels, *size, generator=generator),)
@@ -301,7 +301,7 @@ def write_bundle(
         about: as of `ldm.export.model_card.model_card`.
         figures: of an evaluation.
     """
-    models = {"model.pt": networks.unet, "autoencoder.pt": networks.encoder.autoencoder}
+    models = {"model.pt": networks.unet, "autoencoder.pt": networks.autoencoder.network}
     contents = {name: _weights(network) for name, network in models.items()}
     if not networks.process.is_flow:
         contents["alphas_cumprod.pt"] = networks.process.alphas_cumprod
@@ -344,7 +344,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "sampler": sampler,
         "steps": _steps(sampler, process),
         "latent_shape": networks.latent_shape,
-        "scale_factor": networks.encoder.scale_factor,
+        "scale_factor": networks.scale_factor,
         "spacing": list(networks.geometry["spacing"]),
         "limits": networks.geometry["limits"],
         "network_def": _fused(config["diffusion_def"]),
@@ -388,7 +388,9 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
     packages = ["nibabel", "fire"]
     if any(definition["_target_"].startswith("generative.") for definition in _definitions(config)):
         packages.append("monai-generative")
-    if any("attn" in name for network in (networks.unet, networks.encoder) for name in network.state_dict()):
+    if any(
+        "attn" in name for network in (networks.unet, networks.autoencoder) for name in network.state_dict()
+    ):
         packages.append("einops")
     versions = {name: version_of(name) for name in packages}
     scores = {f"{one['group']}: {one['name']}": one["value"] for one in figures if one["value"] is not None}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm import UserError, brief, configs
+from ldm.data.intensity import Intensity
 from ldm.data.splits import read_split
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
 from ldm.generation import Networks
@@ -207,10 +208,10 @@ def model_card(
         title=title,
         description=about["description"],
         authors=about["authors"],
-        autoencoder=_network(config["autoencoder_def"], networks.encoder),
+        autoencoder=_network(config["autoencoder_def"], networks.autoencoder),
         factor=downsampling(config["autoencoder_def"]),
         latents=by(networks.latent_shape),
-        scale_factor=networks.encoder.scale_factor,
+        scale_factor=networks.scale_factor,
         unet=_network(config["diffusion_def"], networks.unet),
         prediction=process.prediction,
         noise=f"rectified flow, shift {process.shift:g}"
@@ -225,7 +226,7 @@ def model_card(
         channels=", ".join(about["channels"]),
         size=by(geometry["size"]),
         spacing=by(geometry["spacing"]),
-        intensity=configs.intensity_of(config),
+        intensity=Intensity.from_config(config),
         limits=", ".join(f"{low:.6g} to {high:.6g}" for low, high in geometry["limits"]),
         training=_training(networks, origin),
         figures="\n".join(_figures(origin, metrics)),

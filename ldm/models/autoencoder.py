@@ -1,5 +1,6 @@
-"""Between images and latents: encode, draw from the posterior, scale, decode."""
+"""One interface for every autoencoder: encode, decode, and the shape of the latents."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,72 +9,101 @@ from torch import nn
 from ldm import UserError
 from ldm.lowmem.slabwise import Budget, decode_within, encode_within
 
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
-class LatentEncoder(nn.Module):
-    """An autoencoder and the one scale factor of its latents.
 
-    Latents z = (mean + std * eps) * scale_factor have unit variance over the training set (Rombach et al.,
-    2022, section 4.3.2 and D.1); decoding divides by the same factor.
+class Autoencoder(nn.Module):
+    """A network of any class that encodes images to a Gaussian posterior and decodes latents, 2D or 3D.
+
+    Latents are unscaled: a diffusion model's are divided by its scale factor before they are decoded.
 
     Args:
-        autoencoder: a network with `encode(x) -> (mean, std)` and `decode(z)`, such as AutoencoderKL.
-        scale_factor: None until it is known; scaling without it is an error.
-        budget: memory within which `posterior` and `decode` compute, in slabs where it takes them, to the
-            same values but for rounding. None: as much as whole volumes take.
+        network: with `encode(x) -> (mean, std)`, `decode(z)` and `latent_channels`, such as AutoencoderKL.
+        budget: memory within which `encode` and `decode` compute, in slabs where that is needed. The values
+            are the same but for rounding. None: whole volumes at once.
     """
 
-    def __init__(
-        self, autoencoder: nn.Module, scale_factor: float | None = None, budget: Budget | None = None
-    ):
+    def __init__(self, network: nn.Module, budget: Budget | None = None):
         super().__init__()
-        self.autoencoder, self.scale_factor, self.budget = autoencoder, scale_factor, budget
+        self.autoencoder, self.budget = network, budget  # named as in checkpoints' averaged weights
+
+    @property
+    def network(self) -> nn.Module:
+        """The network inside, whose `state_dict` is what checkpoints hold."""
+        return self.autoencoder
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.network.latent_channels
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3."""
+        return len(self.factor)
+
+    @property
+    def factor(self) -> tuple[int, ...]:
+        """Voxels per latent voxel along each axis: the product of the strides of the encoder's layers."""
+        strides = [
+            layer.stride for layer in self.network.encoder.modules() if isinstance(layer, CONVOLUTIONS)
+        ]
+        return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
 
     def forward(
         self, images: torch.Tensor, eps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One training pass, on unscaled latents: (B, C, D, H, W) -> reconstruction, posterior mean and
-        std."""
-        mean, std = self.autoencoder.encode(images)
-        return self.autoencoder.decode(mean + std * eps), mean, std
+        """One training pass: images (B, C, D, H, W) and noise (B, c, d, h, w) -> reconstruction, posterior
+        mean and std."""
+        mean, std = self.network.encode(images)
+        return self.network.decode(mean + std * eps), mean, std
 
-    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, D, H, W) -> mean and std of the posterior, unscaled, each (B, c, d, h, w) float32.
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, D, H, W) -> mean and std of the posterior, (B, c, d, h, w) float32 each.
 
         With a budget the images may lie in host memory.
         """
         if self.budget:
-            mean, std = encode_within(self.autoencoder, images, self.budget)
+            mean, std = encode_within(self.network, images, self.budget)
         else:
-            mean, std = self.autoencoder.encode(images)
+            mean, std = self.network.encode(images)
         return mean.float(), std.float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
-        latents = latents / self._scale()
+        """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
         if self.budget:
-            return decode_within(self.autoencoder, latents, self.budget).float()
-        return self.autoencoder.decode(latents).float()
+            return decode_within(self.network, latents, self.budget).float()
+        return self.network.decode(latents).float()
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """Decode the posterior mean: (B, C, D, H, W) -> the same, float32."""
-        return self.autoencoder.decode(self.autoencoder.encode(images)[0]).float()
+        return self.network.decode(self.network.encode(images)[0]).float()
 
-    def _scale(self) -> float:
-        if self.scale_factor is None:
-            raise UserError(
-                "No scale factor: weights from elsewhere need --scale-factor X (1 / std of their latents)."
-            )
-        return self.scale_factor
+    def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """(B, C, D, H, W) -> what the encoder computes from them: the output of the last block of each
+        resolution, and the posterior mean."""
+        outputs = []
+        hooks = [
+            block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for block in self.network.encoder.blocks
+        ]
+        try:
+            mean = self.network.encode(images)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sizes = [x.shape[2:] for x in outputs] + [None]
+        return [x for x, after in zip(outputs, sizes[1:], strict=True) if x.shape[2:] != after] + [mean]
 
 
-def set_posterior_std(autoencoder: nn.Module, std: float) -> None:
+def set_posterior_std(network: nn.Module, std: float) -> None:
     """Start training with posteriors of this standard deviation, by the bias of the log-variance layer."""
-    layer = getattr(autoencoder, "quant_conv_log_sigma", None)
+    layer = getattr(network, "quant_conv_log_sigma", None)
     if layer is None:
         raise UserError(
             "autoencoder_train.initial_posterior_std: this network has no log-variance layer; set null."
         )
-    conv = next(module for module in layer.modules() if isinstance(module, nn.Conv3d))
+    conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
     with torch.no_grad():
         conv.weight.mul_(0.1)
         conv.bias.fill_(2 * torch.tensor(std).log().item())

@@ -19,9 +19,10 @@ class _Gradients(nn.Module):
         return torch.autograd.grad(sum(one.sum() for one in made), parameters, allow_unused=True)
 
 
-def freeze_unreached(network: nn.Module, *args, **kwargs) -> None:
+def freeze_unreached(network: nn.Module, *args, **kwargs) -> list[str]:
     """Freeze the parameters that no loss can reach: those that a call of the network with these arguments, on
-    the meta device, does not use. DDP waits for a gradient of every parameter that is not frozen.
+    the meta device, does not use. DDP waits for a gradient of every parameter that is not frozen. Returns the
+    names of those that are.
 
     Call it as training does: what another call would use, such as a class embedding, is frozen too.
     """
@@ -37,6 +38,7 @@ def freeze_unreached(network: nn.Module, *args, **kwargs) -> None:
         )
     for parameter, gradient in zip(network.parameters(), gradients, strict=True):
         parameter.requires_grad_(parameter.requires_grad and gradient is not None)
+    return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
 
 
 def add_checkpointing(network: nn.Module) -> None:

@@ -19,7 +19,8 @@ class Run:
     world_size: int
     device: torch.device
     amp_dtype: torch.dtype | None = None
-    patient: dist.ProcessGroup | None = None  # for what one process does while the others wait
+    slow_group: dist.ProcessGroup | None = None  # with a long timeout: for work that others wait for
+    command: str = ""  # the command line, for log.txt
 
     @property
     def is_main(self) -> bool:
@@ -47,14 +48,14 @@ class Run:
         """Sum over the ranks, on the CPU; the others may be long in coming."""
         tensor = tensor.cpu()
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.patient)
+            dist.all_reduce(tensor, group=self.slow_group)
         return tensor
 
     def gather(self, value) -> list:
         """A plain value of every rank, in the order of ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value, group=self.patient)
+            dist.all_gather_object(values, value, group=self.slow_group)
         return values
 
     def share(self, rows: torch.Tensor) -> None:
@@ -62,7 +63,7 @@ class Run:
         number of ranks. The values themselves are sent; `gather` would pickle them."""
         if self.world_size > 1:
             for i, row in enumerate(rows):
-                dist.broadcast(row, i % self.world_size, group=self.patient)
+                dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
         """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
@@ -74,7 +75,7 @@ class Run:
                 error = caught
         if self.world_size > 1:
             box = [result, isinstance(error, UserError), str(error) if error else None]
-            dist.broadcast_object_list(box, group=self.patient)
+            dist.broadcast_object_list(box, group=self.slow_group)
             if not self.is_main and box[2] is not None:
                 error = (UserError if box[1] else OSError)(box[2])
             result = box[0]

@@ -15,6 +15,7 @@ does.
 import contextlib
 import copy
 import json
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ldm import UserError, brief
+from ldm.losses import missing_package
 from ldm.models.definitions import downsampling, network_divisor
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training.step import Stepper
@@ -378,3 +380,63 @@ def report(
         table(peaks),
     ]
     return "\n".join(lines + [f"less by {listed(lower)}"] * bool(lower))
+
+
+def training_report(
+    rehearse: Callable, config: dict, stage: str, sizes: Sequence, gpu: bool, world_size: int
+) -> str:
+    """What a dry run of a training script prints; arguments as of `Forecast`.
+
+    Raises:
+        ForecastError: the peaks cannot be estimated.
+    """
+    config, notes = copy.deepcopy(config), []
+    section = config[stage]
+    if section.get("perceptual_weight") and (missing := missing_package(section["perceptual_network"])):
+        notes.append(f"not counted: the perceptual network. {missing}\n")
+        section["perceptual_weight"] = 0.0
+    forecast = Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), world_size)
+    peaks = forecast.peaks(config)
+    half, size = forecast.half if section["amp"] else None, sizes[stage == "diffusion_train"]
+    lower = forecast.savings(config, peaks)
+    return "".join(notes) + report(peaks, lower, gpu, half, section["batch_size"], size)
+
+
+def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, run: Run) -> None:
+    """On GPUs: warn where the estimated peak is more than is free on any, or cannot be estimated.
+
+    Memory that is in use may be free before the peak, and the libraries' workspace is an allowance: neither
+    refuses a training.
+
+    Raises:
+        UserError: the tensors alone are more than a whole GPU. Not on Windows, whose driver may put them into
+            main memory, nor where the networks are compiled, which may keep fewer.
+    """
+    memories = run.gather(gpu_memory(run.device))
+    if None in memories:
+        return
+    free, everything = (min(values) for values in zip(*memories, strict=True))
+
+    def check() -> None:
+        forecast = Forecast(rehearse, stage, sizes, True, amp_dtype(run.device), run.world_size)
+        try:
+            peaks = forecast.peaks(config)
+        except (ForecastError, UserError) as error:
+            # Also a UserError: without values a check may fail that passes with them. Else it comes again.
+            run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
+            return
+        peak = highest(peaks)
+        if peak.total <= free:
+            return
+        lower = listed(forecast.savings(config, peaks)) or "smaller networks"
+        needs = f"{stage}: expected peak {peak.total / GB:.1f} GB"
+        if peak.tensors > everything and not config[stage]["compile"] and os.name != "nt":
+            raise UserError(
+                f"{needs}, but the GPU has {everything / GB:.1f} GB in all.\nTo lower it: {lower}"
+            )
+        run.say(
+            f"warning: {needs}. Of the GPU's {everything / GB:.1f} GB {free / GB:.1f} are free now.\n"
+            f"To lower it: {lower}"
+        )
+
+    run.from_main(check)

@@ -1,10 +1,20 @@
-"""The folder of a run: its checkpoints, where a training starts, and what it leaves behind."""
+"""The folder of a run: its lock, its checkpoints, where a training starts, and what an earlier one left."""
 
+import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm import UserError
-from ldm.system.checkpoints import COUNTS, load_checkpoint, save_checkpoint
+import torch
+from filelock import FileLock, Timeout
+
+from ldm import UserError, configs
+from ldm.data.prepare import find_data
+from ldm.system.checkpoints import COUNTS, load_checkpoint, save_checkpoint, weights_hash
+from ldm.system.messages import CLEAN_UP
+from ldm.system.ranks import Run
+from ldm.system.versions import versions
+from ldm.training.logs import TextLog, read_log, write_log
 
 TO_GO_ON = (*COUNTS, "seconds", "sums", "stepper", "ema")
 TO_GO_ON_FROM = {  # what the newest checkpoint of each stage holds, and the best need not
@@ -105,3 +115,152 @@ def load_training_checkpoint(path: Path, name: str) -> dict:
         if key not in content:
             raise UserError(f"{path}: {key} is missing; the training of {name} cannot resume from it.")
     return {**content, "path": path}
+
+
+def lock_run_folder(folder: Path, run: Run) -> None:
+    """Keep every other run from writing to a folder until this script ends, however it ends.
+
+    Raises:
+        UserError: another run is writing there.
+        OSError: the folder cannot be made or written to.
+    """
+
+    def lock():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder}: another run is writing there. Wait for its end, or choose another model_dir."
+            ) from None
+        CLEAN_UP.callback(lock.release)
+        for part in folder.glob(".*.part"):  # of a save that was killed
+            part.unlink()
+
+    run.from_main(lock)
+
+
+def resume_or_start(
+    files: StageFiles,
+    stage: str,
+    config: dict,
+    environment: dict,
+    run: Run,
+    resume: Path | None = None,
+    fresh: bool = False,
+) -> dict | None:
+    """The checkpoint to resume from, on every rank; None where the training starts.
+
+    It is `resume`, where one is named; none, where `fresh` or `resume_ckpt` is false; else the newest good
+    one. What a start finds there is moved to `model_dir/old-N`. Config keys that differ from the checkpoint's
+    are printed. From here on `model_dir/log.txt` is written.
+
+    Args:
+        stage: `autoencoder` or `diffusion`.
+        resume, fresh: `--resume` and `--fresh`.
+
+    Raises:
+        UserError: the checkpoint that was named is missing or damaged; or checkpoints are there and none is
+            good; or it was trained with other networks or volumes than the config asks for; or there are no
+            data to start over on.
+    """
+    found, model_dir = {}, environment["model_dir"]
+    log = TextLog(model_dir / "log.txt") if run.is_main else None
+
+    def check(content: dict) -> None:
+        """Before anything is moved. A spacing that the data decide is checked when they are found."""
+        found["content"] = content
+        keys = [key for key in configs.FIXED[stage] if key != "spacing" or config["spacing"]]
+        configs.check_fixed(content["config"], config, keys, content["path"], configs.RESUMING)
+
+    def choose() -> Path | None:
+        if resume:
+            check(load_training_checkpoint(resume, files.name))
+            if files.present() and resume.resolve() != files.last.resolve():
+                run.say(f"the files in {model_dir} are copied to {set_aside(environment, stage, copy=True)}")
+            return resume
+        if not files.present():
+            if environment["resume_ckpt"]:
+                run.say(f"{model_dir}: no checkpoint of this stage to resume from; the training starts.")
+            return None
+        if fresh or environment["resume_ckpt"] is False:
+            from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
+            if not from_cache and not environment["download_brats"]:
+                find_data(config, environment)  # fails before anything is moved
+            why = "" if fresh else " (resume_ckpt is false; remove it to resume instead)"
+            run.say(f"starting over{why}: earlier files are now in {set_aside(environment, stage)}")
+            return None
+        path, content = files.newest(run.say)
+        check(content)
+        return path
+
+    path = run.from_main(choose)
+    if log:
+        facts = {
+            f"==== {stage}": f"resumes from {path}" if path else "starts",
+            "command": run.command,
+            "config": model_dir / f"config_{stage}.json",
+            "device": f"{run.device.type} x {run.world_size}, {run.amp_dtype or torch.float32}",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
+        }
+        log.begin(facts)
+    if path is None:
+        return None
+    content = found["content"] if run.is_main else load_training_checkpoint(path, files.name)
+    if changes := configs.changes(content["config"], config):
+        run.say(f"differs from the checkpoint's config: {changes}")
+    return content
+
+
+def keep_pair(environment: dict, best: Path, run: Run) -> None:
+    """Before stage 1's best weights are replaced, copy them to `old-N` with the diffusion model that was
+    trained on them, if there is one: it is of no use without them."""
+    unet = environment["model_dir"] / "diffusion_unet.pt"
+
+    def copy():
+        if not (unet.is_file() and best.is_file()):
+            return
+        if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
+            old = set_aside(environment, "autoencoder", copy=True)
+            run.say(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
+
+    run.from_main(copy)
+
+
+STAGE_FILES = {
+    # A diffusion model goes with its autoencoder.
+    "autoencoder": ("*.pt", "*.json", "samples", "*.gif", "losses.png", "log.txt"),
+    "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples", "samples.gif", "losses.png"),
+}
+
+
+def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
+    """Move what a stage left in `model_dir`, its pictures and its TensorBoard files to a new `old-N`.
+
+    Args:
+        copy: copy them, since a training will resume from them.
+    """
+    model_dir, output_dir = environment["model_dir"], environment["output_dir"]
+    old = next(p for n in itertools.count(1) if not (p := model_dir / f"old-{n}").exists())
+    old.mkdir()
+    log, text, stages = model_dir / "train_log.jsonl", model_dir / "log.txt", [stage]
+    if stage == "autoencoder":
+        stages.append("diffusion")
+    pictures = [output_dir / "reconstructions.png"] if stage == "autoencoder" else []
+    for path in [p for pattern in STAGE_FILES[stage] for p in model_dir.glob(pattern)] + pictures:
+        if path.is_dir() and copy:
+            shutil.copytree(path, old / path.name)
+        elif path.exists():
+            (shutil.copy2 if copy else shutil.move)(path, old / path.name)
+    if text.is_file():  # of both stages: it goes on
+        shutil.copy2(text, old / text.name)
+    if log.is_file():
+        shutil.copy2(log, old / log.name)
+        if not copy:
+            write_log(log, [entry for entry in read_log(log) if entry["stage"] not in stages])
+    for one in [] if copy else stages:
+        events = environment["tfevent_path"] / one
+        if events.is_dir():
+            shutil.move(events, old / f"tensorboard_{one}")
+    return old

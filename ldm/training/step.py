@@ -1,5 +1,4 @@
-"""One step of training: learning rate, scaled backward, clipping, averaged weights, what the ranks agree on,
-and how far a run is."""
+"""One step of training: learning rate, scaled backward, clipping, the step, averaged weights."""
 
 import contextlib
 import math
@@ -23,7 +22,7 @@ def learning_rate(section: dict, world_size: int, progress: float, step: int, ep
 
 
 class Stepper:
-    """One optimiser: scaled backward, accumulation, clipping, and a step that can be masked.
+    """One optimiser: scaled backward, accumulation, clipping, and a step that can be skipped.
 
     Args:
         network: the wrapped network, whose gradients are summed over ranks on the last of the accumulated
@@ -43,6 +42,11 @@ class Stepper:
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.norm = torch.zeros((), device=device)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
 
     def accumulating(self, last: bool):
         """Context of a forward and backward pass; ranks exchange gradients only on the last batch of a
@@ -65,12 +69,12 @@ class Stepper:
         scale = self.scaler.scale(torch.ones_like(self.norm))
         return self.norm.isfinite() | (scale > 1)
 
-    def step(self, rate: float, masked: torch.Tensor) -> None:
-        """Step at this learning rate unless `masked` (0 or 1, on the device) or an overflow forbids it; clear
+    def step(self, rate: float, skip: torch.Tensor) -> None:
+        """Step at this learning rate unless `skip` (0 or 1, on the device) or an overflow forbids it; clear
         the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.found_inf = torch.maximum(masked.float(), (~self.norm.isfinite()).float())
+        self.optimizer.found_inf = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
         self.optimizer.grad_scale = None
         self.optimizer.step()
         self.scaler.update()
@@ -131,32 +135,30 @@ def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
-class Average(AveragedModel):
+class EMA(AveragedModel):
     """Exponential moving average of the weights; the decay rises with the steps, (1 + n) / (10 + n), up to
     `decay`. Buffers are those of the network.
 
-    The count stays on the CPU: torch's own update copies it to the device at each step, and a function of it
-    back, for which a GPU is waited for.
+    The count of steps lies on the device: a step that is skipped is not averaged, and no one waits to know.
     """
 
     def __init__(self, network: nn.Module, decay: float):
-        super().__init__(network)
+        super().__init__(network, device=next(network.parameters()).device)
         self.decay = decay
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take up the weights after a step."""
-        n = int(self.n_averaged)
-        averages, weights = list(self.module.parameters()), list(model.parameters())
-        if n == 0:
-            torch._foreach_copy_(averages, weights)
-        else:
-            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)))
-        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
-        self.n_averaged += 1
+    def update(self, network: nn.Module, skip: torch.Tensor) -> None:
+        """Average the weights after a step, unless `skip` (0 or 1, on the device)."""
+        n = self.n_averaged.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) * (n > 0)
+        weight = ((1 - decay) * (1 - skip)).float()
+        averages, weights = list(self.module.parameters()), list(network.parameters())
+        torch._foreach_lerp_(averages, weights, [weight] * len(weights))
+        for average, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
+            average.copy_(torch.where(skip.bool(), average, buffer))
+        self.n_averaged += (1 - skip).long()
 
 
-def make_ema(network: nn.Module, decay: float) -> Average | None:
-    """The average of the weights, or None where there is none."""
-    return Average(network, decay) if decay else None
+def make_ema(network: nn.Module, decay: float) -> EMA | None:
+    """The average of the weights; None where `decay` is 0."""
+    return EMA(network, decay) if decay else None

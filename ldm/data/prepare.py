@@ -1,0 +1,154 @@
+"""From a config and an environment file to the cases, sizes and data sets of a training.
+
+`prepare_data` finds the cases, checks them and splits them as `model_dir/split.json` says. Where the config
+leaves the spacing open, the data decide it; the caller puts it into the config:
+
+    train, val, spacing = prepare_data(config, environment, run)
+    config = configs.with_spacing(config, spacing)
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ldm import UserError, configs
+from ldm.data import splits
+from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
+from ldm.data.datasets import VolumeDataset
+from ldm.data.download import fetch_task01
+from ldm.data.intensity import Intensity
+from ldm.data.layouts import find_cases
+from ldm.data.preprocessing import Preprocessing
+from ldm.models.definitions import check_size, downsampling, network_divisor
+from ldm.system.checkpoints import load_checkpoint
+from ldm.system.ranks import Run
+
+FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # of the environment, for results
+
+
+def own_folders(environment: dict) -> list[Path]:
+    """The folders that the scripts write to. Images in them are not data."""
+    return [environment[key] for key in FOLDERS]
+
+
+def data_folders(environment: dict) -> list[Path]:
+    """The data folder, or several."""
+    base = environment["data_base_dir"]
+    return base if isinstance(base, list) else [base]
+
+
+def find_data(
+    config: dict, environment: dict, say: Callable[[str], None] | None = None
+) -> tuple[list[Case], list[Case]]:
+    """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
+    without volumes that this run or inference.py wrote."""
+    data = config["data"]
+    return find_cases(
+        environment["data_base_dir"],
+        data["pattern"],
+        contrasts=data["contrasts"],
+        subject=data["subject"],
+        outputs=own_folders(environment),
+        generated=False,
+        say=say,
+    )
+
+
+def prepare_data(
+    config: dict,
+    environment: dict,
+    run: Run,
+    skip_bad: bool = False,
+    write: bool = True,
+    resumed: dict | None = None,
+    autoencoder: Path | None = None,
+    known: dict | None = None,
+) -> tuple[list[Case], list[Case], list[float]]:
+    """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
+
+    With a `split.json`, its cases are those of the run: others are left out and named. A training ends where
+    one of its cases is missing or bad; else that case is left out and named, too.
+
+    Args:
+        skip_bad: read every voxel first. Where the split is made, leave out bad cases and list them in
+            `model_dir/skipped.json`. Without it only headers are read, and a bad one ends the training.
+        write: for a training; if False, nothing is written or downloaded.
+        resumed: the checkpoint that is resumed.
+        autoencoder: the file of stage 1's weights. Where the split is made, cases that the autoencoder was
+            not trained on are held out.
+        known: the `subjects` in that file, if it was read already.
+
+    Returns:
+        Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
+        that of `choose_spacing`.
+
+    Raises:
+        UserError: no data, bad data, or a held-out case that was trained on.
+    """
+    base = environment["data_base_dir"]
+    if environment["download_brats"] and write:
+        if isinstance(base, list):
+            raise UserError("download_brats: data_base_dir should be one folder, not a list.")
+        run.from_main(lambda: fetch_task01(base) and None)
+    found = find_data(config, environment, run.say)
+
+    def divide() -> splits.Sides:
+        subjects = known
+        if subjects is None and autoencoder and autoencoder.is_file():
+            subjects = load_checkpoint(autoencoder).get("subjects")
+        stages = (config["autoencoder_train"], config["diffusion_train"])
+        labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
+        where = ", ".join(map(str, data_folders(environment)))
+        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, write, run.say)
+        sides = splitter.without_bad(
+            *splitter.select(*found),
+            configs.channels_of(config),
+            Intensity.from_config(config),
+            labels,
+            skip_bad,
+        )
+        val_fraction, seed = config["data"]["val_fraction"], config["seed"]
+        return splitter.divide(*sides, val_fraction, seed, resumed, autoencoder, subjects)
+
+    train, val = run.from_main(divide)
+    if splits.is_single_subject(train, val):
+        run.say(
+            f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
+        )
+    spacing = config["spacing"] or choose_spacing(train, config["longest_side"])
+    run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
+    return train, val, spacing
+
+
+def volumes_to_encode(
+    config: dict, environment: dict, train: Sequence[Case], val: Sequence[Case], run: Run
+) -> tuple[VolumeDataset, VolumeDataset]:
+    """The training and validation volumes that stage 2 encodes, as images."""
+    _, size, _ = patch_sizes(config, [*train, *val])
+    preprocessing, augment = Preprocessing.from_config(config), config["diffusion_train"]["augment"]
+    cache_rate, seed = config["data"]["cache_rate"], config["seed"]
+    common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
+    warn_of_padding(train, config["spacing"], size, run.say)
+    return (
+        VolumeDataset(train, preprocessing, size, False, augment, **common),
+        VolumeDataset(val, preprocessing, size, **common),
+    )
+
+
+def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
+    """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
+    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
+
+    Raises:
+        UserError: a size that the networks cannot take; the nearest that they can are named.
+    """
+    first, second = config["autoencoder_train"], config["diffusion_train"]
+    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    if not (patch and volume):
+        whole = volume_size(cases, config["spacing"], network_divisor(config))
+        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
+        patch, volume = patch or whole, volume or whole
+    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
+    check_size(volume, network_divisor(config), "diffusion_train.patch_size")
+    check_size(patch, factor, "autoencoder_train.patch_size")
+    check_size(shown, factor, "autoencoder_train.val_patch_size")
+    return patch, volume, shown

@@ -1,0 +1,73 @@
+"""What the diffusion network learns: its loss, and the held-out loss at fixed noise and times."""
+
+import torch
+from torch import nn
+
+from ldm.data.datasets import stream
+from ldm.data.latents import Posteriors
+from ldm.diffusion.process import NoiseProcess
+from ldm.models.denoiser import predict
+from ldm.system.ranks import Run
+
+
+def diffusion_loss(
+    process: NoiseProcess,
+    prediction: torch.Tensor,
+    z0: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    min_snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """Mean squared error of a prediction at z_t, (B, c, d, h, w), for times (B,): a scalar, float32.
+
+    Args:
+        min_snr_gamma: weights the error by time (Hang et al., 2023); None: all times alike.
+    """
+    target = process.target(z0, noise, t)
+    if min_snr_gamma is None:
+        return nn.functional.mse_loss(prediction.float(), target)
+    errors = (prediction.float() - target).square().flatten(1).mean(1)
+    return (process.min_snr_weight(t, min_snr_gamma) * errors).mean()
+
+
+@torch.no_grad()
+def validate(
+    unet: nn.Module,
+    dataset: Posteriors,
+    scale_factor: float,
+    process: NoiseProcess,
+    section: dict,
+    seed: int,
+    run: Run,
+) -> dict[str, float]:
+    """Losses over the held-out volumes at fixed noise and evenly spread times, each rank its share.
+
+    Args:
+        dataset: its items hold a posterior's `mean` and their `cond`.
+        section: `diffusion_train` of the config.
+
+    Returns:
+        The mean as `loss`; `loss_quarter_1` is that of the quarter of the times with the least noise,
+        `loss_quarter_4` of that with the most.
+    """
+    times, batch_size = section["val_times"], section["batch_size"]
+    unet.eval()
+    t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
+    sums = torch.zeros(times, dtype=torch.float64, device=run.device)
+    for i in range(run.rank, len(dataset), run.world_size):
+        item = dataset[(0, i)]
+        z0 = item["mean"].to(run.device)[None] * scale_factor
+        generator = stream(seed, "validation", dataset.cases[i].name)
+        noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
+        errors = []
+        for eps, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
+            cond = {k: v.to(run.device).expand(len(at), *v.shape) for k, v in item["cond"].items()}
+            with run.autocast():
+                prediction = predict(unet, process.add_noise(z0, eps, at), at, cond)
+            target = process.target(z0.expand_as(eps), eps, at)
+            errors.append((prediction.float() - target).square().flatten(1).mean(1))
+        sums += torch.cat(errors)  # read when all are computed
+    by_time = (run.sum(sums) / len(dataset))[t.argsort().cpu()]
+    quarters = ((torch.arange(times) + 0.5) * 4 / times).long()
+    named = {f"loss_quarter_{q + 1}": by_time[quarters == q].mean().item() for q in quarters.unique()}
+    return {"loss": by_time.mean().item(), **named}

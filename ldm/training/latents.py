@@ -1,0 +1,159 @@
+"""The latents that stage 2 trains on: encoded now, or read from a cache; and their scale factor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from ldm import UserError, configs
+from ldm.data import latents
+from ldm.data.cases import Case, typical_limits
+from ldm.data.datasets import VolumeDataset, WithDraws
+from ldm.data.latents import Posteriors
+from ldm.data.prepare import data_folders, find_data
+from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
+from ldm.lowmem.slabwise import Budget
+from ldm.models.autoencoder import Autoencoder, LatentMoments
+from ldm.models.layers import on_device
+from ldm.models.weights import load_weights
+from ldm.system.checkpoints import load_checkpoint, weights_hash
+from ldm.system.ranks import Run
+from ldm.training.memory import GB
+
+
+class WithNoise(WithDraws):
+    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, and the
+    `uniform` draw that a time is made of."""
+
+    purpose = "diffusion"
+
+    def draw(self, generator: torch.Generator) -> dict:
+        eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        return {"eps": eps, "noise": noise, "uniform": torch.rand((), generator=generator)}
+
+
+@dataclass
+class Latents:
+    """What the diffusion model learns from.
+
+    `train` and `val` serve posteriors, `train` images where each epoch has versions of its own.
+    `autoencoder` is None where the posteriors come from a cache. `weights` is the hash of the autoencoder's
+    weights, `shape` that of the latents, (c, d, h, w); `geometry` holds spacing, size and intensity limits of
+    the volumes.
+    """
+
+    train: Posteriors | VolumeDataset
+    val: Posteriors
+    autoencoder: Autoencoder | None
+    weights: str
+    shape: list[int]
+    geometry: dict
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a loader has nothing to read or to make."""
+        return self.autoencoder is not None and isinstance(self.train, Posteriors)
+
+    @torch.no_grad()
+    def posterior(self, batch: dict, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and std of a batch, (B, c, d, h, w) each: as kept; or encoded now, for this step
+        alone, in the precision of the training."""
+        if "mean" in batch:
+            return tuple(batch[key].to(run.device, non_blocking=True) for key in ("mean", "std"))
+        with run.autocast():
+            return self.autoencoder.encode(batch["image"].to(run.device, non_blocking=True))
+
+    def scale_factor(self, run: Run) -> float:
+        """1 / std of the latents of the whole training set, the same on every rank (Rombach et al., 2022,
+        section 4.3.2). Where volumes change from epoch to epoch, those of epoch 0 are measured."""
+        moments = LatentMoments()
+        for i in range(run.rank, len(self.train), run.world_size):
+            moments.add(*self.posterior(one_of(self.train, i), run))
+        return moments.scale_factor(run.sum)
+
+
+def one_of(dataset: Dataset, i: int) -> dict:
+    """Case `i` in epoch 0, as a batch of one."""
+    return {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")}
+
+
+def load_autoencoder(
+    path: Path, config: dict, run: Run, max_memory: float | None = None, checkpoint: dict | None = None
+) -> Autoencoder:
+    """The frozen autoencoder of stage 1, checked against the config in what both stages share.
+
+    Args:
+        max_memory: GB to encode and decode in; None: no limit.
+        checkpoint: the content of the file, if it was read already.
+    """
+    checkpoint = checkpoint or load_checkpoint(path, "autoencoder")
+    configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
+    network = configs.define_network(config, "autoencoder_def")
+    load_weights(network, checkpoint["model"], str(path))
+    budget = Budget(max_memory * GB) if max_memory else None
+    return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
+
+
+def encode_data(
+    config: dict, train: VolumeDataset, val: VolumeDataset, path: Path, resumed: dict | None, run: Run
+) -> Latents:
+    """Encode the training and held-out volumes with the autoencoder at `path`."""
+    autoencoder, workers = load_autoencoder(path, config, run), config["data"]["num_workers"]
+    weights = weights_hash(autoencoder.network.state_dict())
+    check_same(resumed, weights, path)
+    limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
+    geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
+    val = latents.encode_all(autoencoder, val, run, workers, "encode held-out")
+    if train.versions is not None:
+        train = latents.encode_all(autoencoder, train, run, workers, "encode training")
+    shape = list(val.entries[0].shape[2:])
+    return Latents(train, val, autoencoder, weights, shape, geometry)
+
+
+def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None, run: Run) -> Latents:
+    """The latents that cache_latents.py has written; no image is opened and no autoencoder built.
+
+    Args:
+        path: of the autoencoder's file, which may be missing.
+
+    Raises:
+        UserError: they are not those of this config, autoencoder and data.
+    """
+    folder, seed = environment["cache_dir"] / latents.LATENTS, config["seed"]
+    about = latents.what_latents_follow_from(config)
+    manifest = latents.open_cache(folder, about, path, run)
+    weights = manifest["autoencoder"]["weights"]
+    check_same(resumed, weights, path)
+
+    def check() -> None:
+        folders = data_folders(environment)
+        where = ", ".join(map(str, folders))
+        if all(one.exists() for one in folders):
+            train, val = find_data(config, environment, run.say)
+            if others := latents.check_data(folder, manifest, [*train, *val]):
+                run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
+        else:
+            run.say(f"data: {where} does not exist; training uses the latents in {folder} alone")
+        latents.check_split(folder, manifest, environment["model_dir"] / SPLIT)
+
+    run.from_main(check)
+    parts = []
+    for part in PARTS:
+        cases = [
+            Case(record["case"], (), subject=record.get("subject", record["case"]))
+            for record in manifest[part]
+        ]
+        parts.append(Posteriors(cases, [folder / record["entry"] for record in manifest[part]], seed))
+    if resumed:
+        check_unchanged(environment["model_dir"] / SPLIT, *(part.cases for part in parts), resumed)
+    return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
+
+
+def check_same(resumed: dict | None, weights: str, path: Path) -> None:
+    """Raise UserError unless a training resumes with latents of the autoencoder that it began with."""
+    if resumed and resumed.get("autoencoder") != weights:
+        raise UserError(
+            f"{resumed['path']}: was trained on the latents of another autoencoder than {path}. "
+            "Name that one by --autoencoder, or start over with --fresh."
+        )

@@ -1,0 +1,455 @@
+"""Where a training is: epoch, batch, step and time; its log, its checkpoints, and how it resumes."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.data.datasets import stream
+from ldm.system.checkpoints import DIVISION, save_checkpoint
+from ldm.system.files import write_json
+from ldm.system.messages import SAID, progress_bar
+from ldm.system.ranks import Run
+from ldm.system.signals import Interruption, signals_held_back
+from ldm.training.guard import Guard
+from ldm.training.logs import TrainLog
+from ldm.training.run_folder import StageFiles
+from ldm.training.step import Stepper, learning_rate
+
+STATUS = Path("/proc/self/status")  # of Linux
+HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting, a hint is printed
+LOG_INTERVAL = 10  # steps between the numbers in TensorBoard
+
+
+class Learner(Protocol):
+    """What is trained: networks, optimisers and averaged weights, as a checkpoint holds them."""
+
+    def state_dict(self) -> dict:
+        """The entries of a checkpoint."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load a checkpoint, whose `path` is among the entries."""
+
+
+class Clock:
+    """Steps and seconds of a training, which ends by its epochs, or by the time where `max_minutes` is set.
+
+    Args:
+        section: `autoencoder_train` or `diffusion_train` of the config.
+        steps_per_epoch: optimiser steps.
+        step, seconds: done before a resume.
+    """
+
+    def __init__(self, section: dict, steps_per_epoch: int, step: int = 0, seconds: float = 0.0):
+        self.total_steps = section["max_epochs"] * steps_per_epoch
+        self.limit = section["max_minutes"] * 60 if section["max_minutes"] else None
+        minutes = section["save_minutes"]
+        self.save_interval = math.inf if minutes is None else minutes * 60
+        self.step, self.before, self.started = step, seconds, time.monotonic()
+        self.saved_at = seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.before + time.monotonic() - self.started
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether `save_minutes` have passed since the last save."""
+        return self.seconds - self.saved_at >= self.save_interval
+
+    def progress(self, seconds: float) -> float:
+        """Share of the training that is done when the main process has trained for `seconds`."""
+        done = self.step / self.total_steps
+        return min(max(done, seconds / self.limit) if self.limit else done, 1.0)
+
+
+class EpochMeans:
+    """Means of the terms of the loss in an epoch, over the finite batches of all ranks.
+
+    Args:
+        sums: {term: (sum, count)} from before a resume.
+    """
+
+    def __init__(self, sums: dict[str, torch.Tensor]):
+        self.sums = dict(sums)
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """Add a batch, without waiting for the device."""
+        for name, value in terms.items():
+            value = value.detach().double()
+            pair = torch.stack([value.nan_to_num(0.0, 0.0, 0.0), value.isfinite().double()])
+            if name in self.sums:
+                pair = self.sums[name].to(pair.device, non_blocking=True) + pair
+            self.sums[name] = pair
+
+    def totals(self, sum_over_ranks) -> dict[str, torch.Tensor]:
+        """{term: (sum, count)} of all ranks, on the CPU."""
+        return {name: sum_over_ranks(pair.clone()) for name, pair in self.sums.items()}
+
+
+@dataclass
+class Pace:
+    """Where the time of the steps goes, by the clock of the main process: no device is waited for.
+
+    `waited` are the seconds in which the process waited for the loader: on a CPU without loader processes the
+    making of batches itself, on a GPU the most that it can have idled for want of data.
+    """
+
+    steps: int = 0
+    volumes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, volumes: int, seconds: float, waited: float) -> None:
+        """Add a step of all ranks."""
+        self.steps, self.volumes = self.steps + 1, self.volumes + volumes
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+
+    def numbers(self) -> dict[str, float]:
+        """What TensorBoard shows of it."""
+        return {
+            "time/seconds_per_step": self.seconds / self.steps,
+            "time/volumes_per_second": self.volumes / self.seconds,
+            "time/data_wait_share": self.waited / self.seconds,
+        }
+
+
+class Progress:
+    """Where a training is. The script holds the loop:
+
+        for epoch in progress.epochs():
+            for batch, last in progress.batches():
+                ...                                        # forward, loss, backward
+                progress.add(terms, batch)
+                if last:
+                    skip = progress.vote(optimizer.clip())
+                    optimizer.step(progress.learning_rate(), skip)
+                    progress.end_step(terms, optimizers)
+                    if progress.must_save():
+                        progress.save(learner)
+            progress.end_epoch(learner)
+            if progress.validates():
+                progress.keep_best(scores, weights)
+
+    What happens next is a function of (seed, epoch, batch, rank) and of what is saved here. A run that was
+    killed at any moment and one that never was write the same weights and the same log.
+
+    Args:
+        stage: `autoencoder` or `diffusion`; its section of the config is `stage`_train.
+        loader: of `make_loader`.
+        files: the stage's checkpoints.
+        facts: what else goes into each checkpoint, `config` among it.
+        resumed: the checkpoint to resume from, or None.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        loader: DataLoader,
+        files: StageFiles,
+        facts: dict,
+        environment: dict,
+        run: Run,
+        resumed: dict | None,
+    ):
+        self.stage, self.loader, self.files, self.facts, self.run = stage, loader, files, facts, run
+        self.config = facts["config"]
+        self.section, self.seed = self.config[f"{stage}_train"], self.config["seed"]
+        self.epoch, self.batch, step, sums = self._position(resumed)
+        self.means, self.done = EpochMeans(sums), False
+        seconds, skipped = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
+        if resumed:
+            run.say(
+                f"resumed in epoch {self.epoch} after {self.batch} of its {len(loader)} batches, step {step}"
+            )
+        self.best = run.from_main(files.best_score)
+        self.clock = Clock(self.section, len(loader) // self.section["accumulate_steps"], step, seconds)
+        allowed = self.section["max_nonfinite_steps"]
+        self.guard = Guard(run.world_size, run.gather, allowed, seconds, skipped, run.say)
+        if self.share >= 1:
+            run.say(f"{stage}: already trained to its end; raise max_epochs or max_minutes to train further.")
+        self.log = None
+        if run.is_main:
+            write_json(environment["model_dir"] / f"config_{stage}.json", self.config)
+            path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
+            self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
+            path.with_name("log.txt").touch()  # `ldm.training.logs.TextLog` writes where it exists
+        self.bar = progress_bar(run, stage, self.clock.total_steps)
+        self.bar.update(step)
+        self.loss, self.cases = 0.0, []  # of the batches of the step under way
+        self.began = self.waited = 0.0  # when that step began, and its seconds of waiting for data
+        self.pace, self.first_pace = Pace(), Pace()  # since the last log; of the first steps, then None
+        self.first_epoch = self.epoch
+        self.copies = None  # numbers on their way from the device to the log, and their step
+        self.interruption = Interruption()
+
+    def _position(self, resumed: dict | None) -> tuple[int, int, int, dict]:
+        """Epoch, batches of it that are done, optimiser steps, and the sums of its losses."""
+        if resumed is None:
+            return 0, 0, 0, {}
+        epoch, batch, step, sums = (resumed[key] for key in ("epoch", "batch", "step", "sums"))
+        before, now = {key: resumed[key] for key in DIVISION}, self._division()
+        if before != now:
+            epoch += batch == before["batches_per_epoch"]
+            batch, step, sums = 0, epoch * (now["batches_per_epoch"] // now["accumulate_steps"]), {}
+            changed = [key for key in DIVISION if before[key] != now[key]]
+            changes = ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed)
+            self.run.say(f"{changes}: epoch {epoch} starts from its first batch")
+        if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
+            epoch, batch = self.section["max_epochs"] - 1, now["batches_per_epoch"]
+        # The sums are those of all ranks: the main one resumes with them.
+        return epoch, batch, step, sums if self.run.is_main else {k: 0 * v for k, v in sums.items()}
+
+    def _division(self) -> dict[str, int]:
+        """What decides which cases a batch and a step of an epoch hold, whatever the number of processes."""
+        cases = self.section["batch_size"] * self.run.world_size
+        values = len(self.loader), cases, self.section["accumulate_steps"]
+        return dict(zip(DIVISION, values, strict=True))
+
+    @property
+    def share(self) -> float:
+        """Share of the training that is done, equal on all ranks."""
+        return self.clock.progress(self.guard.seconds)
+
+    # ------------------------------------------------------------ epochs and batches
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, the one under way first."""
+        for epoch in range(self.epoch, self.section["max_epochs"]):
+            self.epoch = epoch
+            self.loader.batch_sampler.epoch, self.loader.batch_sampler.first = self.epoch, self.batch
+            yield self.epoch
+            if self.done:
+                return
+            self.batch, self.means = 0, EpochMeans({})
+
+    def batches(self) -> Iterator[tuple[dict, bool]]:
+        """The batches that are left of the epoch, and whether each is the last of those of one step."""
+        with signals_held_back():  # until the loader processes know what to do with them
+            loading = iter(self.loader)
+        try:
+            while self.share < 1:
+                begin = time.perf_counter()
+                if (batch := next(loading, None)) is None:
+                    return
+                if not self.cases:
+                    self.began, self.waited = begin, 0.0
+                self.waited += time.perf_counter() - begin
+                self.interruption.unsaved = True
+                # For networks with dropout, which draw from torch's own generator.
+                where = self.epoch, self.batch, self.run.rank
+                torch.manual_seed(stream(self.seed, "dropout", *where).initial_seed())
+                last = (self.batch + 1) % self.section["accumulate_steps"] == 0
+                yield batch, last
+                self.batch += not last
+        except BaseException:
+            # An error of the loader processes holds the iterator in a cycle. Collecting that closes their
+            # queues before they are told to end, and the script would wait for them.
+            if self.loader.num_workers:
+                loading._shutdown_workers()
+            raise
+
+    # ------------------------------------------------------------ one step
+
+    def add(self, terms: dict[str, torch.Tensor], batch: dict) -> None:
+        """Add the losses of a batch to the means of the epoch and to the loss of the step."""
+        self.means.add(terms)
+        self.loss = self.loss + torch.stack([v.detach().float() for v in terms.values()]).sum()
+        self.cases += [self.loader.dataset.cases[i].name for i in batch["index"]]
+
+    def vote(self, *finite: torch.Tensor) -> torch.Tensor:
+        """Agree with the other ranks on this step; `finite` says of each optimiser's gradients whether they
+        are.
+
+        Returns:
+            1 where the step is to be skipped, else 0, on the device: see `ldm.training.guard.Guard`.
+
+        Raises:
+            FloatingPointError: an earlier step was skipped, and no more are tolerated.
+        """
+        signalled, save = self.interruption.signal is not None, self.run.is_main and self.clock.wants_save
+        gradients = torch.stack(finite).all()
+        clock = self.clock.seconds, self.clock.step
+        skip = self.guard.vote(self.loss, gradients, signalled, save, *clock, self.cases)
+        self.guard.read()
+        return skip
+
+    def learning_rate(self) -> float:
+        """Of the step under way."""
+        return learning_rate(self.section, self.run.world_size, self.share, self.clock.step, self.epoch)
+
+    def end_step(self, terms: dict[str, torch.Tensor], optimizers: dict[str, Stepper]) -> None:
+        """Count a step, and log it every `LOG_INTERVAL` steps.
+
+        Args:
+            terms: of the loss of its last batch.
+            optimizers: by the name of what they train.
+        """
+        seconds = time.perf_counter() - self.began
+        pace = len(self.cases) * self.run.world_size, seconds, self.waited
+        self.pace.add(*pace)
+        self._hint_at_slow_data(pace)
+        self.loss, self.cases = 0.0, []
+        self.batch += 1
+        self.clock.step += 1
+        if self.log and self.clock.step % LOG_INTERVAL == 0:
+            self._log_copies()
+            numbers = {f"loss/{name}": value.detach() for name, value in terms.items()}
+            for name, optimizer in optimizers.items():
+                numbers[f"lr/{name}"] = optimizer.optimizer.param_groups[0]["lr"]
+                numbers[f"grad_norm/{name}"] = optimizer.norm
+            numbers |= self.pace.numbers()
+            self.pace = Pace()
+            copies = {
+                tag: value.to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for tag, value in numbers.items()
+            }
+            self.copies = copies, self.clock.step
+            fill_bar(self.bar, self.clock)
+
+    def _hint_at_slow_data(self, pace: tuple) -> None:
+        """After the first steps, print a hint where much of their time went into waiting for data."""
+        data = self.config["data"]
+        if self.first_pace is None or (data["cache_rate"] and self.epoch == self.first_epoch):
+            return  # the first epoch fills the cache
+        self.first_pace.add(*pace)
+        if self.first_pace.steps < HINT_STEPS:
+            return
+        share, self.first_pace = self.first_pace.waited / self.first_pace.seconds, None
+        if share > HINT_SHARE:
+            cache = f" or data.cache_rate ({data['cache_rate']:g})" if data["cache_rate"] < 1 else ""
+            self.run.say(
+                f"hint: {share:.0%} of the time of {HINT_STEPS} steps was spent waiting for data. Raise "
+                f"data.num_workers ({self.loader.num_workers} now){cache}: docs/TROUBLESHOOTING.md"
+            )
+
+    def _log_copies(self) -> None:
+        """Log the numbers that were copied from the device at an earlier step. They have arrived, since
+        `Guard.read` has seen a later step end."""
+        if self.copies:
+            numbers, step = self.copies
+            self.log.scalars(step, {**numbers, "memory/peak_gb": peak_memory_gb(self.run.device)})
+            self.bar.set_postfix(loss=f"{numbers['loss/loss'].item():.4g}", refresh=False)
+            self.copies = None
+
+    # ------------------------------------------------------------ saving
+
+    def must_save(self) -> bool:
+        """Whether to save after this step: `save_minutes` have passed, or a signal asks to stop. After the
+        last step of an epoch, `end_epoch` saves."""
+        if self.share >= 1 or self.batch == len(self.loader):
+            return False
+        alone = self.run.world_size == 1 and self.interruption.signal is not None  # no rank to agree with
+        return self.guard.stop or self.guard.save or alone
+
+    def save(self, learner: Learner) -> None:
+        """Save what the training resumes from; leave, if a signal asked for it."""
+        self.guard.read(all_steps=True)
+        sums, seconds = self.means.totals(self.run.sum), self.clock.seconds
+
+        def write():
+            state = {"sums": sums, "seconds": seconds, "masked": self.guard.skipped, "lines": self.log.lines}
+            self.files.save_last({**self.facts, **self._where(), **state, **learner.state_dict()})
+
+        self.run.from_main(write)  # no rank continues, or leaves, before it is written
+        self.clock.saved_at, self.guard.save, self.interruption.unsaved = seconds, False, False
+        if any(self.run.gather(self.guard.stop or self.interruption.signal is not None)):
+            self.interruption.leave()
+
+    def _where(self) -> dict:
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._division()}
+
+    # ------------------------------------------------------------ the end of an epoch
+
+    def end_epoch(self, learner: Learner, rate: float) -> None:
+        """Save where it is time, then log the means of the epoch.
+
+        What follows until the next epoch can be repeated from what is saved here.
+
+        Args:
+            rate: the last learning rate, for the log.
+        """
+        self.guard.read(all_steps=True)
+        self.done = self.share >= 1 or self.epoch + 1 == self.section["max_epochs"]
+        self.batch = len(self.loader)  # `max_minutes` may have ended it early
+        if self.interruption.unsaved and (self.validates() or self.guard.stop or self.guard.save):
+            self.save(learner)
+        totals = self.means.totals(self.run.sum)
+        means = {k: float(total / count) for k, (total, count) in totals.items() if count}
+        if self.log:
+            self._log_copies()
+            skipped = {"masked_steps": self.guard.skipped} if self.guard.skipped else {}
+            seconds = self.clock.seconds
+            self.log.record(
+                step=self.clock.step, epoch=self.epoch, seconds=seconds, lr=rate, **skipped, **means
+            )
+
+    def validates(self) -> bool:
+        """Whether this epoch, which has ended, is one to validate."""
+        return self.done or self.epoch % self.section["val_interval"] == 0
+
+    def is_best(self, loss: float) -> bool:
+        """Whether no earlier validation had as low a held-out loss."""
+        return self.best is None or loss < self.best
+
+    def keep_best(self, scores: dict[str, float], network: torch.nn.Module) -> None:
+        """Log the validation of this epoch, and save the weights if their held-out loss is the lowest so far.
+
+        Args:
+            scores: "loss", by which the best is chosen, and whatever else was measured.
+            network: that was validated.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        score = scores["loss"]
+        if not math.isfinite(score):
+            raise FloatingPointError(
+                f"validation gives {score} in epoch {self.epoch}. What to do: docs/NaN_FIX_GUIDE.md"
+            )
+        if self.log:
+            named = {f"val_{key}": value for key, value in scores.items()}
+            self.log.record(step=self.clock.step, epoch=self.epoch, **named)
+            printed = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+            SAID.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {printed}")
+            self.log.draw_if_due()
+        if self.is_best(score):
+            self.best = score
+            content = {**self.facts, **self._where(), "best": score, "validation": scores}
+            self.run.from_main(
+                lambda: save_checkpoint(self.files.best, {**content, "model": network.state_dict()})
+            )
+
+    def close(self) -> None:
+        """Close bar and log."""
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+
+def fill_bar(bar: tqdm, clock: Clock) -> None:
+    """Advance the bar to the clock's step. Where `max_minutes` will end the run, its length is estimated."""
+    if clock.limit and (progress := clock.seconds / clock.limit) > clock.step / clock.total_steps:
+        bar.total = max(clock.step, round(clock.step / progress))
+    bar.update(clock.step - bar.n)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of the GPU since the start, or of this process on a CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if STATUS.exists():  # on Linux, where getrusage counts the parent process too
+        (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on a Mac
