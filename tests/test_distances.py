@@ -19,6 +19,8 @@ from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.files import sha256_of
 
+torch.set_num_threads(1)  # faster than several on data this small
+
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
