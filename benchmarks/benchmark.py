@@ -206,7 +206,7 @@ def measure_part(bench: Bench, part: str, rounds: int, memory: bool) -> dict:
         if memory:
             row[side]["peak_bytes"] = peaks[side]
         if on_gpu:
-            floor = works[side].flops() / measure.FLOOR
+            floor = works[side].flops() / measure.PEAK_FLOPS
             row[side]["floor_share"] = floor / statistics.median(seconds[side])
     return row
 

@@ -1,4 +1,4 @@
-"""This project's steps, by the functions of its own scripts; what they log and save is left out."""
+"""This project's training steps, as in its scripts but without logging and saving."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -38,12 +38,7 @@ MARKS = {
     "none": ("i", "For information"),
 }
 
-BETTER = {
-    "lower": "↓ lower",
-    "higher": "↑ higher",
-    "near baseline": "≈ near baseline",
-    "": "for comparison",
-}
+BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near baseline": "≈ baseline", "": "for comparison"}
 
 
 def write_report(
@@ -79,6 +74,7 @@ def write_report(
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    losses = _svg(figures.loss_figure(log), "Training and held-out losses by step") if log else ""
     parts = {
         # The browser refuses anything that is not in the file, and any script but the template's.
         "policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -93,12 +89,11 @@ def write_report(
         "pairs": _section("pairs", "Closest training scans", _pairs(pairs, spacing)),
         "distributions": _section("distributions", "Distributions", _charts(_distribution, distributions)),
         "curves": _section("curves", "Curves", _charts(_curve, curves)),
-        "losses": _section("losses", "Training", _losses(log)),
+        "losses": _section("losses", "Training", losses),
         "settings": _section("settings", "Settings", _settings(metrics["settings"])),
     }
-    page = re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template
-    )  # in one pass: parts stay as they are
+    # In one pass, so that {{...}} in the parts stays as it is.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
     with written_whole(path) as file:
         file.write(page.encode())
 
@@ -249,34 +244,24 @@ def _drawing(row: dict) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def _png(picture: np.ndarray, width: int, height: int) -> str:
-    """A grey picture in [0, 1], scaled, as a data URI."""
-    image = Image.fromarray(picture.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+def _png(picture: np.ndarray) -> str:
+    """A grey picture in [0, 1] as a data URI."""
     file = io.BytesIO()
-    Image.fromarray(np.uint8(np.clip(np.asarray(image), 0, 1) * 255 + 0.5)).save(file, "PNG", optimize=True)
+    Image.fromarray(np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
-    """The middle slices of (D, H, W) in true proportions, with the letters of their sides, in radiological
-    convention: the subject's right (in the sagittal plane the front) is on the left."""
-    sagittal, coronal, axial = (
-        figures.upright(volume, plane, index)
-        for plane, index in zip(figures.PLANES, figures.middle(volume.shape), strict=True)
-    )
-    right, anterior, superior = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
-    scale = PIXELS / (2 * right + anterior)
+    """The middle axial, coronal and sagittal slice of (D, H, W), with letters at their edges."""
+    right, anterior, _ = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
+    slices = figures.cut(volume, spacing, (2 * right + anterior) / PIXELS)
     html = ""
-    for plane, picture, across, down, letters in (
-        ("axial", axial, right, anterior, "RLAP"),
-        ("coronal", coronal, right, superior, "RLSI"),
-        ("sagittal", sagittal, anterior, superior, "APSI"),
-    ):
-        width, height = max(1, round(across * scale)), max(1, round(down * scale))
-        sides = "".join(f'<b class="{side}">{one}</b>' for side, one in zip("lrtb", letters, strict=True))
+    for plane, picture in list(zip(figures.PLANES, slices, strict=True))[::-1]:
+        (height, width), letters = picture.shape, zip("lrtb", figures.EDGES[plane], strict=True)
+        sides = "".join(f'<b class="{side}">{letter}</b>' for side, letter in letters)
         html += (
-            f'<div class="plane" style="flex:{across:.4g} 1 0"><img src="{_png(picture, width, height)}" '
-            f'width="{width}" height="{height}" alt="{escape(name)}, {plane} slice">{sides}</div>'
+            f'<div class="plane" style="flex:{width} 1 0"><img src="{_png(picture)}" width="{width}" '
+            f'height="{height}" alt="{escape(name)}, {plane} slice">{sides}</div>'
         )
     return f'<div class="planes">{html}</div>'
 
@@ -284,15 +269,13 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 def _side_by_side(examples: dict, spacing: Sequence[float]) -> str:
     kinds = [kind for kind, named in examples.items() if named]
     cells = []
-    for row in zip_longest(*(examples[kind] for kind in kinds)):
-        for kind, one in zip(kinds, row, strict=True):
-            if one is None:
+    for row in zip_longest(*(examples[kind] for kind in kinds), fillvalue=("", None)):
+        for kind, (name, volume) in zip(kinds, row, strict=True):
+            if volume is None:
                 cells.append("<div></div>")
                 continue
-            name, volume = one
-            planes = _planes(volume, spacing, f"{kind}: {name}")
             caption = f"<figcaption>{_name(kind)}: {escape(name)}</figcaption>"
-            cells.append(f"<figure>{planes}{caption}</figure>")
+            cells.append(f"<figure>{_planes(volume, spacing, f'{kind}: {name}')}{caption}</figure>")
     return (
         '<p class="soft">Middle axial and coronal slices, and a sagittal slice beside the midline, in '
         "radiological convention: the subject's right is on the left. Black is intensity 0, white 1.</p>\n"
@@ -435,7 +418,3 @@ def _distribution(chart: dict) -> str:
     axis.set_ylim(len(groups) - 0.4, -0.6)  # the first on top
     axis.grid(visible=False, axis="y")
     return _svg(figure, f"{chart['title']}, {chart['x']}, of " + ", ".join(groups))
-
-
-def _losses(log: Sequence[dict]) -> str:
-    return _svg(figures.loss_figure(log), "Training and held-out losses by step") if log else ""
