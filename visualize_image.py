@@ -295,15 +295,15 @@ def shown_slices(grey: np.ndarray, axis: int, count: int | None) -> list[int]:
 
 def slices(args: argparse.Namespace) -> None:
     """Slices of one plane, starting left, posterior or inferior."""
-    made, note, pixel = panels_of_one_plane(args)
-    picture = figures.grid(made, math.ceil(math.sqrt(len(made) * 4 / 3)))
+    panels, note, pixel = panels_of_one_plane(args)
+    picture = figures.grid(panels, math.ceil(math.sqrt(len(panels) * 4 / 3)))
     figures.save(figures.titled(picture, args.image.name, note, pixel), args.out)
 
 
 def gif(args: argparse.Namespace) -> None:
     """The same slices, one per frame."""
-    made, note, pixel = panels_of_one_plane(args)
-    figures.animate([in_grey(figures.titled(one, args.image.name, note, pixel)) for one in made], args.out)
+    panels, note, pixel = panels_of_one_plane(args)
+    figures.animate([in_grey(figures.titled(one, args.image.name, note, pixel)) for one in panels], args.out)
 
 
 def in_grey(image: Image.Image) -> np.ndarray:
@@ -317,26 +317,26 @@ def panels_of_one_plane(args: argparse.Namespace) -> tuple[list[Image.Image], st
     window, axis = window_of(voxels_in(image), args.window), PLANES.index(args.plane)
     grey, mm = shade(voxels_in(image), window), figures.pixels_of(spacing_of(image), args.plane)
     pixel = mm_per_pixel(args, args.image)
-    made = []
+    panels = []
     for index in shown_slices(grey, axis, args.count):
         picture = figures.scaled(figures.upright(grey, args.plane, index), mm, pixel)
-        made.append(figures.panel(picture, args.plane, position(image, axis, index)))
-    return made, about(image, window), pixel
+        panels.append(figures.panel(picture, args.plane, position(image, axis, index)))
+    return panels, about(image, window), pixel
 
 
 def planes(args: argparse.Namespace) -> None:
     """Three planes of each volume."""
     paths = [path for given in args.images for path in (volumes_in(given) if given.is_dir() else [given])]
     pixel = mm_per_pixel(args, *paths)
-    made = []
+    panels = []
     for path, name in zip(paths, names_of(*paths), strict=True):
         image = read(path, args.channel)
         window = window_of(voxels_in(image), args.window)
         at = voxel_at(path, image, args.at)
         pictures = figures.cut(shade(voxels_in(image), window), spacing_of(image), pixel, at)
         one = figures.three_panels(pictures, positions(image, at))
-        made.append(figures.titled(one, name, about(image, window)))
-    figures.save(figures.titled(figures.grid(made, args.columns), "", "", pixel), args.out)
+        panels.append(figures.titled(one, name, about(image, window)))
+    figures.save(figures.titled(figures.grid(panels, args.columns), "", "", pixel), args.out)
 
 
 def volumes_in(folder: Path) -> list[Path]:

@@ -88,7 +88,7 @@ class Autoencoder:
 
 
 class Diffusion:
-    """Stage 2 on latents in memory, or, where each epoch has versions of its own, encoded as they come.
+    """Stage 2 on latents in memory.
 
     Its batches are those of a loader of `dataset`.
 
@@ -105,7 +105,7 @@ class Diffusion:
     ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
-        kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
+        kept = latents.encode_all(encoder, volumes, run, 0, "encode")
         self.data = Latents(kept, kept, encoder, "", [], {})
         self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
         self.scale_factor = self.data.scale_factor(run)

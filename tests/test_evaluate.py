@@ -1,6 +1,5 @@
 """evaluate.py: metrics and conclusions for groups of volumes that are known, and bad input."""
 
-import gc
 import json
 import math
 import shutil
@@ -545,7 +544,6 @@ def test_volumes_are_not_kept(scans):
         seen.append(weakref.ref(volume))
         one.add(case.name, volume)
         del volume
-        gc.collect()
         most = max(most, sum(ref() is not None for ref in seen))
     assert len(one) == 12 and most <= 3
     assert math.isfinite(np.sum(one.spectra))

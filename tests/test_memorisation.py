@@ -55,8 +55,8 @@ def test_the_distance_is_that_of_the_correlation():
     """Of volumes that need no shift: sqrt(2 - 2 r)."""
     a = thumbnail(brain(3)).float()
     b = copies._normalised(0.8 * a + 0.6 * copies._normalised(thumbnail(brain(4)).float()))
-    due = math.sqrt(2 - 2 * float((a * b).sum()))
-    assert TrainingVolumes([a], CPU).nearest(b).distance == pytest.approx(due, abs=2e-3)
+    expected = math.sqrt(2 - 2 * float((a * b).sum()))
+    assert TrainingVolumes([a], CPU).nearest(b).distance == pytest.approx(expected, abs=2e-3)
 
 
 def test_thumbnails_are_small_and_normalised():

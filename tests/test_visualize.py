@@ -265,14 +265,14 @@ def test_labels_are_coloured_where_they_are(write_image, tmp_path, grid):
     marked = slice_areas(pixels(out), HEADER + 500 + 2 * MARGIN + GAP)
     assert all((area == area[..., :1]).all() for area in plain)  # grey
     for plane, (before, after) in enumerate(zip(plain, marked, strict=True)):
-        due = figures.upright(labels, NAMES[plane], (22, 8, 8)[plane])
+        expected = figures.upright(labels, NAMES[plane], (22, 8, 8)[plane])
         block = [[25, 15], [25, 10], [15, 10]][plane]
-        due = due.repeat(block[0], 0).repeat(block[1], 1)
-        assert (after[due == 0] == before[due == 0]).all()
+        expected = expected.repeat(block[0], 0).repeat(block[1], 1)
+        assert (after[expected == 0] == before[expected == 0]).all()
         for value in (1, 3):
-            if (due == value).any():
+            if (expected == value).any():
                 colour = expected_colour(value, 0)
-                assert np.abs(after[due == value] - before[due == value] / 2 - colour).max() <= 1
+                assert np.abs(after[expected == value] - before[expected == value] / 2 - colour).max() <= 1
 
 
 def test_the_slices_with_most_of_the_mask_are_shown(write_image, tmp_path):
@@ -413,8 +413,8 @@ def test_denoising_ends_on_the_volume_that_inference_writes(done, tmp_path):
         (frames[0], noise, "noise"),
         (frames[1], estimate, "step 1 of 4, at noise level 1.000"),
     ):
-        due = frame_by_hand(done, decode_by_hand(done, latents, checkpoint["scale_factor"])[0], 2, note)
-        assert np.abs(frame - due).max() <= 1
+        expected = frame_by_hand(done, decode_by_hand(done, latents, checkpoint["scale_factor"])[0], 2, note)
+        assert np.abs(frame - expected).max() <= 1
     assert all(np.abs(one - other).max() > 10 for one, other in zip(frames, frames[1:], strict=False))
 
 

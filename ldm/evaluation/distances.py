@@ -20,9 +20,9 @@ SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations, of the shifts t
 MAX_SIMULATED = 200  # rows of a simulated set
 
 
-def interval(values: np.ndarray, share: float = SHARE) -> list[float]:
-    """The central interval that holds `share` of the values; NaNs are ignored."""
-    low = (1 - share) / 2
+def interval(values: np.ndarray) -> list[float]:
+    """The central interval that holds `SHARE` of the values; NaNs are ignored."""
+    low = (1 - SHARE) / 2
     return [float(x) for x in np.nanquantile(values, [low, 1 - low])]
 
 
