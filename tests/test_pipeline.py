@@ -750,7 +750,7 @@ def test_the_demo_judges_the_samples_that_it_drew_and_no_other_volume(tmp_path, 
         "training": (6, out / "data"),
     }
     copies = next(figure for figure in found["figures"] if figure["key"] == "copies")
-    assert copies["value"] == 0 and "copies of training scans" not in str(found["verdicts"])
+    assert copies["value"] == 0 and "the split leaks" not in str(found["verdicts"])
     assert not any("left out" in note for note in found["notes"])
     assert "8 volumes" in (out / "evaluation" / "report.html").read_text()
     printed = capsys.readouterr().out
