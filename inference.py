@@ -149,7 +149,7 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
 
     Raises:
         UserError: volumes cannot be decoded within `--max-memory`.
-        ForecastError: the peaks cannot be predicted.
+        ForecastError: the peaks cannot be estimated.
     """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
     half = memory.half_precision(gpu)
@@ -291,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = utils.load_config(args.config_file, args.set)
     if args.dry_run:
         return print_memory(args, config)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, "output_dir")
+    environment = utils.load_environment(args.environment_file, writable=("output_dir",))
     run = utils.start(args)
     output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 

@@ -22,7 +22,7 @@ from ldm.models.denoiser import example_cond
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_hash
-from ldm.system.messages import NO_MEMORY
+from ldm.system.errors import NO_MEMORY
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training import memory
 

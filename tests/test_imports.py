@@ -14,8 +14,8 @@ MODULES = {
     if path.name != "__init__.py"
 }
 # Each may import from itself and from those before it.
-ORDER = ["system", "models", "configs", "data", "diffusion", "losses", "metrics", "figures"]
-ORDER += ["training", "generation", "evaluation", "export"]
+ORDER = ["system", "models", "configs", "environment", "data", "diffusion", "losses", "metrics", "figures"]
+ORDER += ["training", "generation", "export", "evaluation"]
 
 
 def names_in(source: str) -> set[str]:

@@ -74,7 +74,7 @@ def _part_of(state: dict, own: dict, where: str) -> dict:
     if len(prefixes) > 1:
         raise UserError(
             f"{where}: holds several networks of this kind ({', '.join(prefixes)}). Save the state dict of "
-            "the one that is meant to a file of its own."
+            "the right one to a file of its own."
         )
     return {name.removeprefix(p): state[name] for p in prefixes for name in state if name.startswith(p)}
 
