@@ -21,7 +21,7 @@ from ldm.system.schemas import StrictValidator, explained
 
 # Keys that a checkpoint's weights depend on.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
-FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler")}
+FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
 # Arguments of networks that change memory and speed, not the result.
 RESULT_FREE = {
@@ -32,6 +32,7 @@ RESULT_FREE = {
     "save_mem",
     "print_info",
 }
+ONLY_IN_TRAINING = {"conditions.dropout"}
 
 ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
@@ -185,7 +186,7 @@ def check_fixed(
     trained = completed(trained)
     some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
     for key, (was, now) in differences(some, others).items():
-        if key.rpartition(".")[2] not in RESULT_FREE:
+        if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 
 

@@ -422,7 +422,7 @@ def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
     swept.clear()
     with contextlib.redirect_stdout(io.StringIO()) as out:
         inference.main(["--reproduce", str(record)])
-    assert swept and "its bytes are those recorded" in out.getvalue()
+    assert swept and "byte-identical to the recorded volume" in out.getvalue()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])

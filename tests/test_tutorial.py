@@ -81,7 +81,7 @@ def test_all_cells_run_on_simulated_brains(simulated):
     unet = load_checkpoint(out / "models" / "diffusion_unet.pt")
     assert number(r"scale factor ([\d.]+):", text) == pytest.approx(unet["scale_factor"], rel=0.01)
     assert number(r"that was not turned: ([\d.]+)", text) == 0
-    assert "its bytes are those recorded" in text and MINUTES.search(text)
+    assert "byte-identical to the recorded volume" in text and MINUTES.search(text)
     sample = nib.load(out / "samples" / "sample_000001.nii.gz")
     assert sample.shape == (24, 24, 24) and np.isfinite(sample.get_fdata()).all()
     verdicts = json.loads((out / "samples" / "evaluation" / "metrics.json").read_text())["verdicts"]

@@ -18,7 +18,8 @@ class Case:
     """One volume of a data set.
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
-    that must stay on one side of the split; `covariates` is the subject's row of `participants.tsv`.
+    that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
+    keys of its entry in a list.
     """
 
     name: str

@@ -16,6 +16,7 @@ from torch import nn
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from ldm import UserError, brief
+from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import fuse_attention, norm_in_half
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
@@ -171,7 +172,8 @@ def check_networks(config: dict) -> None:
             return
         unet = _checked_layers(config, "diffusion_def")
         with _explained("diffusion_def", "with the autoencoder's latents", latents):
-            output = unet(latents, timesteps=torch.zeros(1))
+            cond = example_cond(config["diffusion_def"], 1, latents.shape[2:])
+            output = predict(unet, latents, torch.zeros(1), cond)
         _check_same("diffusion_def: it predicts", output, "latents", latents)
 
 

@@ -67,7 +67,7 @@ STATE_DICT_OR_NONE = {**STATE_DICT, "type": ["object", "null"]}
 FLOATS = {"type": "dense tensor of floats"}
 AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
 COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
-HASHES = {"type": "array", "items": {"type": "string"}}
+TEXTS = {"type": "array", "items": {"type": "string"}}
 SCALE_FACTOR = {"type": "number", "minimum": 1e-9, "maximum": 1e9}  # 1 / std of latents, with room to spare
 
 
@@ -95,7 +95,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "model": STATE_DICT,
     "config": {"type": "JSON object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
     # the data, and the position in the training
-    "subjects": fields(training=HASHES, validation=HASHES),
+    "subjects": fields(training=TEXTS, validation=TEXTS),
     **dict.fromkeys(COUNTS, COUNT),
     "seconds": AMOUNT,
     "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},
@@ -111,6 +111,10 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "scale_factor": SCALE_FACTOR,
     "autoencoder": {"type": "string"},  # `weights_hash`
     "latent_shape": _array(SIZE, 4),
+    "conditions": {  # of a conditioned model, see `ldm.diffusion.conditioning`
+        "type": "object",
+        "properties": {"class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1})},
+    },
     "shift": POSITIVE,  # of the times of rectified flow; 1 in other schedules
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
