@@ -247,11 +247,11 @@ def test_override_reaches_what_refers_to_it(load):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("lr", "--set lr: should be key=value"),
-        ("=3", "--set =3: should be key=value"),
+        ("lr", "--set lr: expected key=value"),
+        ("=3", "--set =3: expected key=value"),
         ("autoencoder_train.learning_rate=1", "unknown key autoencoder_train.learning_rate"),
         ("autoencoder_train.lr=fast", r'autoencoder_train\.lr: expected a number above 0, found "fast"\.'),
-        ("autoencoder_train.lr.first=1", "lr is no section"),
+        ("autoencoder_train.lr.first=1", "lr is not a section"),
         ("..=1", "unknown key"),
     ],
 )
