@@ -58,10 +58,8 @@ def check_config(config: dict, path: str | Path) -> dict:
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
     stated = dict(config.get("intensity", {}))
     _fill_defaults(config, schema, schema)
-    definitions = {"autoencoder_def": NETWORKS, "diffusion_def": NETWORKS, "NoiseScheduler": SCHEDULERS}
-    for key, packages in definitions.items():
-        if "_target_" in config.get(key, {}):
-            check_definition(config[key], packages, key)
+    if "_target_" in config["NoiseScheduler"]:
+        check_definition(config["NoiseScheduler"], SCHEDULERS, "NoiseScheduler")
     if len(channels_of(config)) != config["image_channels"]:
         raise UserError(
             f"{path}: channel names {len(channels_of(config))} channel(s), "

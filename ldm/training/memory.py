@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ldm import Failure, UserError, brief
 from ldm.losses import missing_package
-from ldm.models.definitions import downsampling, network_divisor
+from ldm.models.definitions import downsampling_factor, network_divisor
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training.step import Stepper
 
@@ -354,8 +354,9 @@ class Forecast:
         if first and phase == "validation" and list(shown) != list(patch):
             found.append({"val_patch_size": list(patch)})
         if first:
-            volume, divisor = patch, downsampling(config["autoencoder_def"])
-        found.append({"patch_size": [max(divisor, side * 3 // 4 // divisor * divisor) for side in volume]})
+            volume, divisor = patch, downsampling_factor(config["autoencoder_def"])
+        smaller = [max(n, side * 3 // 4 // n * n) for side, n in zip(volume, divisor, strict=True)]
+        found.append({"patch_size": smaller})
         return found
 
 
