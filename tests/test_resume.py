@@ -293,9 +293,7 @@ def test_promise_2_the_one_before_is_used_where_the_newest_is_damaged(whole, tmp
 def test_between_the_two_renames_of_a_save_the_one_before_is_used(whole, tmp_path, script, names):
     project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
     (project.model_dir / names[1]).unlink()
-    assert f"{names[1]} is missing; {project.model_dir / names[2]} is used" in project.run(
-        script, "--no-amp"
-    )
+    assert f"{names[1]} is missing; {project.model_dir / names[2]} is used" in project.run(script, "--no-amp")
     equal(project, whole, script)
 
 
