@@ -306,7 +306,7 @@ def test_test_sh_lints_then_ends_with_pytest(project):
         "constraints.txt",
         "lpips",
     ]
-    pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     done, calls = project.run(project.folder / "test.sh", "-k", "two words", STUB_FAIL="-m pytest")
     assert done.returncode == 3, "pytest's exit code"
     assert calls[1:] == [
