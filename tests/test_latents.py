@@ -219,7 +219,7 @@ def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
     assert stop.value.code == 130
     monkeypatch.undo()
     assert "the cache is unfinished" in own.refused(train_diffusion, *CACHED)
-    assert "4 encoded, 2 there from before" in own.run(cache_latents, "--no-amp")
+    assert "4 encoded, 2 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
@@ -230,13 +230,13 @@ def test_a_damaged_entry_of_an_unfinished_cache_is_made_anew(cached, own):
     chain.damage(path, "truncated")
     begun = {key: manifest[key] for key in ("about", "autoencoder")}
     (folder_of(own) / "manifest.json").write_text(json.dumps(begun))
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
 def test_a_finished_cache_is_left_as_it_is(own):
     before = fingerprint(folder_of(own))
-    assert "0 encoded, 6 there from before" in own.run(cache_latents, "--no-amp")
+    assert "0 encoded, 6 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == before
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_entry_is_found_and_made_anew(cached, own, how):
         chain.damage(path, how)
     message = own.refused(train_diffusion, *CACHED)
     assert "1 of 6 entries are missing or damaged" in message and path.name in message
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
@@ -313,7 +313,7 @@ def test_a_cache_of_other_data_is_refused_and_what_changed_is_made(own):
     image = nib.load(path)
     nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) ** 2, image.affine), path)
     assert "1 case changed: scan_2" in own.refused(train_diffusion, *CACHED)
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     listed = json.loads((data / "dataset.json").read_text())
     last = listed["training"].pop()
     (data / "dataset.json").write_text(json.dumps(listed))
