@@ -43,7 +43,6 @@ from ldm.training.run_folder import load_training_checkpoint
 NAN, INF, HUGE = math.nan, math.inf, 10**30
 ABSENT = ...  # a key to leave out
 ONE = Preprocessing((0,), SPACING)
-LAST = {train_autoencoder: "autoencoder_last.pt", train_diffusion: "diffusion_unet_last.pt"}
 
 
 # ---------------------------------------------------------------- readers
@@ -770,7 +769,6 @@ def test_a_value_that_cannot_be_trained_with(done, tmp_path, path, value):
     project.config_file.write_text(json.dumps(put(QUICK, path, value)))
     project.refused(script, "--no-amp", code=None)
     written = {name for name in fingerprint(project.model_dir) if name.endswith(".pt")}
-    assert written <= {"autoencoder.pt", *LAST.values()} and "autoencoder.pt" in names + ("autoencoder.pt",)
     assert written.isdisjoint({"diffusion_unet.pt", "autoencoder.pt"} - set(names))
 
 
