@@ -34,8 +34,8 @@ from ldm.data import checks, download, latents
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import read_split
-from ldm.environment import FOLDERS
 from ldm.diffusion.conditioning import check_sources
+from ldm.environment import FOLDERS
 from ldm.export.records import CHECKPOINTS, find_checkpoint, read_record
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
