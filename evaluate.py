@@ -55,7 +55,7 @@ from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
 from ldm.evaluation.verdicts import verdicts
 from ldm.export import records
-from ldm.models.definitions import NETWORKS, downsampling, instantiate
+from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate
 from ldm.models.weights import load_weights
 from ldm.system import versions
 from ldm.system.checkpoints import load_checkpoint
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder, digest, divisor = None, None, 1
     if inputs.autoencoder:
         encoder = load_autoencoder(inputs.autoencoder, inputs.config, run, checkpoint=inputs.checkpoint)
-        digest, divisor = sha256_of(inputs.autoencoder), downsampling(inputs.config["autoencoder_def"])
+        digest, divisor = sha256_of(inputs.autoencoder), downsampling_factor(inputs.config["autoencoder_def"])
     size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
     networks, about_networks = feature_networks(encoder, args.medicalnet, args.radimagenet, run.device)
     classifier = read_classifier(args.classifier, run)

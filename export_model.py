@@ -1,4 +1,4 @@
-"""Export a trained model: safetensors, TorchScript, a MONAI bundle, and a card that tells what it is.
+"""Export a trained model: safetensors, TorchScript, a MONAI bundle, and a model card.
 
     python export_model.py -c config/config_train_16g.json -e config/environment.json --out exported/brains
     python export_model.py -c CONFIG -e ENV --out DIR --metrics metrics.json --authors "A. Name"
@@ -15,9 +15,9 @@ beside them `split.json` and `train_log.jsonl`, for the card. Writes
     DIR/bundle/           configs/, models/, scripts/, docs/ (the card again), LICENSE
     DIR/SHA256SUMS
 
-Each form draws the volumes that inference.py draws, to rounding. What is written names the data by the last
-part of their folder's name, and no case. DIR must be new or empty; it is there, whole, when all is done. Runs
-on the CPU; docs/export.md says what each form is for.
+Each form gives the volumes of inference.py, up to rounding. No case is named, and of the data's path only the
+last part. DIR must be new or empty, and appears once all of it is written. Runs on the CPU; docs/export.md
+says what each form is for.
 """
 
 import argparse
@@ -30,10 +30,12 @@ import torch
 
 import utils
 from ldm import configs, generation
-from ldm.export import bundle, model_card
+from ldm.export import bundle, formats, model_card
 from ldm.system.checkpoints import MADE_BY, require_checkpoint
-from ldm.system.files import written_whole
+from ldm.system.files import new_folder, written_whole
 from ldm.system.ranks import Run
+
+FORMATS = ("safetensors", "torchscript", "bundle")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,10 +48,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-e", "--environment-file", required=True, help="where things are: JSON")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     add("--out", required=True, metavar="DIR", help="a folder that is new or empty")
-    add("--formats", nargs="+", choices=bundle.FORMATS, default=bundle.FORMATS, help="default: all")
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
-    add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
+    add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--metrics", type=Path, default=None, metavar="FILE", help="figures for the card: evaluate.py's JSON")
     add("--authors", default="not stated", metavar="TEXT", help="who trained the model, for card and bundle")
     args = parser.parse_args(argv)
@@ -59,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @utils.command
 def main(argv: Sequence[str] | None = None) -> None:
-    # Step 0: what is asked for
+    # Step 0: configuration
     args = parse_arguments(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
@@ -87,22 +89,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "channels": [f"channel {channel} of the source images" for channel in configs.channels_of(config)],
     }
 
-    # Step 2: write into a neighbouring folder, which takes the name when all is there
-    out = utils.prepare_folder(args.out)
+    # Step 2: write into a temporary folder beside DIR, then rename it
+    out = new_folder(args.out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         if "safetensors" in args.formats:
-            bundle.write_safetensors(folder / "safetensors", networks, config, origin)
+            formats.write_safetensors(folder / "safetensors", networks, config, origin)
         takes = None
         if "torchscript" in args.formats:
-            takes = bundle.write_torchscript(folder / "torchscript", networks, config)
+            takes = formats.write_torchscript(folder / "torchscript", networks, config)
         card = model_card.model_card(out.name, networks, config, origin, about, metrics, args.formats, takes)
         if "bundle" in args.formats:
             figures = metrics["figures"] if metrics else []
             bundle.write_bundle(folder / "bundle", networks, config, card, about, figures)
         with written_whole(folder / "MODEL_CARD.md") as file:
             file.write(card.encode())
-        bundle.write_checksums(folder)
+        formats.write_checksums(folder)
         folder.rename(out)
     print(f"exported {', '.join(args.formats)}: {out}\n  {out / 'MODEL_CARD.md'}")
 

@@ -2,30 +2,34 @@
 
     python inference.py -c config/config_train_16g.json -e config/environment.json --num 8
     python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler unipc
+    python inference.py -c CONFIG -e ENV --num 8 --condition group=1 --guidance 2
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
 
-Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and, to rounding, whatever
-`--batch-size`. Sampling runs in float32 for that reason, on a GPU without TF32; `--amp` trades it for speed.
-Reads `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or weights from elsewhere (bare state dicts,
-old or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that
-was trained on, their intensities in the training set's typical range. No volume is overwritten: the same
-command again makes those that are missing, another one is refused. (torchrun takes `--num` for an option of
-its own; `-n` is the same.)
+Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and, up to rounding, whatever
+`--batch-size`: sampling runs in float32, on a GPU without TF32. `--amp` trades that for speed. Networks are
+read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
+or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
+trained on, their intensities in the training set's typical range. No volume is overwritten: re-running the
+same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
+own; use `-n`.)
 
-With `--max-memory GB` (of 10^9 bytes) volumes are decoded within so much memory of the device, the weights of
-both networks included: in slabs, with the statistics of the whole volume, so that they are the same volumes
-to rounding. The less there is, the longer it takes. It limits neither what the UNet takes to sample nor, on
-a CPU, what the program itself takes, about half a GB.
+`--condition` asks for a class of a model that was trained with `conditions`; `--guidance` strengthens it by
+classifier-free guidance, at two passes of the network a step. Without `--condition` the class is unknown.
 
-Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, the hashes of checkpoints and
+`--max-memory GB` (10^9 bytes) limits the memory of the device for decoding, the weights of both networks
+included: volumes are decoded in slabs, with the statistics of the whole volume, and are the same up to
+rounding. Less memory takes longer. It limits neither the memory of sampling nor, on a CPU, that of the
+program itself, about half a GB.
+
+Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, hashes of checkpoints and
 config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints
 that it names (or `--autoencoder`, `--unet`: moved, but the same files), in the same batch, precision and
-number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and says whether the bytes
+number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and prints whether the bytes
 are the same, or how far the volumes are apart; over 1e-4 of the range is exit code 1. `--device` is the only
-other option it takes.
+other option that it takes.
 """
 
 import argparse
@@ -34,21 +38,22 @@ import hashlib
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, counted, figures, generation
+from ldm import UserError, configs, counted, few, figures, generation
 from ldm.data.intensity import to_unit_range
-from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.diffusion.conditioning import guided
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
-from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
+from ldm.generation import Networks
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
+from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.messages import progress_bar
@@ -73,9 +78,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
     add("--steps", type=int, default=None, help=f"sampling steps; default: {defaults}")
     add("--sampler", default=None, help="default: heun for rectified flow, else dpmpp_2m")
+    add("--condition", action="append", default=[], metavar="COLUMN=VALUE", help="such as group=1")
+    add("--guidance", type=float, default=None, help="strength of the condition; default: 1, no guidance")
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
-    add("--scale-factor", type=float, default=None, help="for weights that do not bring theirs")
+    add("--scale-factor", type=float, default=None, help="for weights without one")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -92,6 +99,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--steps {args.steps}: at most {records.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= records.LAST_SEED - args.num:
         raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
+    if args.guidance is not None and not 0 <= args.guidance <= records.MOST_GUIDANCE:
+        raise UserError(f"--guidance {args.guidance}: expected a number from 0 to {records.MOST_GUIDANCE}.")
+    if args.guidance is not None and not args.condition:
+        raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     utils.check_scale_factor(args.scale_factor)
     return args
 
@@ -103,63 +114,60 @@ def hardware(run: Run) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-# ---------------------------------------------------------------- networks
-
-
 def counting(bar) -> Callable[[Sequence], Iterator]:
     """Iterate over the steps of a sampler, and count them on a progress bar."""
 
-    def counted(steps: Sequence) -> Iterator:
+    def steps_of(steps: Sequence) -> Iterator:
         for step in steps:
             yield step
             bar.update()
 
-    return counted
+    return steps_of
 
 
-# ---------------------------------------------------------------- memory, predicted
+# ---------------------------------------------------------------- dry run
 
 
-def rehearse(config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run) -> None:
+def rehearse(
+    config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run, guidance: float = 1.0
+) -> None:
     """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
-        encoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
+        autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
         unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
-        meter.hold("weights", encoder, unet)
-        latents = torch.zeros(batch, *shape, device=run.device)
+        meter.hold("weights", autoencoder, unet)
+        latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
         with meter.phase("sampling"):
-            unet(latents, timesteps=torch.zeros(batch, device=run.device)).float()
+            guided(unet, cond, cond, guidance)(latents, torch.zeros(batch))
         with meter.phase("decoding"):
-            encoder.decode(latents)
+            autoencoder.decode(latents)
 
 
-def tell_memory(args: argparse.Namespace, config: dict) -> None:
+def print_memory(args: argparse.Namespace, config: dict) -> None:
     """The dry run: print the peaks by part, and what would lower them. Nothing is written.
 
     Raises:
         UserError: volumes cannot be decoded within `--max-memory`.
-        ForecastError: the peaks cannot be predicted.
+        ForecastError: the peaks cannot be estimated.
     """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
+    half = memory.half_precision(gpu)
 
-    def peaks(batch: int, amp: bool, max_memory: float | None) -> dict[str, memory.Peak]:
-        meter, half = memory.Meter(gpu), memory.half_precision(gpu) if amp else None
-        run = Run(0, 1, torch.device("cpu"), half)
+    def peaks(batch: int, amp: bool, limit: float | None) -> dict[str, memory.Peak]:
+        meter, run = memory.Meter(gpu), Run(0, 1, torch.device("cpu"), half if amp else None)
         with memory.forecasting():
-            rehearse(config, size, batch, meter, run)
-        if max_memory:
+            rehearse(config, size, batch, meter, run, args.guidance or 1.0)
+        if limit:
             weights = meter.peaks["decoding"].parts["weights"]
-            budget = Budget(max_memory * memory.GB, like_gpu=gpu)
-            meter.peaks["decoding"] = peak_within(budget, config, size, weights, run)
+            meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
         return meter.peaks
 
     batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
-    half = memory.half_precision(gpu) if amp else None
     found = peaks(batch, amp, limit)
     now, sampling = memory.highest(found).total, found["sampling"].total
     options = {"--batch-size 1": (1, amp, limit)} if batch > 1 else {}
-    if not amp and memory.half_precision(gpu):
+    if not amp and half:
         options["--amp"] = (batch, True, limit)
     if not limit:  # what sampling takes anyway, of which decoding plans with 0.9
         least = math.ceil(sampling / 1e8) / 10
@@ -169,17 +177,21 @@ def tell_memory(args: argparse.Namespace, config: dict) -> None:
         with contextlib.suppress(UserError, memory.ForecastError):  # too little to decode in
             lower[words] = memory.highest(peaks(*option)).total
     lower = {words: total for words, total in sorted(lower.items(), key=lambda item: item[1]) if total < now}
-    print(memory.report(found, lower, gpu, half, batch, size))
+    print(memory.report(found, lower, gpu, half if amp else None, batch, size))
     if limit and sampling > limit * memory.GB:
         print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
 
 
-def peak_within(budget: Budget, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
-    """The peak of decoding a volume of `size` voxels within a budget, `weights` bytes of both networks
+def peak_within(
+    max_memory: float, gpu: bool, config: dict, size: Sequence[int], weights: int, run: Run
+) -> memory.Peak:
+    """The peak of decoding a volume of `size` voxels within `max_memory` GB, `weights` bytes of both networks
     included. Raises UserError where that is too little."""
+    from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
+
     autoencoder = configs.define_network(config, "autoencoder_def").eval()
     latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
-    budget = replace(budget, beside=weights - weights_bytes(autoencoder))
+    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder), like_gpu=gpu)
     with run.autocast():
         most = decoding_peak(autoencoder, latents, budget)
     parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}
@@ -195,7 +207,7 @@ def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
     return utils.planned_sizes(config, args)[1]
 
 
-# ---------------------------------------------------------------- making one again
+# ---------------------------------------------------------------- reproduce
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -206,13 +218,13 @@ def reproduce(args: argparse.Namespace) -> None:
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
     path = args.reproduce.with_name(f"{args.reproduce.stem}{records.REPRODUCED}.nii.gz")
     if path.exists():
-        raise UserError(f"{path} is there already. Move it away first.")
+        raise UserError(f"{path} already exists. Move it away first.")
     folder = args.reproduce.parent
     checkpoints = [
         records.find_checkpoint(record, key, folder, getattr(args, key)) for key in records.CHECKPOINTS
     ]
 
-    # Step 1: the same device and precision, and networks
+    # Step 1: the same device, precision, threads and networks
     args.device, args.amp = args.device or record["device"], False
     run = utils.start(args)
     if run.world_size > 1:
@@ -221,49 +233,42 @@ def reproduce(args: argparse.Namespace) -> None:
         run.amp_dtype = getattr(torch, record["precision"])
     ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
+    scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
     networks = generation.load_networks(
-        *checkpoints,
-        config,
-        args.reproduce,
-        record["scale_factor"],
-        record["compile"],
-        record.get("max_memory"),
-        run,
+        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run
     )
+    condition = networks.conditions.parse([f"{k}={v}" for k, v in record.get("condition", {}).items()])
 
     # Step 2: the same batch
-    bar = progress_bar(run, f"sample ({record['steps']} steps)", total=record["steps"])
-    volumes = generation.draw(
-        networks, record["batch"], record["sampler"], record["steps"], run, counting(bar)
-    )
+    batch, sampler, steps, seed = (record[key] for key in ("batch", "sampler", "steps", "seed"))
+    bar = progress_bar(run, f"sample ({steps} steps)", total=steps)
+    guidance = record.get("guidance", 1.0)
+    volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), condition, guidance)
     bar.close()
-    seed = record["seed"]
-    volume = generation.in_typical_units(volumes[record["batch"].index(seed)], networks, seed)
+    volume = generation.in_typical_units(volumes[batch.index(seed)], networks, seed)
     content = generation.nifti_bytes(volume, networks.geometry["spacing"])
     records.save_volume(path, content)
 
-    # Step 3: is it the same?
-    due = record["volume"]["sha256"]
-    if hashlib.sha256(content).hexdigest() == due:
-        run.say(f"reproduced: {path}\n  its bytes are those recorded")
+    # Step 3: compare
+    expected = record["volume"]["sha256"]
+    if hashlib.sha256(content).hexdigest() == expected:
+        run.say(f"reproduced: {path}\n  byte-identical to the recorded volume")
         return
+    before = {**record["versions"], "hardware": record["hardware"]}
     now = {**versions.versions(), "hardware": hardware(run)}
-    was = {**record["versions"], "hardware": record["hardware"]}
-    changed = ", ".join(
-        f"{key} {was.get(key)} then, {now[key]} now" for key in now if was.get(key) != now[key]
-    )
-    changed = changed or "nothing that the record tells has changed"
-    if not original.exists() or records.sha256_of(original) != due:
+    changed = [f"{key} {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]]
+    changed = ", ".join(changed) or "same versions and hardware"
+    if not original.exists() or records.sha256_of(original) != expected:
         run.say(
-            f"reproduced: {path}\n  its bytes are not those recorded ({changed}), and {original.name} is not "
-            "there as it was written, to compare with"
+            f"reproduced: {path}\n  not byte-identical to the recorded volume ({changed}), and "
+            f"{original.name} is missing or was changed, so they cannot be compared"
         )
         return
     apart = largest_difference(volume, generation.read_volume(original))
-    told = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
+    result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
     if not apart <= TOLERANCE:
-        raise FloatingPointError(f"{told}.\nMore than {TOLERANCE} is more than rounding: not reproduced.")
-    run.say(f"reproduced: {told}: the same but for rounding")
+        raise FloatingPointError(f"{result}.\nMore than {TOLERANCE} is not rounding: not reproduced.")
+    run.say(f"reproduced: {result}: equal up to rounding")
 
 
 def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
@@ -285,38 +290,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         return reproduce(args)
     config = utils.load_config(args.config_file, args.set)
     if args.dry_run:
-        return tell_memory(args, config)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, "output_dir")
+        return print_memory(args, config)
+    environment = utils.load_environment(args.environment_file, writable=("output_dir",))
     run = utils.start(args)
-    output_dir = environment["output_dir"]
+    output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 
-    # Step 1: checkpoints and networks
+    # Step 1: networks
     checkpoints = {
-        "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
-        "unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
+        "autoencoder": args.autoencoder or model_dir / "autoencoder.pt",
+        "unet": args.unet or model_dir / "diffusion_unet.pt",
     }
     networks = generation.load_networks(
         *checkpoints.values(),
         config,
         args.config_file,
         args.scale_factor,
-        bool(args.compile),
+        compiled,
         args.max_memory,
         run,
         args.set,
     )
-    process, geometry = networks.process, networks.geometry
+    geometry = networks.geometry
 
-    # Step 2: what to draw, and what of it is there already
-    sampler = choose_sampler(args.sampler, process)
-    steps = args.steps or SAMPLERS[sampler].steps or process.num_train_timesteps
+    # Step 2: what to sample, and which samples already exist
+    sampler, steps = networks.sampling(args.sampler, args.steps)
+    condition = networks.conditions.parse(args.condition)
+    guidance = 1.0 if args.guidance is None else args.guidance
+    if networks.conditions and not condition:
+        values = few(networks.conditions.values, 8)
+        run.say(f"inference: no --condition, so {networks.conditions.column} is unknown (it may be {values})")
     request = {
         "sampler": sampler,
         "steps": steps,
         "scale_factor": networks.scale_factor,
+        **({"condition": condition, "guidance": guidance} if condition else {}),
         "precision": run.precision,
-        "compile": bool(args.compile),
+        "compile": compiled,
         "device": run.device.type,
         "hardware": hardware(run),
         "threads": torch.get_num_threads(),
@@ -331,21 +340,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     seeds = list(range(args.seed, args.seed + args.num))
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
-    due = run.from_main(lambda: records.missing(paths, request))  # before any rank writes its first
-    if len(due) < len(seeds):
-        run.say(f"inference: {len(seeds) - len(due)} of {len(seeds)} volumes are there already")
+    missing = run.from_main(lambda: records.missing(paths, request))  # before any rank writes
+    if len(missing) < len(seeds):
+        run.say(f"inference: {len(seeds) - len(missing)} of {len(seeds)} volumes already exist")
 
-    # Step 3: sample, decode, write; each rank its share of the batches. A batch that is there in part is
-    # drawn whole, so that its volumes are what they would have been.
+    # Step 3: sample, decode, write; each rank its share of the batches. A batch that exists in part is
+    # sampled whole: in a smaller one its volumes would be rounded otherwise.
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
-    mine = [batch for batch in batches if due.intersection(batch)][run.rank :: run.world_size]
+    mine = [batch for batch in batches if missing.intersection(batch)][run.rank :: run.world_size]
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
     for batch in mine:
-        volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar))
+        volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), condition, guidance)
         power += torch.tensor([band_power(volumes).sum().item(), len(batch)])
         for seed, volume in zip(batch, volumes, strict=True):
-            if seed not in due:
+            if seed not in missing:
                 continue
             voxels = generation.in_typical_units(volume, networks, seed)
             content = generation.nifti_bytes(voxels, geometry["spacing"])
@@ -359,27 +368,29 @@ def main(argv: Sequence[str] | None = None) -> None:
                 paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}
             )
     bar.close()
-    power, count = run.sum(power).tolist()  # and all are written
+    power, count = run.sum(power).tolist()  # once all ranks have written
 
-    # Step 4: a picture, and how sharp the samples are beside the autoencoder's reconstructions
+    # Step 4: a picture, and how sharp the samples are compared with the autoencoder's reconstructions
     if run.is_main:
-        limits = np.array(geometry["limits"])
-        shown = [
-            to_unit_range(generation.read_volume(paths[seed]), limits, clip=False)[0]
-            for seed in seeds[:SHOWN]
-        ]
-        figures.montage(
-            {"sample": [torch.from_numpy(volume) for volume in shown]},
-            output_dir / "samples.png",
-            f"Generated volumes, seeds {seeds[0]} to {seeds[:SHOWN][-1]}",
-            spacing=geometry["spacing"],
-        )
+        picture = show_samples(networks, [paths[seed] for seed in seeds[:SHOWN]], seeds[:SHOWN], output_dir)
         sharpness = ""
         if count and networks.power:
             share = power / count / networks.power
-            sharpness = f"; fine spectral power {share:.2f} of the reconstructions'"
-        volumes = counted(args.num, "volume{s}")
-        run.say(f"inference: {volumes} in {output_dir}{sharpness}\n  {output_dir / 'samples.png'}")
+            sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
+        run.say(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
+
+
+def show_samples(networks: Networks, paths: Sequence[Path], seeds: Sequence[int], folder: Path) -> Path:
+    """Write samples.png, three planes of each volume."""
+    limits = np.array(networks.geometry["limits"])
+    volumes = [to_unit_range(generation.read_volume(path), limits, clip=False)[0] for path in paths]
+    figures.montage(
+        {"sample": list(map(torch.from_numpy, volumes))},
+        folder / "samples.png",
+        f"Generated volumes, seeds {seeds[0]} to {seeds[-1]}",
+        spacing=networks.geometry["spacing"],
+    )
+    return folder / "samples.png"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 Writes the layout of MSD Task01_BrainTumour, so that whatever reads the BraTS data reads it too:
 
     DIR/dataset.json
+    DIR/participants.tsv          participant_id, tumour (0 or 1), ageing (0 to 1)
     DIR/imagesTr/SIM_0000.nii.gz  int16 (X, Y, Z, 4): FLAIR, T1w, t1gd, T2w in arbitrary units, 0 outside
     DIR/labelsTr/SIM_0000.nii.gz  uint8 (X, Y, Z): 1 edema, 2 non-enhancing tumor, 3 enhancing tumour
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import utils
 from ldm import UserError
 from ldm.data.simulation import CONTRASTS, LABELS, has_tumour, load_atlas, output_grid, simulate_subject
+from ldm.system.files import new_folder
 
 
 @utils.command
@@ -62,7 +64,7 @@ def main(argv=None):
         raise UserError(f"--tumour-fraction {args.tumour_fraction}: give a share from 0 to 1")
     spacing = args.spacing * 3 if len(args.spacing) == 1 else args.spacing
     output_grid(spacing)
-    out = utils.prepare_folder(args.out)
+    out = new_folder(args.out)
 
     # Step 2: simulate into a neighbouring folder, which takes the name when all is there
     workers = args.workers or min(os.cpu_count() or 1, math.ceil(args.num / 8))
@@ -71,8 +73,10 @@ def main(argv=None):
         for name in ("imagesTr", "labelsTr"):
             (folder / name).mkdir(parents=True)
         write = functools.partial(write_subject, folder, args.seed, spacing, args.tumour_fraction)
-        for _ in tqdm(parallel(write, args.num, workers), total=args.num, unit="subject"):
-            pass
+        rows = [("participant_id", "tumour", "ageing")]
+        rows += tqdm(parallel(write, args.num, workers), total=args.num, unit="subject")
+        table = "".join("\t".join(row) + "\n" for row in rows)
+        (folder / "participants.tsv").write_text(table, encoding="utf-8")
         description = describe(args.num, args.seed, spacing)
         (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         folder.rename(out)
@@ -84,14 +88,16 @@ def case_name(subject):
 
 
 def write_subject(folder, seed, spacing, tumour_fraction, subject):
-    """Simulate one subject and write its image and label below `folder`."""
-    simulated = simulate_subject(seed, subject, spacing, has_tumour(subject, tumour_fraction))
+    """Simulate one subject, write its image and label below `folder`; its row of participants.tsv."""
+    tumour = has_tumour(subject, tumour_fraction)
+    simulated = simulate_subject(seed, subject, spacing, tumour)
     for name, volume in (("imagesTr", simulated.image), ("labelsTr", simulated.label)):
         nifti = nibabel.Nifti1Image(volume, simulated.affine)
         nifti.set_qform(simulated.affine, code="scanner")
         nifti.set_sform(simulated.affine, code="scanner")
         nifti.header.set_xyzt_units("mm")
         nibabel.save(nifti, folder / name / case_name(subject))
+    return case_name(subject).removesuffix(".nii.gz"), str(int(tumour)), f"{simulated.ageing:.3f}"
 
 
 def parallel(function, num, workers):

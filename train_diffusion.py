@@ -33,10 +33,12 @@ import utils
 from ldm import configs, figures
 from ldm.data.prepare import prepare_data, volumes_to_encode
 from ldm.data.splits import subjects_of
+from ldm.diffusion.conditioning import Conditions, check_sources
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
-from ldm.training.diffusion import SAMPLE_SEEDS, build_learner, draw_samples, rehearse, save_pictures
+from ldm.training.diffusion import build_learner, draw_samples, rehearse, save_pictures
 from ldm.training.latents import WithNoise, encode_data, load_autoencoder, read_cache
 from ldm.training.memory import check_fits
 from ldm.training.profiler import profiled
@@ -51,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     args = parser.parse_args(argv)
     config = utils.load_training_config(args, "diffusion_train")
+    check_sources(config)
     section, seed, scheduler = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
     sampling = check_scheduler(scheduler, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, *utils.FOLDERS)
+    environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     NoiseProcess.from_config(scheduler)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
@@ -69,14 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if section["latent_cache"]:
         data = read_cache(config, environment, autoencoder_file, resumed, run)
         config = configs.with_spacing(config, data.geometry["spacing"], resumed)
-        size = data.geometry["size"]
+        cases, size = [*data.train.cases, *data.val.cases], data.geometry["size"]
     else:
         train, val, spacing = prepare_data(
             config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file
         )
         config = configs.with_spacing(config, spacing, resumed)
+        cases = [*train, *val]
         train, val = volumes_to_encode(config, environment, train, val, run)
         size = list(train.size)
+    conditions = Conditions.of_training(config, cases, resumed)
+    if conditions:
+        run.say(conditions.summary(cases))
     check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:
         data = encode_data(config, train, val, autoencoder_file, resumed, run)
@@ -97,13 +103,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
     # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
     workers = 0 if data.in_memory and run.device.type == "cpu" else None
-    loader = utils.make_loader(WithNoise(data.train, data.shape, seed), section, config, run, workers)
+    loader = utils.make_loader(
+        WithNoise(data.train, data.shape, seed, conditions), section, config, run, workers
+    )
     facts = {  # what the weights mean nothing without
         "scale_factor": scale_factor,
         "autoencoder": data.weights,
         "latent_shape": data.shape,
         "geometry": data.geometry,
         "shift": process.shift,
+        **({"conditions": conditions.state()} if conditions else {}),
         "config": config,
         "subjects": subjects_of(data.train.cases, data.val.cases),
     }
@@ -164,15 +173,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):
                 decoder = data.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 steps = section["sample_steps"]
-                volumes = draw_samples(
-                    learner.network, decoder, scale_factor, process, data.shape, steps, run
+                samples = draw_samples(
+                    learner.network, decoder, scale_factor, process, data.shape, steps, run, conditions
                 )
-                save_pictures(volumes[:, 0], config["spacing"], epoch, model_dir)
-                for number, volume in zip(SAMPLE_SEEDS, volumes, strict=True):
+                save_pictures([volume[0] for volume in samples.values()], config["spacing"], epoch, model_dir)
+                for name, volume in samples.items():
                     picture = figures.three_planes(volume[0], config["spacing"])
-                    progress.log.image(f"samples/seed_{number}", picture, progress.clock.step)
+                    progress.log.image(f"samples/{name}", picture, progress.clock.step)
             if progress.validates():
-                scores = validate(learner.network, data.val, scale_factor, process, section, seed, run)
+                scores = validate(
+                    learner.network, data.val, scale_factor, process, section, seed, run, conditions
+                )
                 progress.keep_best(scores, learner.network)
                 progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 

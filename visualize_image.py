@@ -514,8 +514,8 @@ def watching(networks: generation.Networks, times: torch.Tensor) -> tuple[Callab
     numbers = {float(np.float32(time)): i + 1 for i, time in enumerate(times.tolist())}
     kept = {}
 
-    def predict(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        output = networks.unet(x, timesteps=timesteps)
+    def predict(x: torch.Tensor, timesteps: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
+        output = networks.unet(x, timesteps=timesteps, **cond)
         if not kept:
             kept[0] = x.cpu()
         if number := numbers.get(float(timesteps[0].float())):

@@ -34,9 +34,10 @@ from benchmarks import measure, project, reference
 from ldm import UserError, configs, generation
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
-from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
+from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
+from ldm.environment import FOLDERS
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json

@@ -1,4 +1,4 @@
-"""From trained networks to volumes: load, draw, map to the units of a scanner, and the bytes of a file."""
+"""From trained networks to volumes: load, sample, map to scanner units, encode as a NIfTI file."""
 
 import contextlib
 import gzip
@@ -13,38 +13,37 @@ import torch
 
 from ldm import UserError, configs
 from ldm.data.intensity import Intensity, from_unit_range
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
-from ldm.diffusion.samplers import sample_latents
-from ldm.lowmem.slabwise import Budget, weights_bytes
+from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
+from ldm.models.denoiser import example_cond
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_hash
-from ldm.system.messages import NO_MEMORY
+from ldm.system.errors import NO_MEMORY
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training import memory
 
 CONFIG_COPY = "Use the config it was trained with; config_*.json beside the checkpoint is a copy."
-OPTIONS = {  # that take the place of a key here
+OPTIONS = {  # that replace a key of the config here
     "seed": "--seed",
     "diffusion_train.amp": "--amp",
     "diffusion_train.compile": "--compile",
     "diffusion_train.batch_size": "--batch-size",
     "diffusion_train.sample_steps": "--steps",
 }
-
 USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffusion_train.patch_size")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Trained networks, and what their volumes follow from beside a seed.
+    """Trained networks, and all else that a sample depends on, except its seed.
 
-    `scale_factor` multiplies latents to the unit variance that the UNet learned, and divides its samples
-    before they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the
-    volumes; `power` the high-frequency power of the autoencoder's reconstructions, None where it was not
-    measured.
+    `scale_factor` brings latents to the unit variance that the UNet learned; samples are divided by it before
+    they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes;
+    `power` is the high-frequency power of the autoencoder's reconstructions, None where it was not measured.
     """
 
     autoencoder: Autoencoder
@@ -54,6 +53,12 @@ class Networks:
     latent_shape: list[int]
     geometry: dict
     power: float | None
+    conditions: Conditions = UNCONDITIONED
+
+    def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
+        """Sampler and number of steps, with the defaults of the noise process."""
+        sampler = choose_sampler(sampler, self.process)
+        return sampler, steps or SAMPLERS[sampler].steps or self.process.num_train_timesteps
 
 
 def load_networks(
@@ -67,77 +72,81 @@ def load_networks(
     run: Run,
     overrides: Sequence[str] | None = None,
 ) -> Networks:
-    """Networks of a config with the weights of two checkpoints, on the device.
+    """The networks of a config with the weights of two checkpoints, on the device.
 
     Args:
         source: the file that the config came from, for messages.
-        overrides: what `--set` changed in it; None: it is of a record, where only the networks count.
-        scale_factor: wins over the checkpoint's.
+        scale_factor: replaces the checkpoint's.
         max_memory: GB to decode in.
+        overrides: what `--set` changed in the config; None: the config is that of a record, where only the
+            networks count.
 
     Raises:
-        UserError: files, config and each other do not fit, or weights and `max_memory`.
+        UserError: the files, the config and `max_memory` do not fit each other.
     """
-    states = []
-    for path, role in ((autoencoder_path, "autoencoder"), (unet_path, "unet")):
-        require_checkpoint(path, role)
-        states.append(load_checkpoint(path, role))
-    autoencoder_state, unet_state = states
+    require_checkpoint(autoencoder_path, "autoencoder")
+    require_checkpoint(unet_path, "unet")
+    first, second = load_checkpoint(autoencoder_path, "autoencoder"), load_checkpoint(unet_path, "unet")
     for checkpoint, path, keys in (
-        (autoencoder_state, autoencoder_path, ("autoencoder_def",)),
-        (unet_state, unet_path, ("diffusion_def", "NoiseScheduler")),
+        (first, autoencoder_path, ("autoencoder_def",)),
+        (second, unet_path, ("diffusion_def", "NoiseScheduler", "conditions")),
     ):
         configs.check_fixed(checkpoint.get("config", config), config, keys, path, CONFIG_COPY, str(source))
     if overrides is not None:
-        check_what_the_model_decides(unet_state, config, unet_path, source, overrides, run)
+        check_request(second, config, unet_path, source, overrides, run)
     autoencoder = configs.define_network(config, "autoencoder_def")
-    load_weights(autoencoder, autoencoder_state["model"], str(autoencoder_path))
+    load_weights(autoencoder, first["model"], str(autoencoder_path))
     unet = configs.define_network(config, "diffusion_def")
-    load_weights(unet, unet_state["model"], str(unet_path))
-    due = unet_state.get("autoencoder")
-    if due is not None and due != weights_hash(autoencoder.state_dict()):
+    load_weights(unet, second["model"], str(unet_path))
+    if second.get("autoencoder", hashed := weights_hash(autoencoder.state_dict())) != hashed:
         raise UserError(
             f"{unet_path}: was trained on the latents of another autoencoder than {autoencoder_path}.\n"
             f"Name that one by --autoencoder FILE, or the model that was trained on this one by --unet FILE."
         )
-    if scale_factor is None and (scale_factor := unet_state.get("scale_factor")) is None:
+    if scale_factor is None and (scale_factor := second.get("scale_factor")) is None:
         raise UserError(
-            f"{unet_path}: brings no scale factor. Give it by --scale-factor X (1 / std of its latents)."
+            f"{unet_path}: has no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
-    geometry = geometry_of(unet_state, config, unet_path)
+    geometry = geometry_of(second, config, unet_path)
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
-    if (was := [*unet_state.get("latent_shape", shape)]) != shape:
-        raise UserError(f"{unet_path}: its latent_shape is {was}; by its networks and size it is {shape}.")
+    if (trained := [*second.get("latent_shape", shape)]) != shape:
+        raise UserError(
+            f"{unet_path}: its latent_shape is {trained}; by its networks and size it is {shape}."
+        )
+    conditions = Conditions.from_checkpoint(second, config)
+    if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.unknown(1).keys():
+        raise UserError(
+            f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
+            "Use a checkpoint of train_diffusion.py."
+        )
     noise = config["NoiseScheduler"]
     process = NoiseProcess.from_config(noise, shape[1:])
-    if "config" in unet_state:  # trained here: older checkpoints do not say their shift
-        process.shift = unet_state.get("shift", noise.get("shift", 1.0))
+    if "config" in second:  # trained here; older checkpoints do not hold their shift
+        process.shift = second.get("shift", noise.get("shift", 1.0))
     else:
         check_scheduler(noise, "uniform")
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
-        budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
+        budget = None
+        if max_memory:
+            from ldm.lowmem.slabwise import Budget, weights_bytes
+
+            budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet))
         autoencoder = Autoencoder(on_device(autoencoder, run.device).eval(), budget)
-    return Networks(
-        autoencoder,
-        scale_factor,
-        compile_for_sampling(unet, run) if compiled else unet,
-        process,
-        shape,
-        geometry,
-        autoencoder_state.get("validation", {}).get("power"),
-    )
+    unet = compile_for_sampling(unet, run) if compiled else unet
+    power = first.get("validation", {}).get("power")
+    return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions)
 
 
-def check_what_the_model_decides(
+def check_request(
     checkpoint: dict, config: dict, path: Path, source: str | Path, overrides: Sequence[str], run: Run
 ) -> None:
-    """See that a config asks for the volumes that a diffusion model was trained on, and tell which keys that
-    `--set` gives have no effect. What is open in the config (null) is as the model has it.
+    """See that a config asks for the volumes that a diffusion model was trained on. Keys that it leaves open
+    (null) are as the model has them. Keys of `--set` that have no effect are printed.
 
     Raises:
-        UserError: the config asks for others, or `--set` for another seed; the key is named.
+        UserError: the config asks for other volumes, or `--set` for another seed; the key is named.
     """
     trained = checkpoint.get("config")
     if trained is not None:
@@ -149,10 +158,12 @@ def check_what_the_model_decides(
             f"{path}: makes volumes of {size} voxels, as it was trained to; {source} says "
             f"diffusion_train.patch_size {asked}. {CONFIG_COPY}"
         )
-    was, now = (configs.flat(one) for one in (configs.completed(trained or {}), config))
+    before, now = configs.flat(configs.completed(trained or {})), configs.flat(config)
     for key in [override.partition("=")[0] for override in overrides]:
         below = [one for one in now if f"{one}.".startswith(f"{key}.")]
-        if any(f"{key}.".startswith(f"{one}.") for one in USED) or all(now[k] == was.get(k) for k in below):
+        if any(f"{key}.".startswith(f"{one}.") for one in USED) or all(
+            now[k] == before.get(k) for k in below
+        ):
             continue
         instead = f": give {OPTIONS[key]}" if key in OPTIONS else ""
         if key == "seed":
@@ -166,15 +177,15 @@ def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:
         return torch.compile(unet)
     compiled = torch.compile(unet, mode="reduce-overhead")
 
-    def predict(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def replayed(x: torch.Tensor, timesteps: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return compiled(x, timesteps=timesteps).clone()  # the next replay writes over it
+        return compiled(x, timesteps=timesteps, **cond).clone()  # the next replay overwrites it
 
-    return predict
+    return replayed
 
 
 def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
-    """Spacing, size and intensity limits of generated volumes, as trained; for bare weights as the config
+    """Spacing, size and intensity limits of generated volumes: as trained; for bare weights as the config
     says.
 
     Raises:
@@ -186,15 +197,16 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
         if (count := len(geometry["limits"])) != config["image_channels"]:
             raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
         return geometry
-    if not config["spacing"] or not config["diffusion_train"]["patch_size"]:
+    spacing, size = config["spacing"], config["diffusion_train"]["patch_size"]
+    if not spacing or not size:
         raise UserError(
-            "Weights from elsewhere: `spacing` and `diffusion_train.patch_size` in the config should say "
-            "which volumes to make."
+            "Weights from elsewhere: set `spacing` and `diffusion_train.patch_size` in the config to those "
+            "of the volumes to make."
         )
-    check_size(config["diffusion_train"]["patch_size"], network_divisor(config), "diffusion_train.patch_size")
+    check_size(size, network_divisor(config), "diffusion_train.patch_size")
     window = Intensity.from_config(config).window
     limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
-    return {"spacing": config["spacing"], "size": config["diffusion_train"]["patch_size"], "limits": limits}
+    return {"spacing": spacing, "size": size, "limits": limits}
 
 
 def draw(
@@ -204,8 +216,14 @@ def draw(
     steps: int,
     run: Run,
     progress: Callable = iter,
+    condition: dict[str, str] | None = None,
+    guidance: float = 1.0,
 ) -> torch.Tensor:
     """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
+
+    Args:
+        condition: as of `Conditions.parse`; without one the class is unknown.
+        guidance: as of `ldm.diffusion.conditioning.guided`.
 
     Raises:
         OSError: out of memory; the message names what to change.
@@ -220,16 +238,9 @@ def draw(
         ),
         run.autocast(),
     ):
-        latents = sample_latents(
-            lambda x, t: networks.unet(x, timesteps=t).float(),
-            networks.process,
-            networks.latent_shape,
-            seeds,
-            steps,
-            sampler,
-            run.device,
-            progress,
-        )
+        model = networks.conditions.model(networks.unet, condition, guidance, len(seeds), run.device)
+        shape = networks.latent_shape
+        latents = sample_latents(model, networks.process, shape, seeds, steps, sampler, run.device, progress)
         return networks.autoencoder.decode(latents / networks.scale_factor).cpu()
 
 

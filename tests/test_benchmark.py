@@ -17,7 +17,7 @@ from ldm.data.cases import Case
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.definitions import downsampling
+from ldm.models.definitions import downsampling_factor
 from ldm.system.ranks import Run
 
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ def test_a_step_of_this_projects_side_moves_weights_and_average(setting):
     encoder = Autoencoder(autoencoder_of(config))
     weights = configs.define_network(config, "diffusion_def").state_dict()
     stage = project.Diffusion(config, encoder, data, RUN, weights)
-    assert downsampling(config["autoencoder_def"]) * stage.shape[1] == 16
+    assert downsampling_factor(config["autoencoder_def"])[0] * stage.shape[1] == 16
     stage.step(next(benchmark.endless(utils.make_loader(stage.dataset, stage.section, config, RUN, 0))))
     name = "out.2.conv.weight"
     for moved in (stage.learner.unet, stage.learner.ema_model.module):

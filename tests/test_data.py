@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import pickle
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -89,23 +88,10 @@ def test_decathlon_folder_and_its_parent(decathlon):
     assert find_cases(decathlon.parent) == (cases, [])
 
 
-def test_decathlon_file_that_is_not_there_is_named(decathlon):
-    (decathlon / "labelsTr" / "spleen_2.nii.gz").unlink()
-    [problem] = [one for one in check_headers(find_cases(decathlon)[0]) if "not there" in one.reason]
-    assert problem.file == decathlon / "labelsTr" / "spleen_2.nii.gz"
-
-
 def test_parent_of_two_data_sets_is_ambiguous(decathlon):
     write_json(decathlon.parent / "Task10_Colon" / "dataset.json", {"training": []})
     with pytest.raises(UserError, match="Task09_Spleen, Task10_Colon"):
         find_cases(decathlon.parent)
-
-
-def test_shipped_decathlon_data(shared_data):
-    cases, _ = find_cases(shared_data / "Task04_Hippocampus")
-    assert len(cases) == 160 == len({case.subject for case in cases})
-    assert all(case.label.name == case.images[0].name for case in cases)
-    assert names(find_cases(shared_data / "Task01_BrainTumour")[0]) == ["BRATS_001"]
 
 
 def test_nnunet_raw_folder(tmp_path, touch):
@@ -144,11 +130,6 @@ def test_plain_folder_tells_images_from_labels(tmp_path, touch):
     assert all(case.subject == case.name for case in cases)
 
 
-def test_same_file_name_in_a_folder_a_subject(tmp_path, touch):
-    root = touch(tmp_path / "plain", "p1/t1.nii.gz", "p2/t1.nii.gz")
-    assert names(find_cases(root)[0]) == ["p1_t1", "p2_t1"]
-
-
 def test_no_folder_no_image_no_match(tmp_path, touch):
     with pytest.raises(UserError, match="absent: no such data folder.*data_base_dir"):
         find_cases(tmp_path / "absent")
@@ -185,20 +166,6 @@ def test_sessions_of_a_subject_are_never_split(bids):
         assert not {case.subject for case in train} & {case.subject for case in val}
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
-def test_several_contrasts_need_a_pattern(tmp_path, touch, ending):
-    root = touch(
-        tmp_path / "bids", *(f"sub-0{i}/anat/sub-0{i}_{c}{ending}" for i in (1, 2) for c in ("T1w", "T2w"))
-    )
-    with pytest.raises(UserError, match="T1w, T2w") as error:
-        find_cases(root)
-    advised = re.search(r'"data": (\{"pattern": .*?\})', str(error.value))[
-        1
-    ]  # the advice is followed as it is
-    cases, _ = find_cases(root, json.loads(advised)["pattern"])
-    assert names(cases) == ["sub-01_T1w", "sub-02_T1w"]
-
-
 def test_participants_that_cannot_be_read(bids):
     (bids / "participants.tsv").write_text("name\tage\nsub-01\t30\n")
     with pytest.raises(UserError, match=r"participants\.tsv: has no column participant_id"):
@@ -206,12 +173,6 @@ def test_participants_that_cannot_be_read(bids):
     (bids / "participants.tsv").write_bytes("participant_id\tsite\nsub-01\tMünchen\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"participants\.tsv: .*UTF-8"):
         find_cases(bids)
-
-
-def test_shipped_bids_like_data(shared_data):
-    cases, _ = find_cases(shared_data / "t1_brain_2mm")
-    assert len(cases) == 60
-    assert cases[0].covariates == {"participant_id": "sub-01", "age": "39", "gender": "m", "group": "depr"}
 
 
 def test_json_list_with_validation(tmp_path, touch):

@@ -25,7 +25,7 @@ import export_model
 import inference
 import train_diffusion
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.export import bundle
+from ldm.export import bundle, formats
 from ldm.system.checkpoints import load_checkpoint
 
 BETAS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -258,7 +258,7 @@ class Branching(torch.nn.Module):
 
 
 def test_what_cannot_be_traced_in_general_is_traced_as_it_is_used():
-    script, general = bundle.traced(
+    script, general = formats.traced(
         "n", Counting().eval(), lambda b, s: (torch.rand(b, 1, *s),), [6, 4, 4], 2
     )
     assert not general
@@ -271,14 +271,14 @@ def test_a_network_that_gives_zeros_is_traced():
     zero = torch.nn.Conv3d(1, 1, 1)
     for weight in zero.parameters():
         torch.nn.init.zeros_(weight)
-    script, general = bundle.traced("unet", zero.eval(), lambda b, s: (torch.rand(b, 1, *s),), [4] * 3, 2)
+    script, general = formats.traced("unet", zero.eval(), lambda b, s: (torch.rand(b, 1, *s),), [4] * 3, 2)
     assert general and not script(torch.rand(2, 1, 4, 4, 4)).any()
 
 
 def test_a_trace_that_computes_something_else_is_refused():
     signs = iter([1, -1] * 3)
     with pytest.raises(FloatingPointError, match="decode"):
-        bundle.traced(
+        formats.traced(
             "decode", Branching().eval(), lambda b, s: (next(signs) * torch.ones(b, 1, *s),), [4] * 3, 2
         )
 
@@ -326,7 +326,7 @@ def test_the_bundle_has_the_projects_defaults_and_none_of_its_modules(flow, step
 def test_a_bundle_overwrites_nothing(flow, tmp_path):
     (tmp_path / "sample_000000.nii.gz").write_text("mine")
     with pytest.raises(FileExistsError, match="sample_000000"):
-        bundle.draw(0, *[None] * 10, output_dir=str(tmp_path))
+        bundle.draw(0, *[None] * 13, output_dir=str(tmp_path))
 
 
 def test_monai_accepts_the_metadata(flow, steps_of_betas, tmp_path):
@@ -392,7 +392,7 @@ def test_the_card_tells_data_training_figures_and_limits(done, flow):
         "| quality | FID | no weights |",
         "- No sample is a copy.",
         "Not for diagnosis",
-        "It has seen 4 training volumes",
+        "It was trained on 4 training volumes only",
         "was measured: see the figures on copies",
     ):
         assert words in card, words

@@ -2,6 +2,7 @@
 public data sets, under the names that their authors give, and in folders as users keep them."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -34,113 +35,87 @@ def listed(root: Path, content: dict) -> Path:
 
 @dataclass
 class Layout:
-    """A public data set: its files, and what is to be found in them, by names below its folder.
+    """A public data set: its files, and what is to be found in them, as names below its folder. In these `*`
+    stands for each of `each`, and `{a,b}` for a and for b; ` | ` separates them.
 
     `passed` is the end of the line, without names; `refused` are the kinds that the message lists where no
     key chooses, and `keys` what then chooses.
     """
 
-    files: list[str]
-    images: list[str]
-    subjects: list[str]
-    labels: list[str] = field(default_factory=list)
+    each: str
+    files: str
+    images: str
+    subjects: str
+    labels: str = ""
     passed: str = ""
     refused: str = ""
     keys: dict = field(default_factory=dict)
     dataset_json: dict | None = None
     validation: int = 0
 
+    def expanded(self, names: str) -> list[str]:
+        found = set()
+        for name in (name.replace("*", one) for name in names.split(" | ") for one in self.each.split()):
+            parts = [part.split(",") for part in re.split(r"[{}]", name)]
+            found |= set(map("".join, itertools.product(*parts)))
+        return sorted(found)
 
-BRATS21 = [
-    f"BraTS2021_{i:05d}/BraTS2021_{i:05d}_{c}.nii.gz"
-    for i in (0, 2)
-    for c in ("flair", "seg", "t1", "t1ce", "t2")
-]
-BRATS23 = [
-    f"BraTS-GLI-{i}/BraTS-GLI-{i}-{c}.nii.gz"
-    for i in ("00005-100", "00005-101", "00006-100")
-    for c in ("seg", "t1c", "t1n", "t2f", "t2w")
-]
-FMRIPREP = [
-    f"sub-{i}/anat/sub-{i}_{end}.nii.gz"
-    for i in ("01", "02")
-    for end in (
-        "desc-brain_mask",
-        "desc-preproc_T1w",
-        "dseg",
-        "label-GM_probseg",
-        "space-MNI152NLin2009cAsym_desc-brain_mask",
-        "space-MNI152NLin2009cAsym_desc-preproc_T1w",
-    )
-]
-FREESURFER = [
-    f"{s}/mri/{f}.mgz"
-    for s in ("bert", "ernie")
-    for f in (
-        "T1",
-        "aparc+aseg",
-        "aparc.a2009s+aseg",
-        "aseg",
-        "aseg.auto",
-        "brain",
-        "brainmask",
-        "filled",
-        "lh.ribbon",
-        "norm",
-        "nu",
-        "orig",
-        "ribbon",
-        "wm",
-        "wm.seg",
-        "wmparc",
-    )
-]
+
+ATLAS = "Training/R001/sub-*/ses-1/anat/sub-*_ses-1_space-MNI152NLin2009aSym_"
+FMRIPREP = "sub-*/anat/sub-*_{,space-MNI152NLin2009cAsym_}desc-"
+FREESURFER = (
+    "T1,aparc+aseg,aparc.a2009s+aseg,aseg,aseg.auto,brain,brainmask,filled,lh.ribbon,norm,nu,orig,ribbon,wm,"
+    "wm.seg,wmparc"
+)
+ISLES = "sub-*/ses-0001/{dwi/sub-*_ses-0001_dwi,dwi/sub-*_ses-0001_adc,anat/sub-*_ses-0001_FLAIR}.nii.gz"
+VERSE = "dataset-verse19training/"
 LAYOUTS = {
     "TotalSegmentator": Layout(
-        [
-            f"{s}/{f}.nii.gz"
-            for s in ("s0000", "s0001")
-            for f in ("ct", "segmentations/liver", "segmentations/vertebrae_L1")
-        ],
-        ["s0000/ct.nii.gz", "s0001/ct.nii.gz"],
-        ["s0000_ct", "s0001_ct"],
+        "s0000 s0001",
+        "*/{ct,segmentations/liver,segmentations/vertebrae_L1}.nii.gz",
+        "*/ct.nii.gz",
+        "*_ct",
         passed="4 masks",
     ),
     "BraTS 2021": Layout(
-        BRATS21,
-        [f for f in BRATS21 if "_seg" not in f],
-        ["BraTS2021_00000", "BraTS2021_00002"],
-        [f for f in BRATS21 if "_seg" in f],
+        "BraTS2021_00000 BraTS2021_00002",
+        "*/*_{flair,seg,t1,t1ce,t2}.nii.gz",
+        "*/*_{flair,t1,t1ce,t2}.nii.gz",
+        "*",
+        "*/*_seg.nii.gz",
         refused="_flair, _t1, _t1ce, _t2",
         keys={"contrasts": ["_flair", "_t1", "_t1ce", "_t2"]},
     ),
     "BraTS 2023": Layout(
-        BRATS23,
-        [f for f in BRATS23 if "-t1n" in f],
-        ["BraTS-GLI-00005", "BraTS-GLI-00006"],
-        [f for f in BRATS23 if "-seg" in f],
+        "00005-100 00005-101 00006-100",
+        "BraTS-GLI-*/BraTS-GLI-*-{seg,t1c,t1n,t2f,t2w}.nii.gz",
+        "BraTS-GLI-*/BraTS-GLI-*-t1n.nii.gz",
+        "BraTS-GLI-0000{5,6}",
+        "BraTS-GLI-*/BraTS-GLI-*-seg.nii.gz",
         "9 files that data.pattern leaves out",
         "-t1c, -t1n, -t2f, -t2w",
         {"pattern": "**/*-t1n.nii.gz"},
     ),
     "KiTS19": Layout(
-        [f"case_{i:05d}/{f}.nii.gz" for i in (0, 1) for f in ("imaging", "segmentation")],
-        ["case_00000/imaging.nii.gz", "case_00001/imaging.nii.gz"],
-        ["case_00000_imaging", "case_00001_imaging"],
-        ["case_00000/segmentation.nii.gz", "case_00001/segmentation.nii.gz"],
+        "case_00000 case_00001",
+        "*/{imaging,segmentation}.nii.gz",
+        "*/imaging.nii.gz",
+        "*_imaging",
+        "*/segmentation.nii.gz",
     ),
     "LiTS": Layout(
-        [f"Training Batch 1/{f}-{i}.nii" for i in range(3) for f in ("segmentation", "volume")],
-        [f"Training Batch 1/volume-{i}.nii" for i in range(3)],
-        ["volume-0", "volume-1", "volume-2"],
-        [f"Training Batch 1/segmentation-{i}.nii" for i in range(3)],
+        "0 1 2",
+        "Training Batch 1/{segmentation,volume}-*.nii",
+        "Training Batch 1/volume-*.nii",
+        "volume-*",
+        "Training Batch 1/segmentation-*.nii",
     ),
     "AMOS22": Layout(
-        ["imagesTr/amos_0001.nii.gz", "imagesVa/amos_0008.nii.gz", "imagesTs/amos_0002.nii.gz"]
-        + ["labelsTr/amos_0001.nii.gz", "labelsVa/amos_0008.nii.gz"],
-        ["imagesTr/amos_0001.nii.gz", "imagesVa/amos_0008.nii.gz"],
-        ["amos_0001", "amos_0008"],
-        ["labelsTr/amos_0001.nii.gz", "labelsVa/amos_0008.nii.gz"],
+        "Tr/amos_0001 Va/amos_0008",
+        "{images,labels}*.nii.gz | imagesTs/amos_0002.nii.gz",
+        "images*.nii.gz",
+        "amos_000{1,8}",
+        "labels*.nii.gz",
         "1 test scan of the list",
         dataset_json={
             "training": [{"image": "./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}],
@@ -150,11 +125,11 @@ LAYOUTS = {
         validation=1,
     ),
     "nnU-Net version 1": Layout(
-        [f"imagesTr/la_{i}_{c:04d}.nii.gz" for i in ("003", "004") for c in (0, 1)]
-        + ["labelsTr/la_003.nii.gz"],
-        [f"imagesTr/la_003_{c:04d}.nii.gz" for c in (0, 1)],
-        ["la_003"],
-        ["labelsTr/la_003.nii.gz"],
+        "la_003 la_004",
+        "imagesTr/*_000{0,1}.nii.gz | labelsTr/la_003.nii.gz",
+        "imagesTr/la_003_000{0,1}.nii.gz",
+        "la_003",
+        "labelsTr/la_003.nii.gz",
         "1 test scan of the list, 2 files that dataset.json does not name",
         dataset_json={
             "modality": {"0": "T1", "1": "T2"},
@@ -163,218 +138,153 @@ LAYOUTS = {
         },
     ),
     "IXI": Layout(
-        ["IXI-T1/IXI002-Guys-0828-T1.nii.gz", "IXI-T1/IXI012-HH-1211-T1.nii.gz"]
-        + ["IXI-T2/IXI002-Guys-0828-T2.nii.gz", "IXI-T2/IXI012-HH-1211-T2.nii.gz"],
-        ["IXI-T1/IXI002-Guys-0828-T1.nii.gz", "IXI-T1/IXI012-HH-1211-T1.nii.gz"],
-        ["IXI002", "IXI012"],
-        [],
-        "2 files that data.pattern leaves out",
-        "IXI-T1, IXI-T2",
-        {"pattern": "**/IXI-T1/**/*"},
+        "T1 T2",
+        "IXI-*/{IXI002-Guys-0828,IXI012-HH-1211}-*.nii.gz",
+        "IXI-T1/{IXI002-Guys-0828,IXI012-HH-1211}-T1.nii.gz",
+        "IXI0{02,12}",
+        passed="2 files that data.pattern leaves out",
+        refused="IXI-T1, IXI-T2",
+        keys={"pattern": "**/IXI-T1/**/*"},
     ),
     "OASIS of Learn2Reg": Layout(
-        [
-            f"OASIS_OAS1_{i}_MR1/{f}.nii.gz"
-            for i in ("0001", "0002")
-            for f in ("aligned_norm", "aligned_orig", "aligned_seg35", "aligned_seg4")
-        ],
-        [f"OASIS_OAS1_{i}_MR1/aligned_norm.nii.gz" for i in ("0001", "0002")],
-        ["OAS1_0001", "OAS1_0002"],
-        [],
-        "4 masks, 2 files that data.pattern leaves out",
-        "aligned_norm, aligned_orig",
-        {"pattern": "**/aligned_norm.*"},
+        "0001 0002",
+        "OASIS_OAS1_*_MR1/aligned_{norm,orig,seg35,seg4}.nii.gz",
+        "OASIS_OAS1_*_MR1/aligned_norm.nii.gz",
+        "OAS1_*",
+        passed="4 masks, 2 files that data.pattern leaves out",
+        refused="aligned_norm, aligned_orig",
+        keys={"pattern": "**/aligned_norm.*"},
     ),
     "ADNI": Layout(
-        ["003_S_0003/m12/T1.nii.gz", "003_S_0003/m24/T1.nii.gz", "011_S_0005/bl/T1.nii.gz"],
-        ["003_S_0003/m12/T1.nii.gz", "003_S_0003/m24/T1.nii.gz", "011_S_0005/bl/T1.nii.gz"],
-        ["003_S_0003", "011_S_0005"],
+        "003_S_0003/m12 003_S_0003/m24 011_S_0005/bl", "*/T1.nii.gz", "*/T1.nii.gz", "003_S_0003 | 011_S_0005"
     ),
     "fMRIPrep": Layout(
-        FMRIPREP,
-        [f for f in FMRIPREP if "MNI152NLin2009cAsym_desc-preproc" in f],
-        ["sub-01", "sub-02"],
-        [],
-        "8 masks, 2 files that data.pattern leaves out",
-        "desc-preproc_T1w, space-MNI152NLin2009cAsym_desc-preproc_T1w",
-        {"pattern": "**/*_space-MNI152NLin2009cAsym_desc-preproc_T1w.*"},
+        "01 02",
+        f"{FMRIPREP}{{brain_mask,preproc_T1w}}.nii.gz | sub-*/anat/sub-*_{{dseg,label-GM_probseg}}.nii.gz",
+        "sub-*/anat/sub-*_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz",
+        "sub-*",
+        passed="8 masks, 2 files that data.pattern leaves out",
+        refused="desc-preproc_T1w, space-MNI152NLin2009cAsym_desc-preproc_T1w",
+        keys={"pattern": "**/*_space-MNI152NLin2009cAsym_desc-preproc_T1w.*"},
     ),
     "FreeSurfer": Layout(
-        FREESURFER,
-        ["bert/mri/norm.mgz", "ernie/mri/norm.mgz"],
-        ["bert_mri_norm", "ernie_mri_norm"],
-        [],
-        "22 masks, 8 files that data.pattern leaves out",
-        "T1, brain, norm, nu, orig",
-        {"pattern": "**/norm.mgz"},
+        "bert ernie",
+        f"*/mri/{{{FREESURFER}}}.mgz",
+        "*/mri/norm.mgz",
+        "*_mri_norm",
+        passed="22 masks, 8 files that data.pattern leaves out",
+        refused="T1, brain, norm, nu, orig",
+        keys={"pattern": "**/norm.mgz"},
     ),
     "ATLAS 2.0": Layout(
-        ["MNI152NLin2009aSym.nii.gz"]
-        + [
-            f"Training/R001/sub-r001s00{i}/ses-1/anat/sub-r001s00{i}_ses-1_space-MNI152NLin2009aSym_{end}.nii.gz"
-            for i in (1, 2)
-            for end in ("T1w", "label-L_desc-T1lesion_mask")
-        ],
-        [
-            f"Training/R001/sub-r001s00{i}/ses-1/anat/sub-r001s00{i}_ses-1_space-MNI152NLin2009aSym_T1w.nii.gz"
-            for i in (1, 2)
-        ],
-        ["sub-r001s001", "sub-r001s002"],
-        [],
-        "1 template, 2 masks",
+        "r001s001 r001s002",
+        f"MNI152NLin2009aSym.nii.gz | {ATLAS}{{T1w,label-L_desc-T1lesion_mask}}.nii.gz",
+        f"{ATLAS}T1w.nii.gz",
+        "sub-*",
+        passed="1 template, 2 masks",
     ),
     "ISLES 2022": Layout(
-        [
-            f"sub-strokecase000{i}/ses-0001/{f[0]}/sub-strokecase000{i}_ses-0001_{f[1]}.nii.gz"
-            for i in (1, 2)
-            for f in (("anat", "FLAIR"), ("dwi", "adc"), ("dwi", "dwi"))
-        ]
-        + [
-            f"derivatives/sub-strokecase000{i}/ses-0001/sub-strokecase000{i}_ses-0001_msk.nii.gz"
-            for i in (1, 2)
-        ],
-        [
-            f"sub-strokecase000{i}/ses-0001/dwi/sub-strokecase000{i}_ses-0001_{c}.nii.gz"
-            for i in (1, 2)
-            for c in ("dwi", "adc")
-        ],
-        ["sub-strokecase0001", "sub-strokecase0002"],
-        [],
-        "2 files under derivatives, 2 other contrasts",
-        "FLAIR, adc, dwi",
-        {"contrasts": ["_dwi", "_adc"]},
+        "strokecase0001 strokecase0002",
+        f"{ISLES} | derivatives/sub-*/ses-0001/sub-*_ses-0001_msk.nii.gz",
+        "sub-*/ses-0001/dwi/sub-*_ses-0001_{dwi,adc}.nii.gz",
+        "sub-*",
+        passed="2 files under derivatives, 2 other contrasts",
+        refused="FLAIR, adc, dwi",
+        keys={"contrasts": ["_dwi", "_adc"]},
     ),
     "WMH": Layout(
-        [
-            f"{s}/{f}.nii.gz"
-            for s in ("GE3T/100", "Singapore/50", "Utrecht/0")
-            for f in ("orig/3DT1", "orig/FLAIR", "orig/T1", "pre/FLAIR", "pre/T1", "wmh")
-        ],
-        [f"{s}/pre/FLAIR.nii.gz" for s in ("GE3T/100", "Singapore/50", "Utrecht/0")],
-        ["GE3T_100_pre_FLAIR", "Singapore_50_pre_FLAIR", "Utrecht_0_pre_FLAIR"],
-        [],
-        "12 files that data.pattern leaves out, 3 masks",
-        "3DT1, FLAIR, T1",
-        {"pattern": "**/pre/FLAIR.*"},
+        "GE3T/100 Singapore/50 Utrecht/0",
+        "*/{orig/3DT1,orig/FLAIR,orig/T1,pre/FLAIR,pre/T1,wmh}.nii.gz",
+        "*/pre/FLAIR.nii.gz",
+        "{GE3T_100,Singapore_50,Utrecht_0}_pre_FLAIR",
+        passed="12 files that data.pattern leaves out, 3 masks",
+        refused="3DT1, FLAIR, T1",
+        keys={"pattern": "**/pre/FLAIR.*"},
     ),
     "NFBS": Layout(
-        [
-            f"A000{i}/sub-A000{i}_ses-NFB3_T1w{end}.nii.gz"
-            for i in ("28185", "28352")
-            for end in ("", "_brain", "_brainmask")
-        ],
-        [f"A000{i}/sub-A000{i}_ses-NFB3_T1w_brain.nii.gz" for i in ("28185", "28352")],
-        ["sub-A00028185", "sub-A00028352"],
-        [],
-        "2 files that data.pattern leaves out, 2 masks",
-        "T1w, T1w_brain",
-        {"pattern": "**/*_T1w_brain.*"},
+        "A00028185 A00028352",
+        "*/sub-*_ses-NFB3_T1w{,_brain,_brainmask}.nii.gz",
+        "*/sub-*_ses-NFB3_T1w_brain.nii.gz",
+        "sub-*",
+        passed="2 files that data.pattern leaves out, 2 masks",
+        refused="T1w, T1w_brain",
+        keys={"pattern": "**/*_T1w_brain.*"},
     ),
     "Calgary-Campinas 359": Layout(
-        ["Original/CC0001_philips_15_55_M.nii.gz", "Original/CC0002_philips_15_56_M.nii.gz"]
-        + [
-            "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss.nii.gz",
-            "STAPLE/CC0001_philips_15_55_M_staple.nii.gz",
-        ],
-        ["Original/CC0001_philips_15_55_M.nii.gz", "Original/CC0002_philips_15_56_M.nii.gz"],
-        ["CC0001_philips_15_55_M", "CC0002_philips_15_56_M"],
-        [],
-        "2 masks",
+        "CC0001_philips_15_55_M CC0002_philips_15_56_M",
+        "Original/*.nii.gz | Silver-standard-machine-learning/CC0001_philips_15_55_M_ss.nii.gz"
+        " | STAPLE/CC0001_philips_15_55_M_staple.nii.gz",
+        "Original/*.nii.gz",
+        "*",
+        passed="2 masks",
     ),
     "HCP": Layout(
-        [
-            f"{s}/T1w/{f}.nii.gz"
-            for s in ("100206", "100307")
-            for f in (
-                "T1w_acpc_dc_restore",
-                "T1w_acpc_dc_restore_brain",
-                "T2w_acpc_dc_restore",
-                "aparc+aseg",
-                "brainmask_fs",
-                "ribbon",
-                "wmparc",
-            )
-        ],
-        [f"{s}/T1w/T1w_acpc_dc_restore_brain.nii.gz" for s in ("100206", "100307")],
-        ["100206_T1w_T1w_acpc_dc_restore_brain", "100307_T1w_T1w_acpc_dc_restore_brain"],
-        [],
-        "4 files that data.pattern leaves out, 8 masks",
-        "T1w_acpc_dc_restore, T1w_acpc_dc_restore_brain, T2w_acpc_dc_restore",
-        {"pattern": "**/T1w_acpc_dc_restore_brain.*"},
+        "100206 100307",
+        "*/T1w/{T1w_acpc_dc_restore,T1w_acpc_dc_restore_brain,T2w_acpc_dc_restore,aparc+aseg,brainmask_fs,"
+        "ribbon,wmparc}.nii.gz",
+        "*/T1w/T1w_acpc_dc_restore_brain.nii.gz",
+        "*_T1w_T1w_acpc_dc_restore_brain",
+        passed="4 files that data.pattern leaves out, 8 masks",
+        refused="T1w_acpc_dc_restore, T1w_acpc_dc_restore_brain, T2w_acpc_dc_restore",
+        keys={"pattern": "**/T1w_acpc_dc_restore_brain.*"},
     ),
     "FeTA": Layout(
-        [f"sub-00{i}/anat/sub-00{i}_rec-mial_{end}.nii.gz" for i in (1, 2) for end in ("T2w", "dseg")],
-        [f"sub-00{i}/anat/sub-00{i}_rec-mial_T2w.nii.gz" for i in (1, 2)],
-        ["sub-001", "sub-002"],
-        [f"sub-00{i}/anat/sub-00{i}_rec-mial_dseg.nii.gz" for i in (1, 2)],
+        "sub-001 sub-002",
+        "*/anat/*_rec-mial_{T2w,dseg}.nii.gz",
+        "*/anat/*_rec-mial_T2w.nii.gz",
+        "*",
+        "*/anat/*_rec-mial_dseg.nii.gz",
     ),
     "MM-WHS": Layout(
-        [
-            f"{m}_train/{m}_train_{i}_{end}.nii.gz"
-            for m in ("ct", "mr")
-            for i in (1001, 1002)
-            for end in ("image", "label")
-        ],
-        [f"ct_train/ct_train_{i}_image.nii.gz" for i in (1001, 1002)],
-        ["ct_train_1001_image", "ct_train_1002_image"],
-        [f"ct_train/ct_train_{i}_label.nii.gz" for i in (1001, 1002)],
+        "ct mr",
+        "*_train/*_train_100{1,2}_{image,label}.nii.gz",
+        "ct_train/ct_train_100{1,2}_image.nii.gz",
+        "ct_train_100{1,2}_image",
+        "ct_train/ct_train_100{1,2}_label.nii.gz",
         "2 files that data.pattern leaves out, 2 masks",
         "ct_train, mr_train",
         {"pattern": "**/ct_train/**/*"},
     ),
     "FLARE22": Layout(
-        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)]
-        + [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
-        [f"images/FLARE22_Tr_000{i}_0000.nii.gz" for i in (1, 2)],
-        ["FLARE22_Tr_0001_0000", "FLARE22_Tr_0002_0000"],
-        [f"labels/FLARE22_Tr_000{i}.nii.gz" for i in (1, 2)],
+        "FLARE22_Tr_0001 FLARE22_Tr_0002",
+        "images/*_0000.nii.gz | labels/*.nii.gz",
+        "images/*_0000.nii.gz",
+        "*_0000",
+        "labels/*.nii.gz",
     ),
     "BTCV": Layout(
-        [f"RawData/Training/{f}/{f}000{i}.nii.gz" for f in ("img", "label") for i in (1, 2)],
-        [f"RawData/Training/img/img000{i}.nii.gz" for i in (1, 2)],
-        ["img0001", "img0002"],
-        [f"RawData/Training/label/label000{i}.nii.gz" for i in (1, 2)],
+        "0001 0002",
+        "RawData/Training/{img/img,label/label}*.nii.gz",
+        "RawData/Training/img/img*.nii.gz",
+        "img*",
+        "RawData/Training/label/label*.nii.gz",
     ),
     "FDG-PET-CT-Lesions": Layout(
-        [
-            f"PETCT_{s}/{f}.nii.gz"
-            for s in ("01140d52d8/08-13-2005-NA", "01140d52d8/12-02-2005-NA", "0143bab87a/05-01-2003-NA")
-            for f in ("CT", "CTres", "PET", "SEG", "SUV")
-        ],
-        [
-            f"PETCT_{s}/{f}.nii.gz"
-            for s in ("01140d52d8/08-13-2005-NA", "01140d52d8/12-02-2005-NA", "0143bab87a/05-01-2003-NA")
-            for f in ("SUV", "CTres")
-        ],
-        ["PETCT_01140d52d8", "PETCT_0143bab87a"],
-        [
-            f"PETCT_{s}/SEG.nii.gz"
-            for s in ("01140d52d8/08-13-2005-NA", "01140d52d8/12-02-2005-NA", "0143bab87a/05-01-2003-NA")
-        ],
+        "01140d52d8/08-13-2005-NA 01140d52d8/12-02-2005-NA 0143bab87a/05-01-2003-NA",
+        "PETCT_*/{CT,CTres,PET,SEG,SUV}.nii.gz",
+        "PETCT_*/{SUV,CTres}.nii.gz",
+        "PETCT_01{140d52d8,43bab87a}",
+        "PETCT_*/SEG.nii.gz",
         "6 other contrasts",
         "CT, CTres, PET, SUV",
         {"contrasts": ["SUV", "CTres"]},
     ),
     "ACDC": Layout(
-        [
-            f"training/patient00{i}/patient00{i}_{end}.nii.gz"
-            for i in (1, 2)
-            for end in ("4d", "frame01", "frame01_gt", "frame12", "frame12_gt")
-        ],
-        [f"training/patient00{i}/patient00{i}_frame{f}.nii.gz" for i in (1, 2) for f in ("01", "12")],
-        ["patient001", "patient002"],
-        [f"training/patient00{i}/patient00{i}_frame{f}_gt.nii.gz" for i in (1, 2) for f in ("01", "12")],
+        "patient001 patient002",
+        "training/*/*_{4d,frame01,frame01_gt,frame12,frame12_gt}.nii.gz",
+        "training/*/*_frame{01,12}.nii.gz",
+        "*",
+        "training/*/*_frame{01,12}_gt.nii.gz",
         "2 files that data.pattern leaves out",
         "_4d, _frame01, _frame12",
         {"pattern": "**/*_frame[0-9][0-9].nii.gz"},
     ),
     "VerSe": Layout(
-        ["dataset-verse19training/rawdata/sub-verse004/sub-verse004_ct.nii.gz"]
-        + ["dataset-verse19training/derivatives/sub-verse004/sub-verse004_seg-vert_msk.nii.gz"],
-        ["dataset-verse19training/rawdata/sub-verse004/sub-verse004_ct.nii.gz"],
-        ["sub-verse004"],
-        [],
-        "1 file under derivatives",
+        "sub-verse004",
+        f"{VERSE}rawdata/*/*_ct.nii.gz | {VERSE}derivatives/*/*_seg-vert_msk.nii.gz",
+        f"{VERSE}rawdata/*/*_ct.nii.gz",
+        "*",
+        passed="1 file under derivatives",
     ),
 }
 
@@ -382,30 +292,30 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_public_data_set_is_read_as_its_authors_mean_it(tmp_path, name):
     layout = LAYOUTS[name]
-    root = make(tmp_path / "data", *layout.files)
+    root = make(tmp_path / "data", *layout.expanded(layout.files))
     if layout.dataset_json:
         listed(root, layout.dataset_json)
     if layout.refused:
-        with pytest.raises(
-            UserError, match=re.escape(f"holds several kinds of image ({layout.refused})")
-        ) as error:
+        message = re.escape(f"holds several kinds of image ({layout.refused})")
+        with pytest.raises(UserError, match=message) as error:
             find_cases(root)
         # The advice is followed as it stands: a kind alone, one image a scan.
         advised = json.loads(re.search(r'"data": (\{"pattern": .*?\})', str(error.value))[1])
         alone, _ = find_cases(root, **advised)
         assert len({(case.subject, case.images[0].parent) for case in alone}) == len(alone)
-    said = []
-    cases, validation = find_cases(root, **layout.keys, say=said.append)
+    lines = []
+    cases, validation = find_cases(root, **layout.keys, say=lines.append)
 
     def below(paths):
-        return [path.relative_to(root).as_posix() for path in paths]
+        return sorted(path.relative_to(root).as_posix() for path in paths)
 
     every = [*cases, *validation]
-    assert sorted(below(path for case in every for path in case.images)) == sorted(layout.images)
-    assert sorted(below(case.label for case in every if case.label)) == sorted(layout.labels)
-    assert sorted({case.subject for case in every}) == layout.subjects
+    assert below(path for case in every for path in case.images) == layout.expanded(layout.images)
+    labels = below(case.label for case in every if case.label)
+    assert labels == (layout.expanded(layout.labels) if layout.labels else [])
+    assert sorted({case.subject for case in every}) == layout.expanded(layout.subjects)
     assert len(validation) == layout.validation
-    [line] = said
+    [line] = lines
     passed = re.sub(r" \([^()]*\)", "", line.partition("; passed over: ")[2])
     assert line.startswith("found: ") and sorted(passed.split(", ")) == sorted(layout.passed.split(", "))
 

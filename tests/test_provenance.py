@@ -171,7 +171,7 @@ def test_files_are_those_that_nibabel_writes(tmp_path):
 
 def test_a_record_suffices_to_make_the_same_bytes(drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "its bytes are those recorded" in reproduce(drawn)
+    assert "byte-identical to the recorded volume" in reproduce(drawn)
     again = tmp_path / "sample_000001_reproduced.nii.gz"
     assert again.read_bytes() == (tmp_path / "sample_000001.nii.gz").read_bytes()
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -193,7 +193,7 @@ def test_what_the_command_line_said_is_in_the_record(model, monkeypatch, options
         model.run(inference, "--steps", "2", "--num", "2", *options)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    assert "its bytes are those recorded" in reproduce(model.output_dir / "sample_000001.json")
+    assert "byte-identical to the recorded volume" in reproduce(model.output_dir / "sample_000001.json")
 
 
 def test_the_number_of_threads_is_in_the_record(model):
@@ -201,7 +201,7 @@ def test_the_number_of_threads_is_in_the_record(model):
         torch.set_num_threads(2)
         model.run(inference, *DRAW)
         torch.set_num_threads(1)
-        assert "its bytes are those recorded" in reproduce(model.output_dir / "sample_000000.json")
+        assert "byte-identical to the recorded volume" in reproduce(model.output_dir / "sample_000000.json")
         assert torch.get_num_threads() == record_of(model, 0)["threads"] == 2
     finally:
         torch.set_num_threads(1)
@@ -218,7 +218,7 @@ def test_weights_from_elsewhere_are_in_the_record(done, tmp_path, monkeypatch):
     project.run(inference, "--steps", "2", *given)
     assert record_of(project, 0)["unet"]["path"] == "u.pt"
     record = project.output_dir / "sample_000000.json"
-    assert "its bytes are those recorded" in reproduce(record)
+    assert "byte-identical to the recorded volume" in reproduce(record)
 
     monkeypatch.chdir(project.output_dir)
     record.with_name("sample_000000_reproduced.nii.gz").unlink()
@@ -228,7 +228,7 @@ def test_weights_from_elsewhere_are_in_the_record(done, tmp_path, monkeypatch):
         (project.folder / name).rename(project.output_dir / name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pt").write_text("another file of that name")
-    assert "its bytes are those recorded" in reproduce(record)
+    assert "byte-identical to the recorded volume" in reproduce(record)
 
 
 def altered(path: Path, by: float) -> None:
@@ -246,7 +246,7 @@ def test_a_difference_of_rounding_is_told(drawn):
     altered(drawn, 0.5e-4)
     rewrite(drawn, versions={**json.loads(drawn.read_text())["versions"], "torch": "2.10.0"})
     said = reproduce(drawn)
-    assert "by up to 5.0e-05 of its range" in said and "but for rounding" in said
+    assert "by up to 5.0e-05 of its range" in said and "up to rounding" in said
     assert f"torch 2.10.0 then, {torch.__version__} now" in said
 
 
@@ -267,13 +267,13 @@ def test_without_the_original_it_cannot_be_compared(drawn, how):
         original.write_bytes(original.read_bytes()[:-9])
     rewrite(drawn, volume={**json.loads(drawn.read_text())["volume"], "sha256": "0" * 64})
     said = reproduce(drawn)
-    assert "its bytes are not those recorded" in said and "is not there as it was written" in said
+    assert "not byte-identical" in said and "cannot be compared" in said
 
 
 def test_a_reproduction_is_not_overwritten(drawn):
     reproduce(drawn)
     before = fingerprint(drawn.parent)
-    assert "sample_000001_reproduced.nii.gz is there already" in refused(drawn)
+    assert "sample_000001_reproduced.nii.gz already exists" in refused(drawn)
     assert fingerprint(drawn.parent) == before
 
 
@@ -288,7 +288,7 @@ def test_other_checkpoints_are_refused(drawn, untouched, tmp_path, key, option):
     assert not list(tmp_path.glob("*_reproduced*"))
 
     (tmp_path / name).write_bytes((untouched.model_dir / name).read_bytes())  # moved, but the same
-    assert "its bytes are those recorded" in reproduce(drawn, option, tmp_path / name)
+    assert "byte-identical to the recorded volume" in reproduce(drawn, option, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(untouched, model, monkeypatch):
     (model.output_dir / ".sample_000009.nii.gz.abc.part").write_text("of another process")
     kept = (model.output_dir / "sample_000000.nii.gz").stat().st_mtime_ns
 
-    assert "1 of 3 volumes are there" in model.run(inference, *DRAW)
+    assert "1 of 3 volumes already exist" in model.run(inference, *DRAW)
     assert volumes_of(model) == volumes_of(untouched)
     assert (model.output_dir / "sample_000000.nii.gz").stat().st_mtime_ns == kept
     picture = (model.output_dir / "samples.png").read_bytes()
@@ -417,7 +417,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(untouched, model, monkeypatch):
     assert [path.name for path in model.output_dir.glob(".*")] == [".sample_000009.nii.gz.abc.part"]
 
     monkeypatch.setattr(generation, "draw", None)  # nothing is left to draw
-    assert "3 of 3 volumes are there" in model.run(inference, *DRAW)
+    assert "3 of 3 volumes already exist" in model.run(inference, *DRAW)
 
 
 def test_more_volumes_of_the_same_request_in_smaller_batches(model, done):
@@ -448,15 +448,15 @@ def test_another_request_is_refused(model, what):
     before = fingerprint(model.output_dir)
     message = model.refused(inference, "--steps", "2", "--num", "3", *more.get(what, ()))
     told = {
-        "steps": "made otherwise: steps 2, now 3.",
-        "scale factor": "made otherwise: scale_factor ",
-        "config": "made otherwise: another config.",
-        "checkpoint": "made otherwise: another unet.",
-        "volume": "made otherwise: it was changed since.",
-        "no record": "made otherwise: it has no record.",
-        "record": "made otherwise: its record cannot be used.",
+        "steps": "differs: steps 2, now 3.",
+        "scale factor": "differs: scale_factor ",
+        "config": "differs: another config.",
+        "checkpoint": "differs: another unet.",
+        "volume": "differs: it was changed since.",
+        "no record": "differs: it has no record.",
+        "record": "differs: its record cannot be used.",
     }
-    assert "is there already" in message and told[what] in message and "--seed" in message
+    assert "already exists" in message and told[what] in message and "--seed" in message
     assert fingerprint(model.output_dir) == before
 
 

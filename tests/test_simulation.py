@@ -11,6 +11,7 @@ from scipy import ndimage
 
 import simulate_brains
 from ldm import UserError
+from ldm.data.layouts import find_cases
 from ldm.data.simulation import (
     LATTICE_STEP,
     TISSUES,
@@ -68,8 +69,15 @@ def test_layout_is_that_of_task01(dataset):
         f"./imagesTr/SIM_000{i}.nii.gz" for i in range(3)
     ]
     listed = {(dataset / path).resolve() for case in description["training"] for path in case.values()}
-    assert listed | {dataset / "dataset.json"} == {path for path in dataset.rglob("*") if path.is_file()}
+    listed |= {dataset / "dataset.json", dataset / "participants.tsv"}
+    assert listed == {path for path in dataset.rglob("*") if path.is_file()}
     assert [path.name for path in dataset.parent.iterdir()] == ["made"], "nothing temporary is left"
+
+    cases, _ = find_cases(dataset)
+    tumours = [has_tumour(i, 0.5) for i in range(3)]
+    assert [case.covariates["tumour"] for case in cases] == [str(int(one)) for one in tumours]
+    assert [case.covariates["participant_id"] for case in cases] == ["SIM_0000", "SIM_0001", "SIM_0002"]
+    assert all(0 <= float(case.covariates["ageing"]) <= 1 for case in cases)
 
     for number, case in enumerate(description["training"]):
         image, label = nibabel.load(dataset / case["image"]), nibabel.load(dataset / case["label"])

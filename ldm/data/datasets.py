@@ -124,7 +124,7 @@ class VolumeDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         image = self.image(i, version_of(self.seed, epoch, self.cases[i].name, self.versions))
-        return {"image": image, "cond": {}, "epoch": epoch, "index": i}
+        return {"image": image, "epoch": epoch, "index": i}
 
     def image(self, i: int, version: int) -> torch.Tensor:
         """A version of case `i`, (C, *size) float32."""
@@ -159,14 +159,15 @@ class WithDraws(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def draw(self, generator: torch.Generator) -> dict:
+    def draw(self, generator: torch.Generator, case: Case) -> dict:
         """The draws of one item."""
         raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
-        generator = stream(self.seed, self.purpose, epoch, self.cases[i].name)
-        return {**self.dataset[key], **self.draw(generator)}
+        case = self.cases[i]
+        generator = stream(self.seed, self.purpose, epoch, case.name)
+        return {**self.dataset[key], **self.draw(generator, case)}
 
 
 def _clear_left_behind(cache_dir: Path) -> None:

@@ -1,12 +1,11 @@
 """Find the cases of a plain or BIDS-like folder: every image below it but masks and the like. What a name
 tells of a file is in `ldm.data.names`."""
 
-import csv
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ldm import UserError, brief, counted, few
@@ -174,14 +173,12 @@ def cases_below(root: Path, search: Search) -> list[Case]:
         found = _by_contrast(root, images, labels, search)
     else:
         found = _one_case_a_file(root, images, labels, search)
-    rows = _participants(root / "participants.tsv")
     used = {case.label for case in found}
     for kind in ("mask{s}", "file{s} under derivatives"):
         search.passed[kind] = [
             name for name in search.passed[kind] if root.joinpath(*name.split("/")) not in used
         ]
-    cases = [replace(case, covariates=rows.get(case.subject, {})) for case in found]
-    return sorted(cases, key=lambda case: case.images[0])
+    return sorted(found, key=lambda case: case.images[0])
 
 
 def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> list[File]:
@@ -295,26 +292,3 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
         name = names[unit] or root.name
         cases.append(Case(name, tuple(paths), label, search.subject_of_file(name, first, folders)))
     return cases
-
-
-def _participants(path: Path) -> dict[str, dict]:
-    """Rows of a BIDS `participants.tsv` by subject, or none where the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            # Strict, since a quotation mark that is not closed would swallow the rows after it.
-            rows = list(csv.DictReader(file, delimiter="\t", strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a tab-separated table in UTF-8 ({error}).") from None
-    if rows and "participant_id" not in rows[0]:
-        raise UserError(f"{path}: has no column participant_id.")
-    subjects = {}
-    for row in rows:
-        subject = row["participant_id"]
-        if None in row:
-            raise UserError(f"{path}: the row of {brief(subject)} has more fields than there are columns.")
-        if subject in subjects:
-            raise UserError(f"{path}: {brief(subject)} is there twice. Every subject needs one row.")
-        subjects[subject] = row
-    return subjects

@@ -40,7 +40,7 @@ TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
 
-RECORD["properties"]["subject"] = TEXT  # of later caches
+RECORD["properties"] |= {"subject": TEXT, "covariates": {"type": "object"}}  # of later caches
 
 RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
@@ -86,7 +86,7 @@ class Posteriors(Dataset):
         if isinstance(entry, Path):
             entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
         mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
-        return {"mean": mean, "std": std, "cond": {}, "epoch": epoch, "index": i}
+        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
 
 
 class _Versions(Dataset):
@@ -198,6 +198,7 @@ def add(
         records[i] = {
             "case": case.name,
             "subject": case.subject,
+            "covariates": case.covariates,
             "entry": entry,
             "sha256": digest,
             "files": files,
@@ -316,15 +317,18 @@ def what_latents_follow_from(config: dict) -> dict:
     }
 
 
-def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case]:
+def check_data(folder: Path, manifest: dict, cases: Sequence[Case], column: str | None = None) -> list[Case]:
     """See that the cases of a cache are there, by their names and the sizes of their files; no image is
     opened.
+
+    Args:
+        column: of the covariates that the model is conditioned on, which should be those of the cache.
 
     Returns:
         The other cases, but for those that were left out when the cache was made.
 
     Raises:
-        UserError: a case of the cache is gone, or its files have other sizes.
+        UserError: a case of the cache is gone, or has files of other sizes or another value of `column`.
     """
     records = [record for part in PARTS for record in manifest[part]]
     there = {case.name: case for case in cases}
@@ -340,6 +344,8 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case]) -> list[Case
         for record in records
         if [path.stat().st_size if path.is_file() else None for path in there[record["case"]].images]
         != [file["size"] for file in record["files"]]
+        or column
+        and record.get("covariates", {}).get(column) != there[record["case"]].covariates.get(column)
     ]
     if changed:
         what = counted(len(changed), "case{s}")

@@ -1,10 +1,11 @@
 """Find the cases of a data set, and say what was passed over.
 
 Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
-BIDS-like folder of NIfTI files with an optional `participants.tsv`, and a JSON list of training and
-validation files.
+BIDS-like folder of NIfTI files, and a JSON list of training and validation files; each with an optional
+`participants.tsv`.
 """
 
+import csv
 import os
 import re
 from collections import Counter, defaultdict
@@ -56,8 +57,11 @@ def find_cases(
     roots = [Path(one) for one in ([source] if alone else source)]
     for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
         searches.append(Search(pattern, contrasts, regex, outputs, generated))
-        for to, found in zip((cases, validation), _find_in(root, searches[-1]), strict=True):
-            to += found if alone else [_renamed(case, f"{prefix}/") for case in found]
+        found = _find_in(root, searches[-1])
+        folders = {path if path.is_dir() else path.parent for path in (root, searches[-1].read)}
+        for to, some in zip((cases, validation), found, strict=True):
+            some = _with_covariates(some, folders)
+            to += some if alone else [_renamed(case, f"{prefix}/") for case in some]
     names = Counter(case.name for case in [*cases, *validation])
     if twice := next((name for name, count in names.items() if count > 1), None):
         where = ", ".join(map(str, roots))
@@ -274,3 +278,41 @@ def _names_in(folder: Path) -> list[str]:
 
 def _images_in(folder: Path) -> list[str]:
     return [name for name in _names_in(folder) if suffix_of(name) and name[0] != "."]
+
+
+# ---------------------------------------------------------------- participants.tsv
+
+
+def _with_covariates(cases: list[Case], folders: set[Path]) -> list[Case]:
+    """The cases with their row of `participants.tsv`, by subject or by name, where one of the folders has it;
+    a list's own entries win."""
+    rows = {}
+    for folder in folders:
+        rows |= _participants(folder / "participants.tsv")
+    return [
+        replace(case, covariates={**rows.get(case.subject, rows.get(case.name, {})), **case.covariates})
+        for case in cases
+    ]
+
+
+def _participants(path: Path) -> dict[str, dict]:
+    """Rows of a BIDS `participants.tsv` by subject, or none where the file is absent."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            # Strict, since a quotation mark that is not closed would swallow the rows after it.
+            rows = list(csv.DictReader(file, delimiter="\t", strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a tab-separated table in UTF-8 ({error}).") from None
+    if rows and "participant_id" not in rows[0]:
+        raise UserError(f"{path}: has no column participant_id.")
+    subjects = {}
+    for row in rows:
+        subject = row["participant_id"]
+        if None in row:
+            raise UserError(f"{path}: the row of {brief(subject)} has more fields than there are columns.")
+        if subject in subjects:
+            raise UserError(f"{path}: {brief(subject)} is there twice. Every subject needs one row.")
+        subjects[subject] = row
+    return subjects

@@ -18,11 +18,10 @@ from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
-from ldm.models.definitions import check_size, downsampling, network_divisor
+from ldm.environment import FOLDERS
+from ldm.models.definitions import check_size, downsampling_factor, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
-
-FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # of the environment, for results
 
 
 def own_folders(environment: dict) -> list[Path]:
@@ -145,9 +144,9 @@ def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[in
     patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
-        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
+        check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")
         patch, volume = patch or whole, volume or whole
-    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
+    shown, factor = shown or volume, downsampling_factor(config["autoencoder_def"])
     check_size(volume, network_divisor(config), "diffusion_train.patch_size")
     check_size(patch, factor, "autoencoder_train.patch_size")
     check_size(shown, factor, "autoencoder_train.val_patch_size")

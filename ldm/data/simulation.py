@@ -48,6 +48,7 @@ class Subject:
     label: np.ndarray  # (X, Y, Z) uint8, indices of LABELS
     tissues: np.ndarray  # (7, X, Y, Z) float32, volume fractions of TISSUES
     affine: np.ndarray  # (4, 4), voxel to mm
+    ageing: float  # 0 to 1
 
 
 def simulate_subject(seed, subject, spacing=(4.0, 4.0, 4.0), tumour=False):
@@ -95,7 +96,7 @@ def simulate_subject(seed, subject, spacing=(4.0, 4.0, 4.0), tumour=False):
 
     image = scan(scanner, noise, tissues, spacing) * brain[..., None]
     shares = np.concatenate([tissues[:4].sum(axis=0, keepdims=True), tissues[4:]])
-    return Subject(image.astype(np.int16), shares.argmax(axis=0).astype(np.uint8), tissues, affine)
+    return Subject(image.astype(np.int16), shares.argmax(axis=0).astype(np.uint8), tissues, affine, ageing)
 
 
 def has_tumour(subject, fraction):

@@ -5,6 +5,7 @@ from torch import nn
 
 from ldm.data.datasets import stream
 from ldm.data.latents import Posteriors
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.denoiser import predict
 from ldm.system.ranks import Run
@@ -39,11 +40,12 @@ def validate(
     section: dict,
     seed: int,
     run: Run,
+    conditions: Conditions = UNCONDITIONED,
 ) -> dict[str, float]:
     """Losses over the held-out volumes at fixed noise and evenly spread times, each rank its share.
 
     Args:
-        dataset: its items hold a posterior's `mean` and their `cond`.
+        dataset: its items hold a posterior's `mean`.
         section: `diffusion_train` of the config.
 
     Returns:
@@ -55,13 +57,12 @@ def validate(
     t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
     sums = torch.zeros(times, dtype=torch.float64, device=run.device)
     for i in range(run.rank, len(dataset), run.world_size):
-        item = dataset[(0, i)]
-        z0 = item["mean"].to(run.device)[None] * scale_factor
+        z0 = dataset[(0, i)]["mean"].to(run.device)[None] * scale_factor
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
-        errors = []
+        one, errors = conditions.of(dataset.cases[i]), []
         for eps, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
-            cond = {k: v.to(run.device).expand(len(at), *v.shape) for k, v in item["cond"].items()}
+            cond = {name: value.to(run.device).expand(len(at)) for name, value in one.items()}
             with run.autocast():
                 prediction = predict(unet, process.add_noise(z0, eps, at), at, cond)
             target = process.target(z0.expand_as(eps), eps, at)

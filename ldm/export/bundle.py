@@ -1,16 +1,13 @@
-"""A trained model as others use it: safetensors, TorchScript, a MONAI bundle, and a card that tells what it
-is.
+"""A trained model as a MONAI bundle, which gives the volumes of `inference.py`, up to rounding.
 
-Each form gives the volumes of `inference.py`, to rounding. The bundle's `scripts/sampling.py` is made of this
-project's own functions, so that it needs torch, MONAI and nibabel only.
+Its `scripts/sampling.py` is made of this project's own functions, so that it needs torch, MONAI and nibabel
+only.
 """
 
 import importlib
 import inspect
 import re
-import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,200 +16,23 @@ from torch import nn
 
 from ldm.data.intensity import from_unit_range
 from ldm.diffusion import samplers
+from ldm.diffusion.conditioning import Conditions, guided
 from ldm.diffusion.process import NoiseProcess
-from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
+from ldm.diffusion.samplers import sample_latents
+from ldm.export.formats import weights_of
 from ldm.export.model_card import version_of
 from ldm.generation import Networks, nifti_bytes
-from ldm.models.definitions import downsampling, network_divisor
-from ldm.system.checkpoints import save_safetensors, weights_hash
-from ldm.system.files import sha256_of, write_json, written_whole
+from ldm.models.denoiser import predict
+from ldm.system.files import write_json, written_whole
 
-FORMATS = ("safetensors", "torchscript", "bundle")
-TOLERANCE = 1e-4  # share of its largest value by which a trace may differ from what was traced
-BUNDLE_SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
+SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 )
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---------------------------------------------------------------- safetensors
-
-
-def write_safetensors(folder: Path, networks: Networks, config: dict, origin: dict) -> None:
-    """A file a network, which `inference.py --autoencoder FILE --unet FILE` reads.
-
-    Args:
-        origin: the `history` of each checkpoint.
-    """
-    autoencoder, unet = _weights(networks.autoencoder.network), _weights(networks.unet)
-    follows = {
-        "scale_factor": networks.scale_factor,
-        "autoencoder": weights_hash(autoencoder),
-        "latent_shape": networks.latent_shape,
-        "geometry": networks.geometry,
-        "shift": networks.process.shift,
-    }
-    for name, weights, facts in (("autoencoder", autoencoder, {}), ("diffusion_unet", unet, follows)):
-        trained = origin[name]
-        known = {key: trained[key] for key in ("step", "validation") if trained[key]}
-        facts = {"config": trained["config"] or config, **known, **facts}
-        facts["checkpoint_sha256"] = trained["sha256"]
-        save_safetensors(folder / f"{name}.safetensors", {**facts, "model": weights})
-
-
-def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: one.detach().cpu().contiguous() for name, one in network.state_dict().items()}
-
-
-# ---------------------------------------------------------------- TorchScript
-
-
-class Encode(nn.Module):
-    """(B, C, D, H, W) in [0, 1] -> mean and std of the scaled latents, each (B, c, d, h, w)."""
-
-    def __init__(self, autoencoder: nn.Module, scale_factor: float):
-        super().__init__()
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See above."""
-        mean, std = self.autoencoder.encode(images)
-        return mean.float() * self.scale_factor, std.float() * self.scale_factor
-
-
-class Decode(nn.Module):
-    """Scaled latents (B, c, d, h, w) -> (B, C, D, H, W), about [0, 1]."""
-
-    def __init__(self, autoencoder: nn.Module, scale_factor: float):
-        super().__init__()
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """See above."""
-        return self.autoencoder.decode(latents / self.scale_factor).float()
-
-
-def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
-    """encode.ts, decode.ts and unet.ts, in float32, and model.json, which says how to sample with them.
-
-    Returns:
-        Of each, the `batch` and `size` that it takes, None where any does whose sides are multiples of
-        `sides_are_multiples_of`.
-
-    Raises:
-        FloatingPointError: a trace gives other values than its network.
-    """
-    generator = torch.Generator().manual_seed(0)
-    image_channels, latent_channels = config["image_channels"], networks.latent_shape[0]
-    plain = {"memory_format": torch.contiguous_format}
-    autoencoder, unet = networks.autoencoder.network.to(**plain), networks.unet.to(**plain)
-    scale_factor, last = networks.scale_factor, networks.process.num_train_timesteps
-
-    def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return (torch.rand(batch, image_channels, *size, generator=generator),)
-
-    def latents(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return (torch.randn(batch, latent_channels, *size, generator=generator),)
-
-    def noisy(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return *latents(batch, size), torch.rand(batch, generator=generator) * last
-
-    divisor, factor = network_divisor(config), downsampling(config["autoencoder_def"])
-    image_size, latent_size = networks.geometry["size"], networks.latent_shape[1:]
-    sizes = {}
-    for name, module, example, size, multiple in (
-        ("encode", Encode(autoencoder, scale_factor), images, image_size, divisor),
-        ("decode", Decode(autoencoder, scale_factor), latents, latent_size, divisor // factor),
-        ("unet", unet, noisy, latent_size, divisor // factor),
-    ):
-        script, general = traced(name, module.eval(), example, size, multiple)
-        with written_whole(folder / f"{name}.ts") as file:
-            torch.jit.save(script, file)
-        sizes[name] = {"batch": None if general else 1, "size": None if general else list(size)}
-        sizes[name] |= {"sides_are_multiples_of": multiple} if general else {}
-    process, sampler = networks.process, choose_sampler(None, networks.process)
-    facts = {
-        "latent_shape": networks.latent_shape,
-        "geometry": networks.geometry,
-        "scale_factor_inside": scale_factor,
-        "takes": sizes,
-        "sampler": sampler,
-        "steps": _steps(sampler, process),
-        "process": {
-            "prediction": process.prediction,
-            "num_train_timesteps": process.num_train_timesteps,
-            "shift": process.shift,
-            "alphas_cumprod": None if process.is_flow else process.alphas_cumprod.tolist(),
-        },
-    }
-    write_json(folder / "model.json", facts)
-    return sizes
-
-
-def traced(
-    name: str, module: nn.Module, example: Callable, size: Sequence[int], multiple: int
-) -> tuple[torch.jit.ScriptModule, bool]:
-    """Record what a network computes as TorchScript, with its weights as constants, and see that it computes
-    the same.
-
-    A small volume is traced, and another of other sides in a batch of two compared. Where a network counts
-    its input in Python, so that this fails, a volume of the true size is traced, and no other can be taken.
-
-    Args:
-        example: `example(batch, size)` -> inputs of a volume of so many voxels.
-        size: the true one.
-        multiple: what sides are multiples of.
-
-    Returns:
-        The script, and whether it takes any batch and any such sides.
-
-    Raises:
-        FloatingPointError: it gives other values.
-    """
-    try:
-        script = _trace(module, example(1, [2 * multiple] * 3))
-        if _difference(script, module, example(2, [3 * multiple, 2 * multiple, 2 * multiple])) < TOLERANCE:
-            return script, True
-    except Exception:  # whatever a class of another package raises at a size that it was not traced at
-        pass
-    script = _trace(module, example(1, size))
-    apart = _difference(script, module, example(1, size))
-    if not apart < TOLERANCE:
-        raise FloatingPointError(
-            f"{name}: TorchScript's values are off by {apart:.1e} of the largest. Export the other --formats."
-        )
-    return script, False
-
-
-@torch.no_grad()
-def _trace(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.jit.ScriptModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python values in the trace, which is compared; of its age
-        script = torch.jit.trace(module, inputs, check_trace=False)
-        # Computes what follows from constants, such as the UNet's frequencies, whose device would be fixed.
-        return torch.jit.freeze(script)
-
-
-@torch.no_grad()
-def _difference(script: nn.Module, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    """Largest difference, as a share of the largest value; NaN where a value is."""
-    made, due = (
-        (one,) if isinstance(one, torch.Tensor) else one for one in (script(*inputs), module(*inputs))
-    )
-    shares = [(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in zip(made, due, strict=True)]
-    return torch.stack(shares).max().item()
-
-
-def _steps(sampler: str, process: NoiseProcess) -> int:
-    return SAMPLERS[sampler].steps or process.num_train_timesteps
-
-
-# ---------------------------------------------------------------- MONAI bundle
-
-
 def loaded(network: nn.Module, path: str, device: torch.device) -> nn.Module:
-    """A network with the weights of a file, to draw with."""
+    """A network with the weights of a file, for sampling."""
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network.to(device).eval()
 
@@ -229,19 +49,24 @@ def draw(
     spacing: Sequence[float],
     steps: int,
     sampler: str,
+    conditions: Conditions,
+    condition: str | None,
+    guidance: float,
     device: torch.device,
     output_dir: str,
 ) -> Path:
-    """Draw the volume of a seed, and write it as `sample_000003.nii.gz`: RAS, mm, centred on the origin.
+    """Sample the volume of a seed, and write it as `sample_000003.nii.gz`: RAS, mm, centred on the origin.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: the file exists.
         FloatingPointError: a voxel is not finite.
     """
     path = Path(output_dir) / f"sample_{seed:06d}.nii.gz"
     if path.exists():
-        raise FileExistsError(f"{path} is there already. Move it away, or give another --output_dir.")
-    latents = sample_latents(network, process, latent_shape, [seed], steps, sampler, device)
+        raise FileExistsError(f"{path} already exists. Move it away, or give another --output_dir.")
+    chosen = conditions.parse([condition] if condition else [])
+    model = conditions.model(network, chosen, guidance, 1, device)
+    latents = sample_latents(model, process, latent_shape, [seed], steps, sampler, device)
     volume = autoencoder.decode(latents / scale_factor)[0].float().cpu()
     voxels = from_unit_range(volume.numpy(), np.array(limits))
     if not np.isfinite(voxels).all():
@@ -274,35 +99,44 @@ from torch import nn
 
 UserError = ValueError
 '''
-
-FOR_TRAINING = ("from_config", "_from_scheduler", "draw_times", "add_noise", "target", "min_snr_weight")
+FOR_TRAINING = {  # methods that sampling does not need
+    NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
+    Conditions: "of_training from_checkpoint check_classes summary describe state of draw",
+}
 
 
 def sampling_script() -> str:
-    """The source of a module that draws volumes without this project: the noise process but for what only
-    training needs, the samplers, and the way to a file."""
-    process = inspect.getsource(NoiseProcess)
-    for name in FOR_TRAINING:
-        process = process.replace(inspect.getsource(getattr(NoiseProcess, name)), "")
-    process = re.sub(r"\n{3,}(?=    \S)", "\n\n", process)
-    source = inspect.getsource(samplers)
-    source = source[source.index("Model = Callable") :]  # after the imports
-    functions = [inspect.getsource(one) for one in (from_unit_range, nifti_bytes, loaded, draw)]
-    return "\n\n".join([SCRIPT_START, process.strip() + "\n", source.strip() + "\n", *functions])
+    """The source of a module that samples without this project: noise process, conditions, samplers, and the
+    way to a file."""
+    process, conditions = map(_for_sampling, FOR_TRAINING)
+    solvers = inspect.getsource(samplers)
+    solvers = solvers[solvers.index("Model = Callable") :].strip()  # after the imports
+    functions = [predict, guided, from_unit_range, nifti_bytes, loaded, draw]
+    sources = [inspect.getsource(one).strip() for one in functions]
+    return "\n\n\n".join([SCRIPT_START.strip(), process, conditions, solvers, *sources]) + "\n"
+
+
+def _for_sampling(cls: type) -> str:
+    source = inspect.getsource(cls)
+    for name in FOR_TRAINING[cls].split():
+        source = source.replace(inspect.getsource(getattr(cls, name)), "")
+    return re.sub(r"\n{3,}(?=    \S)", "\n\n", source).strip()
 
 
 def write_bundle(
     folder: Path, networks: Networks, config: dict, card: str, about: dict, figures: Sequence[dict]
 ) -> None:
-    """A folder that `python -m monai.bundle run` draws volumes from.
+    """A folder that `python -m monai.bundle run` makes volumes from.
 
     Args:
-        card: what the README says.
+        card: the text of the README.
         about: as of `ldm.export.model_card.model_card`.
         figures: of an evaluation.
     """
-    models = {"model.pt": networks.unet, "autoencoder.pt": networks.autoencoder.network}
-    contents = {name: _weights(network) for name, network in models.items()}
+    contents = {
+        "model.pt": weights_of(networks.unet),
+        "autoencoder.pt": weights_of(networks.autoencoder.network),
+    }
     if not networks.process.is_flow:
         contents["alphas_cumprod.pt"] = networks.process.alphas_cumprod
     for name, content in contents.items():
@@ -310,20 +144,21 @@ def write_bundle(
             torch.save(content, file)
     write_json(folder / "configs" / "inference.json", inference_config(networks, config))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(networks, config, about, figures))
-    for part, name, text in (
-        ("docs", "README.md", card),
-        ("scripts", "__init__.py", ""),
-        ("scripts", "sampling.py", sampling_script()),
-    ):
-        with written_whole(folder / part / name) as file:
+    texts = {
+        "docs/README.md": card,
+        "scripts/__init__.py": "",
+        "scripts/sampling.py": sampling_script(),
+        "LICENSE": (ROOT / "LICENSE").read_text(encoding="utf-8"),
+    }
+    for name, text in texts.items():
+        with written_whole(folder / name) as file:
             file.write(text.encode())
-    shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
 
 
 def inference_config(networks: Networks, config: dict) -> dict:
-    """configs/inference.json: `--seed`, `--num`, `--steps`, `--sampler`, `--output_dir` and `--device`
-    override it on the command line."""
-    process, sampler = networks.process, choose_sampler(None, networks.process)
+    """configs/inference.json: `--seed`, `--num`, `--steps`, `--sampler`, `--condition`, `--guidance`,
+    `--output_dir` and `--device` override it on the command line."""
+    process, conditions, (sampler, steps) = networks.process, networks.conditions, networks.sampling()
 
     def model(name: str) -> str:
         return f"$@bundle_root + '/models/{name}'"
@@ -342,7 +177,9 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "seed": 0,
         "num": 1,
         "sampler": sampler,
-        "steps": _steps(sampler, process),
+        "steps": steps,
+        "condition": None,
+        "guidance": 1.0,
         "latent_shape": networks.latent_shape,
         "scale_factor": networks.scale_factor,
         "spacing": list(networks.geometry["spacing"]),
@@ -357,6 +194,11 @@ def inference_config(networks: Networks, config: dict) -> dict:
             "prediction": process.prediction,
             "num_train_timesteps": process.num_train_timesteps,
             "shift": process.shift,
+        },
+        "conditions": {
+            "_target_": "scripts.sampling.Conditions",
+            "column": conditions.column,
+            "values": list(conditions.values),
         },
         "draw": {
             "_target_": "scripts.sampling.draw",
@@ -377,32 +219,42 @@ def _fused(definition: dict) -> dict:
 
 
 def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequence[dict]) -> dict:
-    """configs/metadata.json: what MONAI's schema asks for, of these networks."""
-    shape, size = networks.latent_shape, networks.geometry["size"]
-    latent_names = [f"latent channel {i}" for i in range(shape[0])]
-    latent = _tensor("latent", latent_names, shape[1:])
-    image = _tensor("magnitude", about["channels"], size)
-    unit = {**image, "value_range": [0, 1]}
-    last = networks.process.num_train_timesteps
-    times = {**_tensor("timesteps", ["time, one a volume"], []), "type": "tuples", "value_range": [0, last]}
+    """configs/metadata.json: what MONAI's schema asks for."""
+    shape, process, conditions = networks.latent_shape, networks.process, networks.conditions
+    latent = _tensor("latent", [f"latent channel {i}" for i in range(shape[0])], shape[1:])
+    image = _tensor("magnitude", about["channels"], networks.geometry["size"])
+    times = {"type": "tuples", "value_range": [0, process.num_train_timesteps]}
+    inputs = {"latent": latent, "timesteps": _tensor("timesteps", ["time, one a volume"], []) | times}
+    if conditions:
+        meaning = [f"{i}: {value}" for i, value in enumerate([*conditions.values, "unknown"])]
+        label = _tensor("class_labels", [f"{conditions.column} ({', '.join(meaning)})"], [])
+        last = len(conditions.values)
+        inputs["class_labels"] = label | {"type": "tuples", "dtype": "int64", "value_range": [0, last]}
+    predicted = {
+        "epsilon": "noise",
+        "sample": "clean latent",
+        "v_prediction": "v (a noise - s latent)",
+        "velocity": "velocity (latent - noise)",
+    }[process.prediction]
+    prediction = _tensor("latent", [f"{predicted}, channel {i}" for i in range(shape[0])], shape[1:])
     packages = ["nibabel", "fire"]
-    if any(definition["_target_"].startswith("generative.") for definition in _definitions(config)):
+    if any(config[key]["_target_"].startswith("generative.") for key in ("diffusion_def", "autoencoder_def")):
         packages.append("monai-generative")
     if any(
         "attn" in name for network in (networks.unet, networks.autoencoder) for name in network.state_dict()
     ):
         packages.append("einops")
-    versions = {name: version_of(name) for name in packages}
+    versions = {name: version for name in packages if (version := version_of(name))}
     scores = {f"{one['group']}: {one['name']}": one["value"] for one in figures if one["value"] is not None}
     return {
-        "schema": BUNDLE_SCHEMA,
+        "schema": SCHEMA,
         "version": "1.0.0",
         "changelog": {"1.0.0": "exported by export_model.py"},
         "monai_version": version_of("monai"),
         "pytorch_version": torch.__version__.partition("+")[0],
         "numpy_version": np.__version__,
-        "required_packages_version": {name: version for name, version in versions.items() if version},
-        "task": "Unconditional generation of 3D volumes by latent diffusion",
+        "required_packages_version": versions,
+        "task": f"{'C' if conditions else 'Unc'}onditional generation of 3D volumes by latent diffusion",
         "description": about["description"],
         "authors": about["authors"],
         "copyright": f"weights: {about['authors']}; scripts: see LICENSE",
@@ -413,14 +265,12 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
         "intended_use": "Research. Not a medical device, and not for diagnosis.",
         "references": [],
         "network_data_format": {
-            "inputs": {"latent": latent, "timesteps": times},
-            "outputs": {
-                "pred": {**latent, "channel_def": _numbered(_target_names(networks.process, shape[0]))}
-            },
+            "inputs": inputs,
+            "outputs": {"pred": prediction},
             "post_processed_outputs": {"image": image},
         },
         "autoencoder_data_format": {
-            "inputs": {"image": unit},
+            "inputs": {"image": {**image, "value_range": [0, 1]}},
             "outputs": {"reconstruction": image, "mean": latent, "std": latent},
         },
     }
@@ -434,36 +284,7 @@ def _tensor(form: str, names: Sequence[str], size: Sequence[int]) -> dict:
         "num_channels": len(names),
         "spatial_shape": list(size),
         "dtype": "float32",
-        "value_range": [],  # not known beforehand
+        "value_range": [],  # unknown
         "is_patch_data": False,
-        "channel_def": _numbered(names),
+        "channel_def": {str(i): name for i, name in enumerate(names)},
     }
-
-
-def _numbered(names: Sequence[str]) -> dict[str, str]:
-    return {str(i): name for i, name in enumerate(names)}
-
-
-def _target_names(process: NoiseProcess, channels: int) -> list[str]:
-    what = {
-        "epsilon": "noise",
-        "sample": "clean latent",
-        "v_prediction": "v (a noise - s latent)",
-        "velocity": "velocity (latent - noise)",
-    }[process.prediction]
-    return [f"{what}, channel {i}" for i in range(channels)]
-
-
-def _definitions(config: dict) -> list[dict]:
-    return [config["diffusion_def"], config["autoencoder_def"]]
-
-
-# ---------------------------------------------------------------- checksums
-
-
-def write_checksums(folder: Path) -> None:
-    """SHA256SUMS of all files below a folder, for `sha256sum --check`."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
-    with written_whole(folder / "SHA256SUMS") as file:
-        file.write("".join(lines).encode())

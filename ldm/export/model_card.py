@@ -1,5 +1,5 @@
-"""A model card: what a trained model is, from its files: data, training, figures, limits, and code that uses
-what `ldm.export.bundle` wrote."""
+"""The model card: data, training, figures, limits, and code that uses what `export_model.py` wrote, all from
+the files of a trained model."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,9 +11,9 @@ from torch import nn
 from ldm import UserError, brief, configs
 from ldm.data.intensity import Intensity
 from ldm.data.splits import read_split
-from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.export.usage import by, usage
 from ldm.generation import Networks
-from ldm.models.definitions import downsampling
+from ldm.models.definitions import downsampling_factor, per_axis
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of
 from ldm.system.schemas import StrictValidator, fault, fields
@@ -23,47 +23,44 @@ STAGES = {  # file name -> name in the log, section of the config, name in words
     "autoencoder": ("autoencoder", "autoencoder_train", "autoencoder"),
     "diffusion_unet": ("diffusion", "diffusion_train", "diffusion model"),
 }
-
-NUMBER_OR_NONE, TEXT_OR_NONE = {"type": ["number", "null"]}, {"type": ["string", "null"]}
+TEXT, TEXT_OR_NONE = {"type": "string"}, {"type": ["string", "null"]}
+NUMBER_OR_NONE = {"type": ["number", "null"]}
 INTERVAL_OR_NONE = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
-TEXT = {"type": "string"}
 FIGURE = fields(group=TEXT, name=TEXT, value=NUMBER_OR_NONE)
-
-FIGURE["properties"] |= dict.fromkeys(("interval", "floor_interval"), INTERVAL_OR_NONE)
-
-FIGURE["properties"] |= dict.fromkeys(("better", "missing", "unit", "counts"), TEXT_OR_NONE)
-
-FIGURE["properties"]["floor"] = NUMBER_OR_NONE
-
-METRICS = fields(figures={"type": "array", "items": FIGURE})  # the part of evaluate.py's file that is shown
-
-METRICS["properties"]["verdicts"] = {"type": "array", "items": fields(tone=TEXT, text=TEXT)}
-
-METRICS["properties"] |= dict.fromkeys(("autoencoder_sha256", "unet_sha256"), TEXT_OR_NONE)
+FIGURE["properties"] |= {
+    "floor": NUMBER_OR_NONE,
+    **dict.fromkeys(("interval", "floor_interval"), INTERVAL_OR_NONE),
+    **dict.fromkeys(("better", "missing", "unit", "counts"), TEXT_OR_NONE),
+}
+METRICS = fields(figures={"type": "array", "items": FIGURE})  # the part of metrics.json that the card shows
+METRICS["properties"] |= {
+    "verdicts": {"type": "array", "items": fields(tone=TEXT, text=TEXT)},
+    **dict.fromkeys(("autoencoder_sha256", "unet_sha256"), TEXT_OR_NONE),
+}
 
 
 # ---------------------------------------------------------------- what is known
 
 
 def history(path: Path, name: str) -> dict:
-    """What a checkpoint, and the log and the split beside it, tell of its training.
+    """How a network was trained, by its checkpoint and the log and the split beside it.
 
     Args:
-        name: of the network, as `StageFiles` has it.
+        name: a key of `STAGES`.
 
     Returns:
-        `sha256` of the file; `config` that it was trained with, None for weights from elsewhere; `step` and
-        `validation` of these weights; `steps` and `minutes` of the whole training; `cases`, the number of
-        training and of held-out ones. What is not known is None, or empty.
+        `sha256` of the file; `config` that it was trained with; `step` and `validation` of these weights;
+        `steps` and `minutes` of the whole training; `cases`, the numbers of training and of held-out ones.
+        What is not known is None, or empty.
 
     Raises:
-        UserError: no checkpoint, or one to go on from, whose weights are not the averaged ones; or the log or
-            the split is none.
+        UserError: no checkpoint, or one to resume from, whose weights are not averaged; or the log or the
+            split cannot be read.
     """
     content = load_checkpoint(path, "autoencoder" if name == "autoencoder" else "unet")
     if "stepper" in content:
         raise UserError(
-            f"{path}: is there to resume from; its weights are neither the best nor averaged. Name {name}.pt."
+            f"{path}: a checkpoint to resume from, neither the best nor averaged. Name {name}.pt."
         )
     log, split = path.with_name("train_log.jsonl"), path.with_name("split.json")
     try:
@@ -88,11 +85,10 @@ def read_metrics(path: Path, autoencoder: str, unet: str) -> dict:
     """The figures and verdicts of an evaluation.
 
     Args:
-        autoencoder: SHA-256 of the file of the one that is exported.
-        unet: the same of the UNet.
+        autoencoder, unet: SHA-256 of the exported checkpoints.
 
     Raises:
-        UserError: they are none, or of another autoencoder or UNet.
+        UserError: not such a file, or of another model.
     """
     content = read_json(path, "metrics")
     if what := fault(StrictValidator(METRICS), content):
@@ -108,16 +104,11 @@ def read_metrics(path: Path, autoencoder: str, unet: str) -> dict:
 
 
 def describe(networks: Networks, config: dict) -> str:
-    """One sentence on what a model draws."""
+    """One sentence on what a model generates."""
     size, spacing = (by(networks.geometry[key]) for key in ("size", "spacing"))
     kind = "rectified flow" if networks.process.is_flow else "diffusion"
     channels = f" of {config['image_channels']} channels" if config["image_channels"] > 1 else ""
-    return f"A latent {kind} model that draws volumes{channels} of {size} voxels of {spacing} mm from noise."
-
-
-def by(values: Sequence[float]) -> str:
-    """`16 x 20 x 12`."""
-    return " x ".join(f"{value:g}" for value in values)
+    return f"A latent {kind} model that generates volumes{channels} of {size} voxels of {spacing} mm."
 
 
 def version_of(package: str) -> str | None:
@@ -137,7 +128,8 @@ CARD = """\
 
 - Autoencoder: {autoencoder}, factor {factor}, latents {latents}, scale factor {scale_factor:.6g}.
 - UNet: {unet}, predicts {prediction}, {noise}.
-- Sampling: {sampler}, {steps} steps, unless told otherwise.
+- Conditions: {conditions}.
+- Sampling: {sampler}, {steps} steps, by default.
 - Exported with torch {torch}, MONAI {monai}, in float32.
 
 ## Data
@@ -146,7 +138,7 @@ CARD = """\
 - Cases: {cases}.
 - Image channels: {channels}.
 - Volumes: {size} voxels of {spacing} mm, RAS.
-- Intensities: {intensity} became 0 and 1. Drawn volumes are in the typical range of the training set,
+- Intensities: {intensity} became 0 and 1. Samples are in the typical range of the training set,
   {limits}.
 
 ## Training
@@ -159,15 +151,14 @@ CARD = """\
 
 ## Limits
 
-- Not for diagnosis, treatment or any decision about a patient. It is no medical device, and no reader has
-  judged its volumes.
-- It has seen {seen} and nothing else. What they lack it does not draw, and their biases are its
-  own. Of which scanners, ages and diseases they are, this card does not know.
-- It draws volumes of {size} voxels of {spacing} mm. Detail that the autoencoder does not keep is in no
-  sample.
+- Not for diagnosis, treatment or any decision about a patient. Not a medical device; no radiologist has rated
+  its samples.
+- It was trained on {seen} only: it cannot generate what they lack, and it has their biases. Their
+  scanners, ages and diseases are not known here.
+- It generates volumes of {size} voxels of {spacing} mm. Samples lack the detail that the autoencoder loses.
 - {memorisation}
-- On other hardware, or with other versions, a seed gives the same volume to rounding only.
-- The rights to the weights follow from those to the data, which this card does not know.
+- On other hardware, or with other versions, a seed gives the same volume only up to rounding.
+- The rights to the weights follow from those to the data, which are not known here.
 
 ## Use
 
@@ -193,23 +184,23 @@ def model_card(
     formats: Sequence[str],
     takes: dict | None,
 ) -> str:
-    """What a model is, in Markdown.
+    """The card, in Markdown.
 
     Args:
         origin: the `history` of each checkpoint.
         about: `description`, `authors`, `data_source`, and `channels`, the meaning of each image channel.
         metrics: as of `read_metrics`.
-        formats: of `ldm.export.bundle.FORMATS`, those that were written.
-        takes: what batches and sizes each TorchScript takes, as `write_torchscript` returns it.
+        formats: those that were written.
+        takes: as of `write_torchscript`.
     """
-    process, geometry = networks.process, networks.geometry
-    sampler, cases = choose_sampler(None, process), origin["diffusion_unet"]["cases"]
+    process, geometry, cases = networks.process, networks.geometry, origin["diffusion_unet"]["cases"]
+    sampler, steps = networks.sampling()
     return CARD.format(
         title=title,
         description=about["description"],
         authors=about["authors"],
         autoencoder=_network(config["autoencoder_def"], networks.autoencoder),
-        factor=downsampling(config["autoencoder_def"]),
+        factor=per_axis(downsampling_factor(config["autoencoder_def"])),
         latents=by(networks.latent_shape),
         scale_factor=networks.scale_factor,
         unet=_network(config["diffusion_def"], networks.unet),
@@ -217,8 +208,9 @@ def model_card(
         noise=f"rectified flow, shift {process.shift:g}"
         if process.is_flow
         else f"a noise schedule of {process.num_train_timesteps} steps",
+        conditions=networks.conditions.describe(),
         sampler=sampler,
-        steps=SAMPLERS[sampler].steps or process.num_train_timesteps,
+        steps=steps,
         torch=torch.__version__,
         monai=version_of("monai"),
         source=about["data_source"],
@@ -232,7 +224,7 @@ def model_card(
         figures="\n".join(_figures(origin, metrics)),
         seen=f"{cases[0]} training volumes" if cases else "its training data",
         memorisation=COPIES[bool(metrics) and any(map(_on_copies, metrics["figures"]))],
-        use="\n".join(_use(networks, formats, takes)),
+        use=usage(networks, formats, takes),
     )
 
 
@@ -285,7 +277,7 @@ SCORES = {  # of a validation
     "psnr": "PSNR {:.4g} dB",
     "ssim": "SSIM {:.4g}",
     "l1": "L1 {:.4g}",
-    "power_share": "{:.3g} of the fine spectral power kept",
+    "power_share": "{:.3g} of the high-frequency power retained",
     "loss": "loss {:.4g}",
 }
 
@@ -307,16 +299,10 @@ def _figures(origin: dict, metrics: dict | None) -> list[str]:
     ]
     rows = [["", "", "value", "interval", "floor", "interval", "better", "volumes"], ["---"] * 8]
     for one in metrics["figures"]:
-        value, floor = (_number(one.get(key), one.get("unit")) for key in ("value", "floor"))
-        spread, floor_spread = (_interval(one.get(key)) for key in ("interval", "floor_interval"))
-        cells = [
-            one["group"],
-            one["name"],
-            value or one.get("missing") or "missing",
-            spread,
-            floor,
-            floor_spread,
-        ]
+        unit = one.get("unit")
+        value = _number(one["value"], unit) or one.get("missing") or "missing"
+        of_value, of_floor = _interval(one.get("interval")), _interval(one.get("floor_interval"))
+        cells = [one["group"], one["name"], value, of_value, _number(one.get("floor"), unit), of_floor]
         cells += [one.get(key) or "" for key in ("better", "counts")]
         rows.append([" ".join(cell.split()).replace("|", "\\|") for cell in cells])
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -330,121 +316,3 @@ def _number(value: float | None, unit: str | None) -> str:
 
 def _interval(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-
-
-# ---------------------------------------------------------------- how each form is used
-
-SAFETENSORS = """\
-`safetensors/`: the weights of each network, under the names of its class; in the metadata, as JSON, the
-config, and the UNet's scale factor, geometry and latent shape. `inference.py --autoencoder FILE --unet FILE`
-reads them, and so does MONAI:
-
-```python
-import json
-
-from monai.bundle import ConfigParser
-from safetensors import safe_open
-
-with safe_open("safetensors/diffusion_unet.safetensors", "pt") as file:
-    facts = {key: json.loads(value) for key, value in file.metadata().items() if key != "sha256"}
-    weights = {name: file.get_tensor(name) for name in file.keys()}
-unet = ConfigParser(facts["config"]).get_parsed_content("diffusion_def").eval()
-unet.load_state_dict(weights)
-```
-"""
-
-TORCHSCRIPT = """\
-`torchscript/`: `encode.ts` (images in [0, 1] -> mean and standard deviation of the scaled latents),
-`decode.ts` (scaled latents -> images in [0, 1]) and `unet.ts` (latents, times -> {prediction}), in float32,
-with weights and scale factor inside, and `model.json` with the other facts.
-{takes}
-A volume by {method}:
-
-```python
-import json
-
-import nibabel
-import numpy as np
-import torch
-
-facts = json.load(open("torchscript/model.json"))
-unet, decode = (torch.jit.load(f"torchscript/{{name}}.ts") for name in ("unet", "decode"))
-process, geometry = facts["process"], facts["geometry"]
-steps, T = {steps}, process["num_train_timesteps"]
-z = torch.randn(facts["latent_shape"], generator=torch.Generator().manual_seed(0))[None]
-with torch.inference_mode():
-{loop}
-    volume = decode(z)[0].numpy()
-low, high = np.array(geometry["limits"]).T[:, :, None, None, None]
-voxels = np.moveaxis((volume * (high - low) + low).astype(np.float32), 0, -1).squeeze()
-affine = np.diag([*geometry["spacing"], 1.0])
-affine[:3, 3] = -affine.diagonal()[:3] * (np.array(geometry["size"]) - 1) / 2  # centred on the origin
-nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz")
-```
-"""
-
-HEUN = """\
-    times = np.linspace(1, 0, steps + 1)
-    times = process["shift"] * times / (1 + (process["shift"] - 1) * times)
-    for t, following in zip(times[:-1], times[1:]):
-        velocity = unet(z, torch.tensor([T * t]))
-        if following > 0:
-            end = unet(z + (t - following) * velocity, torch.tensor([T * following]))
-            velocity = (velocity + end) / 2
-        z = z + (t - following) * velocity"""
-
-DDIM = """\
-    logs = np.log([1, *process["alphas_cumprod"]])  # of a^2, at times -1, 0 .. T - 1
-    times = [*np.linspace(T - 1, 0, steps), -1]
-    for t, following in zip(times[:-1], times[1:]):
-        now, then = np.interp([t, following], range(-1, T), logs)
-        a, s = np.exp(now / 2), np.sqrt(-np.expm1(now))
-        output = unet(z, torch.tensor([t]))
-        {estimates}
-        z = np.exp(then / 2) * clean + np.sqrt(-np.expm1(then)) * noise"""
-
-ESTIMATES = {
-    "epsilon": "clean, noise = (z - s * output) / a, output",
-    "sample": "clean, noise = output, (z - a * output) / s",
-    "v_prediction": "clean, noise = a * z - s * output, s * z + a * output",
-}
-
-BUNDLE = """\
-`bundle/`: a MONAI bundle, which needs torch, MONAI and what `configs/metadata.json` names, and nothing of the
-project that made it. In its folder,
-
-```bash
-python -m pip install fire  # MONAI's command line needs it
-python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
-    --seed 3 --num 2
-```
-
-writes `outputs/sample_000003.nii.gz` and `outputs/sample_000004.nii.gz`. `--steps`, `--sampler` ({samplers}),
-`--output_dir` and `--device` may be added; from elsewhere `--bundle_root FOLDER`.
-"""
-
-
-def _use(networks: Networks, formats: Sequence[str], takes: dict | None) -> list[str]:
-    process, parts = networks.process, []
-    fitting = [name for name, one in SAMPLERS.items() if one.for_flow == process.is_flow]
-    if "safetensors" in formats:
-        parts.append(SAFETENSORS)
-    if "torchscript" in formats:
-        name, method = ("heun", "Heun's method") if process.is_flow else ("ddim", "DDIM")
-        loop = HEUN if process.is_flow else DDIM.format(estimates=ESTIMATES[process.prediction])
-        prediction, steps = process.prediction, SAMPLERS[name].steps
-        facts = {"takes": _takes(takes), "method": method, "steps": steps, "loop": loop}
-        parts.append(TORCHSCRIPT.format(prediction=prediction, **facts))
-    if "bundle" in formats:
-        parts.append(BUNDLE.format(samplers=", ".join(fitting)))
-    return ["\n".join(parts).rstrip()]
-
-
-def _takes(takes: dict) -> str:
-    """What batches and sizes TorchScript takes, in words."""
-    return " ".join(
-        f"\n`{name}.ts` takes any batch, of sides that are multiples of {one['sides_are_multiples_of']}."
-        if one["size"] is None
-        else f"\n`{name}.ts` takes one volume at a time, of {by(one['size'])}."
-        for name, one in takes.items()
-    ).strip()

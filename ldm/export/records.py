@@ -1,5 +1,5 @@
-"""The files of generated volumes: each has a record beside it, a JSON that says what it was made of, so that
-the record and the checkpoints suffice to make it again, and no other volume is taken for a sample."""
+"""Records of generated volumes: a JSON beside each, which with the checkpoints suffices to make the volume
+again, and by which samples are told from other volumes."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm import UserError, brief, few
+from ldm import UserError, brief, configs, few
 from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.system.checkpoints import POSITIVE, SCALE_FACTOR, SIZE
@@ -16,17 +16,18 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
 LAST_SEED = 2**63 - 1
-MOST_STEPS = 10**6
+MOST_STEPS, MOST_GUIDANCE = 10**6, 100
 CHECKPOINTS = ("autoencoder", "unet")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
-REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside checkpoints and config
-REPRODUCED = "_reproduced"  # what --reproduce puts behind a sample's name
+REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside condition, checkpoints and config
+REPRODUCED = "_reproduced"  # what --reproduce appends to a sample's name
 TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+INTERVAL = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 SCHEMA = fields(
     seed=SEED,
-    batch={"type": "array", "items": SEED, "minItems": 1},  # all that were drawn together: see `differences`
+    batch={"type": "array", "items": SEED, "minItems": 1},  # the seeds that were sampled together
     sampler={"enum": list(SAMPLERS)},
     steps={**SIZE, "maximum": MOST_STEPS},
     scale_factor=SCALE_FACTOR,
@@ -38,21 +39,19 @@ SCHEMA = fields(
     autoencoder=fields(path=TEXT, sha256=HASH),
     unet=fields(path=TEXT, sha256=HASH),
     config_sha256=HASH,
-    config={"type": "object"},  # as it was resolved
+    config={"type": "object"},  # resolved
     versions={"type": "object"},
     volume=fields(
         sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
     ),
 )
-
-LIMITS = {
-    "type": "array",
-    "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+SCHEMA["properties"] |= {  # of some records
+    "max_memory": POSITIVE,  # GB to decode in
+    "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
+    "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
 }
-
-SCHEMA["properties"]["volume"]["properties"]["limits"] = LIMITS  # the intensities of 0 and 1, a channel each
-
-SCHEMA["properties"]["max_memory"] = POSITIVE  # in GB, of decoding; where there was no limit, there is no key
+# The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
+SCHEMA["properties"]["volume"]["properties"]["limits"] = {"type": "array", "items": INTERVAL}
 
 
 def config_hash(config: dict) -> str:
@@ -60,17 +59,12 @@ def config_hash(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def write_record(path: Path, record: dict) -> None:
-    """Write a record, whole or not at all."""
-    write_json(path, {"format": FORMAT, **record})
-
-
 def read_record(path: Path) -> dict:
     """Read a record.
 
     Raises:
-        UserError: not there, no JSON, of a later format, a key missing or wrong, or a config that was edited.
-            Whether the config is one is not checked here.
+        UserError: missing, not JSON, of a later format, a key missing or wrong, or a config that was edited.
+            The config itself is not checked here.
     """
     record = read_json(path, "record")
     if not StrictValidator(SIZE).is_valid(record.get("format")):
@@ -84,15 +78,15 @@ def read_record(path: Path) -> dict:
     if record["seed"] not in record["batch"]:
         raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
     if config_hash(record["config"]) != record["config_sha256"]:
-        raise UserError(f"record {path}: config: was changed; config_sha256 is that of another.")
+        raise UserError(f"record {path}: config: was changed; its hash is not config_sha256.")
     return record
 
 
 def differences(path: Path, request: dict) -> str:
-    """In what a volume, by its record at `path`, was made otherwise than this request asks for; "" where it
-    is the same volume.
+    """How the sample whose record is at `path` differs from a request; "" where it is the requested one.
 
-    The batch does not count, nor the device: a volume is the same, to rounding, whatever it was drawn with.
+    Batch and device do not count: with others the volume is the same up to rounding. Nor does a config key
+    that came later and has its default.
     """
     if not path.is_file():
         return "it has no record"
@@ -100,10 +94,11 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = [key for key in ("seed", *REQUEST) if record[key] != request[key]]
-    found = [f"{key} {record[key]}, now {request[key]}" for key in keys]
+    keys = ("seed", *REQUEST, "condition", "guidance")
+    pairs = {key: (record.get(key), request.get(key)) for key in keys}
+    found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     found += [f"another {key}" for key in CHECKPOINTS if record[key]["sha256"] != request[key]["sha256"]]
-    if record["config_sha256"] != request["config_sha256"]:
+    if config_hash(configs.completed(record["config"])) != request["config_sha256"]:
         found.append("another config")
     return "; ".join(found)
 
@@ -117,32 +112,29 @@ def find_checkpoint(record: dict, key: str, folder: Path, given: Path | None) ->
         given: a file in place of the one that is named.
 
     Raises:
-        UserError: not there, or not the bytes that the volume was made with.
+        UserError: missing, or not the bytes that the volume was made with.
     """
-    named, due = Path(record[key]["path"]), record[key]["sha256"]
-    there = [path for path in ([given] if given else [named, folder / named]) if path.is_file()]
-    found = {path: sha256_of(path) for path in there}
-    for path, digest in found.items():
-        if digest == due:
-            return path
-    if not found:
+    named, expected = Path(record[key]["path"]), record[key]["sha256"]
+    paths = [path for path in ([given] if given else [named, folder / named]) if path.is_file()]
+    if not paths:
         raise UserError(f"{given or named}: no such checkpoint.\nName the file by --{key} FILE.")
-    path, digest = next(iter(found.items()))
+    hashes = [sha256_of(path) for path in paths]
+    if expected in hashes:
+        return paths[hashes.index(expected)]
     raise UserError(
-        f"{path}: not the file that the volume was made with (SHA-256 {digest[:12]}, recorded {due[:12]}).\n"
-        f"Name that one by --{key} FILE."
+        f"{paths[0]}: not the file that the volume was made with (SHA-256 {hashes[0][:12]}, recorded "
+        f"{expected[:12]}).\nName that one by --{key} FILE."
     )
 
 
 def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
-    """Write a volume, and its record before it, so that a kill between the two leaves no volume of unknown
-    origin.
+    """Write a volume; its record first, so that a kill between the two leaves no volume without a record.
 
     Raises:
         OSError: as `written_whole`.
     """
     if record:
-        write_record(record_path(path), record)
+        write_json(record_path(path), {"format": FORMAT, **record})
     with written_whole(path) as file:
         file.write(content)
 
@@ -151,41 +143,40 @@ def record_of(path: Path) -> dict | None:
     """The record of a generated volume; None for any other volume.
 
     Raises:
-        UserError: there is a record, and it is damaged.
+        UserError: the record is damaged.
     """
     record = record_path(path)
     if not path.name.endswith(".nii.gz") or not record.is_file():
         return None
-    content = read_json(record, "record")
-    if not isinstance(content.get("volume"), dict):
+    if not isinstance(read_json(record, "record").get("volume"), dict):
         return None  # the JSON of a BIDS scan
     return read_record(record)
 
 
 def limits_of(path: Path) -> list[list[float]] | None:
-    """The intensities that are 0 and 1 in the autoencoder's units, for each channel of a generated volume,
-    from its record; None for any other volume, and where the record is older than the limits.
+    """The intensities of a generated volume that are 0 and 1 in the autoencoder's units, for each channel;
+    None for any other volume, and for older records.
 
     Raises:
-        UserError: there is a record, and it is damaged.
+        UserError: the record is damaged.
     """
     record = record_of(path)
     return record["volume"].get("limits") if record else None
 
 
-# ---------------------------------------------------------------- which volumes are whose samples
+# ---------------------------------------------------------------- samples of a model
 
 
 def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, dict], dict[str, list[str]]]:
-    """The volumes that a model drew into a folder: those directly in it whose records name these checkpoints,
-    as they are now, and whose bytes are those recorded.
+    """The samples of a model in a folder: the volumes directly in it whose records name these checkpoints, as
+    they are now, and whose bytes are those recorded.
 
     Args:
         checkpoints: the file of each of `CHECKPOINTS`.
 
     Returns:
         (samples, others): the samples' records by file, sorted by name; and the names of all other volumes in
-        the folder and below it, by the reason why they are none.
+        the folder and below it, by the reason why they are left out.
 
     Raises:
         UserError: a checkpoint cannot be read.
@@ -207,7 +198,7 @@ def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, d
 
 
 def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tuple[dict | None, str]:
-    """The record of a sample of these checkpoints; or None, and why it is none."""
+    """The record of a sample of these checkpoints; else None and the reason."""
     if path.name.endswith(f"{REPRODUCED}.nii.gz"):
         return None, "made by --reproduce"
     try:
@@ -234,7 +225,7 @@ def told(others: dict[str, list[str]]) -> str:
 
 
 def check_one_model(folder: str, records: Iterable[dict]) -> None:
-    """Raise UserError where volumes of a folder, by their records, are of several models."""
+    """Raise UserError where the samples of a folder, by their records, are of several models."""
     records = list(records)
     key = next((key for key in CHECKPOINTS[::-1] if len({one[key]["sha256"] for one in records}) > 1), None)
     if key is None:
@@ -248,37 +239,34 @@ def check_one_model(folder: str, records: Iterable[dict]) -> None:
 
 
 def settings_of(records: Iterable[dict]) -> list[dict]:
-    """How samples were drawn: each combination of `REQUEST` with the number of its volumes, most first."""
+    """How samples were made: each combination of `REQUEST` with the number of its volumes, most first."""
     counts = Counter(tuple(one[key] for key in REQUEST) for one in records)
     return [dict(zip(REQUEST, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
 
 
-# ---------------------------------------------------------------- what is still to be made
-
-
 def missing(paths: dict[int, Path], request: dict) -> set[int]:
-    """The seeds whose volumes are still to be made; their folder is there afterwards.
+    """The seeds of `paths` whose volumes do not exist yet. Makes their folder.
 
     Raises:
-        UserError: a file is in the way that this request did not make.
+        UserError: a file exists that this request did not make.
     """
     made, taken = set(), []
     for seed, path in paths.items():
         record = record_path(path)
-        there = [one for one in (path, record) if one.exists()]
-        if not there:
+        found = [one for one in (path, record) if one.exists()]
+        if not found:
             continue
         how = differences(record, {"seed": seed, **request})
-        if not how and path in there and sha256_of(path) != read_record(record)["volume"]["sha256"]:
+        if not how and path in found and sha256_of(path) != read_record(record)["volume"]["sha256"]:
             how = "it was changed since"
         if how:
-            taken.append((there[0], how))
-        elif path in there:
+            taken.append((found[0], how))
+        elif path in found:
             made.add(seed)
     if taken:
         path, how = taken[0]
         raise UserError(
-            f"{path} is there already ({len(taken)} of {len(paths)}), made otherwise: {how}. "
+            f"{path} already exists ({len(taken)} of {len(paths)}) and differs: {how}. "
             "Choose another --seed or output_dir."
         )
     folder = next(iter(paths.values())).parent

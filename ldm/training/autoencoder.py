@@ -10,6 +10,7 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
 from ldm import UserError, configs, figures
+from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, WithDraws, stream
 from ldm.losses import UNTRAINED, AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.metrics import band_power, reconstruction_metrics
@@ -44,7 +45,7 @@ class WithPosteriorDraw(WithDraws):
 
     purpose = "posterior"
 
-    def draw(self, generator: torch.Generator) -> dict:
+    def draw(self, generator: torch.Generator, case: Case) -> dict:
         return {"eps": torch.randn(self.shape, generator=generator)}
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm import configs, figures
 from ldm.data.augmentation import augmentation
+from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
@@ -22,7 +23,7 @@ from ldm.training.memory import Meter, take_steps
 from ldm.training.step import EMA, Stepper, make_ema
 from ldm.training.wrapping import prepare_network, wrap_network
 
-SAMPLE_SEEDS = (0, 1, 2, 3)
+SAMPLE_SEEDS, MOST_SAMPLES = (0, 1, 2, 3), 8
 
 
 @dataclass
@@ -86,21 +87,28 @@ def draw_samples(
     shape: Sequence[int],
     steps: int,
     run: Run,
-) -> torch.Tensor:
-    """Volumes (n, C, D, H, W) of the fixed seeds, one by one, on the CPU."""
+    conditions: Conditions,
+) -> dict[str, torch.Tensor]:
+    """Volumes (C, D, H, W) by name, on the CPU: of fixed seeds; where the model is conditioned, one of each
+    class with the same seed."""
     unet.eval()
-    volumes = []
-    for seed in SAMPLE_SEEDS:
+    samples = {f"seed_{seed}": (seed, None) for seed in SAMPLE_SEEDS}
+    if conditions:
+        column = conditions.column
+        samples = {f"{column}_{value}": (0, {column: value}) for value in conditions.values[:MOST_SAMPLES]}
+    volumes = {}
+    for name, (seed, condition) in samples.items():
         with run.autocast():
-            z0 = sample_latents(
-                lambda x, t: predict(unet, x, t, {}).float(), process, shape, [seed], steps, None, run.device
-            )
-            volumes.append(autoencoder.decode(z0 / scale_factor).cpu())
-    return torch.cat(volumes)
+            model = conditions.model(unet, condition, 1.0, 1, run.device)
+            z0 = sample_latents(model, process, shape, [seed], steps, None, run.device)
+            volumes[name] = autoencoder.decode(z0 / scale_factor)[0].cpu()
+    return volumes
 
 
-def save_pictures(volumes: torch.Tensor, spacing: Sequence[float], epoch: int, model_dir: Path) -> None:
-    """Pictures of volumes (n, D, H, W): three planes, a sweep, and what the same seeds gave so far.
+def save_pictures(
+    volumes: Sequence[torch.Tensor], spacing: Sequence[float], epoch: int, model_dir: Path
+) -> None:
+    """Pictures of volumes (D, H, W): three planes, a sweep, and what the same seeds gave so far.
 
     The last is made of the files up to this epoch, those from before a resume included.
     """

@@ -1,5 +1,6 @@
 """The latents that stage 2 trains on: encoded now, or read from a cache; and their scale factor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ldm.data.datasets import VolumeDataset, WithDraws
 from ldm.data.latents import Posteriors
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
-from ldm.lowmem.slabwise import Budget
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
@@ -23,14 +24,23 @@ from ldm.training.memory import GB
 
 
 class WithNoise(WithDraws):
-    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, and the
-    `uniform` draw that a time is made of."""
+    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, the
+    `uniform` draw that a time is made of, and `cond`, which is dropped at random."""
 
     purpose = "diffusion"
 
-    def draw(self, generator: torch.Generator) -> dict:
+    def __init__(
+        self, dataset: Dataset, shape: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONED
+    ):
+        super().__init__(dataset, shape, seed)
+        self.conditions = conditions
+
+    def draw(self, generator: torch.Generator, case: Case) -> dict:
         eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
-        return {"eps": eps, "noise": noise, "uniform": torch.rand((), generator=generator)}
+        uniform = torch.rand((), generator=generator)
+        # Last, so that a model with conditions has the noise and times of one without.
+        cond = self.conditions.draw(case, generator)
+        return {"eps": eps, "noise": noise, "uniform": uniform, "cond": cond}
 
 
 @dataclass
@@ -91,7 +101,11 @@ def load_autoencoder(
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, checkpoint["model"], str(path))
-    budget = Budget(max_memory * GB) if max_memory else None
+    budget = None
+    if max_memory:
+        from ldm.lowmem.slabwise import Budget
+
+        budget = Budget(max_memory * GB)
     return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
 
 
@@ -131,7 +145,8 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
         where = ", ".join(map(str, folders))
         if all(one.exists() for one in folders):
             train, val = find_data(config, environment, run.say)
-            if others := latents.check_data(folder, manifest, [*train, *val]):
+            column = config["conditions"]["class_labels"]
+            if others := latents.check_data(folder, manifest, [*train, *val], column):
                 run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
         else:
             run.say(f"data: {where} does not exist; training uses the latents in {folder} alone")
@@ -141,7 +156,12 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
     parts = []
     for part in PARTS:
         cases = [
-            Case(record["case"], (), subject=record.get("subject", record["case"]))
+            Case(
+                record["case"],
+                (),
+                subject=record.get("subject", record["case"]),
+                covariates=record.get("covariates", {}),
+            )
             for record in manifest[part]
         ]
         parts.append(Posteriors(cases, [folder / record["entry"] for record in manifest[part]], seed))

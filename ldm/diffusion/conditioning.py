@@ -1,0 +1,209 @@
+"""What a diffusion model is conditioned on, and classifier-free guidance.
+
+`cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
+nothing is conditioned. Today it holds `class_labels`, taken from a column of `participants.tsv`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ldm import UserError, brief, few
+from ldm.data.cases import Case
+from ldm.models.denoiser import example_cond, predict
+
+MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of a diffusion model: class labels from a column of `participants.tsv`, or nothing.
+
+    The class of a case is the index of its value. The class after the last means "unknown": a case without a
+    value, a condition that training drops, and a sample of no particular class.
+
+    Args:
+        column: of `participants.tsv`, or a key of a list's entries. None: the model is unconditioned.
+        values: of the column, sorted.
+        dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
+    """
+
+    column: str | None = None
+    values: Sequence[str] = ()
+    dropout: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.column is not None
+
+    @classmethod
+    def of_training(cls, config: dict, cases: Sequence[Case], resumed: dict | None) -> "Conditions":
+        """The conditions that a config asks for, with the values of the training and validation cases, or
+        those of the checkpoint that is resumed.
+
+        Raises:
+            UserError: no case has the column, or the network has another number of classes.
+        """
+        if resumed:
+            return cls.from_checkpoint(resumed, config)
+        column = config["conditions"]["class_labels"]
+        if column is None:
+            return cls()
+        values = sorted({value for case in cases if (value := _value(case, column)) is not None})
+        if not values:
+            others = sorted({key for case in cases for key in case.covariates} - {column, "participant_id"})
+            hint = f"found {few(others)}" if others else "no participants.tsv was found beside the data"
+            raise UserError(
+                f"conditions.class_labels: no case has a value of {brief(column)} ({hint}). Name a column of "
+                "participants.tsv; run cache_latents.py again if the latents were cached before it was there."
+            )
+        conditions = cls(column, values, config["conditions"]["dropout"])
+        conditions.check_classes(config)
+        return conditions
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, config: dict) -> "Conditions":
+        """The conditions that a model was trained with."""
+        labels = checkpoint.get("conditions", {}).get("class_labels")
+        if labels is None:
+            return cls()
+        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"])
+        conditions.check_classes(config)
+        return conditions
+
+    def check_classes(self, config: dict) -> None:
+        """Raise UserError unless the network has a class for each value and one for unknown."""
+        found, expected = config["diffusion_def"].get("num_class_embeds"), len(self.values) + 1
+        if found != expected:
+            raise UserError(
+                f"diffusion_def.num_class_embeds: expected {expected}, found {found}: {brief(self.column)} "
+                f"has {len(self.values)} values ({few(self.values)}), and one class stands for unknown."
+            )
+
+    def summary(self, cases: Sequence[Case]) -> str:
+        """How many cases have each value, in one line."""
+        counts = Counter(int(self.of(case)["class_labels"]) for case in cases)
+        classes = ", ".join(f"{value} ({counts[i]})" for i, value in enumerate([*self.values, "unknown"]))
+        return f"conditions: classes by {self.column}, with their cases: {classes}"
+
+    def describe(self) -> str:
+        """What a model card says."""
+        return f"`{self.column}`, one of {', '.join(self.values)}; or unknown" if self else "none"
+
+    def state(self) -> dict:
+        """The checkpoint's entry `conditions`."""
+        return {"class_labels": {"column": self.column, "values": list(self.values)}}
+
+    def of(self, case: Case) -> dict[str, torch.Tensor]:
+        """The condition of one case, without a batch dimension.
+
+        Raises:
+            UserError: a value that the model does not know.
+        """
+        if not self:
+            return {}
+        value = _value(case, self.column)
+        if value is not None and value not in self.values:
+            raise UserError(
+                f"{case.name}: its {brief(self.column)} is {brief(value)}, which the model was not trained "
+                f"with ({few(self.values)}). Restore participants.tsv, or start another training."
+            )
+        index = len(self.values) if value is None else self.values.index(value)
+        return {"class_labels": torch.tensor(index)}
+
+    def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing."""
+        if self and torch.rand((), generator=generator) < self.dropout:
+            return {"class_labels": torch.tensor(len(self.values))}
+        return self.of(case)
+
+    def unknown(self, batch: int) -> dict[str, torch.Tensor]:
+        """What stands for no condition, for a batch."""
+        return {"class_labels": torch.full((batch,), len(self.values))} if self else {}
+
+    def parse(self, texts: Sequence[str]) -> dict[str, str]:
+        """`{"group": "1"}` of `["group=1"]`.
+
+        Raises:
+            UserError: the model is unconditioned, or knows no such column or value.
+        """
+        chosen = {}
+        for text in texts:
+            column, equals, value = text.partition("=")
+            if not self:
+                raise UserError(f"--condition {text}: this model is unconditioned. Leave it out.")
+            if not equals or column != self.column or column in chosen:
+                raise UserError(f"--condition {text}: expected one {self.column}=VALUE.")
+            if value not in self.values:
+                raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
+            chosen[column] = value
+        return chosen
+
+    def cond(self, chosen: dict[str, str] | None, batch: int) -> dict[str, torch.Tensor]:
+        """`cond` of a batch under one condition, as `parse` gives it; unknown without one."""
+        if not chosen:
+            return self.unknown(batch)
+        return {"class_labels": torch.full((batch,), self.values.index(chosen[self.column]))}
+
+    def model(
+        self,
+        unet: Callable,
+        chosen: dict[str, str] | None,
+        guidance: float,
+        batch: int,
+        device: torch.device,
+    ) -> Callable:
+        """The model function for a batch of samples under one condition, see `guided`."""
+        cond, unknown = (
+            {key: value.to(device) for key, value in self.cond(one, batch).items()} for one in (chosen, None)
+        )
+        return guided(unet, cond, unknown, guidance)
+
+
+UNCONDITIONED = Conditions()
+
+
+def _value(case: Case, column: str) -> str | None:
+    value = case.covariates.get(column)
+    if isinstance(value, list | dict):
+        raise UserError(f"{case.name}: {brief(column)} is {brief(value)}. Expected a text or a number.")
+    text = "" if value is None else str(value).strip()
+    return None if text.lower() in MISSING else text
+
+
+def check_sources(config: dict) -> None:
+    """See that a config gives the network each condition that it needs, and no other.
+
+    Raises:
+        UserError: it does not; the key is named.
+    """
+    needed, labels = example_cond(config["diffusion_def"], 1, [1, 1, 1]), "class_labels"
+    column = config["conditions"][labels]
+    if column is not None and labels not in needed:
+        raise UserError(
+            "conditions.class_labels: the network takes no classes. Set diffusion_def.num_class_embeds to "
+            f"the number of values of {brief(column)} plus 1, or leave class_labels out."
+        )
+    if missing := [key for key in needed if key != labels or column is None]:
+        where = ": name a column by conditions.class_labels" if labels in missing else ""
+        raise UserError(
+            f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."
+        )
+
+
+def guided(unet: Callable, cond: dict, unknown: dict, guidance: float = 1.0) -> Callable:
+    """The model function of the samplers: classifier-free guidance (Ho & Salimans, 2022, eq. 6).
+
+    The prediction is u + guidance * (c - u), with c under `cond` and u under `unknown`; the paper's w is
+    guidance - 1. At 1 it is c, in one pass of the network; else there are two.
+    """
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        conditional = predict(unet, x, t, cond).float()
+        if guidance == 1:
+            return conditional
+        unconditional = predict(unet, x, t, unknown).float()
+        return unconditional + guidance * (conditional - unconditional)
+
+    return model
