@@ -34,6 +34,7 @@ from ldm.data import checks, download, latents
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import read_split
+from ldm.environment import FOLDERS
 from ldm.export.records import CHECKPOINTS, find_checkpoint, read_record
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
@@ -349,7 +350,7 @@ CONFIGS = [
 ]
 
 ENVIRONMENTS = [
-    *(({key: value}, key) for key in utils.FOLDERS for value in (True, {}, "a\0b", "\ud800", "")),
+    *(({key: value}, key) for key in FOLDERS for value in (True, {}, "a\0b", "\ud800", "")),
     ({"model_dir": "x" * 3000}, "model_dir"),
     ({"data_base_dir": "x/" * 1500}, "data_base_dir"),
     ({"data_base_dir": ["a", 3]}, "data_base_dir"),
