@@ -30,7 +30,7 @@ from ldm import UserError
 from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
 from ldm.data.reading import RAS, _times, channel_count, label_fault, read_image, voxels_of
-from ldm.models.definitions import MOST_VOXELS
+from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import tell
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
@@ -160,9 +160,9 @@ def _resample(
     # The low-pass filter of skimage's anti-aliased resizing; interpolation alone would alias what it skips.
     to_ras = ornt_transform(io_orientation(image.affine), RAS)
     target = np.array(spacing)[to_ras[:, 0].astype(int)]
-    if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
+    if np.prod(sizes * voxels.shape / target) > MAX_VOXELS:
         raise UserError(
-            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
+            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MAX_VOXELS} voxels at "
             f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
         )
     if (np.array(voxels.shape) - 1 < target / sizes / 2).any():

@@ -13,7 +13,7 @@ from ldm.data.intensity import Intensity
 from ldm.data.splits import read_split
 from ldm.export.usage import by, usage
 from ldm.generation import Networks
-from ldm.models.definitions import downsampling
+from ldm.models.definitions import downsampling_factor, per_axis
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of
 from ldm.system.schemas import StrictValidator, fault, fields
@@ -200,7 +200,7 @@ def model_card(
         description=about["description"],
         authors=about["authors"],
         autoencoder=_network(config["autoencoder_def"], networks.autoencoder),
-        factor=downsampling(config["autoencoder_def"]),
+        factor=per_axis(downsampling_factor(config["autoencoder_def"])),
         latents=by(networks.latent_shape),
         scale_factor=networks.scale_factor,
         unet=_network(config["diffusion_def"], networks.unet),
