@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import cache_latents
 import train_diffusion
 from ldm import UserError
-from ldm.data import latents
+from ldm.data import latent_cache, latents
 from ldm.data.cases import Case
 from ldm.data.latents import Posteriors
 from ldm.system.checkpoints import save_checkpoint
@@ -213,7 +213,7 @@ def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
                 raise KeyboardInterrupt
             yield one
 
-    monkeypatch.setattr(latents, "encode", until_the_third)
+    monkeypatch.setattr(latent_cache, "encode", until_the_third)
     with pytest.raises(SystemExit) as stop:
         own.run(cache_latents, "--no-amp")
     assert stop.value.code == 130
@@ -283,7 +283,7 @@ def test_a_cache_of_other_transforms_is_refused(cached):
     for key, value in about.items():
         with pytest.raises(UserError, match=rf"were made with {re.escape(key)} .*; here it is"):
             now = {**about, key: [value]}
-            latents.open_cache(
+            latent_cache.open_cache(
                 folder_of(cached), now, cached.folder / "gone.pt", Run(0, 1, torch.device("cpu"))
             )
 
@@ -360,4 +360,4 @@ def test_a_manifest_that_is_none_is_refused(cached, tmp_path, key, value):
     section[key[-1]] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json: .* Make the cache anew"):
-        latents.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))
+        latent_cache.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))
