@@ -1,4 +1,4 @@
-"""Find the cases of a data set, and say what was passed over.
+"""Find the cases of a data set, and print what was found and passed over.
 
 Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
 BIDS-like folder of NIfTI files, and a JSON list of training and validation files; each with an optional
@@ -36,21 +36,21 @@ def find_cases(
     Args:
         source: a folder, the parent of one, a `.json` list, or several of these.
         pattern: glob of the images of a plain folder.
-        contrasts: endings of the files of a plain folder that become the channels of one case, in this order.
-        subject: regular expression with one group, searched in an image's path below the folder, that gives
-            its subject.
-        outputs: folders of the run's own, passed over where they lie below `source`.
-        generated: whether volumes with a record of inference.py beside them are taken.
-        say: is given one line on what was found and what was passed over.
+        contrasts: endings of files in a plain folder that become the channels of one case, in this order.
+        subject: regular expression, whose one group is the subject, searched in an image's path below the
+            folder.
+        outputs: folders that the run writes to, passed over where they lie below `source`.
+        generated: whether volumes with a record of inference.py beside them are cases.
+        say: prints a line; one on what was found and what was passed over.
 
     Returns:
         (cases, validation): `validation` is empty unless the data set itself names validation cases.
 
     Raises:
-        UserError: nothing there, a folder that cannot be read, names that are not unique, or several images
-            of a patient where one is expected.
+        UserError: no data, a folder that cannot be read, names that are not unique, or several images of a
+            patient where one is expected.
 
-    Whether all files that a data set names are there and can be read is what `ldm.data.checks` tells.
+    `ldm.data.checks` checks whether all files exist and can be read.
     """
     regex, searches, cases, validation = _subject_pattern(subject), [], [], []
     alone = isinstance(source, (str, Path))
@@ -110,7 +110,7 @@ def _subject_pattern(subject: str | None) -> re.Pattern | None:
 
 
 def _distinct_names(roots: list[Path]) -> list[str]:
-    """The last names of some folders, with as many of those above as keep them apart."""
+    """The last name of each folder, with as many of those above it as make them unique."""
     full = [root.resolve() for root in roots]
     for i, one in enumerate(full):
         for other in full[:i]:
@@ -199,7 +199,7 @@ def _from_json_list(path: Path, search: Search) -> tuple[list[Case], list[Case]]
 
 
 def _both_lists(content: dict, root: Path, where: str, search: Search) -> tuple[list[Case], list[Case]]:
-    """The lists `training` and `validation` of a JSON; a list `test` is passed over."""
+    """Cases of the lists `training` and `validation` of a JSON; a list `test` is passed over."""
     validation = content.get("validation") or []
     if not isinstance(validation, list):
         raise UserError(f'{where}: "validation" should be a list of {{"image": file}}.')
@@ -248,7 +248,7 @@ def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Cas
 
 
 def _one_file_a_channel(case: Case, channels: int) -> Case:
-    """nnU-Net of version 1 lists NAME.nii.gz where NAME_0000.nii.gz and so on are."""
+    """nnU-Net version 1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ..."""
     image = case.images[0]
     stem, suffix = stem_of(image.name), image.name[len(stem_of(image.name)) :]
     images = tuple(image.with_name(f"{stem}_{channel:04d}{suffix}") for channel in range(channels))
@@ -258,7 +258,7 @@ def _one_file_a_channel(case: Case, channels: int) -> Case:
 
 
 def _pass_over_unlisted(cases: list[Case], root: Path, search: Search) -> None:
-    """Note the images that lie beside those of `dataset.json` and are not named by it."""
+    """Note images beside those of `dataset.json` that it does not name."""
     named = {image for case in cases for image in case.images}
     for folder in sorted({image.parent for image in named}):
         names = [name for name in _images_in(folder) if folder / name not in named]
@@ -266,7 +266,7 @@ def _pass_over_unlisted(cases: list[Case], root: Path, search: Search) -> None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Names in a folder, none where it is not there. Raises UserError: it cannot be read."""
+    """Names in a folder, none if it is missing. Raises UserError: it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
