@@ -29,7 +29,7 @@ from scipy.ndimage import gaussian_filter
 from ldm import UserError
 from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
-from ldm.data.reading import RAS, _times, channel_count, label_fault, read_image, voxels_of
+from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MOST_VOXELS
 from ldm.system.messages import tell
 
@@ -160,13 +160,13 @@ def _resample(
     target = np.array(spacing)[to_ras[:, 0].astype(int)]
     if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
         raise UserError(
-            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
-            f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
+            f"{path}: covers {by_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
+            f"{by_times(target)} mm. Fix its header, or choose a coarser `spacing`."
         )
     if (np.array(voxels.shape) - 1 < target / sizes / 2).any():
         raise UserError(
-            f"{path}: covers {_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
-            f"{_times(target)} mm. Choose a finer `spacing`, in mm."
+            f"{path}: covers {by_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
+            f"{by_times(target)} mm. Choose a finer `spacing`, in mm."
         )
     if not nearest:  # the low-pass filter of skimage's anti-aliased resizing
         sigma = np.maximum(0, (target / sizes - 1) / 2)

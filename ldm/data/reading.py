@@ -70,7 +70,7 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
                 "say where it lies; the header is damaged."
             )
         if (stored["pixdim"][1:4] == 0).any():
-            raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Fix the header.")
+            raise UserError(f"{path}: its voxels are {by_times(stored['pixdim'][1:4])} mm. Fix the header.")
     name, factor = _unit(image)
     image.affine[:3] *= factor
     sizes = nib.affines.voxel_sizes(image.affine)
@@ -78,13 +78,13 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     if not finite or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes):
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
-        stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
+        stated = f" ({by_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
         raise UserError(
-            f"{path}: its voxels are {_times(sizes)} mm{stated}; expected {SMALLEST_VOXEL:g} to "
+            f"{path}: its voxels are {by_times(sizes)} mm{stated}; expected {SMALLEST_VOXEL:g} to "
             f"{LARGEST_VOXEL:g} mm. Fix the header."
         )
     if (sizes * shape[:3]).max() > LARGEST_VIEW:
-        raise UserError(f"{path}: covers {_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
+        raise UserError(f"{path}: covers {by_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
     if (distance := np.abs(image.affine[:3, 3]).max()) > FARTHEST:
         raise UserError(f"{path}: lies {distance:.3g} mm from the scanner's origin; the header is damaged.")
     if not _is_compressed(path):
@@ -130,7 +130,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
     notes = [f"header in {name}, converted to mm"] if name != "mm" else []
     sizes = nib.affines.voxel_sizes(image.affine)
     if sizes.max() < MICROSCOPY and factor != MM[3][1]:
-        notes.append(f"voxels of {_times(sizes)} mm: is the unit in its header wrong?")
+        notes.append(f"voxels of {by_times(sizes)} mm: is the unit in its header wrong?")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append(
             "no orientation in its header (qform_code and sform_code are 0): its axes are taken for left, "
@@ -141,7 +141,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
     pixdim = np.array(header.get_zooms()[:3]) * factor
     if not np.allclose(pixdim, sizes, rtol=PIXDIM_TOLERANCE):
         notes.append(
-            f"pixdim says voxels of {_times(pixdim)} mm, the sform {_times(sizes)} mm: the sform wins"
+            f"pixdim says voxels of {by_times(pixdim)} mm, the sform {by_times(sizes)} mm: the sform wins"
         )
     elif header["qform_code"] != 0:
         try:
@@ -215,7 +215,8 @@ def label_fault(label: np.ndarray) -> str | None:
     return None
 
 
-def _times(numbers: Sequence[float]) -> str:
+def by_times(numbers: Sequence[float]) -> str:
+    """`2 x 1.5 x 3` of three numbers."""
     return " x ".join(f"{number:.4g}" for number in numbers)
 
 

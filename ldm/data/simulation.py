@@ -250,12 +250,6 @@ def exponential(velocity, squarings=5):
     return displacement
 
 
-def jacobian_determinant(displacement):
-    """Jacobian determinant (X, Y, Z) of x + displacement(x), in lattice steps; where <= 0, space folds."""
-    jacobian = np.stack([np.stack(np.gradient(d)) for d in displacement]) + np.eye(3)[:, :, None, None, None]
-    return np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)))
-
-
 def draw_pose(rng, atlas, displacement):
     """Matrix (3, 3) and shift (3,) from subject to atlas mm: size, proportions and pose in the field of view.
 
