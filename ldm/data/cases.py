@@ -10,6 +10,7 @@ import numpy as np
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 
+PARTS = ("training", "validation")  # of a data set, in lists and split.json
 TYPICAL_CASES = 16
 
 

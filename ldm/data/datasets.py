@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ldm import UserError
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
 from ldm.data.preprocessing import Preprocessing, fit
@@ -133,12 +132,7 @@ class VolumeDataset(Dataset):
         rng = np.random.RandomState(
             stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
         )
-        label = self._label(i) if self.foreground else None
-        if label is not None and label.shape[1:] != volume.shape[1:]:
-            raise UserError(
-                f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
-            )
-        return self.augmentation(volume, label, rng)
+        return self.augmentation(volume, self._label(i) if self.foreground else None, rng)
 
 
 class WithDraws(Dataset):
