@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.amp:
         raise UserError("--amp: latents that are kept are encoded in float32; leave it out.")
     config = utils.load_config(args.config_file, args.set)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, "cache_dir", "model_dir")
+    environment = utils.load_environment(args.environment_file, writable=("cache_dir", "model_dir"))
     workers = config["data"]["num_workers"]
     run = utils.start(args)
     path = utils.autoencoder_path(args, environment)

@@ -32,7 +32,7 @@ import utils
 from ldm import configs, generation
 from ldm.export import bundle, formats, model_card
 from ldm.system.checkpoints import MADE_BY, require_checkpoint
-from ldm.system.files import written_whole
+from ldm.system.files import new_folder, written_whole
 from ldm.system.ranks import Run
 
 FORMATS = ("safetensors", "torchscript", "bundle")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     # Step 2: write into a temporary folder beside DIR, then rename it
-    out = utils.prepare_folder(args.out)
+    out = new_folder(args.out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         if "safetensors" in args.formats:

@@ -38,7 +38,6 @@ import hashlib
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,6 @@ from ldm.diffusion.conditioning import guided
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.generation import Networks
-from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
@@ -151,7 +149,7 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
 
     Raises:
         UserError: volumes cannot be decoded within `--max-memory`.
-        ForecastError: the peaks cannot be predicted.
+        ForecastError: the peaks cannot be estimated.
     """
     gpu, size = utils.meant_for_gpu(args), planned_size(args, config)
     half = memory.half_precision(gpu)
@@ -162,8 +160,7 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
             rehearse(config, size, batch, meter, run, args.guidance or 1.0)
         if limit:
             weights = meter.peaks["decoding"].parts["weights"]
-            budget = Budget(limit * memory.GB, like_gpu=gpu)
-            meter.peaks["decoding"] = peak_within(budget, config, size, weights, run)
+            meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
         return meter.peaks
 
     batch, amp, limit = args.batch_size, bool(args.amp), args.max_memory
@@ -185,12 +182,16 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
         print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
 
 
-def peak_within(budget: Budget, config: dict, size: Sequence[int], weights: int, run: Run) -> memory.Peak:
-    """The peak of decoding a volume of `size` voxels within a budget, `weights` bytes of both networks
+def peak_within(
+    max_memory: float, gpu: bool, config: dict, size: Sequence[int], weights: int, run: Run
+) -> memory.Peak:
+    """The peak of decoding a volume of `size` voxels within `max_memory` GB, `weights` bytes of both networks
     included. Raises UserError where that is too little."""
+    from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
+
     autoencoder = configs.define_network(config, "autoencoder_def").eval()
     latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
-    budget = replace(budget, beside=weights - weights_bytes(autoencoder))
+    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder), like_gpu=gpu)
     with run.autocast():
         most = decoding_peak(autoencoder, latents, budget)
     parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}
@@ -290,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = utils.load_config(args.config_file, args.set)
     if args.dry_run:
         return print_memory(args, config)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, "output_dir")
+    environment = utils.load_environment(args.environment_file, writable=("output_dir",))
     run = utils.start(args)
     output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import utils
 from ldm import UserError
 from ldm.data.simulation import CONTRASTS, LABELS, has_tumour, load_atlas, output_grid, simulate_subject
+from ldm.system.files import new_folder
 
 
 @utils.command
@@ -63,7 +64,7 @@ def main(argv=None):
         raise UserError(f"--tumour-fraction {args.tumour_fraction}: give a share from 0 to 1")
     spacing = args.spacing * 3 if len(args.spacing) == 1 else args.spacing
     output_grid(spacing)
-    out = utils.prepare_folder(args.out)
+    out = new_folder(args.out)
 
     # Step 2: simulate into a temporary folder, which is renamed when it is complete
     workers = args.workers or min(os.cpu_count() or 1, math.ceil(args.num / 8))

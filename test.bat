@@ -16,5 +16,5 @@ if %errorlevel% neq 0 >&2 echo note: lpips could not be installed; the tests tha
 
 .venv\Scripts\python.exe -m ruff check .
 if %errorlevel% neq 0 exit /b %errorlevel%
-.venv\Scripts\python.exe -m pytest -n 2 --dist loadfile %*
+.venv\Scripts\python.exe -m pytest -n 2 --dist loadfile --no-loadscope-reorder %*
 exit /b %errorlevel%

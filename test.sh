@@ -17,5 +17,6 @@ cd "$here"
     echo "note: lpips could not be installed; the tests that need it are skipped" >&2
 
 .venv/bin/python -m ruff check .
-# A file is one process's, since its tests share what they trained. -n 0 runs all in one process.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# A file is one process's, since its tests share what they trained; the order of files is kept, since the longest
+# have few tests and would come last. -n 0 runs all in one process.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

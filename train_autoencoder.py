@@ -37,6 +37,7 @@ from ldm.data.datasets import VolumeDataset, stream
 from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
+from ldm.environment import FOLDERS
 from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
@@ -67,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     section, seed = config["autoencoder_train"], config["seed"]
     if args.dry_run:
         return utils.dry_run(rehearse, config, "autoencoder_train", args)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, *utils.FOLDERS)
+    environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     criterion = AutoencoderLoss(section, environment["perceptual_weights"])  # before anything is downloaded
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]

@@ -36,6 +36,7 @@ from ldm.data.splits import subjects_of
 from ldm.diffusion.conditioning import Conditions, check_sources
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import build_learner, draw_samples, rehearse, save_pictures
 from ldm.training.latents import WithNoise, encode_data, load_autoencoder, read_cache
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = check_scheduler(scheduler, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
-    environment = utils.load_environment(args.environment_file)
-    utils.check_writable(environment, *utils.FOLDERS)
+    environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     NoiseProcess.from_config(scheduler)  # what does not go together is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]

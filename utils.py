@@ -1,16 +1,10 @@
-"""What the scripts share: arguments, configuration, distributed set-up, loaders, model wrapping, the training
-log."""
+"""What the scripts share: arguments, config and environment files, start of processes, loaders, dry runs."""
 
 import argparse
-import difflib
-import functools
 import math
 import os
-import re
 import shlex
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,76 +14,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import UserError, brief, configs, counted
+from ldm import UserError, brief, configs
 from ldm.data.datasets import EpochSampler
-from ldm.data.prepare import FOLDERS, patch_sizes, prepare_data
-from ldm.system import messages, ranks
+from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.environment import check_environment, check_writable
+from ldm.system import ranks
 from ldm.system.checkpoints import SCALE_FACTOR, require_checkpoint
-from ldm.system.files import NO_SPACE, parse_json, read_json
-from ldm.system.messages import CLEAN_UP, SAID
+from ldm.system.errors import command as command
+from ldm.system.files import parse_json, read_json
 from ldm.system.ranks import Run
 from ldm.system.schemas import StrictValidator
 from ldm.system.signals import leave_signals_to_the_main_process
 from ldm.training import memory
 
 ROOT = Path(__file__).resolve().parent
-
-# What gloo and NCCL raise as RuntimeError in the processes that wait for one that has gone.
-LOST = re.compile("connection (was )?(closed|reset|refused)|remote process exited|timed out", re.IGNORECASE)
-
-
-# ---------------------------------------------------------------- command line
-
-
-def command(main: Callable) -> Callable:
-    """Let a script's `main(argv=None)` end on a UserError with its message and exit code 2, as argparse does;
-    on a failure of the disk, the network, the memory or the numbers, or of another process, with its message
-    and exit code 1; on Ctrl-C with 130, as a shell does. What else is raised keeps its traceback."""
-
-    @functools.wraps(main)
-    def wrapper(argv: Sequence[str] | None = None):
-        message, code = None, None
-        try:
-            result = main(argv)
-        except (UserError, FloatingPointError, memory.ForecastError) as error:
-            message, code = messages.words_of(error), 2 if isinstance(error, UserError) else 1
-        except OSError as error:
-            message, code = messages.disk_failure(error), 1
-        except (RuntimeError, MemoryError) as error:
-            code, message = 1, messages.memory_failure(error)
-            if message is None and dist.is_initialized() and LOST.search(str(error)):
-                message = f"another process of this run ended or hangs ({brief(error)}); it says why."
-            if message is None:
-                raise
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            code = 130
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        finally:
-            if message or sys.exception():  # what else is raised, with its traceback
-                SAID.error(f"error: {message or 'not foreseen'}", exc_info=sys.exception())
-            CLEAN_UP.close()
-        if message and int(os.environ.get("LOCAL_RANK", 0)):
-            # Where all ranks fail alike, torchrun ends this one before it says so again. Until then it stays
-            # in its group: the others would be told of a lost connection before they hear the reason.
-            time.sleep(10)
-        if message:
-            print(f"error: {message}", file=sys.stderr)
-        if dist.is_initialized():
-            if not code:
-                dist.destroy_process_group()  # on a failure the others may not come to it
-            if main.__module__ == "__main__":
-                # Gloo's threads outlive a group that DDP has used. One that lets go of a tensor while the
-                # interpreter shuts down aborts the process (CPython before 3.14): there is no shutting down.
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code or 0)
-        if code is not None:
-            raise SystemExit(code)
-        return result
-
-    return wrapper
 
 
 def script_parser(manual: str) -> argparse.ArgumentParser:
@@ -110,18 +48,9 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
         help="override a config key, such as diffusion_train.lr=1e-4",
     )
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
-    add(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="mixed precision; default: as the config says",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile; default: as the config says",
-    )
+    for name, what in (("--amp", "mixed precision"), ("--compile", "torch.compile")):
+        about = f"{what}; default: as the config says"
+        add(name, action=argparse.BooleanOptionalAction, default=None, help=about)
     return parser
 
 
@@ -175,24 +104,6 @@ def check_scale_factor(value: float | None) -> None:
         raise UserError(f"--scale-factor {value}: expected a number from {least} to {most}.")
 
 
-def prepare_folder(path: str | Path) -> Path:
-    """The absolute path of an `--out` folder that does not exist yet; an empty one makes way for it.
-
-    Raises:
-        UserError: something else is there, or the place cannot be written to.
-    """
-    out = Path(path).resolve()
-    try:
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error}; name a folder that can be made.") from error
-    if out.exists():
-        raise UserError(f"--out {path} already holds something; name a new folder, or delete that one first.")
-    return out
-
-
 # ---------------------------------------------------------------- configuration
 
 
@@ -232,88 +143,16 @@ def _apply_override(config: dict, override: str) -> None:
     config[last] = value
 
 
-PATH = {  # that every system takes; an empty one would be the working directory
-    "description": "a path of names of up to 255 printable characters",
-    "type": "string",
-    "minLength": 1,
-    "maxLength": 1000,
-    "not": {"pattern": r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|[^/\\]{256}"},
-}
-PATH_OR_NONE = {"description": f"{PATH['description']} or null", "anyOf": [PATH, {"type": "null"}]}
-SOURCES = {"type": "array", "items": PATH, "minItems": 1}
-ENVIRONMENT = {  # those with a default may be left out
-    "data_base_dir": {"description": "a folder or a list of folders", "anyOf": [PATH, SOURCES]},
-    "model_dir": PATH,
-    "tfevent_path": PATH,
-    "output_dir": PATH,
-    "resume_ckpt": {"description": "true or false", "type": "boolean", "default": None},
-    "download_brats": {"description": "true or false", "type": "boolean", "default": False},
-    "perceptual_weights": {**PATH_OR_NONE, "default": None},
-    "cache_dir": {**PATH_OR_NONE, "default": None},
-}
+def load_environment(path: str | Path, writable: Sequence[str] = ()) -> dict:
+    """Read an environment file, as `check_environment` checks it.
 
-
-def load_environment(path: str | Path) -> dict:
-    """Read an environment file: where data are and results go.
-
-    Relative paths count from the working directory; `~` is the home folder. `data_base_dir` may be a list of
-    folders. Optional keys: `resume_ckpt`, `download_brats`, `perceptual_weights`, `cache_dir` (default
-    `model_dir`/cache).
-
-    Raises:
-        UserError: an unknown or missing key, a value that `ENVIRONMENT` does not allow, or a file where a
-            folder is expected; the key is named.
+    Args:
+        writable: its folders that must be writable, before hours of work.
     """
-    environment = read_json(path, "environment file")
-    for key, value in environment.items():
-        if key not in ENVIRONMENT:
-            near = difflib.get_close_matches(key, ENVIRONMENT, 1)
-            raise UserError(f"{path}: unknown key {brief(key)}.{f' Did you mean {near[0]}?' if near else ''}")
-        if not StrictValidator(ENVIRONMENT[key]).is_valid(value):
-            what = f"expected {ENVIRONMENT[key]['description']}, found {brief(repr(value))}"
-            raise UserError(f"{path}: {key}: {what}.")
-    for key, about in ENVIRONMENT.items():
-        if "default" not in about and key not in environment:
-            raise UserError(f"{path}: {key} is missing. config/environment.json.example shows the keys.")
-    environment = {key: about.get("default") for key, about in ENVIRONMENT.items()} | environment
-    for key in ("model_dir", "tfevent_path", "output_dir"):
-        environment[key] = Path(environment[key]).expanduser()
-    base = environment["data_base_dir"]
-    folders = [Path(one).expanduser() for one in (base if isinstance(base, list) else [base])]
-    environment["data_base_dir"] = folders if isinstance(base, list) else folders[0]
-    if environment["perceptual_weights"]:
-        environment["perceptual_weights"] = os.path.expanduser(environment["perceptual_weights"])
-    cache = environment["cache_dir"]
-    environment["cache_dir"] = Path(cache).expanduser() if cache else environment["model_dir"] / "cache"
-    for key in FOLDERS:
-        if not (there := _nearest(environment[key])).is_dir():
-            raise UserError(f"{path}: {key} {environment[key]}: {there} is not a folder.")
+    environment = check_environment(read_json(path, "environment file"), path)
+    for key in writable:
+        check_writable(environment[key], key)
     return environment
-
-
-def _nearest(folder: Path) -> Path:
-    """What is there of a path: itself, or the nearest of its parents."""
-    return next(one for one in [folder, *folder.absolute().parents] if os.path.lexists(one))
-
-
-def check_writable(environment: dict, *keys: str) -> None:
-    """See that files can be written to these folders, or to where they will be made, before hours of work.
-
-    Raises:
-        UserError: they cannot; the key is named.
-        OSError: the disk is full.
-    """
-    for key in keys:
-        try:
-            with tempfile.TemporaryFile(dir=_nearest(environment[key])):
-                pass
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise
-            raise UserError(
-                f"{key} {environment[key]}: cannot be written ({error.strerror}). Name a folder that you own "
-                "in the environment file."
-            ) from None
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -341,8 +180,8 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
             else "this is one process"
         )
         raise UserError(f"-g {args.gpus}, but {under}. Start it as:\n  {line}")
-    kind = _device_name(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    device = _gpu(kind, local_rank) if kind != "cpu" else torch.device("cpu")
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.find_device(kind, local_rank, local_world)
     training = section is not None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -368,38 +207,6 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         slow_group,
         shlex.join(["python", *sys.argv]),
     )
-
-
-def _device_name(kind: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
-        raise UserError(f"--device {kind}: expected cpu, cuda or cuda:N.")
-    return kind
-
-
-def _gpu(kind: str, local_rank: int) -> torch.device:
-    """The GPU of this process: the one that is named, or under torchrun each its own."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
-        )
-    number, count = kind.partition(":")[2], torch.cuda.device_count()
-    there = f"{counted(count, 'GPU{s}')} here{chosen}"
-    if number and processes_here > 1:
-        raise UserError(
-            f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
-            "own.\nUse --device cuda; the variable CUDA_VISIBLE_DEVICES chooses the GPUs."
-        )
-    if not number and processes_here > count:
-        raise UserError(
-            f"{processes_here} processes for {there}: each process needs a GPU of its own.\n"
-            f"Use torchrun --nproc_per_node={count}, or --device cpu."
-        )
-    if (index := int(number or local_rank)) >= count:
-        raise UserError(f"--device {kind}: found {there}, numbered from 0.")
-    return torch.device("cuda", index)
 
 
 # ---------------------------------------------------------------- data
@@ -470,7 +277,7 @@ def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], abou
 
 def meant_for_gpu(args: argparse.Namespace) -> bool:
     """Whether a dry run is for a GPU, which is the default, or for this CPU."""
-    return _device_name(args.device or "cuda") != "cpu"
+    return ranks.check_device_name(args.device or "cuda") != "cpu"
 
 
 def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Look at volumes: slices, three planes, a GIF through one, a mask over it, two compared, one being denoised.
+"""Pictures of volumes: slices, three planes, a GIF, a mask overlay, a comparison, the denoising of a sample.
 
     python visualize_image.py slices scan.nii.gz --out slices.png --plane axial --count 12
     python visualize_image.py planes scan.nii.gz outputs/ --out planes.png --columns 3
@@ -7,30 +7,28 @@
     python visualize_image.py compare scan.nii.gz reconstruction.nii.gz --out compare.png --at 10 -20 15
     python visualize_image.py denoise -c CONFIG -e ENV --seed 3 --out denoising.gif
 
-Reads NIfTI and MGH volumes, 3D, or one volume of 4D (`--channel`), in any orientation. Slices are those of
-the file that lie nearest to the plane that is named, with the subject's right on the left and letters at
-their edges; voxels have their true proportions. Positions are in mm: R or L, A or P, S or I of the origin of
-the file. Grey values run from percentile 0.5 to 99.5 of the voxels (where these are one, from the least to
-the greatest), or over `--window LOW HIGH` in the units of the file. NaN is shown black, a constant volume
-grey. `slices` and `gif` leave out slices at the ends that are all black.
+Reads NIfTI and MGH volumes in any orientation, 3D or one volume of 4D (`--channel`). Slices are those of the
+file nearest to the named plane, in radiological convention (the subject's right on the left) with letters at
+their edges, and in true proportions. Positions are in mm: R or L, A or P, S or I of the origin of the file.
+Grey values span percentiles 0.5 to 99.5 of the voxels (their full range where these are equal), or
+`--window LOW HIGH` in the units of the file. NaN is black, a constant volume grey. `slices` and `gif` skip
+black slices at both ends.
 
     overlay   The slices with the most labelled voxels, without and with the mask. A mask on another grid is
-              resampled, to the nearest voxel, by the positions in both headers. Up to ten labels have
-              colours, those with the most pixels in the picture.
-    compare   Both in the grey values of the first, and the second less the first in the units of the file:
-              blue where it is darker, orange where it is brighter. On one grid PSNR, SSIM and L1 are told,
-              over all voxels, with the first's grey values as 0 to 1 and nothing clipped. On another grid the
-              second is resampled by the positions in both headers.
-    denoise   What the model takes the clean volume for, step by step, decoded, after the noise it starts
-              from. The last frame is the volume that `inference.py` writes with the same options.
+              resampled by the headers, nearest neighbour. Up to ten labels have colours, those with the most
+              pixels in the picture.
+    compare   Both volumes in the grey values of the first, and second minus first in the units of the file:
+              blue is darker, orange brighter. On one grid it prints PSNR, SSIM and L1 over all voxels, with
+              the first's grey values as 0 to 1, unclipped. On another grid the second is resampled by the
+              headers.
+    denoise   The starting noise and the model's decoded estimates of the clean volume at several steps. The
+              last frame is the volume that inference.py writes with the same options.
 
 Nothing is overwritten without `--force`. Exit codes: 0 done, 1 the disk or the memory failed, 2 wrong usage.
 """
 
 import argparse
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,17 +50,17 @@ from ldm.figures import PALETTE, PLANES
 from ldm.metrics import reconstruction_metrics
 from ldm.system.messages import progress_bar
 
-PERCENTILES = (0.5, 99.5)  # of the voxels, that are black and white
+PERCENTILES = (0.5, 99.5)  # of the voxels, shown black and white
 SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz")
 OPACITY = 0.5  # of a mask
-DIRECTIONS = ("LR", "PA", "IS")  # towards less and more along the axes of a volume
+DIRECTIONS = ("LR", "PA", "IS")  # negative and positive direction of each axis
 
 
 # ---------------------------------------------------------------- command line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, its numbers and `--out` checked."""
+    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(make.__name__, help=about, description=about, **more)
         sub.set_defaults(make=make, suffix=suffix)
         sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"{suffix} to write")
-        sub.add_argument("--force", action="store_true", help="write over it where it is there")
+        sub.add_argument("--force", action="store_true", help="overwrite it")
         sub.add_argument("--pixels", type=int, default=320, help="of the longest side (default: 320)")
         sub.add_argument("--channel", type=int, default=0, help="of a 4D image, from 0 (default: 0)")
         if make is not denoise:
@@ -80,18 +78,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return sub
 
     at = {"type": float, "nargs": 3, "metavar": "MM", "help": "show the slices through this position, R A S"}
-    sub = command(slices, "slices of one plane", ".png")
-    sub.add_argument("image", type=Path)
-    sub.add_argument("--plane", choices=PLANES, default="axial", help="default: axial")
-    sub.add_argument("--count", type=int, default=12, help="evenly spaced slices (default: 12)")
+    for make, about, suffix, count in (
+        (slices, "slices of one plane", ".png", 12),
+        (gif, "a GIF through a volume", ".gif", None),
+    ):
+        sub = command(make, about, suffix)
+        sub.add_argument("image", type=Path)
+        sub.add_argument("--plane", choices=PLANES, default="axial", help="default: axial")
+        sub.add_argument(
+            "--count", type=int, default=count, help=f"evenly spaced slices (default: {count or 'all'})"
+        )
     sub = command(planes, "three planes of one volume or of many", ".png")
     sub.add_argument("images", type=Path, nargs="+", metavar="image", help="volumes, and folders of them")
     sub.add_argument("--columns", type=int, default=2, help="volumes beside each other (default: 2)")
     sub.add_argument("--at", **at)
-    sub = command(gif, "a GIF through a volume", ".gif")
-    sub.add_argument("image", type=Path)
-    sub.add_argument("--plane", choices=PLANES, default="axial", help="default: axial")
-    sub.add_argument("--count", type=int, help="evenly spaced slices (default: all)")
     sub = command(overlay, "a mask over a volume", ".png")
     sub.add_argument("image", type=Path)
     sub.add_argument("--mask", type=Path, required=True, metavar="FILE", help="labels: whole numbers, 0 none")
@@ -100,16 +100,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sub.add_argument("image", type=Path)
     sub.add_argument("other", type=Path)
     sub.add_argument("--at", **at)
-    # Resolved, since both parsers bring -h.
+    # "resolve", since both parsers define -h.
     shared = {"parents": [utils.script_parser("")], "conflict_handler": "resolve"}
     sub = command(denoise, "the denoising of one sample as a GIF", ".gif", **shared)
     sub.add_argument("--seed", type=int, default=0, help="of the sample")
-    sub.add_argument("--frames", type=int, default=16, help="at most so many (default: 16)")
+    sub.add_argument("--frames", type=int, default=16, help="maximum number (default: 16)")
     sub.add_argument("--steps", type=int, help="sampling steps; default: as inference.py")
     sub.add_argument("--sampler", help="default: as inference.py")
     sub.add_argument("--autoencoder", type=Path, help="default: model_dir/autoencoder.pt")
     sub.add_argument("--unet", type=Path, help="default: model_dir/diffusion_unet.pt")
-    sub.add_argument("--scale-factor", type=float, help="for weights that do not bring theirs")
+    sub.add_argument("--scale-factor", type=float, help="for weights without one")
     utils.add_max_memory(sub, "decode")
     args = parser.parse_args(argv)
 
@@ -128,11 +128,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if window and not (np.isfinite(window).all() and window[0] < window[1]):
         raise UserError(f"--window {window[0]:g} {window[1]:g}: expected two numbers, the lower one first.")
     if at and not np.isfinite(at).all():
-        raise UserError("--at: expected three numbers in mm, towards right, anterior and superior.")
+        raise UserError("--at: expected three numbers in mm: right, anterior, superior.")
     if args.out.suffix.lower() != args.suffix:
-        raise UserError(f"--out {args.out}: `{args.command}` writes a {args.suffix}. Name one.")
+        raise UserError(f"--out {args.out}: `{args.command}` writes a {args.suffix} file.")
     if args.out.exists() and not args.force:
-        raise UserError(f"--out {args.out}: is there already. Name another file, or give --force.")
+        raise UserError(f"--out {args.out}: exists. Name another file, or give --force.")
     return args
 
 
@@ -147,23 +147,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(path: Path, channel: int) -> nib.Nifti1Image:
-    """One channel of a file, its axes nearest to right, anterior and superior: (D, H, W) float32.
+    """One channel of a file, (D, H, W) float32, its axes reoriented to the nearest of right, anterior,
+    superior.
 
     Raises:
-        UserError: it cannot be read, or no voxel is a number.
+        UserError: it cannot be read, or no voxel is finite.
     """
     image = read_image(path)
     voxels = voxels_of(path, image, channel if len(image.shape) > 3 else 0)
     bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
     if bad == voxels.size:
-        raise UserError(f"{path}: all its voxels are NaN or infinite; there is nothing to show.")
+        raise UserError(f"{path}: all voxels are NaN or infinite; nothing to show.")
     if bad:
         print(f"{path}: {bad} of {voxels.size} voxels are NaN or infinite")
     return nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
 
 
 def voxels_in(image: nib.Nifti1Image) -> np.ndarray:
-    """As they were read, (D, H, W) float32."""
+    """The array of an image that `read` returned, (D, H, W) float32."""
     return np.asarray(image.dataobj)
 
 
@@ -198,7 +199,7 @@ def about(image: nib.Nifti1Image, window: Sequence[float]) -> str:
 
 
 def position(image: nib.Nifti1Image, axis: int, index: int) -> str:
-    """Where the centre of a slice lies, in mm, as scanners tell it: `S 12.0`."""
+    """Position of the centre of a slice in mm, as scanners write it: `S 12.0`."""
     voxel = (np.array(image.shape) - 1) / 2
     voxel[axis] = index
     mm = round(float(nib.affines.apply_affine(image.affine, voxel)[axis]), 1)
@@ -210,7 +211,7 @@ def positions(image: nib.Nifti1Image, at: Sequence[int]) -> list[str]:
 
 
 def voxel_at(path: Path, image: nib.Nifti1Image, at: Sequence[float] | None) -> Sequence[int]:
-    """The voxel at a position in mm, or the one that the middle slices share.
+    """The voxel at a position in mm; by default the one in the middle slices.
 
     Raises:
         UserError: the position is outside.
@@ -219,66 +220,63 @@ def voxel_at(path: Path, image: nib.Nifti1Image, at: Sequence[float] | None) -> 
         return figures.middle(image.shape)
     voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(image.affine), at)).astype(int)
     if (voxel < 0).any() or (voxel >= image.shape).any():
-        raise UserError(f"{path}: --at {_mm(at)} lies outside of it; it covers {covers(image)}.")
+        position = " ".join(f"{mm:g}" for mm in at)
+        raise UserError(f"{path}: --at {position} is outside; the volume covers {covers(image)}.")
     return voxel
 
 
 def covers(image: nib.Nifti1Image) -> str:
-    """The box around a volume, in mm: `R -90 to 90, A -126 to 90, S -72 to 108`."""
+    """Extent of a volume in mm: `R -90 to 90, A -126 to 90, S -72 to 108`."""
     corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in image.shape])).reshape(3, -1).T
     corners = nib.affines.apply_affine(image.affine, corners)
     spans = zip("RAS", corners.min(0), corners.max(0), strict=True)
     return ", ".join(f"{letter} {low:.0f} to {high:.0f}" for letter, low, high in spans)
 
 
-def _mm(values: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
 def on_one_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
-    """Whether voxels lie at the same positions, to a hundredth of the smallest side of one."""
+    """Whether voxels are at the same positions, to 1 % of the smallest voxel side."""
     return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=0.01 * spacing_of(a).min())
 
 
 def resampled(path: Path, image: nib.Nifti1Image, onto: nib.Nifti1Image, nearest: bool) -> np.ndarray:
-    """The voxels of an image at the positions of those of another; NaN where it has none.
+    """An image resampled onto the grid of another, by their headers; NaN outside of it.
 
     Raises:
-        UserError: it has none anywhere.
+        UserError: they do not overlap.
     """
     values = voxels_in(image)
-    if not nearest:  # as for training: interpolation alone would alias what it skips
+    if not nearest:  # low-pass filter against aliasing, as in training
         values = gaussian_filter(values, np.maximum(0, (spacing_of(onto) / spacing_of(image) - 1) / 2))
 
-    def laid(values: np.ndarray, **how) -> np.ndarray:
-        there = resample_from_to(nib.Nifti1Image(values, image.affine), (onto.shape, onto.affine), **how)
-        return voxels_in(there)
+    def on_grid(values: np.ndarray, **options) -> np.ndarray:
+        source = nib.Nifti1Image(values, image.affine)
+        return voxels_in(resample_from_to(source, (onto.shape, onto.affine), **options))
 
-    inside = laid(np.ones(image.shape, np.uint8), order=0, mode="grid-constant", cval=0) > 0
+    inside = on_grid(np.ones(image.shape, np.uint8), order=0, mode="grid-constant", cval=0) > 0
     if not inside.any():
         raise UserError(
-            f"{path}: lies elsewhere: it covers {covers(image)} mm, the scan {covers(onto)} mm. Is it of the "
-            "same subject, and its header right?"
+            f"{path}: does not overlap the scan: it covers {covers(image)} mm, the scan {covers(onto)} mm. "
+            "Check that it is of the same subject, and its header."
         )
-    print(f"{path}: on another grid, so resampled by its header; it covers {inside.mean():.0%} of the scan")
-    # The outer half of its outer voxels has their values.
-    return np.where(inside, laid(values, order=0 if nearest else 1, mode="nearest"), np.nan)
+    print(f"{path}: on another grid; resampled by its header; it covers {inside.mean():.0%} of the scan")
+    # mode "nearest": the outer half of the outermost voxels is constant.
+    return np.where(inside, on_grid(values, order=0 if nearest else 1, mode="nearest"), np.nan)
 
 
 def names_of(*paths: Path) -> list[str]:
-    """Names of files, with their folders where the names are one."""
+    """Names of files, with their folders where names are equal."""
     if len({path.name for path in paths}) == len(paths):
         return [path.name for path in paths]
     return ["/".join(path.resolve().parts[-2:]) for path in paths]
 
 
 def mm_per_pixel(args: argparse.Namespace, *images: Path) -> float:
-    """So that the longest side of all is `--pixels` long."""
+    """Size of a pixel such that the longest side has `--pixels` pixels."""
     return max(np.max(np.multiply(*ras_geometry(path))) for path in images) / args.pixels
 
 
 def spread(first: int, last: int, count: int | None) -> list[int]:
-    """Whole numbers from first to last: all, or so many of them, evenly."""
+    """Integers from first to last: all, or `count` of them, evenly spaced."""
     everything = last - first + 1
     if count is None or count >= everything:
         return list(range(first, last + 1))
@@ -287,7 +285,7 @@ def spread(first: int, last: int, count: int | None) -> list[int]:
 
 
 def shown_slices(grey: np.ndarray, axis: int, count: int | None) -> list[int]:
-    """Indices of slices from the first to the last that is not all black."""
+    """Indices of slices without the black ones at both ends: all, or `count` of them."""
     lit = np.flatnonzero(grey.any(axis=tuple({0, 1, 2} - {axis})))
     return spread(lit[0], lit[-1], count) if lit.size else spread(0, grey.shape[axis] - 1, count)
 
@@ -296,55 +294,56 @@ def shown_slices(grey: np.ndarray, axis: int, count: int | None) -> list[int]:
 
 
 def slices(args: argparse.Namespace) -> None:
-    """Slices of one plane, from left, posterior or inferior on."""
-    made, note, pixel = panels_of_one_plane(args)
-    picture = figures.grid(made, math.ceil(math.sqrt(len(made) * 4 / 3)))
+    """Slices of one plane, starting left, posterior or inferior."""
+    panels, note, pixel = panels_of_one_plane(args)
+    picture = figures.grid(panels, math.ceil(math.sqrt(len(panels) * 4 / 3)))
     figures.save(figures.titled(picture, args.image.name, note, pixel), args.out)
 
 
 def gif(args: argparse.Namespace) -> None:
-    """The same, a frame each."""
-    made, note, pixel = panels_of_one_plane(args)
-    write_gif([figures.titled(one, args.image.name, note, pixel) for one in made], args.out, 0.1)
+    """The same slices, one per frame."""
+    panels, note, pixel = panels_of_one_plane(args)
+    figures.animate([in_grey(figures.titled(one, args.image.name, note, pixel)) for one in panels], args.out)
+
+
+def in_grey(image: Image.Image) -> np.ndarray:
+    """(rows, columns) in [0, 1]."""
+    return np.asarray(image.convert("L")) / 255
 
 
 def panels_of_one_plane(args: argparse.Namespace) -> tuple[list[Image.Image], str, float]:
-    """Slices of `--plane`, a line about the volume, and the size of a pixel in mm."""
+    """Slices of `--plane`, a description of the volume, and the size of a pixel in mm."""
     image = read(args.image, args.channel)
     window, axis = window_of(voxels_in(image), args.window), PLANES.index(args.plane)
     grey, mm = shade(voxels_in(image), window), figures.pixels_of(spacing_of(image), args.plane)
     pixel = mm_per_pixel(args, args.image)
-    made = []
+    panels = []
     for index in shown_slices(grey, axis, args.count):
         picture = figures.scaled(figures.upright(grey, args.plane, index), mm, pixel)
-        made.append(figures.panel(picture, args.plane, position(image, axis, index)))
-    return made, about(image, window), pixel
+        panels.append(figures.panel(picture, args.plane, position(image, axis, index)))
+    return panels, about(image, window), pixel
 
 
 def planes(args: argparse.Namespace) -> None:
     """Three planes of each volume."""
     paths = [path for given in args.images for path in (volumes_in(given) if given.is_dir() else [given])]
     pixel = mm_per_pixel(args, *paths)
-    made = []
+    panels = []
     for path, name in zip(paths, names_of(*paths), strict=True):
         image = read(path, args.channel)
         window = window_of(voxels_in(image), args.window)
         at = voxel_at(path, image, args.at)
         pictures = figures.cut(shade(voxels_in(image), window), spacing_of(image), pixel, at)
         one = figures.three_panels(pictures, positions(image, at))
-        made.append(figures.titled(one, name, about(image, window)))
-    figures.save(figures.titled(figures.grid(made, args.columns), "", "", pixel), args.out)
+        panels.append(figures.titled(one, name, about(image, window)))
+    figures.save(figures.titled(figures.grid(panels, args.columns), "", "", pixel), args.out)
 
 
 def volumes_in(folder: Path) -> list[Path]:
-    """The volumes right below a folder, by name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The volumes directly in a folder, by name. Raises UserError: there are none."""
     found = [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(SUFFIXES) and p.name[0] != "."]
     if not found:
-        raise UserError(f"{folder}: holds no volumes ({', '.join(SUFFIXES)}). Name files, or another folder.")
+        raise UserError(f"{folder}: holds no volumes ({', '.join(SUFFIXES)}).")
     return found
 
 
@@ -356,7 +355,7 @@ def overlay(args: argparse.Namespace) -> None:
     else:
         labels = np.nan_to_num(resampled(args.mask, mask, image, nearest=True))
     if not labels.any():
-        print(f"{args.mask}: no voxel within the scan has a label")
+        print(f"{args.mask}: no labelled voxel within the scan")
     window, pixel = window_of(voxels_in(image), args.window), mm_per_pixel(args, args.image)
     if args.at or not labels.any():
         at = voxel_at(args.image, image, args.at)
@@ -376,27 +375,21 @@ def overlay(args: argparse.Namespace) -> None:
 
 
 def read_mask(path: Path) -> nib.Nifti1Image:
-    """Labels, as `read`.
-
-    Raises:
-        UserError: 4D, or values that are no whole numbers from 0 on.
-    """
+    """Labels, as `read` returns them. Raises UserError: 4D, or values other than 0, 1, 2, ..."""
     if (count := channel_count(read_image(path))) > 1:
         raise UserError(f"{path}: holds {count} volumes; expected one volume of labels.")
     mask = read(path, 0)
     voxels = voxels_in(mask)
     if not np.isfinite(voxels).all() or voxels.min() < 0 or (voxels != np.rint(voxels)).any():
-        raise UserError(
-            f"{path}: is no mask: labels are whole numbers from 0 on. Was it resampled, or scaled?"
-        )
+        raise UserError(f"{path}: not a mask; expected labels 0, 1, 2, ... Was it resampled, or scaled?")
     return mask
 
 
 def colours_of(masks: Sequence[np.ndarray]) -> tuple[dict[int, str], list[tuple[str, str]]]:
     """Colours of the labels in some slices, and the entries of a legend.
 
-    Labels from 1 to the number of colours have colours of their own, so that pictures agree. Where there are
-    others, those with the most pixels have colours in the order of their values.
+    Labels 1 to 10 have fixed colours, the same in every picture. With higher labels among them, the ten with
+    the most pixels are coloured, in the order of their values.
     """
     values, counts = np.unique(np.concatenate([mask.ravel() for mask in masks]), return_counts=True)
     by_size = [int(values[i]) for i in np.argsort(-counts, kind="stable") if values[i]]
@@ -410,23 +403,22 @@ def colours_of(masks: Sequence[np.ndarray]) -> tuple[dict[int, str], list[tuple[
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Three planes of the first, of the second, and of the second less the first."""
+    """Three planes of the first, of the second, and of second minus first."""
     first, second = read(args.image, args.channel), read(args.other, args.channel)
     a, b = voxels_in(first), voxels_in(second)
-    told = ""
     window = window_of(a, args.window)
     if on_one_grid(first, second):
-        told = scores(a, b, window)
+        summary = scores(a, b, window)
     else:
-        b, told = resampled(args.other, second, first, nearest=False), "resampled, "
+        b, summary = resampled(args.other, second, first, nearest=False), "resampled, "
     both = np.isfinite(a) & np.isfinite(b)
     if not both.any():
-        raise UserError(f"{args.other}: has no number at any voxel where {args.image} has one.")
+        raise UserError(f"{args.other}: has no finite voxel where {args.image} has one.")
     difference = np.where(both, b - a, np.nan)
     largest = float(np.nanmax(np.abs(difference)))
     limit = float(np.nanpercentile(np.abs(difference), 99.5)) or largest or 1.0
-    told = f"{told}largest difference {largest:.4g}" if largest else f"{told}no voxel differs"
-    print(told)
+    summary += f"largest difference {largest:.4g}" if largest else "no voxel differs"
+    print(summary)
 
     pixel, at = mm_per_pixel(args, args.image), voxel_at(args.image, first, args.at)
     spacing, captions = spacing_of(first), positions(first, at)
@@ -438,13 +430,13 @@ def compare(args: argparse.Namespace) -> None:
     apart = figures.cut(np.nan_to_num(difference), spacing, pixel, at)
     colours = figures.three_panels([figures.diverging(one, limit) for one in apart], captions)
     bar = figures.colour_bar(limit, colours.height)
-    rows.append(figures.named(f"{names[1]} less {names[0]}", figures.beside([colours, bar])))
-    picture = figures.titled(figures.below(rows), told, about(first, window), pixel)
+    rows.append(figures.named(f"{names[1]} minus {names[0]}", figures.beside([colours, bar])))
+    picture = figures.titled(figures.below(rows), summary, about(first, window), pixel)
     figures.save(picture, args.out)
 
 
 def scores(a: np.ndarray, b: np.ndarray, window: Sequence[float]) -> str:
-    """PSNR, SSIM and L1 of two volumes (D, H, W) with `window` as 0 to 1; nothing where that cannot be."""
+    """PSNR, SSIM and L1 of two volumes (D, H, W) with `window` as 0 to 1; "" where they are undefined."""
     if not window[0] < window[1] or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return ""
     limits = np.array([window])
@@ -458,14 +450,14 @@ def scores(a: np.ndarray, b: np.ndarray, window: Sequence[float]) -> str:
 
 @torch.inference_mode()
 def denoise(args: argparse.Namespace) -> None:
-    """Draw a sample as inference.py does, and decode what the model takes it for on the way."""
+    """Generate a sample as inference.py does, and decode the model's estimates on the way."""
     # Step 0: configuration, device and networks
     utils.check_scale_factor(args.scale_factor)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
     run = utils.start(args)
     if run.world_size > 1:
-        raise UserError("`denoise` draws one sample: start it without torchrun.")
+        raise UserError("`denoise` runs in one process: start it without torchrun.")
     model_dir, compiled = environment["model_dir"], bool(args.compile)
     networks = generation.load_networks(
         args.autoencoder or model_dir / "autoencoder.pt",
@@ -483,7 +475,7 @@ def denoise(args: argparse.Namespace) -> None:
     sampler = choose_sampler(args.sampler, networks.process)
     steps = args.steps or SAMPLERS[sampler].steps or networks.process.num_train_timesteps
 
-    # Step 1: draw, and keep the noise and the estimates of some steps
+    # Step 1: sample, and keep the noise and the estimates at some steps
     times = networks.process.sampling_times(steps, SAMPLERS[sampler].even)[:-1]
     kept = sorted({round(place) for place in np.linspace(0, steps - 1, args.frames - 1)})
     watched, latents = watching(networks, times[kept])
@@ -496,7 +488,7 @@ def denoise(args: argparse.Namespace) -> None:
         lambda pairs: progress_bar(run, f"sample ({steps} steps)", items=pairs),
     )[0]
 
-    # Step 2: decode all but the last, which is the volume itself
+    # Step 2: decode all but the last frame, which is the sample itself
     levels = networks.process.levels(times)[1].tolist()
     notes = ["noise", *(f"step {i + 1} of {steps}, at noise level {levels[i]:.3f}" for i in kept)]
     volumes = []
@@ -506,20 +498,19 @@ def denoise(args: argparse.Namespace) -> None:
                 networks.autoencoder.decode(latents[i].to(run.device) / networks.scale_factor).cpu()[0]
             )
 
-    # Step 3: a frame each
+    # Step 3: one frame each
     spacing, window = networks.geometry["spacing"], networks.geometry["limits"][args.channel]
     pixel, frames = max(np.multiply(volume.shape[1:], spacing)) / args.pixels, []
     for one, note in zip([*volumes, volume], notes, strict=True):
         grey = shade(generation.in_typical_units(one, networks, args.seed)[args.channel], window)
         picture = figures.three_panels(figures.cut(grey, spacing, pixel))
-        frames.append(figures.titled(picture, f"seed {args.seed}", note, pixel))
-    write_gif(frames, args.out, 0.25)
+        frames.append(in_grey(figures.titled(picture, f"seed {args.seed}", note, pixel)))
+    figures.animate(frames, args.out, 0.25)
 
 
 def watching(networks: generation.Networks, times: torch.Tensor) -> tuple[Callable, dict[int, torch.Tensor]]:
-    """The UNet, and what is kept of its calls by a sampler: first (0) the noise that it begins with, then
-    (1 ...) what it takes the clean latents for at each of `times`. Where a solver asks it twice at a time,
-    the second answer stays."""
+    """The UNet, and what it records while a sampler calls it: at 0 the starting noise, at 1, 2, ... the
+    estimates of the clean latents at `times`. Where a solver calls it twice at a time, the second one."""
     numbers = {float(np.float32(time)): i + 1 for i, time in enumerate(times.tolist())}
     kept = {}
 
@@ -532,15 +523,6 @@ def watching(networks: generation.Networks, times: torch.Tensor) -> tuple[Callab
         return output
 
     return predict, kept
-
-
-def write_gif(frames: Sequence[Image.Image], path: Path, seconds: float) -> None:
-    """Grey images of one size, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        part = Path(folder) / "frames.gif"
-        figures.animate([np.asarray(one.convert("L")) / 255 for one in frames], part, seconds)
-        os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,64 @@
-"""This project beside the reference recipe: the same networks, batches and data, in one process, in turn.
+"""Speed and memory next to the reference recipe: same networks, batches and data, in one process, in turn.
 
-    python -m benchmarks.benchmark                                 # on a GPU where there is one, else the CPU
-    python -m benchmarks.benchmark -c config/config_t1_2mm.json --data BRAINS --out figures.json
+    python -m benchmarks.benchmark                                 # on a GPU if there is one, else the CPU
+    python -m benchmarks.benchmark -c config/config_t1_2mm.json --data BRAINS --out results.json
     python -m benchmarks.benchmark --parts diffusion sampling --rounds 9 --device cpu
-    python -m benchmarks.benchmark --quality --data BRAINS             # 20 minutes each on a CPU, 4 on a GPU
-    python -m benchmarks.benchmark --quality 10 --data BRAINS --autoencoder models/autoencoder.pt
 
 The reference is MONAI's 3D latent diffusion tutorial, in its precision and on MONAI's classes
 (benchmarks/reference.py). Without --data, brains are simulated.
 
-The table: a step of each stage, from a batch in memory to the next weights; one volume drawn and decoded, the
-reference by all of its 1000 steps of DDPM, of which `--reference-steps` are timed; one latent decoded; each
-with the median over the rounds, its range, and peak memory. On a GPU also the share of the time that 790
-TFLOP/s would need for the arithmetic. The loss of stage 1 is the reference's on both sides; memory on a CPU
-is that of a process of its own.
-
---quality trains both for the same time from the same autoencoder and the same initial UNet, in alternating
-slices, and compares their volumes with held-out ones (benchmarks/quality.py).
+Prints a table: a training step of each stage, from a batch in memory to the updated weights; one sample with
+its decoding, by the reference's 1000 DDPM steps, of which `--reference-steps` are timed; one decoding. Each
+row has the median and range over the rounds, and peak memory; on a GPU also the fraction of 790 TFLOP/s. Both
+sides use the reference's loss in stage 1. On a CPU, memory is that of a separate process.
 """
 
 import argparse
-import copy
 import functools
+import itertools
 import math
 import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import simulate_brains
-import train_autoencoder
 import utils
-from benchmarks import measure, project, quality, reference
-from benchmarks.report import NAMES, SIDES, quality_report, table
+from benchmarks import measure, project, reference
 from ldm import UserError, configs, generation
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
 from ldm.data.prepare import patch_sizes, prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.process import NoiseProcess
+from ldm.environment import FOLDERS
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
 from ldm.system.files import write_json
 from ldm.system.ranks import Run
-from ldm.training.latents import load_autoencoder
 
-PARTS = tuple(NAMES)
-CONFIGS = {  # by device and whether quality is asked for
-    ("cpu", False): "config/config_t1_2mm.json",
-    ("cpu", True): "config/config_demo.json",
-    ("cuda", False): "config/config_train_32g.json",
-    ("cuda", True): "config/config_t1_2mm.json",
+PARTS = {
+    "autoencoder": "autoencoder step",
+    "diffusion": "diffusion step",
+    "sampling": "a sample, generated and decoded",
+    "decoding": "decoding",
 }
-QUALITY_MINUTES = {"cpu": 20.0, "cuda": 4.0}
-REFERENCE_STEPS = {"cpu": 20, "cuda": 100}  # of 1000, timed
-SIMULATED = 96  # subjects, for --quality
+SIDES = ("reference", "ours")
+CONFIGS = {"cpu": "config/config_t1_2mm.json", "cuda": "config/config_train_32g.json"}
+REFERENCE_STEPS = {"cpu": 20, "cuda": 100}  # timed, of 1000
 
 
 # ---------------------------------------------------------------- data
 
 
 class VolumesInMemory(Dataset):
-    """Volumes read once, as a `VolumeDataset` without augmentation serves them."""
+    """Volumes in memory, with the interface of a `VolumeDataset` without augmentation."""
 
     versions, seed = 1, 0
 
@@ -92,16 +83,23 @@ def in_memory(cases: Sequence[Case], config: dict, size: Sequence[int]) -> Volum
     return VolumesInMemory(cases, torch.stack([volumes[(0, i)]["image"].clone() for i in range(len(cases))]))
 
 
+def endless(loader: DataLoader) -> Iterator[dict]:
+    """The batches of epoch after epoch."""
+    for epoch in itertools.count():
+        loader.batch_sampler.epoch = epoch
+        yield from loader
+
+
 def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, run: Run) -> dict:
-    """The environment of the data set that is named, or of `count` simulated subjects in `folder`."""
+    """The environment for `--data`, or for `count` simulated subjects in `folder`."""
     data = args.data
     if data is None:
         data = folder / "simulated"
         spacing = [min(max(side, 2.0), 10.0) for side in config["spacing"] or [4.0]]
-        run.say(f"no --data: {count} brains are simulated")
+        run.say(f"no --data: simulating {count} brains")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
-    places = {key: folder / key for key in utils.FOLDERS}
+    places = {key: folder / key for key in FOLDERS}
     return {"data_base_dir": Path(data).expanduser(), "download_brats": False, **places}
 
 
@@ -110,10 +108,10 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
 
 @dataclass(frozen=True)
 class Bench:
-    """What both sides are given.
+    """Input of both sides.
 
-    `flags` are torch's, by side, and "inference" for this project's sampling; `reference_steps` is how many
-    of the 1000 are timed.
+    `flags` are torch's, by side, and "inference" for this project's sampling; `reference_steps` of the 1000
+    are timed.
     """
 
     config: dict
@@ -125,7 +123,7 @@ class Bench:
 
 
 def build(bench: Bench, part: str, side: str) -> measure.Work:
-    """One side's work of one part with its networks, whose initial weights are the same on both."""
+    """One side's work of one part. Both sides start from the same weights."""
     config, run = bench.config, bench.run
     torch.manual_seed(config["seed"])
     if part == "autoencoder":
@@ -156,12 +154,12 @@ def build(bench: Bench, part: str, side: str) -> measure.Work:
 def training_work(bench: Bench, stage, dataset: Dataset, section: str, side: str) -> measure.Work:
     """Steps of a stage on batch after batch of a data set."""
     config = bench.config
-    batches = quality.endless(utils.make_loader(dataset, config[section], config, bench.run, workers=0))
+    batches = endless(utils.make_loader(dataset, config[section], config, bench.run, workers=0))
     return measure.Work(((lambda: stage.step(next(batches)), 1),), bench.flags[side])
 
 
 def our_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
-    """A volume, or the decoding of a latent (1, c, d, h, w), as inference.py makes it by default."""
+    """A sample, or the decoding of a latent (1, c, d, h, w), by inference.py's defaults."""
     run, process = Run(0, 1, bench.run.device), NoiseProcess.from_config(bench.config["NoiseScheduler"])
     size = bench.volumes.images.shape[2:]
     networks = project.sampling_networks(encoder, 1.0, unet, process, latents.shape[1:], size)
@@ -177,7 +175,7 @@ def our_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -
 
 
 def reference_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, latents) -> measure.Work:
-    """The same as the reference makes it; of its 1000 steps, some are run and stand for all."""
+    """The same by the reference; some of its 1000 steps are timed and stand for all."""
     steps = bench.reference_steps
 
     def draw() -> None:
@@ -191,7 +189,7 @@ def reference_sampling(bench: Bench, part: str, encoder: Autoencoder, unet, late
 
 
 def measure_part(bench: Bench, part: str, rounds: int, memory: bool) -> dict:
-    """Time of both sides in alternation, their ratio, and, where asked for, their peak memory."""
+    """Time of both sides in alternation, their ratio and, with `memory`, their peak memory."""
     device, works, peaks, on_gpu = bench.run.device, {}, {}, bench.run.device.type == "cuda"
     for side in SIDES:
         build_side = functools.partial(build, bench, part, side)
@@ -209,7 +207,7 @@ def measure_part(bench: Bench, part: str, rounds: int, memory: bool) -> dict:
         if memory:
             row[side]["peak_bytes"] = peaks[side]
         if on_gpu:
-            floor = works[side].flops() / measure.FLOOR
+            floor = works[side].flops() / measure.PEAK_FLOPS
             row[side]["floor_share"] = floor / statistics.median(seconds[side])
     return row
 
@@ -227,49 +225,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-c", "--config-file", default=None, help="networks and batches; default: by device, see CONFIGS")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    add("--device", default=None, help="cpu or cuda; default: cuda where available")
     add("--data", type=Path, default=None, help="folder of volumes; default: simulated brains")
-    add("--parts", nargs="+", choices=[*PARTS, "memory"], help="default: all; none with --quality")
+    add("--parts", nargs="+", choices=[*PARTS, "memory"], default=[*PARTS, "memory"], help="default: all")
     add("--rounds", type=int, default=5, help="of each side, in alternation")
-    add("--reference-steps", type=int, default=None, help="of the 1000, timed; default: 20, on a GPU 100")
-    add("--quality", nargs="?", type=float, const=True, metavar="MINUTES", help="train both, this long each")
-    add("--samples", type=int, default=24, help="volumes that --quality judges at a time")
-    add("--autoencoder", type=Path, default=None, help="for --quality; default: trained first, by stage 1")
-    add("--out", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")
+    add("--reference-steps", type=int, default=None, help="timed, of 1000; default: 20, on a GPU 100")
+    add("--out", type=Path, default=None, metavar="FILE", help="also write the results as JSON")
     args = parser.parse_args(argv)
-    for name, least in (("rounds", 1), ("samples", 2), ("reference_steps", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")
-    if (args.reference_steps or 1) > reference.STEPS:
-        raise UserError(f"--reference-steps {args.reference_steps}: there are {reference.STEPS}.")
-    if args.quality is not None and not 0 < args.quality < math.inf:
-        raise UserError(f"--quality {args.quality}: expected minutes, more than 0.")
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: expected at least 1.")
+    if not 1 <= (args.reference_steps or 1) <= reference.STEPS:
+        raise UserError(f"--reference-steps {args.reference_steps}: expected 1 to {reference.STEPS}.")
     if args.out and args.out.is_dir():
         raise UserError(f"--out {args.out}: is a folder; name a file.")
-    if args.autoencoder and args.quality is None:
-        raise UserError("--autoencoder: goes with --quality; speed does not depend on the weights.")
     if args.parts == ["memory"]:
         args.parts = [*PARTS, "memory"]
-    if args.parts is None:
-        args.parts = [] if args.quality is not None else [*PARTS, "memory"]
     return args
-
-
-def read_config(args: argparse.Namespace, kind: str) -> dict:
-    """The config, one batch a step; for --quality a third of the subjects is held out, unless --set says
-    otherwise."""
-    with_quality = args.quality is not None
-    args.config_file = args.config_file or str(utils.ROOT / CONFIGS[kind, with_quality])
-    args.set = ["data.val_fraction=0.34"] * with_quality + args.set
-    for section in ("autoencoder_train", "diffusion_train"):
-        args.set.append(f"{section}.accumulate_steps=1")
-    return utils.load_config(args.config_file, args.set)
 
 
 def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: dict, run: Run) -> list[dict]:
     """The rows of the table."""
-    config = copy.deepcopy(config)
     config["autoencoder_train"].update(reference.LOSS)
     count = 2 * max(config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train"))
     environment = find_data(args, config, folder, count + 2, run)
@@ -289,50 +264,34 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     run.say(
         f"autoencoder: batch {batch[0]} of {patch}; diffusion: batch {batch[1]} of {size}; reference in "
         f"{'fp32, diffusion fp16 autocast' if run.device.type == 'cuda' else 'fp32'}, ours trains in "
-        f"{run.amp_dtype or torch.float32} and draws in fp32; no perceptual term on either side; "
-        f"{bench.reference_steps} of the reference's {reference.STEPS} sampling steps are run"
+        f"{run.amp_dtype or torch.float32} and samples in fp32; no perceptual term on either side; "
+        f"{bench.reference_steps} of the reference's {reference.STEPS} sampling steps are timed"
     )
     rows = []
     for part in PARTS:
         if part in args.parts:
             rows.append(measure_part(bench, part, args.rounds, "memory" in args.parts))
-            run.say(f"{NAMES[part]}: ratio {rows[-1]['ratio']:.2f}")
+            run.say(f"{PARTS[part]}: ratio {rows[-1]['ratio']:.2f}")
     return rows
 
 
-def measure_quality(args: argparse.Namespace, config: dict, folder: Path, flags: dict, run: Run) -> dict:
-    """What `quality.compare` finds, after stage 1 where no autoencoder is named."""
-    environment = find_data(args, config, folder, SIMULATED, run)
-    path = args.autoencoder
-    if path is None:
-        places = {key: str(value) for key, value in environment.items() if key != "download_brats"}
-        write_json(folder / "environment.json", places)
-        settings = [word for one in args.set for word in ("--set", one)]
-        files = ["-c", args.config_file, "-e", str(folder / "environment.json")]
-        train_autoencoder.main([*files, "--device", run.device.type, *settings])
-        path = environment["model_dir"] / "autoencoder.pt"
-    train, held_out, spacing = prepare_data(config, environment, run)
-    config = configs.with_spacing(config, spacing)
-    if len(held_out) < 2:
-        raise UserError(f"--quality: {len(held_out)} held-out volume is too few. Raise data.val_fraction.")
-    _, size, _ = patch_sizes(config, [*train, *held_out])
-    encoder = load_autoencoder(path, config, run)
-    changing = VolumeDataset(
-        train, Preprocessing.from_config(config), size, augment=config["diffusion_train"]["augment"]
-    )
-    kept = in_memory(train, config, size)
-    return quality.compare(
-        config,
-        encoder,
-        kept,
-        in_memory(held_out, config, size),
-        kept if changing.versions == 1 else changing,
-        QUALITY_MINUTES[run.device.type] if args.quality is True else args.quality,
-        args.samples,
-        args.reference_steps or REFERENCE_STEPS[run.device.type],
-        flags,
-        run,
-    )
+def shown_time(side: dict) -> str:
+    """Median and range in seconds and, on a GPU, the fraction of peak arithmetic."""
+    seconds = side["seconds"]
+    text = f"{statistics.median(seconds):.3g} s ({min(seconds):.3g}–{max(seconds):.3g})"
+    return text + (f", {side['floor_share']:.1%} of 790 TFLOP/s" if "floor_share" in side else "")
+
+
+def table(rows: Sequence[dict]) -> str:
+    """In Markdown, a line per part."""
+    lines = ["| | reference | ours | ratio | reference GB | ours GB | ratio |", "|---" * 7 + "|"]
+    for row in rows:
+        cells = [PARTS[row["part"]], *(shown_time(row[side]) for side in SIDES)]
+        cells.append(f"{row['ratio']:.2f} ({row['ratio_low']:.2f}–{row['ratio_high']:.2f})")
+        peaks = [row[side].get("peak_bytes", math.nan) for side in SIDES]
+        cells += [f"{peak / 1e9:.3g}" for peak in peaks] + [f"{peaks[0] / peaks[1]:.2f}" if peaks[1] else ""]
+        lines.append(f"| {' | '.join(cell.replace('nan', '') for cell in cells)} |")
+    return "\n".join(lines)
 
 
 @utils.command
@@ -341,25 +300,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = argparse.Namespace(device=args.device, gpus=None, amp=None)
     with measure.flags_kept():
         flags = {"reference": measure.REFERENCE_FLAGS}
-        run = utils.start(start, {})  # whether to use mixed precision, each section of the config says
+        run = utils.start(start, {})  # the sections of the config say whether to use mixed precision
         flags["ours"] = measure.read_flags()
         utils.start(start)
         flags["inference"] = measure.read_flags()
-        config = read_config(args, run.device.type)
+        args.config_file = args.config_file or str(utils.ROOT / CONFIGS[run.device.type])
+        one_batch = [f"{section}.accumulate_steps=1" for section in ("autoencoder_train", "diffusion_train")]
+        config = utils.load_config(args.config_file, [*args.set, *one_batch])
         report = {
             "command": shlex.join(["python", "-m", "benchmarks.benchmark", *(argv or sys.argv[1:])]),
             "config": args.config_file,
             "machine": measure.machine(run.device),
         }
-        run.say("\n".join(f"{key}: {value}" for key, value in [*report.items()][:2]))
+        run.say(f"command: {report['command']}\nconfig: {report['config']}")
         run.say(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
         with tempfile.TemporaryDirectory() as folder:
-            if any(part in args.parts for part in PARTS):
-                report["rows"] = measure_speed(args, config, Path(folder, "speed"), flags, run)
-                print(f"\n{table(report['rows'])}\n")
-            if args.quality is not None:
-                report["quality"] = measure_quality(args, config, Path(folder, "quality"), flags, run)
-                print(f"\n{quality_report(report['quality'])}\n")
+            report["rows"] = measure_speed(args, config, Path(folder), flags, run)
+        print(f"\n{table(report['rows'])}\n")
     if args.out:
         write_json(args.out, report)
 

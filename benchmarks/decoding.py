@@ -1,14 +1,11 @@
-"""Decoding within a given memory: peak and time beside those of the whole volume, and whether it is the same.
+"""Decoding within a memory limit: peak memory and time compared with the whole volume, and the difference.
 
-    python -m benchmarks.decoding --size 64                         # a half and a quarter of the plain peak
+    python -m benchmarks.decoding --size 64       # limits: a half and a quarter of the plain peak
     python -m benchmarks.decoding --size 512 --max-memory 12 --amp
-    python -m benchmarks.decoding --size 512 --max-memory 12 --amp --plan
 
-The autoencoder has 64, 128 and 256 channels, two residual blocks a level, and eight latent channels; its
-weights are drawn. Each row is a process of its own. Peaks are what decoding takes beside weights and latents:
-on a GPU `torch.cuda.max_memory_allocated`, on a CPU the growth of the resident set (Linux). `--plan` only
-tells what the sweeps would compute on a GPU with that memory, with host memory and without; dtypes are those
-of a CPU's autocast.
+The autoencoder has 64, 128 and 256 channels, two residual blocks per level, eight latent channels and random
+weights. Each row is a separate process. Peaks exclude weights and latents: on a GPU
+`torch.cuda.max_memory_allocated`, on a CPU the growth of the resident set (Linux).
 """
 
 import argparse
@@ -22,8 +19,6 @@ import torch
 
 from benchmarks.measure import forget_peak, resident
 from ldm.lowmem import slabwise
-from ldm.lowmem.lazy import Volume, leaf
-from ldm.lowmem.slabs import Sweep
 from ldm.lowmem.slabwise import Budget, decode_within, weights_bytes
 from ldm.models.definitions import NETWORKS, instantiate
 
@@ -43,7 +38,7 @@ DEFINITION = {
 
 
 def build(device: torch.device) -> torch.nn.Module:
-    """The autoencoder, with its channels last where `on_device` has them so."""
+    """The autoencoder, channels last on a CPU as `on_device` has it."""
     torch.manual_seed(0)
     last = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
     return instantiate(DEFINITION, NETWORKS, "here").eval().to(device, memory_format=last)
@@ -55,7 +50,7 @@ def latents_of(size: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(size: int, amp: bool, limit: float, out: Path) -> None:
-    """Decode within `limit` bytes (0: whole) in this process; keep volume, bytes and seconds in a file."""
+    """Decode within `limit` bytes (0: no limit) in this process; write the volume and its cost to a file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder, latents, budget = build(device), latents_of(size), Budget(limit)
 
@@ -63,7 +58,7 @@ def measure(size: int, amp: bool, limit: float, out: Path) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return decode_within(autoencoder, z, budget) if limit else autoencoder.decode(z.to(device)).cpu()
 
-    autoencoder.decode(latents[..., :4, :4, :4].to(device))  # what libraries take once
+    autoencoder.decode(latents[..., :4, :4, :4].to(device))  # one-time allocations of libraries
     latents = latents.to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -79,8 +74,8 @@ def measure(size: int, amp: bool, limit: float, out: Path) -> None:
 
 
 def compare(size: int, amp: bool, limits: list[float]) -> None:
-    """A line of the table for the whole volume and for each limit."""
-    print("| memory given, GB | peak, GB | seconds | CPU seconds | largest difference, share of the range |")
+    """Print a row of the table for the whole volume and for each limit."""
+    print("| limit, GB | peak, GB | seconds | CPU seconds | largest difference, share of the range |")
     print("|---|---|---|---|---|", flush=True)
     whole = None
     with tempfile.TemporaryDirectory() as folder:
@@ -104,63 +99,6 @@ def compare(size: int, amp: bool, limits: list[float]) -> None:
             print(f"| {given} | {peak / 1e9:.2f} | {seconds:.1f} | {busy:.1f} | {apart} |", flush=True)
 
 
-# ---------------------------------------------------------------- what a GPU would do
-
-
-class Rehearsal(slabwise._Run):
-    """The sweeps of a run on a GPU, without their arithmetic, which is counted."""
-
-    flops, sweeps = 0.0, 0
-
-    def place(self, node, sweep):
-        here, self.device = self.device, torch.device("cuda")
-        kept, self.device = super().place(node, sweep), here
-        if kept is not None:
-            kept.device = here
-        return kept
-
-    def count(self, sweep: Sweep) -> None:
-        self.flops, self.sweeps = self.flops + sweep.flops, self.sweeps + 1
-
-    def moments(self, node, groups):
-        sweep = Sweep([node])
-        kept = self.place(node, sweep)
-        self.count(sweep)
-        if kept is not None:
-            if not kept.hosted:
-                kept.append(0, torch.empty((1, *node.size), dtype=node.dtype, device=self.device))
-            self.hold(kept)
-            node.store(kept)
-        return torch.zeros(2, groups, device=self.device).unbind()
-
-    def results(self, volume):
-        self.count(Sweep([volume.node]))
-
-
-def plan(size: int, amp: bool, limit: float) -> None:
-    """Least memory, sweeps and arithmetic of a GPU, with host memory and without."""
-    device, latents = torch.device("cpu"), latents_of(size)
-    autoencoder = build(device)
-    room = slabwise.PLANNED * (limit - weights_bytes(autoencoder))
-    told, free = [], slabwise.free_host_memory
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        plain = slabwise._plain_peak(autoencoder.decode, latents, device)
-        least = slabwise._least(autoencoder.decode, latents, device)
-        for given, host in ((1e15, 1e15), (room, 1e15), (room, 0)):
-            slabwise.free_host_memory = lambda host=host: host
-            with slabwise._pretending():
-                run = Rehearsal(device, given, least)
-                run.results(autoencoder.decode(Volume(leaf(run, torch.empty(latents.shape, device=device)))))
-            told.append(run)
-    slabwise.free_host_memory = free
-    whole, hosted, alone = told
-    told = f"whole {plain / 1e9:.1f} GB and {whole.flops / 1e12:.0f} TFLOP"
-    print(f"{told}; the least that would do: {least / 1e9:.1f} GB")
-    for name, run in (("with host memory", hosted), ("without", alone)):
-        times = run.flops / whole.flops
-        print(f"{limit / 1e9:g} GB, {name}: {run.sweeps} sweeps, {times:.2f} times the arithmetic")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,15 +107,12 @@ def main() -> None:
     add("--size", type=int, default=64, help="voxels along each side")
     add("--max-memory", type=float, nargs="*", default=[], metavar="GB", help="default: a half and a quarter")
     add("--amp", action="store_true", help="bfloat16")
-    add("--plan", action="store_true", help="compute nothing")
     add("--limit", type=float, default=None, help=argparse.SUPPRESS)
     add("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     limits = [1e9 * one for one in args.max_memory]
     if args.limit is not None:
         return measure(args.size, args.amp, args.limit, args.out)
-    if args.plan:
-        return [plan(args.size, args.amp, limit) for limit in limits]
     if not limits:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         autoencoder = build(device)

@@ -1,21 +1,17 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU, meant to end in under ten minutes, which has not been tried: the tests marked gpu,
-# speed and memory beside the reference recipe with the 32 GB config's networks, predicted and measured memory, a
-# decoding to 512^3 within 12 GB, and brains at 2 mm (OpenNeuro ds002748, skull-stripped, in the folder given).
+# Measures everything that needs a GPU: the tests marked gpu, speed and memory next to the reference recipe with
+# the networks of the 32 GB config, predicted and measured memory, decoding to 512^3 within 12 GB, and a training
+# with evaluation on brains at 2 mm (DATA_DIR: OpenNeuro ds002748, skull-stripped). Meant to take under ten minutes.
 #
 #   benchmarks/gpu.sh DATA_DIR OUT_DIR
-#
-# Quality over time takes as long again, and is a call of its own:
-#
-#   python -m benchmarks.benchmark --quality 4 --data DATA_DIR --out OUT_DIR/quality.json
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:?name the folder of the T1 brains} out=${2:?name a new folder for results}
+data=${1:?give the folder of the T1 brains} out=${2:?give a new folder for results}
 mkdir -p "$out"
 
 python -m pytest -q -m gpu
 python -m benchmarks.benchmark --rounds 3 --device cuda --out "$out/benchmark.json" | tee "$out/benchmark.md"
-python -m benchmarks.memory | tee "$out/memory.md"  # predicted beside torch.cuda.max_memory_allocated
+python -m benchmarks.memory | tee "$out/memory.md"  # predicted and torch.cuda.max_memory_allocated
 python -m benchmarks.decoding --size 512 --max-memory 12 --amp | tee "$out/decoding.md"
 python - "$data" "$out" <<'PYTHON'
 import json, sys

@@ -1,4 +1,4 @@
-"""Time in alternation, peak memory, arithmetic, and the machine they were measured on."""
+"""Alternating timings, peak memory, arithmetic, and a description of the machine."""
 
 import contextlib
 import multiprocessing
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ldm.training.progress import peak_memory_gb
 
 PROC = Path("/proc/self")  # of Linux
-LEAST = 0.5  # seconds that one timing lasts at least
-REFERENCE_FLAGS = (True, False, True, False)  # as the tutorial and torch set them; see `read_flags`
-FLOOR = 790e12  # FLOP/s that an H200-class GPU sustains in bf16 matrix products
+LEAST = 0.5  # minimum seconds of one timing
+REFERENCE_FLAGS = (True, False, True, False)  # as set by the tutorial and torch; see `read_flags`
+PEAK_FLOPS = 790e12  # sustained by an H200-class GPU in bf16 matrix products
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Work:
     """Something to measure.
 
     Args:
-        parts: calls and how often each counts: 10 steps that stand for 1000 count 100 times.
-        flags: of torch.backends that it runs under, as `Flags.read` gives them.
+        parts: calls and their weights: 10 steps that stand for 1000 have weight 100.
+        flags: of torch.backends, as `read_flags` gives them.
     """
 
     parts: tuple[tuple[Callable[[], object], float], ...]
     flags: tuple[bool, bool, bool, bool]
 
     def seconds(self, device: torch.device) -> float:
-        """Time of all parts, from an idle device to an idle device."""
+        """Time of all parts, including the wait for the device."""
         write_flags(self.flags)
         total = 0.0
         for call, count in self.parts:
@@ -48,7 +48,7 @@ class Work:
         return total
 
     def flops(self) -> float:
-        """Floating point operations of matrix products and convolutions, as torch counts them."""
+        """Floating point operations of all parts; see `count_flops`."""
         write_flags(self.flags)
         total = 0.0
         with torch.compiler.set_stance("force_eager"):
@@ -60,7 +60,7 @@ class Work:
 def count_flops(call: Callable[[], object]) -> int:
     """Floating point operations of a call's matrix products, convolutions and attention."""
     aten = torch.ops.aten
-    on_a_cpu = {  # which torch's counter leaves out
+    on_a_cpu = {  # not counted by torch
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
             sdpa_backward_flop_count(grad, q, k, v)
@@ -78,7 +78,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def read_flags() -> tuple[bool, bool, bool, bool]:
-    """cuDNN's benchmark and deterministic, TF32 of convolutions and of matrix products."""
+    """cuDNN's benchmark and deterministic, TF32 in convolutions and in matrix products."""
     cudnn = torch.backends.cudnn
     return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
@@ -90,8 +90,8 @@ def write_flags(flags: tuple[bool, bool, bool, bool]) -> None:
 
 
 def alternate(works: dict[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each work in each round. The order turns from round to round, so that a machine that warms
-    up or slows down favours none."""
+    """Seconds of each work in each round. The order alternates, so that warming up or slowing down favours
+    none."""
     counts = {}
     for name, work in works.items():
         work.seconds(device)
@@ -105,7 +105,7 @@ def alternate(works: dict[str, Work], rounds: int, device: torch.device) -> dict
 
 
 def ratio(reference: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Ratio of the medians, and least and largest ratio of a round."""
+    """Ratio of the medians, and smallest and largest ratio of a round."""
     rounds = [a / b for a, b in zip(reference, ours, strict=True)]
     return statistics.median(reference) / statistics.median(ours), min(rounds), max(rounds)
 
@@ -114,10 +114,10 @@ def ratio(reference: list[float], ours: list[float]) -> tuple[float, float, floa
 
 
 def peak_on_gpu(build: Callable[[], Work], device: torch.device) -> tuple[Work, float]:
-    """A work, and the bytes that it needs at its peak above what was allocated before it was built."""
+    """A work, and its peak memory in bytes above what was allocated before it was built."""
     before = torch.cuda.memory_allocated(device)
     work = build()
-    for warm in (True, False):  # cuDNN tries its kernels out in the first
+    for warm in (True, False):  # cuDNN tries kernels in the first run
         if not warm:
             torch.cuda.reset_peak_memory_stats(device)
         work.seconds(device)
@@ -125,10 +125,10 @@ def peak_on_gpu(build: Callable[[], Work], device: torch.device) -> tuple[Work, 
 
 
 def peak_on_cpu(build: Callable[..., Work], *arguments) -> float:
-    """Bytes that a work needs at its peak, networks included, in a process of its own; NaN on Windows.
+    """Peak memory of a work in bytes, with its networks, in a separate process; NaN on Windows.
 
     Args:
-        build: a function of a module, given `arguments`.
+        build: a module-level function, called with `arguments`.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -136,7 +136,7 @@ def peak_on_cpu(build: Callable[..., Work], *arguments) -> float:
 
 
 def forget_peak() -> None:
-    """Let `resident("VmHWM")` begin anew, on Linux."""
+    """Reset `resident("VmHWM")`, on Linux."""
     if (forget := PROC / "clear_refs").exists():
         forget.write_text("5")
 
@@ -149,10 +149,10 @@ def resident(key: str) -> int:
 
 def _peak(threads: int, build: Callable[..., Work], *arguments) -> float:
     torch.set_num_threads(threads)
-    forget_peak()  # the imports'; where it cannot be forgotten it is the least to be seen
+    forget_peak()  # of the imports; where this is impossible it is the smallest peak that can be measured
     before = _high_water()
     work = build(*arguments)
-    for _ in range(2):  # the second has the optimiser's state from the beginning
+    for _ in range(2):  # the second run starts with the state of the optimiser
         work.seconds(torch.device("cpu"))
     return _high_water() - before
 
@@ -165,7 +165,7 @@ def _high_water() -> float:
 
 
 def machine(device: torch.device) -> dict:
-    """What the figures depend on beside the code."""
+    """Hardware and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = {
         "cpu": _cpu_name(),
@@ -189,7 +189,7 @@ def _cpu_name() -> str:
 
 @contextlib.contextmanager
 def flags_kept() -> Iterator[None]:
-    """Leave torch's flags as they were."""
+    """Restore torch's flags afterwards."""
     before = read_flags()
     try:
         yield

@@ -1,12 +1,11 @@
-"""Predicted against measured peak memory, on the GPU or, where there is none, on this CPU (Linux).
+"""Predicted and measured peak memory, on the GPU or, without one, on this CPU (Linux).
 
     python -m benchmarks.memory                       # the cases below
     python -m benchmarks.memory autoencoder 1 96 96 96 --amp --config config/config_t1_2mm.json
 
-What is measured is what is predicted: the rehearsal of the script, once with values. Prediction and
-measurement run in a process each. On a GPU it is `torch.cuda.max_memory_allocated`, on a CPU the peak of the
-resident set less what it was before there was a network; what the C library keeps of freed memory is given
-back before each phase.
+Both run the rehearsal of the training script, the measurement with real tensors, in separate processes. On a
+GPU it measures `torch.cuda.max_memory_allocated`, on a CPU the peak of the resident set minus its size before
+the networks were built; freed memory that the C library keeps is returned before each phase.
 """
 
 import argparse
@@ -41,8 +40,8 @@ ON_CPU = [
 ]
 
 
-class Ruler:
-    """Stands in for `ldm.training.memory.Meter`, with values: {phase: bytes} in `peaks`."""
+class MeasuringMeter:
+    """Measures where `ldm.training.memory.Meter` predicts: {phase: bytes} in `peaks`."""
 
     def __init__(self, device: torch.device):
         self.device, self.peaks = device, {}
@@ -77,13 +76,13 @@ class Ruler:
             self.peaks[name] = resident("VmHWM") - self.before
 
     def _give_back(self) -> None:
-        """glibc keeps freed memory, which the next phase would be charged with, or profit from."""
+        """Return the freed memory that glibc keeps, which would distort the next phase."""
         if self.device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)
 
 
 class Case:
-    """One computation: a stage, its config and the precision, from words as of the command line."""
+    """A stage, its config and precision, from command line words."""
 
     def __init__(self, argv: list[str]):
         parser = argparse.ArgumentParser()
@@ -116,13 +115,13 @@ def predict(argv: list[str]) -> dict[str, Peak]:
 def measure(argv: list[str]) -> dict[str, int]:
     """{phase: bytes}."""
     case = Case(argv)
-    ruler = Ruler(case.device)
-    case.rehearse(case.config, case.sizes, ruler, Run(0, 1, case.device, case.half))
-    return ruler.peaks
+    meter = MeasuringMeter(case.device)
+    case.rehearse(case.config, case.sizes, meter, Run(0, 1, case.device, case.half))
+    return meter.peaks
 
 
 def compare(argv: list[str]) -> None:
-    """Print a line of predicted and measured GB for each phase of a case."""
+    """Print predicted and measured GB of each phase of a case."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         predicted, measured = pool.apply(predict, [argv]), pool.apply(measure, [argv])
     for phase, found in measured.items():
@@ -136,6 +135,6 @@ def compare(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     shipped = ON_GPU if torch.cuda.is_available() else ON_CPU
-    print("| case | phase | tensors | with workspace | measured, GB | off |\n|---|---|---|---|---|---|")
+    print("| case | phase | tensors | with workspace | measured, GB | error |\n|---|---|---|---|---|---|")
     for case in [sys.argv[1:]] if sys.argv[1:] else map(str.split, shipped):
         compare(case)

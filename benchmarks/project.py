@@ -1,7 +1,6 @@
-"""This project's steps, by the functions of its own scripts; what they log and save is left out."""
+"""This project's training steps, as in its scripts but without logging and saving."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
 
 import torch
@@ -89,7 +88,7 @@ class Autoencoder:
 
 
 class Diffusion:
-    """Stage 2 on latents in memory, or, where each epoch has versions of its own, encoded as they come.
+    """Stage 2 on latents in memory.
 
     Its batches are those of a loader of `dataset`.
 
@@ -106,7 +105,7 @@ class Diffusion:
     ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
-        kept = volumes if volumes.versions is None else latents.encode_all(encoder, volumes, run, 0, "encode")
+        kept = latents.encode_all(encoder, volumes, run, 0, "encode")
         self.data = Latents(kept, kept, encoder, "", [], {})
         self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
         self.scale_factor = self.data.scale_factor(run)
@@ -134,10 +133,6 @@ class Diffusion:
         skip = optimise([learner.optimizer], self.section, self.clock, int(batch["epoch"][0]))
         if learner.ema_model:
             learner.ema_model.update(learner.unet, skip)
-
-    def resume_clock(self, seconds: float) -> None:
-        """Go on as one that has trained for so long, whatever time passed between."""
-        self.clock.before, self.clock.started = seconds, time.monotonic()
 
 
 def sampling_networks(

@@ -1,9 +1,9 @@
-"""The reference recipe: what MONAI's 3D latent diffusion tutorial does in a step, built from MONAI's classes.
+"""The reference recipe: a step of MONAI's 3D latent diffusion tutorial, built from MONAI's classes.
 
-It is as fast as its users can have it: anomaly detection is off, nothing is logged, data lie in memory, and
-the flags of torch are those that the tutorial and torch itself set. Two things differ, to its advantage: the
-perceptual term is left out on both sides, since its weights have to be fetched, and the scheduler does not
-clip latents to -1 .. 1, which would damage its samples.
+It runs as fast as possible: without anomaly detection and logging, with data in memory, and with the flags
+set by the tutorial and by torch. It differs in two ways, to its advantage: there is no perceptual term on
+either side, since its weights must be downloaded, and the scheduler does not clip latents to -1 .. 1, which
+would damage its samples.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-from ldm.diffusion.process import NoiseProcess
 from ldm.models.definitions import NETWORKS, check_definition
 from ldm.system.ranks import Run
 
@@ -32,20 +31,14 @@ ADVERSARIAL = PatchAdversarialLoss(criterion="least_squares")
 
 
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
-    """A network as its `_target_` makes it, which the tutorial's users get: attention by the matrix unless
-    the definition says otherwise, group norm as autocast has it."""
+    """A network as the tutorial's users get it, without this project's faster attention and group norm."""
     arguments = {name: value for name, value in config[key].items() if name != "_target_"}
     return check_definition(config[key], NETWORKS, key)(**arguments).to(run.device)
 
 
 def noise_scheduler() -> DDPMScheduler:
-    """The tutorial's, but for `clip_sample`."""
+    """The tutorial's, without `clip_sample`."""
     return DDPMScheduler(STEPS, clip_sample=False, **NOISE)
-
-
-def noise_process() -> NoiseProcess:
-    """The same for this project's samplers."""
-    return NoiseProcess(noise_scheduler().alphas_cumprod, "epsilon", STEPS)
 
 
 class Autoencoder:

@@ -1,10 +1,10 @@
-"""How cost grows with the size of volumes: arithmetic and memory, by the networks alone, on any machine.
+"""Arithmetic and memory by volume size, from the networks alone, on any machine.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling -c config/config_train_32g.json --sizes 64 128 256
 
-For cubes of each size, one at a time and whole: the arithmetic of a training step of both stages, of one
-prediction and of decoding, and the predicted peak of both stages on a GPU. Nothing is computed but shapes.
+For one whole cube of each size: the arithmetic of a training step of both stages, of one prediction and of
+decoding, and the predicted peak memory of both stages on a GPU. Only shapes are computed.
 """
 
 import argparse

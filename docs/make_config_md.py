@@ -15,8 +15,8 @@ A training config is a JSON file, given by `-c`. This page is generated from `co
 
 - Unknown keys and wrong types are refused; the error names the nearest known key.
 - `--set autoencoder_train.lr=8e-5` overrides the file, the file overrides the default.
-- `"@name"` (or `"$@name"`) is replaced by the value of another key, `"@section::key"` by that of a nested one.
-  Other expressions are refused: a config is data.
+- `"@name"` (or `"$@name"`) is replaced by the value of another key, `"@section::key"` by that of a nested
+  one. Other expressions are refused: a config is data.
 - The resolved config, with all defaults, is written to `model_dir/config_autoencoder.json` and
   `config_diffusion.json`, and into the checkpoints.
 
@@ -24,13 +24,13 @@ The environment file, given by `-e`, names paths. Relative ones count from the w
 
 | key | meaning |
 |---|---|
-| `data_base_dir` | the data: a folder, a JSON list, or several of these ([data.md](data.md#where-the-data-are)) |
+| `data_base_dir` | a folder, a JSON list, or several of these ([data.md](data.md#where-the-data-are)) |
 | `model_dir` | checkpoints and logs |
 | `tfevent_path` | TensorBoard files |
 | `output_dir` | samples |
 | `cache_dir` | preprocessed volumes and latents; default `model_dir`/cache |
 | `perceptual_weights` | weights of the perceptual network, a local file |
-| `resume_ckpt` | default true: resume from the newest checkpoint; false: start over at each run, as `--fresh` |
+| `resume_ckpt` | true (default): resume from the newest checkpoint; false: start over, as by `--fresh` |
 | `download_brats` | true: download MSD Task01 first |
 """
 

@@ -2,8 +2,8 @@
 
     python docs/make_tutorial.py
 
-takes a quarter of an hour on two CPU cores and writes `3d_ldm_tutorial.ipynb` again. A cell that fails ends
-it, and the file stays as it was. Needs what requirements-test.txt lists.
+takes a quarter of an hour on two CPU cores and rewrites `3d_ldm_tutorial.ipynb`. If a cell fails, the file is
+not changed. Needs the packages of requirements-test.txt.
 """
 
 import base64
@@ -22,7 +22,7 @@ RESULTS = ROOT / "outputs" / "tutorial" / "simulated"
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Run all cells in the project's folder, in place; what a progress bar wrote over itself is left out.
+    """Run all cells in place, in the project's folder; overwritten states of progress bars are dropped.
 
     Raises:
         CellExecutionError: a cell failed.
@@ -49,7 +49,7 @@ def smaller(picture: str) -> str:
 
 def main() -> None:
     if RESULTS.exists():
-        sys.exit(f"error: {RESULTS} is there from before, and would be gone on with. Move it away first.")
+        sys.exit(f"error: {RESULTS} already exists and would be resumed. Move it away first.")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     try:
         execute(notebook)

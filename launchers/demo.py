@@ -1,15 +1,13 @@
-"""The whole way from data to new images: brains, an autoencoder, a diffusion model, eight new brains, and a
-page that says how good they are.
+"""From data to new images: brains, an autoencoder, a diffusion model, eight new brains, a page of metrics.
 
     ./demo.sh                                        # simulates 96 brains and trains on them
     ./demo.sh --data DIR                             # trains on the volumes in DIR instead
     ./demo.sh --set diffusion_train.max_minutes=20   # another value than config/config_demo.json has
 
-Started by demo.sh and demo.bat, by any Python from 3.11 on: makes .venv first (see environment.py), then runs
-the project's scripts in it, each as its printed line says. Everything goes to outputs/demo, each kind to a
-folder of its own: data (the simulated brains), models, tensorboard, samples, evaluation (the page). Run
-again, it moves what the run before made to old-1, old-2, ... in the same folder and starts over; simulated
-brains are used again.
+Started by demo.sh and demo.bat with any Python from 3.11 on: makes .venv first (see environment.py), then
+runs the project's scripts in it and prints each command. Everything is written to outputs/demo: data (the
+simulated brains), models, tensorboard, samples, evaluation (the page). Another run moves the results of the
+one before to old-1, old-2, ... in the same folder and starts over; the simulated brains are reused.
 """
 
 import argparse
@@ -27,33 +25,32 @@ from environment import ROOT
 
 CONFIG = "config/config_demo.json"
 ENOUGH_STEPS = 300  # of stage 2, for samples with the shape of brains
-SIMULATED = "data"  # inside --out, as are these:
-MODELS, CURVES, SAMPLES, PAGE = "models", "tensorboard", "samples", "evaluation"
-ENVIRONMENT = "environment.json"  # inside --out, and the mark by which an earlier demo is known
+DATA, MODELS, TENSORBOARD, SAMPLES, EVALUATION = "data", "models", "tensorboard", "samples", "evaluation"
+ENVIRONMENT = "environment.json"  # its presence marks a folder as the output of a demo
 
 
 def main(argv=None):
     args = parse(argv)
     begin = time.monotonic()
 
-    # Step 0: where everything goes
+    # Step 0: folders
     data, out = folders(args)
     python = environment.ready("requirements.txt")
     set_aside(out)
-    places = {
+    paths = {
         "data_base_dir": shown(data),
         "model_dir": shown(out / MODELS),
-        "tfevent_path": shown(out / CURVES),
+        "tfevent_path": shown(out / TENSORBOARD),
         "output_dir": shown(out / SAMPLES),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / ENVIRONMENT).write_text(json.dumps(places, indent=4) + "\n", encoding="utf-8")
+    (out / ENVIRONMENT).write_text(json.dumps(paths, indent=4) + "\n", encoding="utf-8")
 
-    # Step 1: brains to learn from
+    # Step 1: brains to train on
     if args.data is None and not (data / "dataset.json").exists():
         step(python, "simulate_brains.py", "--out", shown(data), "--num", "96", "--spacing", "4")
 
-    # Step 2 to 5: both stages, new brains, and how good they are
+    # Steps 2 to 5: both stages, new brains, evaluation
     common = ["-c", CONFIG, "-e", shown(out / ENVIRONMENT)]
     if args.data is None:
         common += ["--set", "channel=1"]  # of the four simulated contrasts, T1w
@@ -62,7 +59,7 @@ def main(argv=None):
     step(python, "train_autoencoder.py", *common)
     step(python, "train_diffusion.py", *common)
     step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")
-    step(python, "evaluate.py", *common, "--out", shown(out / PAGE))
+    step(python, "evaluate.py", *common, "--out", shown(out / EVALUATION))
 
     minutes, seconds = divmod(round(time.monotonic() - begin), 60)
     print(f"\nDone in {minutes} min {seconds} s.")
@@ -70,21 +67,19 @@ def main(argv=None):
     print(f"  models            {shown(out / MODELS)}")
     print(f"  environment file  {shown(out / ENVIRONMENT)}")
     print(f"  config            {shown(out / MODELS / 'config_diffusion.json')}")
-    print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / CURVES)}")
-    for path in made(out):
-        print(f"  written           {shown(path)}")
-    if (steps := steps_of_stage_2(out)) < ENOUGH_STEPS:
-        print(
-            f"note: stage 2 made only {steps} steps; below about {ENOUGH_STEPS} samples are lumps.\n"
-            "      Run the demo again when the machine is idle, or set diffusion_train.max_minutes=20."
-        )
-
-
-def steps_of_stage_2(out):
-    """Optimiser steps of the diffusion model, by the training log."""
+    print(f"  training curves   {shown(python)} -m tensorboard.main --logdir {shown(out / TENSORBOARD)}")
+    for folder in (MODELS, SAMPLES, EVALUATION):
+        for path in sorted((out / folder).glob("*")):
+            if path.name.endswith((".nii.gz", ".png", ".gif", ".html")):
+                print(f"  written           {shown(path)}")
     log = out / MODELS / "train_log.jsonl"
     entries = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.is_file() else [])
-    return max((entry["step"] for entry in entries if entry["stage"] == "diffusion"), default=0)
+    steps = max((entry["step"] for entry in entries if entry["stage"] == "diffusion"), default=0)
+    if steps < ENOUGH_STEPS:
+        print(
+            f"note: stage 2 took only {steps} steps; below about {ENOUGH_STEPS}, samples are shapeless.\n"
+            "      Run the demo again on an idle machine, or set diffusion_train.max_minutes=20."
+        )
 
 
 def parse(argv):
@@ -95,11 +90,11 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--data", metavar="DIR", help="volumes to train on; without it, brains are simulated")
+    parser.add_argument("--data", metavar="DIR", help="volumes to train on; default: simulated brains")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="where everything goes (default: outputs/demo, with --data DIR outputs/demo-NAME-OF-DIR)",
+        help="output folder; default: outputs/demo, with --data DIR outputs/demo-NAME-OF-DIR",
     )
     parser.add_argument(
         "--set",
@@ -107,53 +102,49 @@ def parse(argv):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another value than the config's; passed on to all of them; may be repeated",
+        help="override a config key; passed to all scripts; may be repeated",
     )
     return parser.parse_args(argv)
 
 
 def folders(args):
     """The data and output folders, absolute; the user names them relative to the working directory."""
-    if args.data is None:
-        out = Path(os.path.abspath(args.out)) if args.out else ROOT / "outputs" / "demo"
-        data = out / SIMULATED
-    else:
-        data = Path(os.path.abspath(args.data))
-        out = Path(os.path.abspath(args.out)) if args.out else ROOT / "outputs" / f"demo-{data.name}"
+    name = "demo" if args.data is None else f"demo-{Path(os.path.abspath(args.data)).name}"
+    out = Path(os.path.abspath(args.out or ROOT / "outputs" / name))
+    data = out / DATA if args.data is None else Path(os.path.abspath(args.data))
+    if args.data is not None:
         if not data.is_dir():
-            fail(f"--data {args.data}: there is no such folder.")
-        # Samples among the data would be taken for data; data among the outputs would be set aside with them.
+            fail(f"--data {args.data}: no such folder.")
+        # Samples among the data would be read as data; data among the outputs would be moved with them.
         if data.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(data.resolve()):
-            fail(f"--data {data} and --out {out} lie one in the other: name another folder with --out.")
+            fail(f"--data {data} and --out {out}: one lies in the other. Name another folder by --out.")
     if out.exists() and not out.is_dir():
-        fail(f"--out {out} is a file: name a folder.")
-    if earlier(out) and not (out / ENVIRONMENT).exists():
-        fail(f"--out {out} holds files that no demo made: name a new or empty folder.")
+        fail(f"--out {out} is a file. Name a folder.")
+    if results(out) and not (out / ENVIRONMENT).exists():
+        fail(f"--out {out} holds files that no demo made. Name a new or empty folder.")
     return data, out
 
 
-def earlier(out):
-    """What a demo before this one left in `out`, simulated data and what was set aside before left out."""
-    kept = [path for path in out.glob("*") if path.name != SIMULATED and not path.name.startswith("old-")]
-    return sorted(kept, key=lambda path: path.name == ENVIRONMENT)  # the mark goes last
+def results(out):
+    """What an earlier demo left in `out`: all but simulated data and what was set aside before."""
+    kept = [path for path in out.glob("*") if path.name != DATA and not path.name.startswith("old-")]
+    return sorted(kept, key=lambda path: path.name == ENVIRONMENT)  # the mark is moved last
 
 
 def set_aside(out):
-    """Move what a demo before this one left to a new `old-N`."""
-    paths = earlier(out)
-    if not paths:
+    """Move the results of an earlier demo to a new `old-N`."""
+    if not (paths := results(out)):
         return
     number = 1
-    while (out / f"old-{number}").exists():
+    while (aside := out / f"old-{number}").exists():
         number += 1
-    aside = out / f"old-{number}"
     aside.mkdir()
     for path in paths:
         try:
             path.rename(aside / path.name)
         except OSError as error:  # Windows renames nothing that is open
-            fail(f"{path} cannot be moved ({error.strerror}). Close what has it open, TensorBoard for one.")
-    print(f"the demo before this one now lies in {shown(aside)}", flush=True)
+            fail(f"{path} cannot be moved ({error.strerror}). Close what uses it, such as TensorBoard.")
+    print(f"the results of the demo before are now in {shown(aside)}", flush=True)
 
 
 def step(python, script, *arguments):
@@ -165,16 +156,8 @@ def step(python, script, *arguments):
         sys.exit(code if code > 0 else 128 - code)
 
 
-def made(out):
-    """The volumes, pictures and pages that the scripts wrote."""
-    for folder in (MODELS, SAMPLES, PAGE):
-        for path in sorted((out / folder).glob("*")):
-            if path.name.endswith((".nii.gz", ".png", ".gif", ".html")):
-                yield path
-
-
 def shown(path):
-    """A path as the project's scripts get it: relative to the project, where it lies inside."""
+    """A path as the scripts get it: relative to the project where it lies inside."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 

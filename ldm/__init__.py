@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class Failure(Exception):
+    """A failure that is not the user's. Scripts end on it with the message and exit code 1."""
+
+
 def brief(value: object, most: int = 200) -> str:
     """What a message shows of a value or of another's message: one line, its middle left out where it is
     long."""

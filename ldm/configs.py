@@ -1,4 +1,4 @@
-"""A training config as it is used: checked against the schema, its defaults filled in; and what it says."""
+"""Training configs: checked against the schema, completed with its defaults, compared."""
 
 import copy
 import difflib
@@ -19,11 +19,12 @@ from ldm.models.definitions import (
 )
 from ldm.system.schemas import StrictValidator, explained
 
-# Keys that a checkpoint's weights depend on, and keys of networks that change memory and no result.
+# Keys that a checkpoint's weights depend on.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
-RESUMING = "Resume with the config that the run was begun with, or start another in another model_dir."
-ONLY_HOW = {
+RESUMING = "Resume with the config that the run began with, or use another model_dir."
+# Arguments of networks that change memory and speed, not the result.
+RESULT_FREE = {
     "use_checkpoint",
     "use_checkpointing",
     "use_flash_attention",
@@ -38,7 +39,7 @@ SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
 
 
 def check_config(config: dict, path: str | Path) -> dict:
-    """A config as it is used: checked, its references resolved, the schema's defaults filled in.
+    """A config ready for use: checked, its references resolved, the schema's defaults filled in.
 
     Args:
         path: the file that it came from, for messages.
@@ -49,41 +50,63 @@ def check_config(config: dict, path: str | Path) -> dict:
     schema = _schema()
     try:
         config = resolve_references(config, config, "config")
-        errors = StrictValidator(schema).iter_errors(config)
-        error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+        check_schema(config, schema, path, hint="docs/config.md lists the keys.")
     except RecursionError:
-        raise UserError(f"{path}: lists within lists, or references to references, lead too deep.") from None
-    if error is not None:
-        raise UserError(f"{path}: {_explain(error)}")
+        raise UserError(f"{path}: lists or references are nested too deeply.") from None
     for section in ("autoencoder_train", "diffusion_train"):
         if "n_epochs" in config.get(section, {}):
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
     stated = dict(config.get("intensity", {}))
     _fill_defaults(config, schema, schema)
-    definitions = {"autoencoder_def": NETWORKS, "diffusion_def": NETWORKS, "NoiseScheduler": SCHEDULERS}
-    for key, packages in definitions.items():
-        if "_target_" in config.get(key, {}):
-            check_definition(config[key], packages, key)
+    if "_target_" in config["NoiseScheduler"]:
+        check_definition(config["NoiseScheduler"], SCHEDULERS, "NoiseScheduler")
     if len(channels_of(config)) != config["image_channels"]:
         raise UserError(
             f"{path}: channel names {len(channels_of(config))} channel(s), "
             f"image_channels is {config['image_channels']}."
         )
     if config["spacing"] and config["longest_side"]:
-        raise UserError(f"{path}: give spacing or longest_side, not both.")
+        raise UserError(f"{path}: spacing and longest_side: set one of them, not both.")
     _check_intensity(config, stated, path)
     check_networks(config)
     return config
 
 
+def check_schema(content: dict, schema: dict, path: str | Path, hint: str) -> None:
+    """Check the content of a JSON file against a JSON Schema.
+
+    Args:
+        path: the file, for messages.
+        hint: where its keys are listed; printed with an unknown or missing key that has no near one.
+
+    Raises:
+        UserError: an unknown or missing key, or a wrong value; the key is named.
+    """
+    errors = StrictValidator(schema).iter_errors(content)
+    error = min(errors, key=lambda error: len(error.absolute_path), default=None)
+    if error is None:
+        return
+    what = f"{explained(error)}."
+    if error.validator == "required":
+        what += f" {hint}"
+    elif error.validator in ("additionalProperties", "unevaluatedProperties"):
+        known = error.schema["properties"]
+        key = next(key for key in error.instance if key not in known)
+        near = difflib.get_close_matches(key, known, 1)
+        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
+        where = ".".join(map(str, [*error.absolute_path, key]))
+        what = f"unknown key {brief(where)}. {f'Did you mean {near[0]}?' if near else hint}"
+    raise UserError(f"{path}: {what}")
+
+
 def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
-    """See that `intensity` says one thing. With a window the percentiles become null: they are not used.
+    """Check that `intensity` has percentiles or a window. With a window the percentiles become null.
 
     Args:
         stated: the section without its defaults.
 
     Raises:
-        UserError: it says two, or none.
+        UserError: it has both, or neither, or wrong values.
     """
     section, ends = config["intensity"], ("lower_percentile", "upper_percentile")
     window, (lower, upper) = section["window"], (section[end] for end in ends)
@@ -95,7 +118,7 @@ def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
         return
     if any(stated.get(end) is not None for end in ends):
         raise UserError(
-            f"{path}: intensity: give a window or percentiles, not both. With a window, leave out "
+            f"{path}: intensity: set a window or percentiles, not both. With a window, remove "
             "lower_percentile and upper_percentile, or set them to null."
         )
     section |= dict.fromkeys(ends)
@@ -113,7 +136,7 @@ def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
 
 
 def completed(config: dict) -> dict:
-    """A resolved config from a checkpoint, with the defaults of the keys that it does not know yet."""
+    """A resolved config from a checkpoint, with the defaults of keys that are newer than it."""
     schema, config = _schema(), copy.deepcopy(config)
     _fill_defaults(config, schema, schema)
     return config
@@ -129,7 +152,7 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 
 def differences(trained: dict, config: dict) -> dict[str, tuple[str, str]]:
-    """By dotted key, what each of two configs says where they differ, for a message."""
+    """{dotted key: the two values as text} where two configs differ."""
 
     def words(value: object) -> str:
         return "not given" if value is ABSENT else brief(json.dumps(value))
@@ -147,13 +170,13 @@ def check_fixed(
     remedy: str = "",
     source: str = "the config",
 ) -> None:
-    """See that a config has the values that a checkpoint's weights depend on.
+    """Check that a config has the values that a checkpoint's weights depend on.
 
     Args:
         trained: the config in the checkpoint.
         keys: some of `FIXED`.
         path: of the checkpoint, for the message.
-        source: where the config is from, for the message.
+        source: what holds the config, for the message.
 
     Raises:
         UserError: a value differs; the key is named.
@@ -161,12 +184,12 @@ def check_fixed(
     trained = completed(trained)
     some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
     for key, (was, now) in differences(some, others).items():
-        if key.rpartition(".")[2] not in ONLY_HOW and key not in ONLY_IN_TRAINING:
+        if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 
 
 def changes(trained: dict, config: dict) -> str:
-    """What a config changes of a checkpoint's, on one line; a spacing that the data decide is no change."""
+    """How a config differs from a checkpoint's, on one line. A spacing that the data decide is no change."""
     found = differences(completed(trained), config)
     if config["spacing"] is None:
         found = {key: pair for key, pair in found.items() if key not in ("spacing", "longest_side")}
@@ -190,20 +213,8 @@ def _schema() -> dict:
     return json.loads(SCHEMA.read_text(encoding="utf-8"))
 
 
-def _explain(error) -> str:
-    where = ".".join(str(part) for part in error.absolute_path)
-    if error.validator in ("additionalProperties", "unevaluatedProperties"):
-        known = error.schema["properties"]
-        key = next(key for key in error.instance if key not in known)
-        near = difflib.get_close_matches(key, known, 1)
-        near = near or [f"{name}.{key}" for name, sub in known.items() if key in sub.get("properties", ())]
-        hint = f" Did you mean {' or '.join(near)}?" if near else " docs/config.md lists the keys."
-        return f"unknown key {brief('.'.join(filter(None, [where, key])))}.{hint}"
-    return f"{explained(error)}."
-
-
 def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
-    """Fill in what is left out; and make numbers floats, as torch takes 1.0 where it does not take 1."""
+    """Fill in missing keys; and make numbers floats, since torch does not always accept an int."""
     for key, about in schema.get("properties", {}).items():
         if "$ref" in about:
             about = root["$defs"][about["$ref"].rpartition("/")[2]]

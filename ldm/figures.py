@@ -1,8 +1,8 @@
-"""Pictures of volumes as a radiologist has them, and loss curves. Written as PNG or GIF, no display needed.
+"""Pictures of volumes in radiological convention, and loss curves, as PNG or GIF. No display needed.
 
-Volumes are (D, H, W) in RAS. A slice stands upright, the subject's right on the left and, of a sagittal
-slice, the face; letters at its edges say so. It is enlarged by the size of its voxels in mm, so that nothing
-is squashed, to square pixels of `pixel` mm that all slices of a picture share.
+Volumes are (D, H, W) in RAS. A slice stands upright with the subject's right (of a sagittal slice the face)
+on the left, and letters at its edges. It is resampled by the voxel size to square pixels of `pixel` mm, the
+same in all slices of a picture.
 """
 
 import contextlib
@@ -18,36 +18,35 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ldm.system.files import written_whole
 
-PLANES = ("sagittal", "coronal", "axial")  # the plane that stands on each axis of a volume
+PLANES = ("sagittal", "coronal", "axial")  # across axis 0, 1 and 2
 EDGES = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}  # letters left, right, above, below
-MARGIN, GAP = 18, 6  # pixels around a slice, where its letters stand, and between slices
-NARROWEST, TITLE = 170, 420  # pixels that a caption and a title have room in
-QUARTERS = {  # of the times of diffusion: key in the training log, and what it is called
+MARGIN, GAP = 18, 6  # pixels around a slice, for its letters, and between slices
+NARROWEST, TITLE = 170, 420  # smallest width in pixels of a caption and of a title
+QUARTERS = {  # of the diffusion times: key in the training log, name in the legend
     f"val_loss_quarter_{i}": name for i, name in enumerate(("least", "less", "more", "most"), 1)
 }
 
 WHITE, GREY = (255, 255, 255), (150, 150, 150)
 CELL = 180  # pixels along the longest side of a volume in a montage
 
-# Colours that the colour-blind tell apart: ten of the twelve of M. Krzywinski (mk.bcgsc.ca/colorblind).
+# Colour-blind safe: ten of the twelve colours of M. Krzywinski (mk.bcgsc.ca/colorblind).
 PALETTE = ["#FFC33B", "#008DF9", "#FF5AAF", "#009F81", "#E20134"]
-
 PALETTE += ["#00FCCF", "#8400CD", "#FF6E3A", "#FFB2FD", "#00C2F9"]
 
-BELOW, ABOVE = (0.20, 0.62, 1.00), (1.00, 0.60, 0.10)  # blue, orange: the ends of what is black between
+BELOW, ABOVE = (0.20, 0.62, 1.00), (1.00, 0.60, 0.10)  # blue and orange, with black in the middle
 
 
 # ---------------------------------------------------------------- slices
 
 
 def upright(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
-    """A slice of (D, H, W) as it is looked at: (rows, columns)."""
+    """A slice of (D, H, W) in radiological convention: (rows, columns)."""
     return np.rot90(volume.take(index, PLANES.index(plane)))[:, ::-1]
 
 
 def middle(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Indices of the middle sagittal, coronal and axial slice. The sagittal one lies a twelfth of the width
-    off the midline, where there are gyri to see."""
+    """Indices of the middle sagittal, coronal and axial slice, the sagittal one a twelfth of the width off
+    the midline, where gyri are visible."""
     d, h, w = shape
     return d // 2 - d // 12, h // 2, w // 2
 
@@ -59,8 +58,8 @@ def pixels_of(spacing: Sequence[float], plane: str) -> tuple[float, float]:
 
 
 def scaled(one: np.ndarray, mm: Sequence[float], pixel: float, nearest: bool = False) -> np.ndarray:
-    """A slice whose pixels are `mm` high and wide, float32, with square ones of `pixel` mm; cubic between
-    them, or the nearest."""
+    """A slice with pixels of `mm` (height, width), resampled to square pixels of `pixel` mm, cubic or
+    nearest; float32."""
     rows, columns = (max(1, round(n * size / pixel)) for n, size in zip(one.shape, mm, strict=True))
     if (rows, columns) == one.shape:
         return one
@@ -85,8 +84,8 @@ def cut(
 
 
 def three_planes(volume: torch.Tensor, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
-    """One grey picture (rows, columns) in [0, 1] with the three middle slices of (D, H, W) beside each
-    other, for TensorBoard: no letters. Pixels are as large as the smallest side of a voxel."""
+    """The three middle slices of (D, H, W) side by side, (rows, columns) in [0, 1], for TensorBoard: without
+    letters. Pixels have the size of the smallest voxel side."""
     voxels = volume.detach().float().cpu().numpy()
     slices = [np.clip(one, 0, 1) for one in cut(voxels, spacing, min(spacing))]
     rows = max(one.shape[0] for one in slices)
@@ -100,7 +99,7 @@ def three_planes(volume: torch.Tensor, spacing: Sequence[float] = (1, 1, 1)) -> 
 
 
 def tinted(picture: np.ndarray, labels: np.ndarray, colours: dict[int, str], opacity: float) -> np.ndarray:
-    """A grey slice in [0, 1] under the colours ("#RRGGBB") of its labels: (rows, columns, 3)."""
+    """A grey slice in [0, 1] with its labels in colours ("#RRGGBB"): (rows, columns, 3)."""
     picture = np.repeat(np.clip(picture, 0, 1)[..., None], 3, axis=-1)
     for value, colour in colours.items():
         inside = labels == value
@@ -109,7 +108,7 @@ def tinted(picture: np.ndarray, labels: np.ndarray, colours: dict[int, str], opa
 
 
 def diverging(values: np.ndarray, limit: float) -> np.ndarray:
-    """Colours (..., 3) of values from -limit, blue, over 0, black, to limit, orange."""
+    """Colours (..., 3) of values: -limit is blue, 0 black, limit orange."""
     share = np.clip(values / limit, -1, 1)[..., None]
     return np.where(share < 0, -share * np.array(BELOW), share * np.array(ABOVE))
 
@@ -123,13 +122,13 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib's figures, which comes with it."""
+    """The font that comes with matplotlib."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def panel(picture: np.ndarray, plane: str, caption: str = "") -> Image.Image:
-    """A slice, (rows, columns) or (rows, columns, 3) in [0, 1], with the letters of its edges around it, and
-    a caption above its left corner."""
+    """A slice, (rows, columns) or (rows, columns, 3) in [0, 1], with letters at its edges and a caption above
+    its left corner."""
     pixels = np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)
     inner = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
     width = max(inner.width + 2 * MARGIN, NARROWEST)
@@ -151,16 +150,14 @@ def panel(picture: np.ndarray, plane: str, caption: str = "") -> Image.Image:
 
 
 def three_panels(pictures: Sequence[np.ndarray], captions: Sequence[str] = ("", "", "")) -> Image.Image:
-    """What `cut` gives, or colours of it, as panels beside each other."""
+    """The slices of `cut`, grey or coloured, as panels side by side."""
     return beside([panel(*about) for about in zip(pictures, PLANES, captions, strict=True)])
 
 
 def beside(images: Sequence[Image.Image]) -> Image.Image:
-    """Images in a row, centred."""
-    whole = Image.new(
-        "RGB", (sum(one.width + GAP for one in images) - GAP, max(one.height for one in images))
-    )
-    left = 0
+    """Images in a row, centred vertically."""
+    size = sum(one.width + GAP for one in images) - GAP, max(one.height for one in images)
+    whole, left = Image.new("RGB", size), 0
     for one in images:
         whole.paste(one, (left, (whole.height - one.height) // 2))
         left += one.width + GAP
@@ -168,11 +165,9 @@ def beside(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def below(images: Sequence[Image.Image]) -> Image.Image:
-    """Images one below the other, at the left."""
-    whole = Image.new(
-        "RGB", (max(one.width for one in images), sum(one.height + GAP for one in images) - GAP)
-    )
-    top = 0
+    """Images in a column, aligned at the left."""
+    size = max(one.width for one in images), sum(one.height + GAP for one in images) - GAP
+    whole, top = Image.new("RGB", size), 0
     for one in images:
         whole.paste(one, (0, top))
         top += one.height + GAP
@@ -180,7 +175,7 @@ def below(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images in lines of `columns`, each in the middle of a cell as large as the largest."""
+    """Images in rows of `columns`, each centred in a cell of the size of the largest."""
     size = max(one.width for one in images), max(one.height for one in images)
     cells = []
     for one in images:
@@ -190,7 +185,7 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def named(name: str, image: Image.Image, colour: tuple = WHITE, size: int = 13) -> Image.Image:
-    """An image below its name, of which the middle is left out where it is too long."""
+    """An image below its name, which is shortened in the middle if too long."""
     font, shown, most = _font(size), name, len(name)
     while font.getlength(shown) > image.width - 4 and most > 3:
         most -= 1
@@ -201,8 +196,7 @@ def named(name: str, image: Image.Image, colour: tuple = WHITE, size: int = 13) 
 
 
 def titled(image: Image.Image, title: str, note: str = "", pixel: float | None = None) -> Image.Image:
-    """An image with a title, a line in grey and, where the size of a pixel in mm is given, a bar for scale
-    below it."""
+    """An image with a title, a note in grey and, if `pixel` (mm) is given, a scale bar below it."""
     if title and image.width < TITLE:
         image = below([image, Image.new("RGB", (TITLE, 1))])
     if pixel:
@@ -222,7 +216,7 @@ def _scale_bar(width: int, pixel: float) -> Image.Image:
 
 
 def legend(entries: Sequence[tuple[str, str]], width: int) -> Image.Image:
-    """Colours and what they stand for, in lines of `width` pixels."""
+    """A legend of colours in lines of `width` pixels."""
     font, lines, left = _font(12), [[]], 0
     for colour, text in entries:
         size = 16 + round(font.getlength(text)) + 16
@@ -241,7 +235,7 @@ def legend(entries: Sequence[tuple[str, str]], width: int) -> Image.Image:
 
 
 def colour_bar(limit: float, height: int) -> Image.Image:
-    """The colours of `diverging`, with their numbers."""
+    """The colour scale of `diverging`."""
     texts = [f"{value:+.4g}" if value else "0" for value in (limit, 0, -limit)]
     width = 16 + GAP + max(round(_font(12).getlength(text)) for text in texts) + GAP
     strip = Image.new("RGB", (width, height))
@@ -255,7 +249,7 @@ def colour_bar(limit: float, height: int) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG."""
     with written_whole(path) as file:
         image.save(file, "PNG")
 
@@ -270,11 +264,10 @@ def montage(
     """Draw volumes in three planes each.
 
     Args:
-        rows: for each kind (such as "scan", "reconstruction") as many volumes (D, H, W) in [0, 1] as the
-            others have. Several kinds stand one below the other, so that they compare; a single kind fills a
-            grid.
+        rows: the volumes (D, H, W) in [0, 1] of each kind, such as "scan" and "reconstruction". Volumes of
+            several kinds are stacked for comparison; a single kind fills a grid.
         path: the PNG to write.
-        columns: volumes beside each other.
+        columns: volumes side by side.
         spacing: voxel size in mm along right, anterior, superior.
     """
     volumes = {kind: [one.detach().float().cpu().numpy() for one in some] for kind, some in rows.items()}
@@ -289,22 +282,22 @@ def montage(
 
 
 def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> None:
-    """Write grey pictures (rows, columns) in [0, 1], of one size, as a GIF that repeats.
+    """Write grey pictures (rows, columns) in [0, 1], of one size, as a looping GIF.
 
     Args:
-        seconds: that each is shown; the last stays for a second longer.
+        seconds: per picture; the last stays a second longer.
     """
     images = [Image.fromarray(np.uint8(np.clip(frame, 0, 1) * 255 + 0.5)) for frame in frames]
     times = [round(1000 * seconds)] * (len(images) - 1) + [round(1000 * seconds) + 1000]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)
+    with written_whole(path) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 def loss_figure(records: Sequence[dict]) -> Figure:
-    """What the training log holds: for each stage its training loss and its held-out scores by step.
+    """Training losses and held-out scores of each stage by step, from the training log.
 
-    Training and held-out losses have panels of their own, since they do not compare: of crops, weights under
-    way and random times on one side; of whole volumes, averaged weights and fixed times on the other.
+    Training and held-out losses have separate panels, since they are not comparable: crops, current weights
+    and random times against whole volumes, averaged weights and fixed times.
 
     Args:
         records: entries of the training log, each with "stage", "step" and numbers.
@@ -349,12 +342,12 @@ def loss_curves(records: Sequence[dict], path: Path) -> None:
 def axial_sweep(
     volumes: Sequence[torch.Tensor], names: Sequence[str] = (), most: int = 100
 ) -> list[np.ndarray]:
-    """Grey pictures for `animate`: the axial slices of volumes (D, H, W) in RAS from the lowest to the
-    highest, those of one height beside each other, as a radiologist has them; small ones are enlarged.
+    """Pictures for `animate`: the axial slices of volumes (D, H, W) from bottom to top, side by side; small
+    ones are enlarged.
 
     Args:
         names: of the volumes, written above them.
-        most: pictures; of more slices, every n-th.
+        most: number of pictures; of more slices, every n-th.
     """
     whole = np.concatenate([volume.detach().float().cpu().numpy()[::-1] for volume in volumes])
     columns, rows, slices = whole.shape
@@ -371,12 +364,11 @@ def axial_sweep(
 
 
 def progress(paths: Sequence[Path], path: Path, most: int = 60) -> None:
-    """Write pictures of the same kind, one after the other, as a GIF of half their size.
+    """Write pictures as the frames of a GIF of half their size.
 
     Args:
-        paths: PNG files in their order. Left out are those of another size than the last, and one that a kill
-            cut short.
-        most: frames; of more pictures, every n-th and the last.
+        paths: PNG files in order. Files that are incomplete or differ in size from the last are skipped.
+        most: number of frames; of more pictures, every n-th and the last.
     """
     step = -(-len(paths) // most)
     frames = []

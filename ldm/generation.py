@@ -16,14 +16,13 @@ from ldm.data.intensity import Intensity, from_unit_range
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess, check_scheduler
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
-from ldm.lowmem.slabwise import Budget, weights_bytes
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.denoiser import example_cond
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_hash
-from ldm.system.messages import NO_MEMORY
+from ldm.system.errors import NO_MEMORY
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training import memory
 
@@ -129,7 +128,11 @@ def load_networks(
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
-        budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet)) if max_memory else None
+        budget = None
+        if max_memory:
+            from ldm.lowmem.slabwise import Budget, weights_bytes
+
+            budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet))
         autoencoder = Autoencoder(on_device(autoencoder, run.device).eval(), budget)
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")

@@ -1,4 +1,7 @@
-"""Numbers about volumes: tensors in, numbers out. Distances of sets of volumes are in `distances`."""
+"""Metrics of volumes: reconstruction scores, spectra, MS-SSIM, histograms, tissue volumes.
+
+Distances between groups of volumes are in `ldm.evaluation.distances`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
 from scipy.stats import wasserstein_distance
 from skimage.filters import threshold_multiotsu
 
-FOREGROUND = 0.05  # of the unit range: what is darker is background
+FOREGROUND = 0.05  # of the unit range; darker voxels are background
 BINS = 256  # of an intensity histogram over the unit range
 TISSUES = ("dark", "middle", "bright")  # in T1w: fluid, grey matter, white matter
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM (Wang et al., 2003)
@@ -30,10 +33,9 @@ def reconstruction_metrics(reconstruction: torch.Tensor, image: torch.Tensor) ->
 
 
 def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> torch.Tensor:
-    """Spectral power between two radial frequencies in cycles a voxel: (B, C, D, H, W) -> (B,).
+    """Spectral power between two radial frequencies in cycles/voxel: (B, C, D, H, W) -> (B,).
 
-    Fine detail lives there; a blurred volume has little. Mean of |FFT|^2 over the band, over voxels and
-    channels.
+    The mean of |FFT|^2 / voxels over the band and over channels. Blur lowers it.
     """
     spectrum = torch.fft.fftn(volumes.float(), dim=(-3, -2, -1)).abs().square()
     axes = [torch.fft.fftfreq(n, device=volumes.device) for n in volumes.shape[-3:]]
@@ -43,9 +45,9 @@ def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> t
 
 
 def scales_of(size: Sequence[int]) -> int:
-    """How many of MS-SSIM's five scales a volume of this size has room for; 0: not even one.
+    """The number of MS-SSIM's five scales that fit into a volume of this size.
 
-    The coarsest has to hold the window, and MONAI asks for (scales - 1)^2 windows a side.
+    The coarsest scale must hold the window, and MONAI requires (scales - 1)^2 windows a side.
     """
     side = min(size)
     fits = [side // max(2**s, s**2) >= WINDOW for s in range(len(SCALE_WEIGHTS))]
@@ -53,11 +55,11 @@ def scales_of(size: Sequence[int]) -> int:
 
 
 def ms_ssim(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Multi-scale structural similarity of two volumes (1, C, D, H, W) in the unit range: 1 where they are
-    the same. Over as many of the five scales as there is room for, their weights scaled to a sum of 1.
+    """Multi-scale structural similarity of two volumes (1, C, D, H, W) in the unit range; 1 if identical. It
+    uses as many of the five scales as fit, with their weights normalised.
 
     Raises:
-        ValueError: not even one fits.
+        ValueError: no scale fits.
     """
     weights = SCALE_WEIGHTS[: scales_of(first.shape[2:])]
     if not weights:
@@ -77,17 +79,17 @@ class RadialSpectrum:
     Args:
         size: (D, H, W) in voxels.
 
-    `frequencies` holds the middle of each shell in cycles a voxel, from the first above 0 to 0.5.
+    `frequencies` holds the centre of each shell in cycles/voxel, from the first above 0 to 0.5.
     """
 
     def __init__(self, size: Sequence[int]):
         axes = [torch.fft.fftfreq(size[0]), torch.fft.fftfreq(size[1]), torch.fft.rfftfreq(size[2])]
         radius = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt()
         count = max(size) // 2
-        self.shell = (radius * 2 * count).round().long()  # 0: the mean of the volume
+        self.shell = (radius * 2 * count).round().long()  # shell 0 is the mean of the volume
         self.count = count
         self.frequencies = np.arange(1, count + 1) / (2 * count)
-        # Of a real volume half the spectrum is kept; what it stands for counts twice.
+        # rfftn keeps half of the spectrum of a real volume; the other half counts by weights of 2.
         twice = torch.full((size[2] // 2 + 1,), 2.0)
         twice[0] = 1
         if size[2] % 2 == 0:
@@ -107,22 +109,21 @@ class RadialSpectrum:
 
 
 def spectrum_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean difference in dB of two mean power spectra over their frequencies, (N, K) and (M, K) by volume."""
+    """Mean absolute difference in dB of the mean power spectra of two groups, (N, K) and (M, K)."""
     means = [np.log10(np.maximum(x.mean(0), 1e-30)) for x in (first, second)]
     return float(10 * np.abs(means[0] - means[1]).mean())
 
 
 def histogram(volume: torch.Tensor) -> np.ndarray:
-    """Share of the foreground's voxels in each of `BINS` bins of the unit range; all 0 where there is
-    none."""
+    """Share of the foreground voxels in each of `BINS` bins of the unit range; all 0 without foreground."""
     values = volume[volume > FOREGROUND].float().cpu()
     counts = torch.histc(values.clamp(0, 1), BINS, 0, 1).double()
     return (counts / counts.sum().clamp_min(1)).numpy()
 
 
 def histogram_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Wasserstein distance of the mean histograms of two sets, (N, BINS) and (M, BINS), in units of the
-    range: how far a voxel's intensity lies from what it should be. NaN where a set has no foreground."""
+    """Wasserstein distance of the mean histograms of two groups, (N, BINS) and (M, BINS), as a share of the
+    intensity range. NaN if a group has no foreground."""
     means = [x.mean(0) for x in (first, second)]
     if not all(mean.sum() > 0 for mean in means):
         return float("nan")
@@ -132,7 +133,7 @@ def histogram_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Tissues:
-    """Volumes in ml: of the foreground, and of its dark, middle and bright class."""
+    """Volumes in ml of the foreground and of its dark, middle and bright class."""
 
     foreground: float
     dark: float
@@ -141,12 +142,10 @@ class Tissues:
 
 
 def tissue_volumes(volume: np.ndarray, spacing: Sequence[float]) -> Tissues:
-    """The foreground of (D, H, W) in the unit range and three classes of it, by Otsu's thresholds of this
-    volume.
+    """The foreground of (D, H, W) in the unit range and three classes of it, by Otsu's thresholds.
 
-    In a skull-stripped T1w brain they are about fluid, grey matter and white matter; in any image they are
-    comparable between volumes of one kind. NaN for the classes where the foreground has fewer than three
-    values.
+    In a skull-stripped T1w brain the classes are roughly fluid, grey and white matter; in other images they
+    can still be compared between volumes of one kind. NaN if the foreground has fewer than three values.
 
     Args:
         spacing: in mm.

@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo): they train what one process trains with twice the batch."""
 
+import json
 import os
 import socket
 import subprocess
@@ -45,9 +46,10 @@ RUN += ["--set", "autoencoder_train.adversarial_warmup_epochs=1", "--set", "auto
 RUN += ["--set", "diffusion_train.scale_lr=false"]
 SINGLE = ["--set", "autoencoder_train.batch_size=1", "--set", "diffusion_train.batch_size=1"]
 
-# One process of two: a step looked at closely, then two scripts. Arguments: folder, data, those of
-# train_autoencoder.py, "--", those of inference.py.
+# One process of two: a step looked at closely, then the scripts. Arguments: folder, data, and a JSON file of
+# those of each script.
 WORKER = """
+import json
 import os
 import sys
 from pathlib import Path
@@ -61,12 +63,13 @@ import test_ddp
 import train_autoencoder
 from ldm.training import autoencoder
 
-# One group for all three, since a process that opens gloo's a second time may hang.
+# One group for all, since a process that opens gloo's a second time may hang.
 dist.init_process_group("gloo")
 destroy = dist.destroy_process_group
 dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
 
-folder, data, split, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv.index("--"), os.environ["RANK"]
+folder, data, rank = Path(sys.argv[1]), Path(sys.argv[2]), os.environ["RANK"]
+argv = json.loads(Path(sys.argv[3]).read_text())
 torch.save(test_ddp.one_step(folder / "config.json", data), folder / f"step_{rank}.pt")
 
 built = []
@@ -75,10 +78,11 @@ for name in ("Autoencoder", "PatchDiscriminator"):
         built.append(cls(*args, **kwargs))
         return built[-1]
     setattr(autoencoder, name, build)
-train_autoencoder.main(sys.argv[3:split])
+train_autoencoder.main(argv["train"])
 torch.save([network.state_dict() for network in built], folder / f"weights_{rank}.pt")
-inference.main(sys.argv[split + 1 :])
-cache_latents.main([*sys.argv[split + 1 : split + 7], "--no-amp"])
+train_autoencoder.main(argv["resume"])
+inference.main(argv["sample"])
+cache_latents.main(argv["cache"])
 dist.barrier()  # a rank that leaves while the other still talks to it may abort
 destroy()
 os._exit(0)  # as `utils.command` does
@@ -187,19 +191,21 @@ def alone(done, tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="module")
 def together(alone) -> Project:
-    """Two processes, batches of 1: the first stage, and samples of the networks that one process trained."""
-    project = copy_of(alone, alone.folder.parent / "together")
-    drawn = copy_of(alone, alone.folder.parent / "drawn", "autoencoder.pt", "diffusion_unet.pt", "split.json")
-    (project.folder / "worker.py").write_text(WORKER)
-    sampling = drawn.argv("--num", "3", "--steps", "2", *RUN[1:])
-    worker = [
-        project.folder / "worker.py",
-        project.folder,
-        project.data,
-        *project.argv(*RUN, *SINGLE),
-        "--",
-        *sampling,
-    ]
+    """Two processes, batches of 1: the first stage; an epoch more of what one process trained ("resumed");
+    and samples and latents of the networks of that process ("drawn")."""
+    beside = alone.folder.parent
+    project = copy_of(alone, beside / "together")
+    resumed = copy_of(alone, beside / "resumed", "autoencoder_last.pt", "split.json", "train_log.jsonl")
+    drawn = copy_of(alone, beside / "drawn", "autoencoder.pt", "diffusion_unet.pt", "split.json")
+    argv = {
+        "train": project.argv(*RUN, *SINGLE),
+        "resume": resumed.argv(*RUN, *SINGLE, "--set", "autoencoder_train.max_epochs=4"),
+        "sample": drawn.argv("--num", "3", "--steps", "2", *RUN[1:]),
+        "cache": drawn.argv("--no-amp"),
+    }
+    (beside / "argv.json").write_text(json.dumps(argv))
+    (beside / "worker.py").write_text(WORKER)
+    worker = [beside / "worker.py", project.folder, project.data, beside / "argv.json"]
     finish(launch([*TORCHRUN, "--standalone", "--nproc_per_node=2", *worker]))
     return project
 
@@ -252,10 +258,10 @@ def test_ranks_draw_noise_of_their_own(together):
 def test_both_ranks_hold_the_weights_that_are_saved(together):
     ranks = [torch.load(together.folder / f"weights_{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert not chain.differences(*ranks)
-    encoder, discriminator = ranks[0][:2]
     last = together.checkpoint("autoencoder_last.pt")
+    discriminator = next(one for one in ranks[0] if one.keys() == last["discriminator"].keys())
     assert not chain.differences(discriminator, last["discriminator"])
-    assert not chain.differences({f"autoencoder.{k}": v for k, v in last["model"].items()}, encoder)
+    assert not chain.differences({f"autoencoder.{k}": v for k, v in last["model"].items()}, ranks[0][0])
 
 
 def test_two_processes_train_the_autoencoder_of_one(alone, together):
@@ -275,18 +281,18 @@ def test_two_processes_train_the_autoencoder_of_one(alone, together):
 
 
 def test_promise_6_plain_and_ddp_checkpoints_load_each_other(alone, together, tmp_path):
-    """What two processes saved, one goes on with, and the other way round, under the bare names."""
-    plain = copy_of(together, tmp_path / "plain", "autoencoder_last.pt", "split.json", "train_log.jsonl")
+    """What two processes saved, one resumes from, and the other way round, under the bare names."""
     names = set(alone.checkpoint("autoencoder_last.pt")["model"])
-    longer = ("--set", "autoencoder_train.max_epochs={}")
-    said = plain.run(train_autoencoder, *RUN, *SINGLE, longer[0], longer[1].format(4))
-    assert "batches_per_epoch 2 before, 4 now, cases_per_batch 2 before, 1 now: epoch 3 begins anew" in said
+    plain = copy_of(together, tmp_path / "plain", "autoencoder_last.pt", "split.json", "train_log.jsonl")
+    longer = ("--set", "autoencoder_train.max_epochs=4")
+    printed = plain.run(train_autoencoder, *RUN, *SINGLE, *longer)
+    assert "batches_per_epoch 2 before, 4 now, cases_per_batch 2 before, 1 now" in printed
     last = plain.checkpoint("autoencoder_last.pt")
-    assert set(last["model"]) == names and last["epoch"] == 3
-    script = ["train_autoencoder.py", *plain.argv(*RUN, *SINGLE, longer[0], longer[1].format(5))]
-    finish(launch([*TORCHRUN, "--standalone", "--nproc_per_node=2", *script]))
-    last = plain.checkpoint("autoencoder_last.pt")
-    assert set(last["model"]) == names and last["epoch"] == 4 and last["batches_per_epoch"] == 2
+    assert set(last["model"]) == names and (last["epoch"], last["batches_per_epoch"]) == (3, 4)
+    resumed = alone.folder.parent / "resumed" / "models" / "autoencoder_last.pt"
+    last = torch.load(resumed, weights_only=True)
+    assert set(last["model"]) == names and last["batches_per_epoch"] == 2
+    assert (last["epoch"], last["step"]) == (3, 8)
 
 
 def test_two_processes_train_the_diffusion_model_of_one(alone, two_machines):

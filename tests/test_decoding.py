@@ -19,8 +19,8 @@ import cache_latents
 import inference
 from ldm import UserError, generation
 from ldm.lowmem import slabs, slabwise
-from ldm.lowmem.lazy import Volume, leaf
-from ldm.lowmem.slabs import HostRows, Lane, Rows, Sweep
+from ldm.lowmem.lazy import LazyVolume, leaf
+from ldm.lowmem.slabs import CopyQueue, HostRows, Rows, Sweep
 from ldm.lowmem.slabwise import Budget, decode_within, encode_within
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate
@@ -102,7 +102,7 @@ def force(monkeypatch, place: str, thickness: int) -> list[int]:
         return (
             Rows(run.device)
             if place == "device"
-            else HostRows(run.device, Lane(run.device), Lane(run.device))
+            else HostRows(run.device, CopyQueue(run.device), CopyQueue(run.device))
         )
 
     monkeypatch.setattr(slabwise._Run, "place", rows)
@@ -168,7 +168,7 @@ def test_slabs_have_the_memory_format_of_the_weights(monkeypatch, place):
     autoencoder.to(memory_format=torch.channels_last_3d)
 
     def looked_at(x, *rest):
-        if not isinstance(x, Volume):
+        if not isinstance(x, LazyVolume):
             last.append(x.is_contiguous(memory_format=torch.channels_last_3d))
         return conv3d(x, *rest)
 
@@ -251,7 +251,7 @@ def test_moments_are_those_of_each_group_over_the_whole_volume(monkeypatch):
 def test_each_row_of_a_convolution_is_computed_once_in_a_sweep(monkeypatch):
     force(monkeypatch, "nowhere", 1)
     run, rows = slabwise._Run(torch.device("cpu"), 1e9, 0), []
-    volume = Volume(leaf(run, numbers(1, 1, 9, 4, 4)))
+    volume = LazyVolume(leaf(run, numbers(1, 1, 9, 4, 4)))
     for _ in range(3):
         volume = torch.conv3d(volume, torch.ones(1, 1, 3, 3, 3), padding=1)
         node, compute = volume.node, volume.node.compute
@@ -265,7 +265,7 @@ def test_each_row_of_a_convolution_is_computed_once_in_a_sweep(monkeypatch):
 def test_what_works_in_place_is_refused():
     run = slabwise._Run(torch.device("cpu"), 1e9, 0)
     with pytest.raises(NotImplementedError, match="mul_"):
-        Volume(leaf(run, numbers(1, 1, 4, 4, 4))).mul_(2)
+        LazyVolume(leaf(run, numbers(1, 1, 4, 4, 4))).mul_(2)
 
 
 # ---------------------------------------------------------------- memory
@@ -282,10 +282,10 @@ def test_the_least_memory_is_named_and_does(autoencoder, monkeypatch):
     monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     with pytest.raises(UserError, match=r"0\.0001 GB of memory .* 20 x 6 x 6 \(decode\)") as refused:
         decode_within(autoencoder, latents, Budget(1e5))
-    least = float(re.search(r"least that would do is (\S+) GB", str(refused.value))[1])
+    least = float(re.search(r"Expected at least (\S+) GB", str(refused.value))[1])
     due = autoencoder.decode(latents)
     assert_close(decode_within(autoencoder, latents, Budget(least * 1e9)), due, 1e-5)
-    with pytest.raises(UserError, match=f"would do is {least + 0.5:.3f} GB"):
+    with pytest.raises(UserError, match=f"at least {least + 0.5:.3f} GB"):
         decode_within(autoencoder, latents, Budget(5e8, beside=500_000_000))
 
 
@@ -407,8 +407,8 @@ def model(tmp_path_factory, tmp_path):
 def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
     monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     message = model.refused(inference, "--steps", "2", "--max-memory", "0.0005")
-    assert "0.0005 GB of memory do not suffice" in message and not list(model.output_dir.glob("*.nii.gz"))
-    least = re.search(r"least that would do is (\S+) GB", message)[1]
+    assert "0.0005 GB of memory are too little" in message and not list(model.output_dir.glob("*.nii.gz"))
+    least = re.search(r"Expected at least (\S+) GB", message)[1]
     swept, plain = [], Sweep.slabs
     monkeypatch.setattr(Sweep, "slabs", lambda self, rows: swept.append(rows) or plain(self, rows))
     model.run(inference, "--steps", "2", "--max-memory", least)
@@ -438,7 +438,7 @@ def test_a_cache_made_within_a_memory_holds_the_same_latents(model, monkeypatch)
     plain = {path.name: np.load(path) for path in folder.glob("*.npy")}
     monkeypatch.setattr(slabwise, "_plain_peak", lambda *_: math.inf)  # it would fit
     message = model.refused(cache_latents, "--no-amp", "--fresh", "--max-memory", "0.0005")
-    least = re.search(r"least that would do is (\S+) GB", message)[1]
+    least = re.search(r"Expected at least (\S+) GB", message)[1]
     model.run(cache_latents, "--no-amp", "--fresh", "--max-memory", least)
     made = {path.name: np.load(path) for path in folder.glob("*.npy")}
     assert plain and made.keys() == plain.keys()

@@ -19,6 +19,8 @@ from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.files import sha256_of
 
+torch.set_num_threads(1)  # faster than several on data this small
+
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -41,18 +43,18 @@ def test_pooled_means_and_deviations_of_cells():
     activation = torch.zeros(1, 1, 4, 4, 4)
     activation[..., :2, :2, :2] = 3.0
     activation[..., 2:, 2:, 3] = 2.0  # half of the last cell
-    due = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert features._pooled(activation)[0].tolist() == pytest.approx(due, abs=1e-3)
+    expected = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert features._pooled(activation)[0].tolist() == pytest.approx(expected, abs=1e-3)
     groups = features.rows_of(AutoencoderFeatures(Autoencoder(Identity())), activation)
-    assert [group[0].tolist() for group in groups] == [pytest.approx(due, abs=1e-3)] * 2
+    assert [group[0].tolist() for group in groups] == [pytest.approx(expected, abs=1e-3)] * 2
 
 
 def test_distance_by_hand():
     """Of two and two numbers: the kernel is (x y + 1)^3, and no row is paired with itself."""
     first, second = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [-1.0]])
     across = ((0 * 2 + 1) ** 3 + (0 * -1 + 1) ** 3 + (1 * 2 + 1) ** 3 + (1 * -1 + 1) ** 3) / 4
-    due = (0 * 1 + 1) ** 3 + (2 * -1 + 1) ** 3 - 2 * across
-    assert KernelDistance(first, second).value == pytest.approx(due)
+    expected = (0 * 1 + 1) ** 3 + (2 * -1 + 1) ** 3 - 2 * across
+    assert KernelDistance(first, second).value == pytest.approx(expected)
 
 
 def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew():
@@ -75,11 +77,11 @@ def test_a_permutation_test_by_all_splits():
     for chosen in itertools.combinations(range(9), 4):
         others = [i for i in range(9) if i not in chosen]
         splits.append(KernelDistance(rows[list(chosen)], rows[others]).value)
-    due = np.mean(np.array(splits) >= splits[0] - 1e-9)
-    assert 0.02 < due < 0.5
+    expected = np.mean(np.array(splits) >= splits[0] - 1e-9)
+    assert 0.02 < expected < 0.5
     kernel = distances.polynomial_kernel(rows).numpy()[None]
     (found,) = distances.permutation_p_values(kernel, 4, 20000)
-    assert found == pytest.approx(due, abs=4 * math.sqrt(due * (1 - due) / 20000))
+    assert found == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 20000))
     far = KernelDistance(rows[:4] + 100, rows[4:])
     assert 0.001 <= far.p_value() == pytest.approx(1 / 126, abs=0.01)  # never less than the splits allow
 
@@ -87,19 +89,19 @@ def test_a_permutation_test_by_all_splits():
 def test_the_least_shift_that_the_permutation_test_sees():
     """On a line a bit more rows than a t-test needs: 64 and 64 for 0.5, 17 and 17 for 1 (Cohen, 1988)."""
     line = numbers(300, 1).double()
-    seen = [distances.smallest_shift_seen(line, n, n) for n in (2, 12, 30, 90)]
+    seen = [distances.detectable_shift(line, n, n) for n in (2, 12, 30, 90)]
     assert seen[0] is None and seen[1] == 1.5 and seen[2] == 1.0 and seen[3] == 0.5
     many = numbers(300, 12).double()
-    assert distances.smallest_shift_seen(many, 30, 30) == 0.5  # of features that vary by themselves: sooner
+    assert distances.detectable_shift(many, 30, 30) == 0.5  # of features that vary by themselves: sooner
 
 
 def test_an_interval_of_a_difference_is_students():
     draws = distances.bootstrap_mean(numbers(200).numpy(), 4000)
-    low, high = distances.difference_interval(draws, 7.0, 5)
+    low, high = distances.t_interval(draws, 7.0, 5)
     plain = interval(draws)
     assert (low + high) / 2 == pytest.approx(7, abs=0.02)
     assert (high - low) / (plain[1] - plain[0]) == pytest.approx(2.776 / 1.960 * math.sqrt(5 / 4), rel=1e-3)
-    assert distances.difference_interval(draws, 7.0, 1) is None
+    assert distances.t_interval(draws, 7.0, 1) is None
 
 
 def test_intervals_of_shares():
@@ -161,8 +163,8 @@ def test_frechet_distance_is_monais():
         numbers(60, 6) * torch.arange(1.0, 7),
         numbers(50, 6, seed=1) @ numbers(6, 6, seed=2) + 0.3,
     )
-    due = FIDMetric()(first.double(), second.double())
-    assert frechet_distance(first, second) == pytest.approx(float(due), rel=1e-6)
+    expected = FIDMetric()(first.double(), second.double())
+    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_frechet_distance_of_fewer_rows_than_features():
@@ -177,8 +179,8 @@ def test_frechet_distance_of_fewer_rows_than_features():
 def test_frechet_bootstrap_lies_about_the_distance():
     first, second = numbers(80, 3), numbers(80, 3, seed=1) + 1
     (drawn,) = distances.bootstrap(frechet_distance, first, second=second)
-    due = frechet_distance(first, second)
-    assert drawn.mean() == pytest.approx(due, rel=1e-6)
+    expected = frechet_distance(first, second)
+    assert drawn.mean() == pytest.approx(expected, rel=1e-6)
     fresh = [
         frechet_distance(numbers(80, 3, seed=i), numbers(80, 3, seed=i + 1) + 1) for i in range(100, 400, 2)
     ]
@@ -192,8 +194,8 @@ def test_frechet_distance_of_moments_is_that_of_the_rows():
     for part, rows in zip(parts, (first, second), strict=True):
         part.add(rows[:7])
         part.add(rows[7:])
-    due = frechet_distance(first, second)
-    assert distances.frechet_of_moments(*parts) == pytest.approx(due, rel=1e-6)
+    expected = frechet_distance(first, second)
+    assert distances.frechet_of_moments(*parts) == pytest.approx(expected, rel=1e-6)
     assert distances.frechet_of_moments(parts[1], parts[1]) == pytest.approx(0, abs=1e-6)
 
 
@@ -287,8 +289,8 @@ def test_medicalnet_has_the_strides_and_dilations_it_was_trained_with(tmp_path):
     (again,) = features.MedicalNetFeatures(10, state, "", torch.device("cpu"))(5 * volume + 3)
     assert row.shape == (512,) and torch.allclose(row, again, atol=1e-4)  # units do not matter
     with torch.no_grad():
-        due = perceptual.trunk(network, (volume - volume.mean()) / volume.std()).mean((2, 3, 4))[0]
-    assert torch.allclose(row.float(), due, atol=1e-4)
+        expected = perceptual.trunk(network, (volume - volume.mean()) / volume.std()).mean((2, 3, 4))[0]
+    assert torch.allclose(row.float(), expected, atol=1e-4)
 
 
 def test_radimagenet_as_keras_has_it(tmp_path):
@@ -305,7 +307,7 @@ def test_radimagenet_as_keras_has_it(tmp_path):
     axial = (volume[0, 0, :, :, 7] - volume.min()) / (volume.max() - volume.min())
     image = torch.stack([axial - 0.406, axial - 0.456, axial - 0.485])[None]
     with torch.no_grad():
-        due = perceptual.trunk(network, image).mean((2, 3))[0]
-    assert torch.allclose(rows[2][7].float(), due, atol=1e-4)
+        expected = perceptual.trunk(network, image).mean((2, 3))[0]
+    assert torch.allclose(rows[2][7].float(), expected, atol=1e-4)
     with pytest.raises(UserError, match="MedicalNet"):
         perceptual.medicalnet_depth({"fc.weight": torch.zeros(1)}, "file.pth")

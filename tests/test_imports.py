@@ -14,8 +14,8 @@ MODULES = {
     if path.name != "__init__.py"
 }
 # Each may import from itself and from those before it.
-ORDER = ["system", "models", "configs", "data", "diffusion", "losses", "metrics", "figures"]
-ORDER += ["training", "generation", "evaluation", "export"]
+ORDER = ["system", "models", "configs", "environment", "data", "diffusion", "losses", "metrics", "figures"]
+ORDER += ["training", "generation", "export", "evaluation"]
 
 
 def names_in(source: str) -> set[str]:
@@ -60,6 +60,14 @@ def test_no_script_is_imported_by_a_script(name):
 def test_modules_know_no_scripts_and_no_command_line(name):
     assert not packages(MODULES[name]) & {"utils", "argparse", *SCRIPTS}
     assert "sys.argv" not in MODULES[name].read_text(encoding="utf-8")
+
+
+def test_slabs_are_imported_only_where_a_budget_is_given():
+    outside = {name: path for name, path in MODULES.items() if not name.startswith("ldm.lowmem.")}
+    for name, path in {**outside, **SCRIPTS, "utils": ROOT / "utils.py"}.items():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        first = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert "lowmem" not in "\n".join(first), name
 
 
 def test_folders_import_each_other_one_way_and_no_modules_in_a_circle():

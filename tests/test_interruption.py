@@ -25,7 +25,7 @@ import cache_latents
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm.data.datasets import VolumeDataset
+from ldm.data.datasets import EpochSampler, VolumeDataset
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.signals import Interruption
 from ldm.training.logs import TrainLog
@@ -65,7 +65,7 @@ def half(whole, tmp_path_factory) -> Callable[[object], Project]:
     def make(script) -> Project:
         if script not in made:
             made[script] = fresh(whole, tmp_path_factory.mktemp("half") / "run", script)
-            with stopped_by(signal.SIGTERM, made[script], script, utils.EpochSampler, "__iter__", 2):
+            with stopped_by(signal.SIGTERM, made[script], script, EpochSampler, "__iter__", 2):
                 made[script].run(script, "--no-amp")
         return made[script]
 
@@ -333,7 +333,7 @@ def test_a_rank_that_waits_with_its_message_obeys_the_next_signal(monkeypatch):
         raise FloatingPointError("step 1: the loss is not finite")
 
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(utils.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()):
         main([])
     assert stop.value.code == 1 and slept
@@ -644,14 +644,14 @@ def no_array() -> None:
 )
 def test_a_loader_process_without_memory_ends_the_run(whole, tmp_path, monkeypatch, fault, told):
     project = fresh(whole, tmp_path / "run", train_autoencoder)
-    main, real = os.getpid(), utils.VolumeDataset.volume
+    main, real = os.getpid(), VolumeDataset.volume
 
     def volume(self, i: int):
         if os.getpid() != main:  # never in this process
             fault()
         return real(self, i)
 
-    monkeypatch.setattr(utils.VolumeDataset, "volume", volume)
+    monkeypatch.setattr(VolumeDataset, "volume", volume)
     message = project.refused(train_autoencoder, "--no-amp", "--set", "data.num_workers=1", code=1)
     assert message.startswith(f"error: {told}") and message.count("\n") == 0, message
     assert "data.num_workers" in message or "docs/TROUBLESHOOTING.md" in message

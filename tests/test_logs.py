@@ -313,8 +313,8 @@ def test_the_hint_names_the_cache_where_it_could_be_larger(encoded, monkeypatch)
 # ---------------------------------------------------------------- the curves
 
 
-def test_the_curves_are_drawn_where_they_cost_little(tmp_path, monkeypatch):
-    """Not before the time that they take is a small share of that of training; anew at the end."""
+def test_the_curves_are_drawn_at_intervals(tmp_path, monkeypatch):
+    """And at the end."""
     path, drawn = tmp_path / "train_log.jsonl", []
     real = figures.loss_curves
     monkeypatch.setattr(
@@ -322,24 +322,23 @@ def test_the_curves_are_drawn_where_they_cost_little(tmp_path, monkeypatch):
     )
     log = TrainLog("diffusion", path, tmp_path / "events", 0, 0)
     log.record(step=1, epoch=0, loss=1.0)
-    log.draw_if_due()
+    log.draw_at_intervals()
     assert drawn == []
-    log.drawn_at -= logs.DRAWING_SECONDS / logs.DRAWING_SHARE
-    log.draw_if_due()
-    log.draw_if_due()
+    log.drawn_at -= logs.DRAW_INTERVAL
+    log.draw_at_intervals()
+    log.draw_at_intervals()
     assert drawn == [1] and Image.open(tmp_path / "losses.png").size[0] > 400
-    assert 0 < log.drawing < 5
     log.record(step=2, epoch=1, loss=0.5)
     log.close()
     assert drawn == [1, 2]
 
 
-def test_curves_that_cannot_be_written_are_told_of_and_end_nothing_on_the_way(tmp_path, capsys):
+def test_curves_that_cannot_be_written_end_no_training(tmp_path, capsys):
     (tmp_path / "losses.png").mkdir()
     log = TrainLog("diffusion", tmp_path / "train_log.jsonl", tmp_path / "events", 0, 0)
     log.record(step=1, epoch=0, loss=1.0)
-    log.drawing = 0.0
-    log.draw_if_due()
+    log.drawn_at -= logs.DRAW_INTERVAL
+    log.draw_at_intervals()
     assert f"warning: {tmp_path / 'losses.png'} could not be written" in capsys.readouterr().out
     with pytest.raises(OSError, match=r"losses\.png could not be written"):
         log.close()
@@ -411,7 +410,7 @@ def test_log_txt_tells_how_a_run_ended(encoded, monkeypatch):
         with pytest.raises(RuntimeError, match="a fault of the program"):
             encoded.run(train_diffusion, *more)
     text = text_of(encoded)
-    assert "error: not foreseen\nTraceback " in text and "RuntimeError: a fault of the program" in text
+    assert "error: unexpected\nTraceback " in text and "RuntimeError: a fault of the program" in text
     assert text.count("UserWarning: a library's word") == 1
     assert warnings.showwarning.__module__ != logs.__name__
 

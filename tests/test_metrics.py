@@ -132,9 +132,9 @@ def test_spectrum_of_a_sinusoid_lies_in_its_shell():
     assert spectrum.frequencies.tolist() == pytest.approx([k / 16 for k in range(1, 9)])
     cycles = [min(k, 16 - k) / 16 for k in range(16)]
     shell = sum(round(16 * math.hypot(x, y, z)) == 5 for x in cycles for y in cycles for z in cycles)
-    due = 2 * (amplitude * 16**3 / 2) ** 2 / 16**3 / shell
-    assert found[4] == pytest.approx(due, rel=1e-5)
-    assert np.delete(found, 4).max() < 1e-10 * due  # neither the mean nor any other frequency
+    expected = 2 * (amplitude * 16**3 / 2) ** 2 / 16**3 / shell
+    assert found[4] == pytest.approx(expected, rel=1e-5)
+    assert np.delete(found, 4).max() < 1e-10 * expected  # neither the mean nor any other frequency
 
 
 def test_spectrum_of_white_noise_is_flat_in_odd_and_even_sizes():

@@ -12,8 +12,19 @@ from torch import nn
 from ldm import UserError
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.definitions import NETWORKS, check_discriminator_size, check_size, downsampling, instantiate
-from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached
+from ldm.models.definitions import (
+    NETWORKS,
+    check_discriminator_size,
+    check_networks,
+    check_size,
+    downsampling_factor,
+    instantiate,
+    latent_size,
+    network_divisor,
+    small_input,
+)
+from ldm.models.denoiser import example_cond
+from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached, on_device
 from ldm.models.weights import load_weights, plain_names
 from ldm.system.checkpoints import load_checkpoint
 
@@ -444,20 +455,117 @@ def test_parameters_that_no_loss_reaches_are_frozen(recomputing):
         assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
+# ---- networks of a config
+
+
+MAISI_UNET = {
+    "_target_": "monai.apps.generation.maisi.networks.diffusion_model_unet_maisi.DiffusionModelUNetMaisi",
+    "include_spacing_input": True,
+}
+REGIONS = {"include_top_region_index_input": True, "include_bottom_region_index_input": True}
+
+
+def networks_of(dims: int = 3, **unet) -> dict:
+    """A config of tiny networks, whose UNet has these arguments."""
+    names = {"_target_": "monai.networks.nets.AutoencoderKL", "channels": [8, 8]}
+    autoencoder = {**AUTOENCODER, **names, "spatial_dims": dims}
+    levels = "num_channels" if "_target_" in unet else "channels"  # MAISI's name
+    names = {"_target_": "monai.networks.nets.DiffusionModelUNet", levels: [8, 8]}
+    return {
+        "spatial_dims": dims,
+        "image_channels": 1,
+        "autoencoder_def": autoencoder,
+        "diffusion_def": {**UNET, **names, "spatial_dims": dims, **unet},
+    }
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    "unet, expected",
+    [
+        ({}, set()),
+        ({"num_class_embeds": 3}, {"class_labels"}),
+        (CROSS, {"context"}),
+        ({"in_channels": 5}, {"channels"}),
+        (
+            {**CROSS, "num_class_embeds": 3, "in_channels": 3},
+            {"class_labels", "context", "channels"},
+        ),
+        (MAISI_UNET, {"spacing_tensor"}),
+        (
+            {**MAISI_UNET, **REGIONS, "num_class_embeds": 2},
+            {"class_labels", "spacing_tensor", "top_region_index_tensor", "bottom_region_index_tensor"},
+        ),
+    ],
+)
+def test_networks_with_conditions_pass_the_check(dims, unet, expected):
+    """Trained with its conditions, no layer of such a network is frozen, the embeddings included."""
+    config = networks_of(dims, **unet)
+    check_networks(config)
+    definition = config["diffusion_def"]
+    cond = example_cond(definition, 1, [4] * dims)
+    assert cond.keys() == expected
+    inputs, _ = small_input(config, "diffusion_def"), cond.pop("channels", None)
+    with torch.device("meta"):
+        call = {"timesteps": torch.zeros(1), **example_cond(definition, 1, inputs.shape[2:])}
+        call.pop("channels", None)
+        network = instantiate(definition, NETWORKS, "here")
+        assert not frozen(network, inputs, **call)
+
+
+@pytest.mark.parametrize(
+    "unet, message",
+    [
+        ({"in_channels": 1}, r"diffusion_def: it cannot be used with the autoencoder's latents"),
+        (
+            {"in_channels": 3, "out_channels": 3},
+            r"diffusion_def\.out_channels: expected 2, as many as .* have, found 3\.",
+        ),
+        ({"spatial_dims": 2}, r"diffusion_def\.spatial_dims: expected 3, found 2\."),
+        ({"channels": [8] * 10}, r"diffusion_def: 10 levels are too many\."),
+        ({"num_class_embeds": -1}, r"diffusion_def\.num_class_embeds: expected whole numbers from 0"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(unet, message):
+    with pytest.raises(UserError, match=message):
+        check_networks(networks_of(**unet))
+
+
 # ---- sizes
 
 
 def test_nearest_sizes_are_named():
-    check_size([16, 32, 48], 16, "here")
+    check_size([16, 32, 48], (16, 16, 16), "here")
     with pytest.raises(UserError, match=r"here: \[30, 32, 3\] .* multiples of 8: 24 or 32 x 32 x 8\."):
-        check_size([30, 32, 3], 8, "here")
+        check_size([30, 32, 3], (8, 8, 8), "here")
+    with pytest.raises(UserError, match=r"multiples of 8 x 8 x 4: 24 or 32 x 32 x 4\."):
+        check_size([30, 32, 3], (8, 8, 4), "here")
 
 
-def test_downsampling():
-    assert downsampling({"_target_": "x", "channels": [8, 8, 8]}) == 4
-    assert downsampling({"_target_": "x", "num_channels": [8]}) == 1
+def test_factors_by_definition_and_by_network():
+    three, two = {"spatial_dims": 3, "channels": [8, 8, 8]}, {"spatial_dims": 2, "num_channels": [8, 8]}
+    assert downsampling_factor(three) == (4, 4, 4) and downsampling_factor(two) == (2, 2)
     with pytest.raises(UserError, match="x: `channels` should list"):
-        downsampling({"_target_": "x", "channels": 8})
+        downsampling_factor({"_target_": "x", "spatial_dims": 3, "channels": 8})
+    config = {"autoencoder_def": three, "diffusion_def": {"spatial_dims": 3, "channels": [8, 8]}}
+    assert network_divisor(config) == (8, 8, 8) and latent_size(config, [16, 24, 32]) == [4, 6, 8]
+
+
+@pytest.mark.parametrize("package", ["monai", "generative"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_one_interface_of_autoencoders(package, dims):
+    """2D and 3D, of either package: shapes, float32, and the factor of the network that was built."""
+    definition = AUTOENCODER | {"spatial_dims": dims}
+    network = on_device(build(package, "AutoencoderKL", definition).bfloat16(), torch.device("cpu"))
+    autoencoder = Autoencoder(network)
+    assert (autoencoder.latent_channels, autoencoder.spatial_dims) == (2, dims)
+    assert autoencoder.factor == downsampling_factor({**definition, "channels": [8, 8]}) == (2,) * dims
+    images = numbers(2, 1, *(8, 4, 8)[:dims]).bfloat16()
+    mean, std = autoencoder.encode(images)
+    assert mean.shape == std.shape == (2, 2, *(4, 2, 4)[:dims]) and mean.dtype == std.dtype == torch.float32
+    assert autoencoder.decode(mean.bfloat16()).shape == images.shape
+    assert autoencoder.decode(mean.bfloat16()).dtype == autoencoder.reconstruct(images).dtype == torch.float32
+    assert torch.equal(autoencoder.activations(images)[-1], autoencoder.network.encode(images)[0])
 
 
 @pytest.mark.parametrize("layers, norm", [(1, "INSTANCE"), (2, "INSTANCE"), (3, "INSTANCE"), (3, "BATCH")])

@@ -275,25 +275,6 @@ def test_a_resumed_diffusion_model_is_the_uninterrupted_one_to_the_bit(done, enc
     assert not differences(encoded.log("diffusion"), done.log("diffusion"))
 
 
-def test_resuming_a_finished_run_changes_no_weight(done, tmp_path):
-    project = copy_of(done, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    for script, names in ((train_autoencoder, AUTOENCODER), (train_diffusion, UNET)):
-        assert "trained to the end already" in project.run(script, "--no-amp")
-        for name in names:
-            assert not differences(project.checkpoint(name), done.checkpoint(name))
-
-
-def test_a_resumed_run_may_be_longer(done, tmp_path):
-    """Two more epochs by `--set`, from the step, the optimiser and the best score that were there."""
-    project = copy_of(done, tmp_path / "longer", *AUTOENCODER, "split.json", "train_log.jsonl")
-    best = project.checkpoint("autoencoder.pt")["best"]
-    project.run(train_autoencoder, "--no-amp", *sets(autoencoder_train__max_epochs=8))
-    last = project.checkpoint("autoencoder_last.pt")
-    assert [last[key] for key in ("epoch", "batch", "step")] == [7, 2, 16]
-    assert last["stepper"]["optimizer"]["state"][0]["step"] == 16
-    assert project.checkpoint("autoencoder.pt")["best"] <= best
-
-
 @pytest.mark.parametrize("stage, names", [("autoencoder", AUTOENCODER), ("diffusion", UNET)])
 def test_a_worse_epoch_never_replaces_the_best(done, tmp_path, stage, names):
     """Resumed for an epoch with a learning rate that ruins the weights."""
@@ -325,7 +306,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(done, tmp_path, st
         else (train_diffusion, "diffusion_unet_last.pt")
     )
     runs = {}
-    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+    for batch, accumulate in ((4, 1), (1, 4)):
         project = copy_of(done, tmp_path / f"{batch}x{accumulate}", "split.json")
         if stage == "diffusion":
             shutil.copy(done.model_dir / "autoencoder.pt", project.model_dir)
@@ -337,11 +318,9 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(done, tmp_path, st
     for key in ("stepper", "discriminator_stepper") if stage == "autoencoder" else ("stepper",):
         whole = gradients(runs[4], name, key)
         size = max(float(one.abs().max()) for one in whole)
-        for batch in (2, 1):
-            for a, b in zip(gradients(runs[batch], name, key), whole, strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * size)
-    for batch in (2, 1):
-        chain.assert_weights_close(*(runs[n].checkpoint(name)["model"] for n in (batch, 4)))
+        for a, b in zip(gradients(runs[1], name, key), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * size)
+    chain.assert_weights_close(*(runs[n].checkpoint(name)["model"] for n in (1, 4)))
 
 
 def test_clipping_bounds_the_accumulated_gradient():
@@ -585,16 +564,17 @@ def test_stage_2_crops_about_the_centre(encoded):
     assert checkpoint["scale_factor"] == pytest.approx(chain.scale_by_hand(encoded), rel=1e-4)
 
 
-def test_volumes_that_may_change_are_encoded_as_they_come(done, encoded):
-    """Flips that never happen: latents drawn live are those that were kept."""
-    live = sets(diffusion_train__augment={"flip_axes": [0], "flip_prob": 0})
-    encoded.run(train_diffusion, "--no-amp", *live, *sets(diffusion_train__max_epochs=20))
-    a, b = (one.log("diffusion") for one in (encoded, done))
-    np.testing.assert_allclose(
-        [entry["loss"] for entry in a if "loss" in entry],
-        [entry["loss"] for entry in b if "loss" in entry],
-        atol=1e-3,
+def test_volumes_that_may_change_are_encoded_as_they_come(done, encoded, monkeypatch):
+    """Flips that never happen: latents drawn live are those that were kept, in the first five epochs."""
+    with power_cut(monkeypatch, 2 * 5 + 1):
+        encoded.run(
+            train_diffusion, "--no-amp", *sets(diffusion_train__augment={"flip_axes": [0], "flip_prob": 0})
+        )
+    live, kept = (
+        [entry["loss"] for entry in one.log("diffusion") if "loss" in entry] for one in (encoded, done)
     )
+    assert len(live) == 5
+    np.testing.assert_allclose(live, kept[:5], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -649,8 +629,6 @@ def test_gradient_checkpointing_changes_neither_weights_nor_names(done, tmp_path
     for name in (*AUTOENCODER, *UNET):
         a, b = (project.checkpoint(name)["model"] for project in runs)
         assert not differences(a, b)
-    project.set_environment(resume_ckpt=True)  # and what was written is taken up again
-    project.run(train_autoencoder, "--no-amp", *more, *sets(autoencoder_train__max_epochs=2))
 
 
 def test_mixed_precision_on_and_off(done, tmp_path, monkeypatch):
@@ -750,7 +728,7 @@ def test_the_demo_judges_the_samples_that_it_drew_and_no_other_volume(tmp_path, 
         "training": (6, out / "data"),
     }
     copies = next(figure for figure in found["figures"] if figure["key"] == "copies")
-    assert copies["value"] == 0 and "copies of training scans" not in str(found["verdicts"])
+    assert copies["value"] == 0 and "the split leaks" not in str(found["verdicts"])
     assert not any("left out" in note for note in found["notes"])
     assert "8 volumes" in (out / "evaluation" / "report.html").read_text()
     printed = capsys.readouterr().out
@@ -836,28 +814,10 @@ def test_cuda_without_a_gpu(done, script, monkeypatch):
     assert "finds no CUDA GPU here (CUDA_VISIBLE_DEVICES is ''). Use --device cpu." in message
 
 
-@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
-def test_missing_and_broken_files_are_named(fresh, tmp_path, script):
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"seed": ')
-    for option in ("-c", "-e"):
-        assert str(tmp_path / "none.json") in fresh.refused(script, option, tmp_path / "none.json")
-        message = fresh.refused(script, option, broken)
-        assert str(broken) in message and "JSON" in message
-
-
-@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion])
-def test_a_missing_data_folder_is_named(encoded, script):
-    if script is train_autoencoder:
-        (encoded.model_dir / "autoencoder.pt").unlink()
+def test_a_missing_data_folder_is_named(encoded):
     encoded.set_environment(data_base_dir=str(encoded.folder / "nowhere"))
-    message = encoded.refused(script)
+    message = encoded.refused(train_diffusion)
     assert "nowhere" in message and "data_base_dir" in message
-
-
-def test_stage_2_needs_stage_1(fresh):
-    message = fresh.refused(train_diffusion)
-    assert "autoencoder.pt" in message and "train_autoencoder.py" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten"])
@@ -893,10 +853,3 @@ def test_patches_too_small_for_the_discriminator_are_refused(fresh):
     message = fresh.refused(train_autoencoder, *sets(autoencoder_train__discriminator={"num_layers_d": 3}))
     assert "discriminator" in message and "num_layers_d" in message
     assert list(fingerprint(fresh.model_dir)) == ["split.json"]
-
-
-def test_settings_from_the_command_line_win(fresh):
-    fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(seed=7, autoencoder_train__lr=1e-4))
-    resolved = json.loads((fresh.model_dir / "config_autoencoder.json").read_text())
-    assert resolved["seed"] == 7 and resolved["autoencoder_train"]["lr"] == 1e-4
-    assert fresh.log("autoencoder")[0]["lr"] == pytest.approx(0.5e-4, rel=0.01)  # half way down the cosine

@@ -1,7 +1,5 @@
-"""The page of an evaluation: what it says, what it embeds, and how it behaves in a real browser.
-
-The browser is Debian's Chromium with its driver; where they are absent those tests skip and say so.
-"""
+"""The page of an evaluation: its text, the embedded volumes, and its behaviour in a real browser (Debian's
+Chromium with its driver; without them those tests are skipped)."""
 
 import base64
 import hashlib
@@ -31,7 +29,7 @@ from ldm.evaluation import report
 
 SHAPE, SPACING, BLOCK = (24, 32, 20), (1.0, 1.5, 2.0), 4
 PLANES = ("sagittal", "coronal", "axial")  # the planes across each axis
-MIDDLE = (10, 16, 10)  # where the viewer begins: the middle, a twelfth of the width beside the midline
+MIDDLE = (10, 16, 10)  # where the viewer starts: the middle, a twelfth of the width beside the midline
 HOSTILE = '"><script>window.harm = 1</script><img src=x onerror="window.harm = 1">\'&{{title}} $\\frac{'
 
 
@@ -42,81 +40,50 @@ def blocks(seed: int) -> np.ndarray:
 
 
 def evaluation(name: str = "sub-01") -> dict:
-    """All that a page can hold; `name` stands wherever a word may come from a file."""
-    figure = {
-        "key": "mmd",
-        "group": f"Distance {name}",
-        "name": f"Kernel distance {name}",
-        "about": f"How far. {name}",
-        "value": 0.3125,
-        "interval": [0.25, 0.38],
-        "floor": 0.0021,
-        "floor_interval": [-0.004, 0.009],
-        "difference": [0.2, 0.4],
-        "p_value": 0.001,
-        "unit": f"ml {name}",
-        "better": "lower",
-        "counts": f"60 generated {name}",
-        "missing": None,
+    """The arguments of a full page; `name` is in every word that may come from a file."""
+    metric = {
+        **{"key": "mmd", "group": f"Distance {name}", "name": f"Kernel distance {name}"},
+        **{"about": f"How far. {name}", "unit": f"ml {name}", "counts": f"60 generated {name}"},
+        **{"value": 0.3125, "interval": [0.25, 0.38], "floor": 0.0021, "floor_interval": [-0.004, 0.009]},
+        **{"difference": [0.2, 0.4], "p_value": 0.001, "better": "lower", "missing": None},
     }
-    absent = {"value": None, "interval": None, "floor": None, "floor_interval": None}
-    series = {"name": f"series {name}", "x": [0, 1, 2], "y": [1.0, 0.1, 0.01]}
+    absent = dict.fromkeys(("value", "interval", "floor", "floor_interval"))
+    metrics = [
+        metric,
+        {**metric, "name": "Coverage", "better": "higher", "interval": None, "floor_interval": None},
+        {**metric, **absent, "group": "Copies", "missing": f"no training scans {name}"},
+    ]
+    series = {"name": f"series {name}", "x": [0, 1, 2], "y": [1.0, 0.1, 0.01], "low": None, "high": None}
+    band = {"name": "held-out", "low": [0.5, 0.05, 0.005], "high": [2, 0.2, 0.02]}
+    groups = ("held-out", "generated", "training")
+    content = {
+        **{"format": 1, "title": f"Evaluation {name}", "made": "2026-11-21 20:00", "figures": metrics},
+        "sets": {group: {"folder": f"{group}/{name}", "volumes": 30} for group in groups},
+        "verdicts": [
+            {"tone": tone, "text": f"A {tone} verdict. {name}"} for tone in ("bad", "warn", "good", "none")
+        ],
+        "settings": {f"feature network {name}": f"ResNet {name}"},
+        "notes": [f"held-out: 3 volumes were resampled {name}"],
+    }
+    pairs = [
+        {
+            **{"generated": f"sample_{i} {name}", "training": f"case {name}", "distance": 0.04 + i / 10},
+            **{"limit": 0.05, "flagged": i == 0, "volumes": (blocks(i), blocks(3))},
+        }
+        for i in (0, 1)
+    ]
+    curve = {"title": f"Power {name}", "x": f"cycles {name}", "y": f"power {name}", "log": True}
+    numbers = {"held-out": [1.0, 2.0, 3.0], "generated": [2.0], "training": []}
     return {
-        "metrics": {
-            "format": 1,
-            "title": f"Evaluation {name}",
-            "made": "2026-11-21 20:00",
-            "sets": {
-                kind: {"folder": f"{kind}/{name}", "volumes": 30}
-                for kind in ("held-out", "generated", "training")
-            },
-            "verdicts": [
-                {"tone": tone, "text": f"A {tone} verdict. {name}"}
-                for tone in ("bad", "warn", "good", "none")
-            ],
-            "figures": [
-                figure,
-                {**figure, "name": "Coverage", "better": "higher", "interval": None, "floor_interval": None},
-                {**figure, **absent, "group": "Copies", "missing": f"No training set was named. {name}"},
-            ],
-            "settings": {f"feature network {name}": f"ResNet {name}"},
-            "notes": [f"held-out: 3 volumes were resampled {name}"],
-        },
+        "metrics": content,
         "spacing": SPACING,
-        "shown": {
+        "examples": {
             "held-out": [(f"{name} a", blocks(0)), (f"{name} b", blocks(1))],
             "generated": [(f"sample_0 {name}", blocks(2))],
         },
-        "pairs": [
-            {
-                "generated": f"sample_{i} {name}",
-                "training": f"case {name}",
-                "distance": 0.04 + i / 10,
-                "limit": 0.05,
-                "flagged": i == 0,
-                "volumes": (blocks(i), blocks(3)),
-            }
-            for i in (0, 1)
-        ],
-        "curves": [
-            {
-                "title": f"Power {name}",
-                "x": f"cycles {name}",
-                "y": f"power {name}",
-                "log": True,
-                "series": [
-                    {**series, "low": None, "high": None},
-                    {**series, "name": "held-out", "low": [0.5, 0.05, 0.005], "high": [2, 0.2, 0.02]},
-                ],
-            }
-        ],
-        "spreads": [
-            {
-                "title": f"Volume {name}",
-                "x": f"ml {name}",
-                "groups": {"held-out": [1.0, 2.0, 3.0], "generated": [2.0], "training": []},
-            }
-        ],
+        "pairs": pairs,
+        "curves": [{**curve, "series": [series, {**series, **band}]}],
+        "distributions": [{"title": f"Volume {name}", "x": f"ml {name}", "groups": numbers}],
         "log": [
             {"stage": "autoencoder", "step": 1, "recon_loss": 0.1},
             {"stage": "diffusion", "step": 1, "loss": 0.5, "val_loss": 0.6},
@@ -125,23 +92,18 @@ def evaluation(name: str = "sub-01") -> dict:
 
 
 def minimum() -> dict:
-    """What `evaluate.py` has at least: a volume of each, and no figure that could be computed."""
+    """The least that `evaluate.py` has: one volume of each group, and no metric that could be computed."""
     full = evaluation()
-    metrics = {
+    content = {
         **full["metrics"],
         "sets": {"held-out": {"folder": "a", "volumes": 1}, "generated": {"folder": "b", "volumes": 1}},
         "figures": full["metrics"]["figures"][2:],
         "verdicts": [{"tone": "none", "text": "Too few volumes to say."}],
-        "notes": [],
-        "settings": {},
+        **{"notes": [], "settings": {}},
     }
-    shown = {kind: named[:1] for kind, named in full["shown"].items()}
-    return {
-        **dict.fromkeys(("pairs", "curves", "spreads", "log"), []),
-        "metrics": metrics,
-        "spacing": SPACING,
-        "shown": shown,
-    }
+    examples = {group: named[:1] for group, named in full["examples"].items()}
+    empty = dict.fromkeys(("pairs", "curves", "distributions", "log"), [])
+    return {**empty, "metrics": content, "spacing": SPACING, "examples": examples}
 
 
 class Page(HTMLParser):
@@ -201,10 +163,10 @@ def hostile(tmp_path_factory) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- text
 
 
-def test_it_says_everything(plain):
+def test_the_page_has_all_text(plain):
     text, metrics = Page(plain).text, evaluation()["metrics"]
     said = [metrics["title"], metrics["made"], *metrics["notes"], *metrics["settings"]]
     said += metrics["settings"].values()
@@ -213,16 +175,17 @@ def test_it_says_everything(plain):
     said += [metrics["figures"][2]["missing"], "24 × 32 × 20 voxels of 1 × 1.5 × 2 mm", "held-out/sub-01"]
     assert [one for one in said if one not in text] == []
     assert text.index("A bad verdict") < text.index("A warn verdict") < text.index("Kernel distance")
-    row = "0.312 ml sub-01 [0.25, 0.38] p = 0.001 0.0021 ml sub-01 [−0.004, 0.009] 149 × floor"
+    row = "0.312 ml sub-01 [0.25, 0.38] p = 0.001 0.0021 ml sub-01 [−0.004, 0.009] 149 × baseline"
     assert f"{row} difference [0.2, 0.4] ↓ lower" in text
-    assert "Flagged distance 0.04, limit 0.05" in text and "Not flagged distance 0.14, limit 0.05" in text
+    assert "Flagged distance 0.04, threshold 0.05" in text
+    assert "Not flagged distance 0.14, threshold 0.05" in text
 
 
 def test_the_minimum(page):
     made = page(minimum())
-    assert "Too few volumes to say." in made.text and "No training set was named." in made.text
+    assert "Too few volumes to say." in made.text and "no training scans" in made.text
     sections = [one["id"] for tag, one in made.elements if tag == "section"]
-    assert sections == ["verdict", "figures", "slices", "viewer"]
+    assert sections == ["verdict", "metrics", "slices", "viewer"]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +244,7 @@ def test_what_was_there_stays_where_writing_fails(page, tmp_path):
     assert (tmp_path / "out" / "report.html").read_bytes() == before
 
 
-# ---------------------------------------------------------------- what it embeds
+# ---------------------------------------------------------------- embedded volumes
 
 
 def embedded(made: Page) -> tuple[dict, list[np.ndarray]]:
@@ -291,13 +254,13 @@ def embedded(made: Page) -> tuple[dict, list[np.ndarray]]:
 
 
 def test_volumes_are_embedded_to_the_byte(page):
-    content = {**minimum(), "shown": evaluation()["shown"]}
-    content["shown"]["generated"][0][1][0, 0, :2] = -3, 7  # beyond black and white
+    content = {**minimum(), "examples": evaluation()["examples"]}
+    content["examples"]["generated"][0][1][0, 0, :2] = -3, 7  # beyond black and white
     content["spacing"] = np.float32(SPACING)  # as nibabel has it
     data, volumes = embedded(page(content))
     assert [one["set"] for one in data["volumes"]] == ["held-out", "held-out", "generated"]
     assert data["shape"] == list(SHAPE) and data["spacing"] == list(SPACING)
-    whole = [volume for named in content["shown"].values() for _, volume in named]
+    whole = [volume for named in content["examples"].values() for _, volume in named]
     for bytes_, volume in zip(volumes, whole, strict=True):
         assert np.array_equal(bytes_, np.round(np.clip(volume, 0, 1) * 255))
     assert volumes[2][0, 0, :2].tolist() == [0, 255]
@@ -307,18 +270,20 @@ def test_large_volumes_are_averaged_and_the_page_says_so(page):
     content = minimum()
     volume = np.zeros((300, 10, 7))  # blocks of 3 x 1 x 1, as 300 / 128 is between 2 and 3
     volume[3:6, 4, 5] = 0.2, 0.4, 0.9
-    content["shown"] = {"held-out": [("a", volume)], "generated": [("b", volume)]}
+    content["examples"] = {"held-out": [("a", volume)], "generated": [("b", volume)]}
     made = page(content)
     data, volumes = embedded(made)
     assert data["shape"] == [100, 10, 7] and data["spacing"] == [3 * SPACING[0], *SPACING[1:]]
     assert volumes[0][1, 4, 5] == round(0.5 * 255) and volumes[0].sum() == volumes[0][1, 4, 5]
-    assert "means of 3 × 1 × 1 voxels" in made.text and "100 × 10 × 7 of 3 × 1.5 × 2 mm" in made.text
+    assert (
+        "Shown are means of 3 × 1 × 1 voxels" in made.text and "100 × 10 × 7 of 3 × 1.5 × 2 mm" in made.text
+    )
     assert "means of" not in page(minimum()).text
 
 
 def test_many_volumes_are_averaged_too(page, monkeypatch):
     monkeypatch.setattr(report, "VOXELS", 3 * 24 * 32 * 20 - 1)
-    data, volumes = embedded(page({**minimum(), "shown": evaluation()["shown"]}))
+    data, volumes = embedded(page({**minimum(), "examples": evaluation()["examples"]}))
     assert data["shape"] == [24, 16, 20]  # three of these do
     assert volumes[0][5, 3, 9] == round(blocks(0)[5, 6:8, 9].mean() * 255)
 
@@ -328,7 +293,7 @@ def test_slices_have_the_subjects_right_on_the_left_and_true_proportions(page):
     volume = np.zeros(SHAPE)
     volume[d // 2 :, h // 2 :, w // 2 :] = 0.5  # right, anterior and superior
     volume[d // 2 - d // 12, h // 2 :, w // 2 :] = 1.0  # in the sagittal slice
-    content["shown"] = {"held-out": [("a", volume)], "generated": [("b", volume)]}
+    content["examples"] = {"held-out": [("a", volume)], "generated": [("b", volume)]}
     made = page(content)
     sizes = {"axial": (24, 48), "coronal": (24, 40), "sagittal": (48, 40)}  # mm
     for plane, (across, down) in sizes.items():

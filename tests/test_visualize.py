@@ -131,7 +131,7 @@ def test_a_position_in_mm_is_found(write_image, tmp_path, degrees):
         rows, columns = np.indices(area.shape) + 0.5
         found = (rows * area).sum() / area.sum(), (columns * area).sum() / area.sum()
         assert found == pytest.approx(centre, abs=0.5)
-    assert "outside" in refused("planes", path, "--out", tmp_path / "x.png", "--at", 999, 0, 0)
+    assert "is outside" in refused("planes", path, "--out", tmp_path / "x.png", "--at", 999, 0, 0)
 
 
 def test_letters_and_captions(monkeypatch):
@@ -265,14 +265,14 @@ def test_labels_are_coloured_where_they_are(write_image, tmp_path, grid):
     marked = slice_areas(pixels(out), HEADER + 500 + 2 * MARGIN + GAP)
     assert all((area == area[..., :1]).all() for area in plain)  # grey
     for plane, (before, after) in enumerate(zip(plain, marked, strict=True)):
-        due = figures.upright(labels, NAMES[plane], (22, 8, 8)[plane])
+        expected = figures.upright(labels, NAMES[plane], (22, 8, 8)[plane])
         block = [[25, 15], [25, 10], [15, 10]][plane]
-        due = due.repeat(block[0], 0).repeat(block[1], 1)
-        assert (after[due == 0] == before[due == 0]).all()
+        expected = expected.repeat(block[0], 0).repeat(block[1], 1)
+        assert (after[expected == 0] == before[expected == 0]).all()
         for value in (1, 3):
-            if (due == value).any():
+            if (expected == value).any():
                 colour = expected_colour(value, 0)
-                assert np.abs(after[due == value] - before[due == value] / 2 - colour).max() <= 1
+                assert np.abs(after[expected == value] - before[expected == value] / 2 - colour).max() <= 1
 
 
 def test_the_slices_with_most_of_the_mask_are_shown(write_image, tmp_path):
@@ -302,9 +302,9 @@ def test_masks_that_are_none_or_elsewhere(write_image, tmp_path):
     far[0, 3] += 500
     mask = write_image(tmp_path / "far.nii.gz", boxes(), far)
     message = refused("overlay", scan, "--mask", mask, "--out", out)
-    assert "lies elsewhere" in message and "R 469 to 549" in message and "R -31 to 49" in message
+    assert "does not overlap" in message and "R 469 to 549" in message and "R -31 to 49" in message
     mask = write_image(tmp_path / "half.nii.gz", boxes() / np.float32(2), RAS)
-    assert "is no mask" in refused("overlay", scan, "--mask", mask, "--out", out)
+    assert "not a mask" in refused("overlay", scan, "--mask", mask, "--out", out)
     mask = write_image(tmp_path / "4d.nii.gz", np.stack([boxes()] * 3, -1), RAS)
     assert "holds 3 volumes" in refused("overlay", scan, "--mask", mask, "--out", out)
     assert not out.exists()
@@ -313,7 +313,7 @@ def test_masks_that_are_none_or_elsewhere(write_image, tmp_path):
     mask = write_image(tmp_path / "near.nii.gz", boxes(), near)
     assert "covers 50% of the scan" in draw("overlay", scan, "--mask", mask, "--out", out)
     mask = write_image(tmp_path / "none.nii.gz", boxes() * 0, RAS)
-    assert "no voxel within the scan has a label" in draw(
+    assert "no labelled voxel within the scan" in draw(
         "overlay", scan, "--mask", mask, "--out", tmp_path / "none.png"
     )
 
@@ -413,8 +413,8 @@ def test_denoising_ends_on_the_volume_that_inference_writes(done, tmp_path):
         (frames[0], noise, "noise"),
         (frames[1], estimate, "step 1 of 4, at noise level 1.000"),
     ):
-        due = frame_by_hand(done, decode_by_hand(done, latents, checkpoint["scale_factor"])[0], 2, note)
-        assert np.abs(frame - due).max() <= 1
+        expected = frame_by_hand(done, decode_by_hand(done, latents, checkpoint["scale_factor"])[0], 2, note)
+        assert np.abs(frame - expected).max() <= 1
     assert all(np.abs(one - other).max() > 10 for one, other in zip(frames, frames[1:], strict=False))
 
 
@@ -484,7 +484,7 @@ def test_wrong_usage_writes_nothing(write_image, tmp_path):
     assert not out.exists()
     draw("slices", scan, "--out", out)
     before = out.read_bytes()
-    assert "is there already" in refused("planes", scan, "--out", out)
+    assert "exists." in refused("planes", scan, "--out", out)
     assert out.read_bytes() == before
     draw("planes", scan, "--out", out, "--force")
     assert out.read_bytes() != before

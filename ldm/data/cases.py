@@ -45,11 +45,12 @@ def rounded(size: float) -> float:
     return round(float(size), max(4, 3 - math.floor(math.log10(size))))
 
 
-def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int) -> list[int]:
-    """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`; only
-    headers are read."""
+def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int | Sequence[int]) -> list[int]:
+    """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`, or
+    along each axis of its own; only headers are read."""
     largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
-    return [int(math.ceil(side / divisor) * divisor) for side in largest]
+    divisors = np.broadcast_to(divisor, len(largest)).tolist()
+    return [int(math.ceil(side / n) * n) for side, n in zip(largest, divisors, strict=True)]
 
 
 def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

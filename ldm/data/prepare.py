@@ -18,11 +18,10 @@ from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
-from ldm.models.definitions import check_size, downsampling, network_divisor
+from ldm.environment import FOLDERS
+from ldm.models.definitions import check_size, downsampling_factor, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
-
-FOLDERS = ("model_dir", "tfevent_path", "output_dir", "cache_dir")  # of the environment, for results
 
 
 def own_folders(environment: dict) -> list[Path]:
@@ -61,6 +60,7 @@ def prepare_data(
     write: bool = True,
     resumed: dict | None = None,
     autoencoder: Path | None = None,
+    known: dict | None = None,
 ) -> tuple[list[Case], list[Case], list[float]]:
     """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
 
@@ -74,6 +74,7 @@ def prepare_data(
         resumed: the checkpoint that is resumed.
         autoencoder: the file of stage 1's weights. Where the split is made, cases that the autoencoder was
             not trained on are held out.
+        known: the `subjects` in that file, if it was read already.
 
     Returns:
         Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
@@ -90,9 +91,9 @@ def prepare_data(
     found = find_data(config, environment, run.say)
 
     def divide() -> splits.Sides:
-        known = None
-        if autoencoder and autoencoder.is_file():
-            known = load_checkpoint(autoencoder).get("subjects")
+        subjects = known
+        if subjects is None and autoencoder and autoencoder.is_file():
+            subjects = load_checkpoint(autoencoder).get("subjects")
         stages = (config["autoencoder_train"], config["diffusion_train"])
         labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
         where = ", ".join(map(str, data_folders(environment)))
@@ -105,7 +106,7 @@ def prepare_data(
             skip_bad,
         )
         val_fraction, seed = config["data"]["val_fraction"], config["seed"]
-        return splitter.divide(*sides, val_fraction, seed, resumed, autoencoder, known)
+        return splitter.divide(*sides, val_fraction, seed, resumed, autoencoder, subjects)
 
     train, val = run.from_main(divide)
     if splits.is_single_subject(train, val):
@@ -143,9 +144,9 @@ def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[in
     patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
-        check_size(whole, 1, f"spacing {config['spacing']}: volumes of")
+        check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")
         patch, volume = patch or whole, volume or whole
-    shown, factor = shown or volume, downsampling(config["autoencoder_def"])
+    shown, factor = shown or volume, downsampling_factor(config["autoencoder_def"])
     check_size(volume, network_divisor(config), "diffusion_train.patch_size")
     check_size(patch, factor, "autoencoder_train.patch_size")
     check_size(shown, factor, "autoencoder_train.val_patch_size")

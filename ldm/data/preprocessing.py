@@ -30,7 +30,7 @@ from ldm import UserError
 from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
 from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
-from ldm.models.definitions import MOST_VOXELS
+from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import tell
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its corrections of headers; see `header_notes`
@@ -158,9 +158,9 @@ def _resample(
     sizes = nib.affines.voxel_sizes(image.affine)
     to_ras = ornt_transform(io_orientation(image.affine), RAS)
     target = np.array(spacing)[to_ras[:, 0].astype(int)]
-    if np.prod(sizes * voxels.shape / target) > MOST_VOXELS:
+    if np.prod(sizes * voxels.shape / target) > MAX_VOXELS:
         raise UserError(
-            f"{path}: covers {by_times(sizes * voxels.shape)} mm, which is more than {MOST_VOXELS} voxels at "
+            f"{path}: covers {by_times(sizes * voxels.shape)} mm, which is more than {MAX_VOXELS} voxels at "
             f"{by_times(target)} mm. Fix its header, or choose a coarser `spacing`."
         )
     if (np.array(voxels.shape) - 1 < target / sizes / 2).any():

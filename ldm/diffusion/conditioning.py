@@ -87,6 +87,10 @@ class Conditions:
         classes = ", ".join(f"{value} ({counts[i]})" for i, value in enumerate([*self.values, "unknown"]))
         return f"conditions: classes by {self.column}, with their cases: {classes}"
 
+    def describe(self) -> str:
+        """What a model card says."""
+        return f"`{self.column}`, one of {', '.join(self.values)}; or unknown" if self else "none"
+
     def state(self) -> dict:
         """The checkpoint's entry `conditions`."""
         return {"class_labels": {"column": self.column, "values": list(self.values)}}

@@ -1,8 +1,7 @@
-"""How far two sets of feature rows are apart, and what of one lies within the other: rows in, numbers out.
+"""Distances between two sets of feature rows, with bootstrap intervals and a permutation test.
 
-Every estimate comes with an interval, by resampling the volumes of both sets (a bootstrap), since with tens
-of volumes the sets themselves are the largest source of error. Whether two sets differ at all is decided by a
-permutation test, which is exact however few the volumes are.
+With tens of volumes the choice of volumes is the largest source of error, which the bootstrap over both sets
+estimates. The permutation test is exact however few the volumes are.
 """
 
 import math
@@ -12,27 +11,26 @@ import numpy as np
 import torch
 from scipy.stats import binomtest, norm, t
 
-SHARE = 0.95  # of the intervals
-DRAWS = 1000  # of a bootstrap
+SHARE = 0.95  # confidence level of the intervals
+DRAWS = 1000  # bootstrap samples
 PERMUTATIONS = 999
-LEVEL = 0.05  # of the permutation test
-POWER = 0.8  # "four of five cases"
-SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations, of the differences that a test is tried on
-ENOUGH = 200  # rows of a set, more than which are not simulated
+LEVEL = 0.05  # significance level of the permutation test
+POWER = 0.8
+SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations, of the shifts that are simulated
+MAX_SIMULATED = 200  # rows of a simulated set
 
 
-def interval(values: np.ndarray, share: float = SHARE) -> list[float]:
-    """Between which `share` of drawn values lie; those that are NaN do not count."""
-    low = (1 - share) / 2
+def interval(values: np.ndarray) -> list[float]:
+    """The central interval that holds `SHARE` of the values; NaNs are ignored."""
+    low = (1 - SHARE) / 2
     return [float(x) for x in np.nanquantile(values, [low, 1 - low])]
 
 
-def difference_interval(draws: np.ndarray, value: float, count: int) -> list[float] | None:
-    """Where a difference lies whose bootstrap draws are these, from `count` volumes on each side.
+def t_interval(draws: np.ndarray, value: float, count: int) -> list[float] | None:
+    """The interval of `value`, from its bootstrap draws over `count` volumes on each side; None for one.
 
-    The draws are moved to have the mean `value`, and widened as Student's t is wider than a normal
-    distribution, without which intervals from ten volumes are too short (Hesterberg, 2015). None for one
-    volume.
+    The draws are centred on `value` and widened by the ratio of Student's t to the normal distribution:
+    percentile intervals of ten volumes are too short (Hesterberg, 2015).
     """
     if count < 2:
         return None
@@ -41,13 +39,13 @@ def difference_interval(draws: np.ndarray, value: float, count: int) -> list[flo
 
 
 def share_interval(found: np.ndarray) -> list[float]:
-    """The interval of a share, from draws of 0 or 1 (Wilson, 1927): 0 of 10 does not make the share 0."""
+    """The interval of a proportion, from values 0 or 1 (Wilson, 1927): not empty for 0 of 10."""
     limits = binomtest(int(found.sum()), len(found)).proportion_ci(SHARE, "wilson")
     return [float(limits.low), float(limits.high)]
 
 
 def share_difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """Where the difference of two such shares lies (Newcombe, 1998, method 10)."""
+    """The interval of the difference of two proportions (Newcombe, 1998, method 10)."""
     a, b = first.mean(), second.mean()
     (low_a, high_a), (low_b, high_b) = share_interval(first), share_interval(second)
     low, high = math.hypot(a - low_a, high_b - b), math.hypot(high_a - a, b - low_b)
@@ -60,8 +58,8 @@ def polynomial_kernel(rows: torch.Tensor) -> torch.Tensor:
 
 
 class KernelDistance:
-    """Squared maximum mean discrepancy, unbiased, with the kernel (x.y / F + 1)^3 of KID (Binkowski et al.,
-    2018, eq. 3 and 4). It can be negative where the sets do not differ, and does not grow with their sizes.
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3 of KID (Binkowski et al.,
+    2018, eq. 3 and 4). It can be negative, and does not depend on the sizes of the sets.
 
     Args:
         first, second: (N, F) and (M, F), at least 2 rows each.
@@ -77,21 +75,20 @@ class KernelDistance:
         return float(self._weighted(*(np.ones((1, n)) for n in self.sizes))[0])
 
     def bootstrap(self, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-        """Distances of sets drawn anew. A row is never paired with itself, however often it was drawn; NaN
-        where one was drawn every time."""
+        """Distances of resampled sets (draws,). A row is never paired with itself, however often it was
+        drawn; NaN where a set consists of one row."""
         rng = np.random.default_rng(seed)
-        # The second set first: two distances to the same set are drawn alike, and may be subtracted.
+        # The second set first: distances to the same set use the same draws of it, and may be subtracted.
         second, first = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in self.sizes[::-1])
         return self._weighted(first.astype(float), second.astype(float))
 
     def p_value(self, seed: int = 0) -> float:
-        """Of a permutation test (Gretton et al., 2012): (1 + permutations whose distance is as large)
-        / (1 + permutations). Exact where the rows are exchangeable if the sets do not differ: the scaling of
-        the rows must then not depend on which set a row is in."""
+        """Of a permutation test (Gretton et al., 2012): (1 + permutations with at least this distance)
+        / (1 + permutations). Exact for exchangeable rows: their scaling must not depend on the set."""
         return float(permutation_p_values(self.kernel[None], self.sizes[0], PERMUTATIONS, seed)[0])
 
     def _weighted(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Of sets in which row i counts weights[:, i] times: (draws, N), (draws, M) -> (draws,)."""
+        """Distances (draws,) of sets in which each row is repeated this often: (draws, N), (draws, M)."""
         n = self.sizes[0]
         inner = [_mean_of_pairs(self.kernel[:n, :n], first), _mean_of_pairs(self.kernel[n:, n:], second)]
         across = np.einsum("bi,ij,bj->b", first, self.kernel[:n, n:], second, optimize=True)
@@ -106,13 +103,13 @@ def _mean_of_pairs(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def permutation_p_values(kernels: np.ndarray, first: int, permutations: int, seed: int = 0) -> np.ndarray:
-    """p-values of the squared maximum mean discrepancy of the first `first` rows and the others, by permuting
-    rows: kernels of all rows (S, N, N) -> (S,)."""
+    """p-values (S,) of the squared maximum mean discrepancy of the first `first` rows and the others, from
+    kernel matrices of all rows (S, N, N)."""
     total = kernels.shape[1]
     second = total - first
     kernels = kernels * (1 - np.eye(total))  # a row is not paired with itself
     rng = np.random.default_rng(seed)
-    # The rows as they are, then permuted.
+    # The observed order, then permutations.
     orders = np.vstack([np.arange(total), rng.permuted(np.tile(np.arange(total), (permutations, 1)), axis=1)])
     chosen = (orders < first).astype(float)  # (permutations + 1, N): which rows are of the first set
     sums = chosen @ kernels  # (S, permutations + 1, N)
@@ -127,54 +124,54 @@ def permutation_p_values(kernels: np.ndarray, first: int, permutations: int, see
     return (1 + (permuted >= observed - rounding).sum(1)) / (1 + permutations)
 
 
-def smallest_shift_seen(
+def detectable_shift(
     real: torch.Tensor, first: int, second: int, simulations: int = 200, permutations: int = 199
 ) -> float | None:
-    """How far off a set has to be for the permutation test to find it: the least of `SHIFTS` that it finds in
-    `POWER` of all cases at `LEVEL`, with `first` and `second` rows; None where it finds none of them.
+    """The smallest of `SHIFTS` that the permutation test detects with `POWER` at `LEVEL`, with `first` and
+    `second` rows; None where it detects none.
 
-    By simulation: normal rows with the covariance of real ones; all features of the first set are off by that
-    many of their standard deviations, up or down as they vary together (the signs of the first principal
-    axis), which is hard to tell from chance.
+    By simulation: normal rows with the covariance of real ones. All features of the first set are shifted by
+    that many standard deviations, with the signs of the first principal axis: along the largest variance a
+    shift is hard to detect.
 
     Args:
         real: (N, F), at least 2 rows.
     """
-    first, second = min(first, ENOUGH), min(second, ENOUGH)
+    first, second = min(first, MAX_SIMULATED), min(second, MAX_SIMULATED)
     if min(first, second) < 2:
         return None
     _, spread, axes = torch.linalg.svd(real - real.mean(0), full_matrices=False)
-    # All is in the span of the axes and the shift: coordinates there keep each inner product.
-    off = real.std(0) * torch.where(axes[0] < 0, -1.0, 1.0).to(real)
-    beside = off - axes.T @ (axes @ off)
-    off = torch.cat([axes @ off, beside.norm()[None]])
+    # Coordinates in the span of the axes and the shift: inner products stay the same.
+    direction = real.std(0) * torch.where(axes[0] < 0, -1.0, 1.0).to(real)
+    orthogonal = direction - axes.T @ (axes @ direction)
+    direction = torch.cat([axes @ direction, orthogonal.norm()[None]])
     scales = torch.cat([spread / math.sqrt(len(real) - 1), spread.new_zeros(1)])
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(simulations, first + second, len(scales), generator=generator, dtype=real.dtype)
     is_first = (torch.arange(first + second) < first).to(real)[:, None]
     for shift in SHIFTS:
-        found = 0
-        for some in draws.split(50):
-            rows = some * scales + shift * is_first * off
+        detected = 0
+        for part in draws.split(50):
+            rows = part * scales + shift * is_first * direction
             rows = rows - rows.mean(1, keepdim=True)
             products = rows @ rows.mT / real.shape[1]
             p = permutation_p_values(((products + 1) ** 3).numpy(), first, permutations)
-            found += int((p <= LEVEL).sum())
-        if found >= POWER * simulations:
+            detected += int((p <= LEVEL).sum())
+        if detected >= POWER * simulations:
             return shift
     return None
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Fréchet distance of the normal distributions that two sets have the means and covariances of (Heusel et
-    al., 2017): |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
+    """Fréchet distance of two sets, as normal distributions (Heusel et al., 2017):
+    |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
 
     Args:
         first, second: (N, F) and (M, F), at least 2 rows each.
 
     The last trace is the sum of the singular values of X1 X2^T / sqrt((N - 1)(M - 1)), X being the centred
-    rows: exact whatever N and F, where the square root of a product of covariances of rank below F is mostly
-    rounding.
+    rows. This is exact for any N and F; the matrix square root of rank-deficient covariances is mostly
+    rounding error.
     """
     rows = [x.double() for x in (first, second)]
     means = [x.mean(0) for x in rows]
@@ -185,13 +182,13 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 class Moments:
-    """Mean and covariance of rows that come one after the other and are not kept."""
+    """Running mean and covariance of rows, which are not kept."""
 
     def __init__(self):
         self.count, self.total, self.products = 0, 0.0, 0.0
 
     def add(self, rows: torch.Tensor) -> None:
-        """(N, F) more of them."""
+        """Add rows (N, F)."""
         rows = rows.double()
         self.count += len(rows)
         self.total, self.products = self.total + rows.sum(0), self.products + rows.T @ rows
@@ -203,7 +200,7 @@ class Moments:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """(F, F), by N - 1."""
+        """(F, F), normalised by N - 1."""
         mean = self.mean
         return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
@@ -228,11 +225,10 @@ def bootstrap(
     draws: int = 200,
     seed: int = 0,
 ) -> np.ndarray:
-    """Distances of each of `firsts` to `second`, the rows of all resampled: (firsts, draws). The second set
-    is resampled alike for all, so that distances may be subtracted.
+    """Bootstrap distances of each of `firsts` to `second`: (firsts, draws). All use the same draws of the
+    second set, so that distances may be subtracted.
 
-    They are shifted so that the mean is the distance of the sets themselves: sets that hold volumes twice are
-    farther apart than those that they were drawn from.
+    They are centred on the observed distance: resampled sets, with their repeated rows, are farther apart.
     """
     rng = np.random.default_rng(seed)
     values = np.empty((len(firsts), draws))
@@ -244,16 +240,12 @@ def bootstrap(
 
 
 class PrincipalAxes:
-    """The directions in which real rows vary most, in which few rows suffice for a covariance.
+    """Projection onto the first `count` principal axes of rows (N, F): a few rows suffice for a covariance
+    there."""
 
-    Args:
-        real: (N, F) rows.
-        count: of directions.
-    """
-
-    def __init__(self, real: torch.Tensor, count: int):
-        self.centre = real.mean(0)
-        self.axes = torch.linalg.svd(real - self.centre, full_matrices=False).Vh[:count]
+    def __init__(self, rows: torch.Tensor, count: int):
+        self.centre = rows.mean(0)
+        self.axes = torch.linalg.svd(rows - self.centre, full_matrices=False).Vh[:count]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, F) -> (N, count)."""
@@ -261,7 +253,7 @@ class PrincipalAxes:
 
 
 def _within(rows: torch.Tensor, others: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Whether each of `rows` lies no farther from one of `others` than that one's `neighbours`-th nearest."""
+    """Which of `rows` lie in the ball of any of `others`, up to its `neighbours`-th nearest neighbour."""
     radii = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the nearest is itself
     return (torch.cdist(rows, others) <= radii).any(1)
 
@@ -275,8 +267,8 @@ def precision_recall(
         real, generated: (N, F) and (M, F), more than `neighbours` rows each.
 
     Returns:
-        For each generated row whether it lies within the real ones' balls, and for each real row whether it
-        lies within the generated ones': their means are precision and recall.
+        For each generated row 1 if it lies in a ball of a real one, else 0, and the same for each real row:
+        their means are precision and recall.
     """
     return (
         _within(generated, real, neighbours).double().numpy(),
@@ -285,7 +277,7 @@ def precision_recall(
 
 
 def bootstrap_mean(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Means of values drawn anew, (N,) or (N, K) -> (draws,) or (draws, K)."""
+    """Bootstrap means, (N,) or (N, K) -> (draws,) or (draws, K)."""
     picked = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     return np.asarray(values)[picked].mean(1)
 

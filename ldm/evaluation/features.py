@@ -1,27 +1,30 @@
-"""What frozen networks see in a volume: a row of numbers for each, by which sets of volumes are compared.
+"""Features of volumes by frozen networks, in which groups of volumes are compared.
 
-`AutoencoderFeatures` needs no weights from elsewhere: the encoder is the one that was trained on the user's
-own data. Distances in it compare models over the same autoencoder and are never to be set beside published
-ones. `MedicalNetFeatures` and `RadImageNetFeatures` are those of the published 3D and 2.5D Fréchet distances.
+`AutoencoderFeatures` needs no published weights: the encoder was trained on the user's own data. Distances in
+it compare models over one autoencoder; they are not comparable with published ones. `MedicalNetFeatures` and
+`RadImageNetFeatures` are those of the published 3D and 2.5D Fréchet distances.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.perceptual import medicalnet, radimagenet, standardised, trunk
 
+OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # the networks
 GRID = 2  # cells a side, over which the encoder's activations are pooled
-FLAT = 0.1  # of a group's typical standard deviation: features that vary less do not count for more
-BGR_MEANS = (0.406, 0.456, 0.485)  # which the slices that RadImageNet was trained on lack
+MIN_STD = 0.1  # smallest scale of a feature, relative to its layer's typical standard deviation
+BGR_MEANS = (0.406, 0.456, 0.485)  # subtracted from the slices that RadImageNet was trained on
 PLANES = ("sagittal", "coronal", "axial")
 
 
 class AutoencoderFeatures:
-    """Of each resolution of an autoencoder's encoder, and of the posterior mean, each channel's mean and
-    standard deviation in each of GRID^3 cells.
+    """Mean and standard deviation of each channel in each of GRID^3 cells, at each resolution of an
+    autoencoder's encoder and of the posterior mean.
 
     Args:
         autoencoder: frozen. The activations are those after the last block of each resolution.
@@ -47,44 +50,43 @@ def _pooled(activation: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(network, volumes: torch.Tensor) -> list[torch.Tensor]:
-    """Rows (N, F) of volumes (N, C, D, H, W), one by one: a tensor for each group of features of
-    `network`."""
+    """Features (N, F) of volumes (N, C, D, H, W), one tensor per layer of `network`."""
     return stacked([network(volume[None]) for volume in volumes])
 
 
 def stacked(features: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Rows of volumes, a list of groups each -> (N, F) a group."""
-    return [torch.stack(group) for group in zip(*features, strict=True)]
+    """One list of rows (F,) per volume, a row per layer -> one tensor (N, F) per layer."""
+    return [torch.stack(layer) for layer in zip(*features, strict=True)]
 
 
 class FeatureSpace:
-    """Features standardised by those of real volumes, each group with the same weight.
+    """Features standardised by those of real volumes; each layer has the same weight.
 
     Args:
-        real: rows of real volumes, a tensor (N, F) a group; N of 2 or more.
+        real: features of real volumes, one tensor (N, F) per layer; N of 2 or more.
     """
 
     def __init__(self, real: list[torch.Tensor]):
-        self.centres = [group.mean(0) for group in real]
+        self.centres = [layer.mean(0) for layer in real]
         self.scales = [
-            spread.clamp_min(FLAT * spread.square().mean().sqrt()).clamp_min(1e-12)
-            for spread in (group.std(0) for group in real)
+            spread.clamp_min(MIN_STD * spread.square().mean().sqrt()).clamp_min(1e-12)
+            for spread in (layer.std(0) for layer in real)
         ]
 
-    def __call__(self, groups: list[torch.Tensor]) -> torch.Tensor:
-        """Rows (N, F) of each group -> (N, all of them), float64; the mean square of real volumes' is about
-        1."""
+    def __call__(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        """One tensor (N, F) per layer -> (N, sum of F), float64, with a mean square of about 1 for real
+        volumes."""
         parts = [
-            (group - centre) / scale / (len(scale) * len(groups)) ** 0.5
-            for group, centre, scale in zip(groups, self.centres, self.scales, strict=True)
+            (layer - centre) / scale / (len(scale) * len(layers)) ** 0.5
+            for layer, centre, scale in zip(layers, self.centres, self.scales, strict=True)
         ]
         features = torch.cat(parts, 1)
         return features * features.shape[1] ** 0.5
 
 
 class MedicalNetFeatures:
-    """The mean over space of MedicalNet's last feature map, of a volume with mean 0 and standard deviation 1,
-    one channel after the other. The features of the published 3D Fréchet distance.
+    """Spatial mean of MedicalNet's last feature map, of each channel standardised to mean 0 and standard
+    deviation 1: the features of the published 3D Fréchet distance.
 
     Args:
         state: weights of the network of this depth.
@@ -101,16 +103,15 @@ class MedicalNetFeatures:
 
 
 class RadImageNetFeatures:
-    """For each of three planes the mean over its slices of RadImageNet's features: those of the published
-    2.5D Fréchet distance, which takes one distance a plane and their mean.
+    """RadImageNet's features of every slice in three planes: those of the published 2.5D Fréchet distance,
+    the mean of one distance per plane.
 
-    A slice has the same values in all three channels, is scaled by the least and the most of the volume, and
-    lacks `BGR_MEANS`.
+    A slice is repeated in all three channels, scaled by the volume's minimum and maximum, less `BGR_MEANS`.
     """
 
-    def __init__(self, state: dict, where: str, device: torch.device, slices: int = 32):
+    def __init__(self, state: dict, where: str, device: torch.device, batch: int = 32):
         self.network = radimagenet(state, where).to(device).eval().requires_grad_(False)
-        self.slices = slices  # at a time
+        self.batch = batch  # slices
 
     @torch.no_grad()
     def __call__(self, volume: torch.Tensor) -> list[torch.Tensor]:
@@ -122,9 +123,38 @@ class RadImageNetFeatures:
         rows = []
         for axis in range(3):
             images = volume.movedim(axis, 0)[:, None] - means
-            rows.append(
-                torch.cat([trunk(self.network, some).mean((2, 3)) for some in images.split(self.slices)])
-                .double()
-                .cpu()
-            )
+            parts = [trunk(self.network, part).mean((2, 3)) for part in images.split(self.batch)]
+            rows.append(torch.cat(parts).double().cpu())
         return rows
+
+
+def feature_networks(
+    autoencoder: Autoencoder | None,
+    medicalnet_weights: Sequence[str] | None,
+    radimagenet_weights: Sequence[str] | None,
+    device: torch.device,
+) -> tuple[dict[str, AutoencoderFeatures | MedicalNetFeatures | RadImageNetFeatures], dict[str, str]]:
+    """The feature networks that are available, by name, and a line on each for the report.
+
+    Args:
+        medicalnet_weights, radimagenet_weights: a file, and, where it is to be checked, its SHA-256.
+
+    Raises:
+        UserError: a file cannot be read, does not fit, or has another SHA-256.
+    """
+    networks, about = {}, {}
+    if autoencoder:
+        networks[OWN] = AutoencoderFeatures(autoencoder)
+        about["own features"] = "the autoencoder's encoder; not comparable with published values"
+    if medicalnet_weights:
+        path, *expected = medicalnet_weights
+        state, digest = perceptual.read_weights(Path(path), *expected or [None])
+        depth = perceptual.medicalnet_depth(state, path)
+        networks[MEDICALNET] = MedicalNetFeatures(depth, state, path, device)
+        about["MedicalNet"] = f"ResNet-{depth}, {Path(path).name}, SHA-256 {digest}"
+    if radimagenet_weights:
+        path, *expected = radimagenet_weights
+        state, digest = perceptual.read_weights(Path(path), *expected or [None])
+        networks[RADIMAGENET] = RadImageNetFeatures(state, path, device)
+        about["RadImageNet"] = f"ResNet-50, {Path(path).name}, SHA-256 {digest}"
+    return networks, about

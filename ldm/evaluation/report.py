@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file that opens by double click and takes nothing from elsewhere."""
+"""The page of an evaluation: one self-contained HTML file."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -24,11 +24,11 @@ from ldm import brief, counted, figures
 from ldm.system.files import written_whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SIDE = 128  # voxels a side that the viewer shows at most,
-VOXELS = 16_000_000  # and those of all its volumes together: some 8 MB of brains
+SIDE = 128  # largest side in voxels of a volume in the viewer
+VOXELS = 16_000_000  # of all volumes in the viewer: some 8 MB of brains
 PIXELS = 540  # width of a picture of three planes
 
-# Told apart by the colour-blind: of the sets, and of whatever else a chart shows.
+# Colour-blind safe: of the groups, and of other series.
 COLOURS = {"held-out": "#0072b2", "generated": "#d55e00", "training": "#009e73"}
 OTHERS = ("#556070", "#7b4fa3", "#a07a00", "#b03a7a")
 MARKS = {
@@ -38,7 +38,7 @@ MARKS = {
     "none": ("i", "For information"),
 }
 
-BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near floor": "≈ near floor", "": "to compare"}
+BETTER = {"lower": "↓ lower", "higher": "↑ higher", "near baseline": "≈ baseline", "": "for comparison"}
 
 
 def write_report(
@@ -46,54 +46,54 @@ def write_report(
     metrics: dict,
     *,
     spacing: Sequence[float],
-    shown: dict[str, Sequence[tuple[str, np.ndarray]]],
+    examples: dict[str, Sequence[tuple[str, np.ndarray]]],
     pairs: Sequence[dict],
     curves: Sequence[dict],
-    spreads: Sequence[dict],
+    distributions: Sequence[dict],
     log: Sequence[dict],
 ) -> None:
-    """Write the page: verdicts, figures, slices, a viewer, closest pairs, distributions and curves.
+    """Write the page: conclusions, metrics, slices, a viewer, closest pairs, distributions and curves.
 
-    Volumes are (D, H, W) in RAS in [0, 1], all on one grid; what lies outside [0, 1] is shown as 0 or 1.
+    Volumes are (D, H, W) in RAS, all on one grid; intensities outside [0, 1] are clipped.
 
     Args:
         metrics: the content of `metrics.json`.
-        spacing: mm between voxels: right, anterior, superior.
-        shown: for each set its named volumes for the slices and the viewer, one at least.
-        pairs: closest generated and training volumes, closest first: "generated" and "training" (names),
-            "distance", "limit", "flagged" and "volumes" (the two).
-        curves: "title", "x", "y" (labels), "log" (whether y is logarithmic) and "series", each with "name",
-            "x", "y" and, or None, "low" and "high".
-        spreads: "title", "x" (label with unit) and "groups": for each set its numbers.
+        spacing: mm between voxels along right, anterior, superior.
+        examples: for each group the named volumes of the slices and the viewer, at least one.
+        pairs: generated volumes and their nearest training scans, closest first: "generated" and "training"
+            (names), "distance", "limit", "flagged" and "volumes" (both).
+        curves: "title", "x", "y" (labels), "log" (scale of y) and "series", each with "name", "x", "y" and
+            "low" and "high", which may be None.
+        distributions: "title", "x" (label with unit) and "groups": the numbers of each group.
         log: entries of the training log.
 
     Raises:
         OSError: the disk failed or is full; the file is named.
     """
-    volumes, viewed = _viewer_volumes(shown, spacing)
+    volumes, viewed = _viewer_volumes(examples, spacing)
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    losses = _svg(figures.loss_figure(log), "Training and held-out losses by step") if log else ""
     parts = {
-        # The browser itself refuses whatever is not in the file, and any script but the template's.
+        # The browser refuses anything that is not in the file, and any script but the template's.
         "policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'",
         "title": escape(metrics["title"]),
-        "about": _about(metrics, shown, spacing),
-        "verdicts": _section("verdict", "Verdict", _verdicts(metrics["verdicts"], metrics["notes"])),
-        "figures": _section("figures", "Figures", _table(metrics["figures"])),
-        "slices": _section("slices", "Side by side", _side_by_side(shown, spacing)),
+        "about": _about(metrics, examples, spacing),
+        "verdicts": _section("verdict", "Conclusions", _verdicts(metrics["verdicts"], metrics["notes"])),
+        "metrics": _section("metrics", "Metrics", _table(metrics["figures"])),
+        "slices": _section("slices", "Slices", _side_by_side(examples, spacing)),
         "viewed": viewed,
         "volumes": json.dumps(volumes).replace("<", "\\u003c"),  # no name may close the element
-        "pairs": _section("pairs", "Closest training volumes", _pairs(pairs, spacing)),
-        "spreads": _section("spreads", "Distributions", _charts([_spread(one) for one in spreads])),
-        "curves": _section("curves", "Curves", _charts([_curve(one) for one in curves])),
-        "losses": _section("losses", "Training", _losses(log)),
+        "pairs": _section("pairs", "Closest training scans", _pairs(pairs, spacing)),
+        "distributions": _section("distributions", "Distributions", _charts(_distribution, distributions)),
+        "curves": _section("curves", "Curves", _charts(_curve, curves)),
+        "losses": _section("losses", "Training", losses),
         "settings": _section("settings", "Settings", _settings(metrics["settings"])),
     }
-    page = re.sub(
-        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template
-    )  # once: no part is filled in again
+    # In one pass, so that {{...}} in the parts stays as it is.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
     with written_whole(path) as file:
         file.write(page.encode())
 
@@ -121,17 +121,17 @@ def _number(value: float | None) -> str:
 
 
 def _name(kind: str) -> str:
-    """The heading of a set of volumes, with its colour."""
+    """The name of a group, with its colour."""
     return f'<span class="dot {escape(kind)}"></span>{escape(kind[:1].upper() + kind[1:])}'
 
 
-def _about(metrics: dict, shown: dict, spacing: Sequence[float]) -> str:
+def _about(metrics: dict, examples: dict, spacing: Sequence[float]) -> str:
     sets = "\n".join(
         f"<div><dt>{_name(kind)}</dt>"
         f"<dd>{counted(one['volumes'], 'volume{s}')}, {escape(str(one['folder']))}</dd></div>"
         for kind, one in metrics["sets"].items()
     )
-    shape = next(volume.shape for named in shown.values() for _, volume in named)
+    shape = next(volume.shape for named in examples.values() for _, volume in named)
     grid = f"{_times(shape)} voxels of {_times(spacing)} mm"
     return f'<div class="soft">{escape(metrics["made"])}; {grid}</div>\n<dl class="sets">\n{sets}\n</dl>'
 
@@ -166,31 +166,31 @@ def _table(rows: Sequence[dict]) -> str:
         if row["group"] != group:
             group = row["group"]
             lines.append(f'<tr class="group"><th colspan="6" scope="colgroup">{escape(group)}</th></tr>')
-        lines.append(f"<tr>{_figure(row)}</tr>")
-    headings = ("Figure", "Value", "Floor", "Value and floor", "Better", "From")
+        lines.append(f"<tr>{_cells(row)}</tr>")
+    headings = ("Metric", "Samples", "Real vs real", "Both", "Better", "Volumes")
     columns = "".join(f'<th scope="col">{one}</th>' for one in headings)
     return (
-        '<p class="soft">The floor is what real scans score against real scans by the same computation: no '
-        "generator is expected to do better. Value and floor are of equal numbers of volumes, but for "
-        "copies. In brackets below a number: its 95 % interval; p: how often two sets of one kind are as far "
-        "apart by chance. In the drawings, from zero: the value with its interval (dot, line) and the floor "
-        "with its interval (bar, band); below them the interval of value minus floor.</p>\n"
+        '<p class="soft">Real vs real is the baseline: the same metric of other real scans in place of '
+        "samples, which no generator is expected to beat. Both use the same number of volumes, except for "
+        "copies. In brackets: 95 % confidence intervals; p: p-value of the permutation test. Drawings, from "
+        "zero: samples (dot, line for the interval) and baseline (bar, band); below them the interval of "
+        "their difference.</p>\n"
         f"<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody></table>"
     )
 
 
-def _figure(row: dict) -> str:
-    """The cells of a figure."""
+def _cells(row: dict) -> str:
+    """The cells of a metric."""
     head = f'<th scope="row">{escape(row["name"])}<small>{escape(row["about"])}</small></th>'
-    counts = f'<td data-label="From"><small>{escape(row["counts"])}</small></td>'
+    counts = f'<td data-label="Volumes"><small>{escape(row["counts"])}</small></td>'
     if row["value"] is None:
-        reason = escape(row["missing"] or "It was not computed.")
+        reason = escape(row["missing"] or "Not computed.")
         return f'{head}<td class="missing" colspan="4">{reason}</td>{counts}'
     value, floor = _with_interval(row, "value", "interval"), _with_interval(row, "floor", "floor_interval")
     return (
-        f'{head}<td class="number" data-label="Value">{value}</td>'
-        f'<td class="number" data-label="Floor">{floor}</td>'
-        f'<td data-label="Drawn">{_drawing(row)}</td>'
+        f'{head}<td class="number" data-label="Samples">{value}</td>'
+        f'<td class="number" data-label="Real vs real">{floor}</td>'
+        f'<td data-label="Both">{_drawing(row)}</td>'
         f'<td class="better" data-label="Better">{BETTER[row["better"]]}</td>{counts}'
     )
 
@@ -210,9 +210,9 @@ def _interval(interval: Sequence[float]) -> str:
 
 
 def _drawing(row: dict) -> str:
-    """A figure and its floor on one line that begins at zero, and how many floors it is."""
+    """A value and its baseline on one axis from zero, their ratio and their difference."""
     value, floor = row["value"], row["floor"]
-    if floor is None:  # nothing to see it beside
+    if floor is None:
         return ""
     numbers = [0, value, floor, *(row["interval"] or ()), *(row["floor_interval"] or ())]
     low, high = min(numbers), max(numbers)
@@ -231,8 +231,8 @@ def _drawing(row: dict) -> str:
         a, b = map(x, row["interval"])
         marks.append(f'<path class="whisker" d="M{a} 11H{b}"/>')
     marks.append(f'<circle class="value" cx="{x(value)}" cy="11" r="4"/>')
-    label = f"value {_number(value)}, floor {_number(floor)}"
-    times = f"<small>{_number(value / floor)} × floor</small>" if floor > 0 and value > 0 else ""
+    label = f"samples {_number(value)}, real vs real {_number(floor)}"
+    times = f"<small>{_number(value / floor)} × baseline</small>" if floor > 0 and value > 0 else ""
     if row.get("difference") is not None:
         times += f"<small>difference {_interval(row['difference'])}</small>"
     return (
@@ -244,55 +244,41 @@ def _drawing(row: dict) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def _png(picture: np.ndarray, width: int, height: int) -> str:
-    """A grey picture in [0, 1], scaled, as a data URI."""
-    image = Image.fromarray(picture.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+def _png(picture: np.ndarray) -> str:
+    """A grey picture in [0, 1] as a data URI."""
     file = io.BytesIO()
-    Image.fromarray(np.uint8(np.clip(np.asarray(image), 0, 1) * 255 + 0.5)).save(file, "PNG", optimize=True)
+    Image.fromarray(np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
-    """The middle slices of (D, H, W), each with its true proportions and the letters of its sides.
-
-    As radiology has them: the subject's right is on the left and, in the sagittal plane, the front.
-    """
-    sagittal, coronal, axial = (
-        figures.upright(volume, plane, index)
-        for plane, index in zip(figures.PLANES, figures.middle(volume.shape), strict=True)
-    )
-    right, anterior, superior = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
-    scale = PIXELS / (2 * right + anterior)
+    """The middle axial, coronal and sagittal slice of (D, H, W), with letters at their edges."""
+    right, anterior, _ = (n * mm for n, mm in zip(volume.shape, spacing, strict=True))
+    slices = figures.cut(volume, spacing, (2 * right + anterior) / PIXELS)
     html = ""
-    for plane, picture, across, down, letters in (
-        ("axial", axial, right, anterior, "RLAP"),
-        ("coronal", coronal, right, superior, "RLSI"),
-        ("sagittal", sagittal, anterior, superior, "APSI"),
-    ):
-        width, height = max(1, round(across * scale)), max(1, round(down * scale))
-        sides = "".join(f'<b class="{side}">{one}</b>' for side, one in zip("lrtb", letters, strict=True))
+    for plane, picture in list(zip(figures.PLANES, slices, strict=True))[::-1]:
+        (height, width), letters = picture.shape, zip("lrtb", figures.EDGES[plane], strict=True)
+        sides = "".join(f'<b class="{side}">{letter}</b>' for side, letter in letters)
         html += (
-            f'<div class="plane" style="flex:{across:.4g} 1 0"><img src="{_png(picture, width, height)}" '
-            f'width="{width}" height="{height}" alt="{escape(name)}, {plane} slice">{sides}</div>'
+            f'<div class="plane" style="flex:{width} 1 0"><img src="{_png(picture)}" width="{width}" '
+            f'height="{height}" alt="{escape(name)}, {plane} slice">{sides}</div>'
         )
     return f'<div class="planes">{html}</div>'
 
 
-def _side_by_side(shown: dict, spacing: Sequence[float]) -> str:
-    kinds = [kind for kind, named in shown.items() if named]
+def _side_by_side(examples: dict, spacing: Sequence[float]) -> str:
+    kinds = [kind for kind, named in examples.items() if named]
     cells = []
-    for row in zip_longest(*(shown[kind] for kind in kinds)):
-        for kind, one in zip(kinds, row, strict=True):
-            if one is None:
+    for row in zip_longest(*(examples[kind] for kind in kinds), fillvalue=("", None)):
+        for kind, (name, volume) in zip(kinds, row, strict=True):
+            if volume is None:
                 cells.append("<div></div>")
                 continue
-            name, volume = one
-            planes = _planes(volume, spacing, f"{kind}: {name}")
             caption = f"<figcaption>{_name(kind)}: {escape(name)}</figcaption>"
-            cells.append(f"<figure>{planes}{caption}</figure>")
+            cells.append(f"<figure>{_planes(volume, spacing, f'{kind}: {name}')}{caption}</figure>")
     return (
-        '<p class="soft">Middle slices: axial, coronal, and sagittal beside the midline. Radiological '
-        "convention: the subject's right is on the left of the picture. Black is intensity 0, white 1.</p>\n"
+        '<p class="soft">Middle axial and coronal slices, and a sagittal slice beside the midline, in '
+        "radiological convention: the subject's right is on the left. Black is intensity 0, white 1.</p>\n"
         f'<div class="side-by-side" style="--sets:{len(kinds)}">\n{chr(10).join(cells)}\n</div>'
     )
 
@@ -315,23 +301,21 @@ def _pairs(pairs: Sequence[dict], spacing: Sequence[float]) -> str:
             for kind, name, volume in rows
         )
         badge = f'<span class="badge{flagged}">{"Flagged" if flagged else "Not flagged"}</span>'
-        numbers = f"distance {_number(pair['distance'])}, limit {_number(pair['limit'])}"
+        numbers = f"distance {_number(pair['distance'])}, threshold {_number(pair['limit'])}"
         cards.append(f'<figure class="pair{flagged}">{badge} {numbers}{pictures}</figure>')
     return (
-        '<p class="soft">The generated volumes that are closest to a training volume, closest first. A pair '
-        "is flagged as a likely copy where its distance is below the limit. The difference of a copy is "
-        "black.</p>\n"
+        '<p class="soft">The samples that are closest to a training scan, closest first. A pair is flagged '
+        "as a likely copy if its distance is below the threshold; the difference of a copy is black.</p>\n"
         f'<div class="pairs">\n{chr(10).join(cards)}\n</div>'
     )
 
 
-def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
-    """What the viewer reads: bytes (255 for intensity 1), deflated, in base64; and a sentence on them.
+def _viewer_volumes(examples: dict, spacing: Sequence[float]) -> tuple[dict, str]:
+    """The volumes for the viewer: bytes (255 for intensity 1), deflated, in base64; and a text on them.
 
-    Volumes too large are averaged over blocks of whole voxels until none has more than `SIDE` a side, nor
-    all of them more than `VOXELS`.
+    Large volumes are averaged over blocks of voxels, to at most `SIDE` voxels a side and `VOXELS` in all.
     """
-    named = [(kind, name, volume) for kind, one in shown.items() for name, volume in one]
+    named = [(kind, name, volume) for kind, one in examples.items() for name, volume in one]
     full = named[0][2].shape
 
     def blocks(side: int) -> list[int]:
@@ -351,14 +335,13 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
         volumes.append({"set": kind, "name": name, "data": base64.b64encode(packed).decode()})
     millimetres = [float(mm) * block for mm, block in zip(spacing, blocks(side), strict=True)]
     text = (
-        "Two volumes side by side, in planes that scroll together. Radiological convention: the subject's "
-        "right is on the left, in the sagittal plane the front. Positions are from the centre of the grid. "
-        "Intensities are in 256 steps."
+        "Two volumes side by side, which scroll together, in radiological convention. Positions are relative "
+        "to the centre of the grid. Intensities are rounded to 256 steps."
     )
     if blocks(side) != [1, 1, 1]:
         text += (
-            f" <strong>Shown here are means of {_times(blocks(side))} voxels</strong>, {_times(grid(side))} "
-            f"of {_times(millimetres)} mm; all figures are of the whole volumes of {_times(full)}."
+            f" <strong>Shown are means of {_times(blocks(side))} voxels</strong>, {_times(grid(side))} of "
+            f"{_times(millimetres)} mm; all metrics use the full resolution of {_times(full)}."
         )
     return {"shape": grid(side), "spacing": millimetres, "volumes": volumes}, text
 
@@ -367,12 +350,12 @@ def _viewer_volumes(shown: dict, spacing: Sequence[float]) -> tuple[dict, str]:
 
 
 def _plain(text: str) -> str:
-    """Text of which matplotlib makes no formula, and which fits."""
+    """Short text that matplotlib does not read as a formula."""
     return brief(text, 40).replace("$", r"\$")
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """A figure as an image of curves: the same in every browser, with no font nor name to clash."""
+    """A figure as an SVG image with text as paths, which looks the same in every browser."""
     file = io.BytesIO()
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
         figure.savefig(file, format="svg", metadata={"Date": None}, dpi=200)
@@ -382,8 +365,8 @@ def _svg(figure: Figure, title: str) -> str:
     )
 
 
-def _charts(charts: Sequence[str]) -> str:
-    return f'<div class="charts">\n{chr(10).join(charts)}\n</div>' if charts else ""
+def _charts(draw: Callable[[dict], str], charts: Sequence[dict]) -> str:
+    return f'<div class="charts">\n{chr(10).join(map(draw, charts))}\n</div>' if charts else ""
 
 
 def _axes(height: float, **labels: str) -> tuple[Figure, Axes]:
@@ -411,11 +394,10 @@ def _curve(curve: dict) -> str:
     return _svg(figure, f"{curve['title']}: {curve['y']} by {curve['x']}")
 
 
-def _spread(spread: dict) -> str:
-    """Each number as a point; over them the box of the quartiles and the median."""
-    groups = {kind: np.asarray(numbers, float) for kind, numbers in spread["groups"].items()}
-    groups = {kind: numbers[np.isfinite(numbers)] for kind, numbers in groups.items()}
-    figure, axis = _axes(1.1 + 0.55 * len(groups), title=spread["title"], xlabel=spread["x"])
+def _distribution(chart: dict) -> str:
+    """Each number as a point, with a box of the quartiles and the median."""
+    groups = {kind: np.asarray(numbers, float) for kind, numbers in chart["groups"].items()}
+    figure, axis = _axes(1.1 + 0.55 * len(groups), title=chart["title"], xlabel=chart["x"])
     draws = np.random.default_rng(0)
     for row, (kind, numbers) in enumerate(groups.items()):
         colour = COLOURS.get(kind, OTHERS[0])
@@ -426,7 +408,7 @@ def _spread(spread: dict) -> str:
             color=colour,
             alpha=0.45,
             lw=0,
-            rasterized=len(numbers) > 300,  # one picture instead of many elements
+            rasterized=len(numbers) > 300,  # one image instead of many elements
         )
         if len(numbers):
             low, median, high = np.quantile(numbers, (0.25, 0.5, 0.75))
@@ -435,8 +417,4 @@ def _spread(spread: dict) -> str:
     axis.set_yticks(range(len(groups)), [_plain(f"{kind} ({len(one)})") for kind, one in groups.items()])
     axis.set_ylim(len(groups) - 0.4, -0.6)  # the first on top
     axis.grid(visible=False, axis="y")
-    return _svg(figure, f"{spread['title']}, {spread['x']}, of " + ", ".join(groups))
-
-
-def _losses(log: Sequence[dict]) -> str:
-    return _svg(figures.loss_figure(log), "Training and held-out losses by step") if log else ""
+    return _svg(figure, f"{chart['title']}, {chart['x']}, of " + ", ".join(groups))

@@ -1,43 +1,45 @@
-"""What the figures of an evaluation say, in plain words: the lines that a user reads first.
+"""Conclusions from the table of metrics in plain sentences, which the user reads first.
 
-Each is a tone and a sentence. "good" is said only where a difference that matters would have been seen,
-"warn" and "bad" of samples only where there is a difference beyond chance. Where the volumes are too few for
-either, the tone is "none" and the line says so.
+Each is a tone and a sentence. "good" requires enough volumes that a relevant difference would have been
+detected; "warn" and "bad" of samples require a significant difference. With too few volumes for either, the
+tone is "none" and the sentence says so.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from ldm import counted
 from ldm.evaluation.distances import LEVEL, POWER
-from ldm.evaluation.rows import HALF, Figure
-from ldm.evaluation.volumes import BLURS, MEDICALNET, OWN, blurred_scans
+from ldm.evaluation.features import MEDICALNET, OWN
+from ldm.evaluation.groups import BLURS, GENERATED, HELD_OUT, TRAINING, blur_name
+from ldm.evaluation.table import SHIFT_TOLERANCE, Metric, distances_of
 
-PLAIN_BLUR = 0.75  # voxels, which any eye sees
-RARE = 0.5  # of the share of real scans that lie among others, below which samples are plainly not like them
-RATE = 0.1  # of copies among samples, which so many samples as are needed show
-WORTH_TELLING = 0.05  # of a distance, that the autoencoder makes
-FEW = 20  # volumes, below which a line says so
-FEWEST = 5  # held-out scans, below which their median is no measure
-SUSPICIOUS = -3.0  # standard deviations (Meehan et al., 2020)
+VISIBLE_BLUR = 0.75  # voxels; from here on the tone is "bad"
+LOW_PRECISION = 0.5  # share of the baseline's; below it the tone is "bad"
+COPY_RATE = 0.1  # enough samples: with this rate of copies, one is found with probability `POWER`
+RECONSTRUCTION_SHARE = 0.05  # of the distance, from which on the autoencoder's part is mentioned
+FEW_VOLUMES = 20  # below it, a sentence says so
+MIN_HELD_OUT = 5  # for the threshold of copies
+SUSPICIOUS_Z = -3.0  # Meehan et al. (2020)
 GOOD_PSNR, FAIR_PSNR = 30.0, 25.0  # dB
 
 
-def verdicts(figures: Sequence[Figure], nearest: dict | None, counts: dict[str, int]) -> list[dict]:
-    """The lines, the most important first.
+def verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[str, int]) -> list[dict]:
+    """The conclusions, most important first.
 
     Args:
-        nearest: of `evaluation.nearest_training_volumes`.
-        counts: volumes of each set.
+        nearest: as `table.nearest_training_volumes` returns it.
+        counts: number of volumes of each group.
     """
-    found = {figure.key: figure for figure in figures}
+    found = {metric.key: metric for metric in metrics}
     lines = [
         copies(nearest, counts),
         realism(found),
         likeness(found.get("precision")),
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
-        anatomy([figure for key, figure in found.items() if key.startswith("tissue_")]),
+        anatomy([metric for key, metric in found.items() if key.startswith("tissue_")]),
         autoencoder(found),
         numbers(counts),
     ]
@@ -47,107 +49,85 @@ def verdicts(figures: Sequence[Figure], nearest: dict | None, counts: dict[str, 
 def copies(nearest: dict | None, counts: dict[str, int]) -> tuple[str, str]:
     """Whether samples are copies of training scans."""
     if nearest is None:
-        return (
-            "none",
-            "Whether samples are copies of training scans was not looked at: no training set was named.",
-        )
-    verdict, total = nearest["verdict"], counts["generated"]
-    leaks = int(verdict.leaks.sum())
-    held = f" {leaks} of the held-out scans are copies of training scans: the split leaks." if leaks else ""
-    none = "" if leaks else f" Of the {len(verdict.leaks)} held-out scans none is."
-    if number := int(verdict.copies.sum()):
-        are = "is a copy of a training scan" if number == 1 else "are copies of training scans"
-        return "bad", f"{number} of {total} samples {are}: the pairs are shown below.{held}{none}"
-    closest = min(neighbour.distance for neighbour in nearest["generated"])
-    others = min(neighbour.distance for neighbour in nearest["held-out"])
+        return "none", "Copies of training scans were not searched for: no training scans were given."
+    found, total, held_out = nearest["found"], counts[GENERATED], len(nearest["found"].leaks)
+    leaks = int(found.leaks.sum())
+    leak = f" {leaks} of {held_out} held-out scans copy training scans: the split leaks." if leaks else ""
+    if number := int(found.copies.sum()):
+        verb = "copies a training scan" if number == 1 else "copy training scans"
+        none = "" if leaks else f" None of the {held_out} held-out scans does."
+        return "bad", f"{number} of {total} samples {verb}: see the closest pairs.{leak}{none}"
+    closest = {group: distances_of(nearest[group]).min() for group in (GENERATED, HELD_OUT)}
     text = (
-        f"No sample is a copy of a training scan: the closest lies {closest:.2g} from one, held-out scans "
-        f"come as close as {others:.2g}, and below {verdict.limit:.2g} it would be a copy."
+        f"No sample copies a training scan: the smallest distance is {closest[GENERATED]:.2g} (held-out "
+        f"scans {closest[HELD_OUT]:.2g}, threshold for a copy {found.threshold:.2g})."
     )
-    if rough := len(verdict.leaks) < FEWEST:
-        text += f" With {len(verdict.leaks)} held-out scan(s) that limit is rough."
-    # With a share of `RATE` copies among all that the model makes, so many samples would show one or more.
-    if few := 1 - (1 - RATE) ** total < POWER:
-        most = 100 * (1 - LEVEL ** (1 / total))
+    if imprecise := held_out < MIN_HELD_OUT:
+        text += f" With {counted(held_out, 'held-out scan{s}')} the threshold is imprecise."
+    if too_few := 1 - (1 - COPY_RATE) ** total < POWER:
+        most = f"{1 - LEVEL ** (1 / total):.0%} of what the model generates"
+        text += f" With {counted(total, 'sample{s}')}, up to {most} may be copies."
+    if suspicious := found.z <= SUSPICIOUS_Z:
         text += (
-            f" But {total} sample(s) are few: up to {most:.0f} % of all that the model makes could be copies."
+            f" But samples are closer to training scans than held-out scans are ({found.closer:.0%} of "
+            "pairs, 50% expected by chance), by blur or partial memorisation: check the closest pairs."
         )
-    if verdict.z <= SUSPICIOUS:
-        text += (
-            " But samples as a whole lie closer to training scans than held-out scans do "
-            f"({100 * verdict.closer:.0f} % of pairs, 50 % would be chance): by blur, or because parts are "
-            "learnt by heart. Look at the closest pairs."
-        )
-    if leaks or verdict.z <= SUSPICIOUS:
-        return "warn", text + held
-    return ("none" if rough or few else "good"), text
+    if leaks or suspicious:
+        return "warn", text + leak
+    return ("none" if imprecise or too_few else "good"), text
 
 
-def realism(found: dict[str, Figure]) -> tuple[str, str]:
-    """How far samples are from held-out scans, told by what blur does to scans."""
+def realism(found: dict[str, Metric]) -> tuple[str, str]:
+    """Whether samples differ from held-out scans, and by how much: compared with blurred scans."""
     measured = [key for key in (f"mmd_{OWN}", f"mmd_{MEDICALNET}") if key in found and not found[key].missing]
     if not measured:
-        return "none", f"How real samples look was not measured: {found[f'mmd_{OWN}'].missing}."
+        return "none", f"The distance to held-out scans was not measured: {found[f'mmd_{OWN}'].missing}."
     key = measured[0]
-    figure, features = found[key], "own features" if key.endswith(OWN) else "MedicalNet's features"
-    if figure.p_value is None:
-        return "none", "Too few subjects to tell whether samples differ from held-out scans."
-    p = f"p = {figure.p_value:.2g}, {features}"
-    if figure.p_value > LEVEL:
-        text = f"A permutation test cannot tell samples from held-out scans apart ({p})"
-        if figure.sees is not None and figure.sees <= HALF:
-            return "good", (
-                f"{text}. With so many volumes it finds a difference of half a standard deviation in four of "
-                "five cases."
-            )
-        least = "more than 3 standard deviations"
-        if figure.sees is not None:
-            least = f"{figure.sees:g} standard deviation{'s' * (figure.sees != 1)}"
+    metric, features = found[key], "own features" if key.endswith(OWN) else "MedicalNet's features"
+    if metric.p_value is None:
+        return "none", "Too few subjects to test whether samples differ from held-out scans."
+    p = f"(permutation test, p = {metric.p_value:.2g}, {features})"
+    if metric.p_value > LEVEL:
+        text, sees = f"Samples do not differ significantly from held-out scans {p}", metric.sees
+        if sees is not None and sees <= SHIFT_TOLERANCE:
+            shift = f"shifts of {SHIFT_TOLERANCE:g} standard deviations"
+            return "good", f"{text}. With so many volumes the test detects {shift} with {POWER:.0%} power."
+        least = "more than 3" if sees is None else f"at least {sees:g}"
         return "none", (
-            f"{text}. This does not show that they are alike: with so few volumes a difference must be "
-            f"{least} to be found in four of five cases."
+            f"{text}. This does not show that they are alike: with so few volumes the test detects only "
+            f"shifts of {least} standard deviations with {POWER:.0%} power."
         )
-    ladder = [max(found[f"{key}: {blurred_scans(sigma)}"].value, 1e-9) for sigma in BLURS]
-    ladder = np.maximum.accumulate(ladder)
-    if figure.value < ladder[0]:
-        tone, place = "warn", f"closer than {blurred_scans(BLURS[0])}"
-    elif figure.value > ladder[-1]:
-        times = figure.value / ladder[-1]
-        far = (
-            "farther than" if times < 1.5 else f"{times:.2g} times as far as" if times < 100 else "far beyond"
-        )
-        tone, place = "bad", f"{far} {blurred_scans(BLURS[-1])}"
+    scale = np.maximum.accumulate([max(found[f"{key}: {blur_name(sigma)}"].value, 1e-9) for sigma in BLURS])
+    if metric.value < scale[0]:
+        tone, size = "warn", f"smaller than that of {blur_name(BLURS[0])}"
+    elif metric.value > scale[-1]:
+        times = metric.value / scale[-1]
+        ratio = "larger than" if times < 1.5 else f"{times:.2g} times" if times < 100 else "over 100 times"
+        tone, size = "bad", f"{ratio} that of {blur_name(BLURS[-1])}"
     else:
-        blur = float(np.exp(np.interp(np.log(figure.value), np.log(ladder), np.log(BLURS))))
-        tone, place = (
-            ("warn" if blur < PLAIN_BLUR else "bad"),
-            f"as far as scans blurred by {blur:.1f} voxels",
-        )
-    text = f"A permutation test tells samples from held-out scans apart ({p}): they are {place}."
+        blur = float(np.exp(np.interp(np.log(metric.value), np.log(scale), np.log(BLURS))))
+        tone, size = ("warn" if blur < VISIBLE_BLUR else "bad"), f"that of scans blurred by {blur:.1f} voxels"
+    text = f"Samples differ significantly from held-out scans {p}: their distance is {size}."
     reconstructions = found.get(f"{key}: reconstructions")
-    if reconstructions and reconstructions.value > WORTH_TELLING * figure.value:
-        text += f" {_share(reconstructions.value, figure.value)} of this distance is the autoencoder's."
+    if reconstructions and reconstructions.value > RECONSTRUCTION_SHARE * metric.value:
+        share = min(1.0, reconstructions.value / metric.value)
+        text += f" The autoencoder's reconstructions account for {share:.0%} of it."
     return tone, text
 
 
-def likeness(figure: Figure | None) -> tuple[str, str] | None:
-    """Whether samples lie where real scans do; nothing is said where no difference is seen."""
-    if figure is None or figure.missing or judged(figure.difference, (0, 0)) != "less":
+def likeness(metric: Metric | None) -> tuple[str, str] | None:
+    """Whether precision is below that of real scans; no sentence otherwise."""
+    if metric is None or metric.missing or direction(metric.difference, (0, 0)) != "less":
         return None
-    tone = "bad" if figure.value < RARE * figure.floor else "warn"
-    return tone, (
-        f"{100 * figure.value:.0f} % of the samples lie among held-out scans in own features (precision); of "
-        f"other real scans {100 * figure.floor:.0f} % do."
+    return "bad" if metric.value < LOW_PRECISION * metric.floor else "warn", (
+        f"{metric.value:.0%} of the samples lie in the range of held-out scans in own features (precision); "
+        f"of other real scans {metric.floor:.0%} do."
     )
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * min(1.0, max(0.0, part / whole)):.0f} %"
-
-
-def judged(interval: Sequence[float] | None, tolerance: Sequence[float]) -> str:
-    """What the interval of a difference says: "alike" where it lies within what does not matter, "less" or
-    "more" where it does not reach zero, else "unknown"."""
+def direction(interval: Sequence[float] | None, tolerance: Sequence[float]) -> str:
+    """What the interval of a difference shows: "alike" if within the tolerance, "less" or "more" if it
+    excludes zero, else "unknown"."""
     if interval is None or not np.isfinite(interval).all():
         return "unknown"
     low, high = interval
@@ -156,53 +136,60 @@ def judged(interval: Sequence[float] | None, tolerance: Sequence[float]) -> str:
     return "more" if low > 0 else "less" if high < 0 else "unknown"
 
 
-def sharpness(figure: Figure) -> tuple[str, str] | None:
-    """Fine detail beside that of scans."""
-    if figure.missing or figure.value is None:
+def _compared(metric: Metric, detail: str, **texts: str) -> tuple[str, str]:
+    """The tone and the text of a metric's `direction`, with a detail."""
+    found = direction(metric.difference, metric.tolerance)
+    return {"alike": "good", "unknown": "none"}.get(found, "warn"), f"{texts[found]}: {detail}."
+
+
+def sharpness(metric: Metric) -> tuple[str, str] | None:
+    """High-frequency power compared with real scans."""
+    if metric.missing or metric.value is None:
         return None
-    hold = f"they hold {100 * figure.value:.0f} % of the fine detail of held-out scans"
-    return {
-        "alike": ("good", f"Samples are about as sharp as scans: {hold}."),
-        "less": ("warn", f"Samples are softer than scans: {hold}."),
-        "more": ("warn", f"Samples are noisier than scans: {hold}."),
-        "unknown": ("none", f"Too few volumes to tell whether samples are as sharp as scans: {hold}."),
-    }[judged(figure.difference, figure.tolerance)]
-
-
-def diversity(figure: Figure) -> tuple[str, str] | None:
-    """How varied samples are."""
-    if figure.missing:
-        return "none", f"How varied samples are was not measured: {figure.missing}."
-    text = f"two samples are {figure.value:.2f} alike (MS-SSIM), two scans {figure.floor:.2f}."
-    return {
-        "alike": ("good", f"Samples are about as varied as scans: {text}"),
-        "more": ("warn", f"Samples are less varied than scans: {text}"),
-        "less": ("warn", f"Samples are less alike than scans are, which noise and faults do too: {text}"),
-        "unknown": ("none", f"Too few volumes to tell whether samples are as varied as scans: {text}"),
-    }[judged(figure.difference, figure.tolerance)]
-
-
-def anatomy(figures: Sequence[Figure]) -> tuple[str, str] | None:
-    """Whether tissue volumes are distributed as those of scans."""
-    measured = [figure for figure in figures if not figure.missing]
-    if not measured:
-        return None
-    # The distance itself, not less its floor: it is never below the difference of the means.
-    close = [figure for figure in measured if judged(figure.interval, figure.tolerance) == "alike"]
-    off = [one for one in measured if one not in close and one.difference and one.difference[0] > 0]
-    worst = max(off or measured, key=lambda figure: figure.value / max(figure.floor, 1e-9))
-    told = f"{worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
-    if off:
-        return "warn", f"{len(off)} of {len(measured)} tissue volumes are off, the most: {told}"
-    if len(close) < len(measured):
-        return "none", f"Too few volumes to tell whether tissues are as large as in scans. Most apart: {told}"
-    return "good", (
-        f"Tissue volumes are distributed as in scans, to within half a standard deviation. Most apart: {told}"
+    return _compared(
+        metric,
+        f"{metric.value:.0%} of the high-frequency power (0.25-0.5 cycles/voxel) of held-out scans",
+        alike="Samples are as sharp as real scans",
+        less="Samples are smoother than real scans",
+        more="Samples are noisier than real scans",
+        unknown="Too few volumes to tell whether samples are as sharp as real scans",
     )
 
 
-def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
-    """What the autoencoder keeps."""
+def diversity(metric: Metric) -> tuple[str, str] | None:
+    """Similarity of samples compared with that of real scans."""
+    if metric.missing:
+        return "none", f"The diversity of samples was not measured: {metric.missing}."
+    return _compared(
+        metric,
+        f"MS-SSIM {metric.value:.2f} between two samples, {metric.floor:.2f} between two real scans",
+        alike="Samples are as diverse as real scans",
+        more="Samples are less diverse than real scans",
+        less="Samples are less similar to each other than real scans are, possibly by noise or artefacts",
+        unknown="Too few volumes to tell whether samples are as diverse as real scans",
+    )
+
+
+def anatomy(metrics: Sequence[Metric]) -> tuple[str, str] | None:
+    """Tissue volumes compared with real scans."""
+    measured = [metric for metric in metrics if not metric.missing]
+    if not measured:
+        return None
+    # The distance itself, not less its baseline: it is never below the difference of the means.
+    close = [metric for metric in measured if direction(metric.interval, metric.tolerance) == "alike"]
+    off = [one for one in measured if one not in close and one.difference and one.difference[0] > 0]
+    worst = max(off or measured, key=lambda metric: metric.value / max(metric.floor, 1e-9))
+    most = f"Largest difference: {worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
+    if off:
+        return "warn", f"{len(off)} of {len(measured)} tissue volumes differ from those of real scans. {most}"
+    if len(close) < len(measured):
+        return "none", f"Too few volumes to tell whether tissue volumes are those of real scans. {most}"
+    within = f"within {SHIFT_TOLERANCE:g} standard deviations"
+    return "good", f"Tissue volumes are distributed as in real scans, {within}. {most}"
+
+
+def autoencoder(found: dict[str, Metric]) -> tuple[str, str] | None:
+    """Quality of the reconstructions."""
     psnr, ssim = found["reconstruction_psnr"], found["reconstruction_ssim"]
     if psnr.missing:
         return None
@@ -210,19 +197,17 @@ def autoencoder(found: dict[str, Figure]) -> tuple[str, str] | None:
     tone = (
         "good" if low >= GOOD_PSNR else "bad" if high < FAIR_PSNR else "warn" if high < GOOD_PSNR else "none"
     )
-    few = " Too few held-out scans to tell whether that is enough." if tone == "none" else ""
+    unclear = " Too few held-out scans to tell whether that is enough." if tone == "none" else ""
     return tone, (
-        f"The autoencoder gives held-out scans back at {psnr.value:.1f} dB PSNR and {ssim.value:.3f} SSIM; "
-        f"what it loses, samples do not have.{few}"
+        f"The autoencoder reconstructs held-out scans with {psnr.value:.1f} dB PSNR and {ssim.value:.3f} "
+        f"SSIM; samples cannot be better.{unclear}"
     )
 
 
 def numbers(counts: dict[str, int]) -> tuple[str, str] | None:
-    """A word of caution where volumes are few."""
-    few = [f"{count} {name}" for name, count in counts.items() if count < FEW and name != "training"]
+    """A caution where volumes are few."""
+    few = [f"{count} {name}" for name, count in counts.items() if count < FEW_VOLUMES and name != TRAINING]
     if not few:
         return None
-    return (
-        "warn",
-        f"With {' and '.join(few)} volume(s) only large differences can be seen; intervals are wide.",
-    )
+    volumes = f"With {' and '.join(few)} volume(s)"
+    return "warn", f"{volumes} only large differences can be detected; intervals are wide."

@@ -100,11 +100,9 @@ from torch import nn
 UserError = ValueError
 '''
 FOR_TRAINING = {  # methods that sampling does not need
-    NoiseProcess: (
-        "from_config", "_from_scheduler", "draw_times", "add_noise", "target", "min_snr_weight"
-    ),
-    Conditions: ("of_training", "from_checkpoint", "check_classes", "summary", "state", "of", "draw"),
-}  # fmt: skip
+    NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
+    Conditions: "of_training from_checkpoint check_classes summary describe state of draw",
+}
 
 
 def sampling_script() -> str:
@@ -120,7 +118,7 @@ def sampling_script() -> str:
 
 def _for_sampling(cls: type) -> str:
     source = inspect.getsource(cls)
-    for name in FOR_TRAINING[cls]:
+    for name in FOR_TRAINING[cls].split():
         source = source.replace(inspect.getsource(getattr(cls, name)), "")
     return re.sub(r"\n{3,}(?=    \S)", "\n\n", source).strip()
 

@@ -1,6 +1,7 @@
 """A trained model as safetensors and TorchScript. Each gives the volumes of `inference.py`, up to
 rounding."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.generation import Networks
-from ldm.models.definitions import downsampling, network_divisor
+from ldm.models.definitions import latent_size, network_divisor
 from ldm.system.checkpoints import save_safetensors, weights_hash
 from ldm.system.files import sha256_of, write_json, written_whole
 
@@ -97,13 +98,13 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
         labels = [torch.arange(batch) % (len(conditions.values) + 1)] if conditions else []
         return *latents(batch, size), times, *labels
 
-    divisor, factor = network_divisor(config), downsampling(config["autoencoder_def"])
-    image_size, latent_size = networks.geometry["size"], networks.latent_shape[1:]
+    sides = network_divisor(config)
+    divisor, latent_divisor = math.lcm(*sides), math.lcm(*latent_size(config, sides))
     takes = {}
     for name, module, example, size, multiple in (
-        ("encode", Call(autoencoder, encode), images, image_size, divisor),
-        ("decode", Call(autoencoder, decode), latents, latent_size, divisor // factor),
-        ("unet", Call(unet, predict), noisy, latent_size, divisor // factor),
+        ("encode", Call(autoencoder, encode), images, networks.geometry["size"], divisor),
+        ("decode", Call(autoencoder, decode), latents, networks.latent_shape[1:], latent_divisor),
+        ("unet", Call(unet, predict), noisy, networks.latent_shape[1:], latent_divisor),
     ):
         script, general = traced(name, module.eval(), example, size, multiple)
         with written_whole(folder / f"{name}.ts") as file:

@@ -11,9 +11,9 @@ from torch import nn
 from ldm import UserError, brief, configs
 from ldm.data.intensity import Intensity
 from ldm.data.splits import read_split
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.export.usage import by, usage
 from ldm.generation import Networks
-from ldm.models.definitions import downsampling
+from ldm.models.definitions import downsampling_factor, per_axis
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import read_json, sha256_of
 from ldm.system.schemas import StrictValidator, fault, fields
@@ -111,11 +111,6 @@ def describe(networks: Networks, config: dict) -> str:
     return f"A latent {kind} model that generates volumes{channels} of {size} voxels of {spacing} mm."
 
 
-def by(values: Sequence[float]) -> str:
-    """`16 x 20 x 12`."""
-    return " x ".join(f"{value:g}" for value in values)
-
-
 def version_of(package: str) -> str | None:
     """Of an installed package; None where it is not."""
     try:
@@ -205,7 +200,7 @@ def model_card(
         description=about["description"],
         authors=about["authors"],
         autoencoder=_network(config["autoencoder_def"], networks.autoencoder),
-        factor=downsampling(config["autoencoder_def"]),
+        factor=per_axis(downsampling_factor(config["autoencoder_def"])),
         latents=by(networks.latent_shape),
         scale_factor=networks.scale_factor,
         unet=_network(config["diffusion_def"], networks.unet),
@@ -213,7 +208,7 @@ def model_card(
         noise=f"rectified flow, shift {process.shift:g}"
         if process.is_flow
         else f"a noise schedule of {process.num_train_timesteps} steps",
-        conditions=_conditions(networks),
+        conditions=networks.conditions.describe(),
         sampler=sampler,
         steps=steps,
         torch=torch.__version__,
@@ -229,15 +224,8 @@ def model_card(
         figures="\n".join(_figures(origin, metrics)),
         seen=f"{cases[0]} training volumes" if cases else "its training data",
         memorisation=COPIES[bool(metrics) and any(map(_on_copies, metrics["figures"]))],
-        use=_use(networks, formats, takes),
+        use=usage(networks, formats, takes),
     )
-
-
-def _conditions(networks: Networks) -> str:
-    conditions = networks.conditions
-    if not conditions:
-        return "none"
-    return f"`{conditions.column}`, one of {', '.join(conditions.values)}; or unknown"
 
 
 def _network(definition: dict, network: nn.Module) -> str:
@@ -328,133 +316,3 @@ def _number(value: float | None, unit: str | None) -> str:
 
 def _interval(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-
-
-# ---------------------------------------------------------------- how each form is used
-
-SAFETENSORS = """\
-`safetensors/`: the weights of each network, under the names of its class; in the metadata, as JSON, the
-config, and the UNet's scale factor, geometry and latent shape. `inference.py --autoencoder FILE --unet FILE`
-reads them, and so does MONAI:
-
-```python
-import json
-
-from monai.bundle import ConfigParser
-from safetensors import safe_open
-
-with safe_open("safetensors/diffusion_unet.safetensors", "pt") as file:
-    facts = {key: json.loads(value) for key, value in file.metadata().items() if key != "sha256"}
-    weights = {name: file.get_tensor(name) for name in file.keys()}
-unet = ConfigParser(facts["config"]).get_parsed_content("diffusion_def").eval()
-unet.load_state_dict(weights)
-```
-"""
-
-TORCHSCRIPT = """\
-`torchscript/`: `encode.ts` (images in [0, 1] -> mean and standard deviation of the scaled latents),
-`decode.ts` (scaled latents -> images in [0, 1]) and `unet.ts` (latents, times{labels} -> {prediction}), in
-float32, with weights and scale factor inside, and `model.json` with the other facts.
-{takes}
-A volume by {method}:
-
-```python
-import json
-
-import nibabel
-import numpy as np
-import torch
-
-facts = json.load(open("torchscript/model.json"))
-unet, decode = (torch.jit.load(f"torchscript/{{name}}.ts") for name in ("unet", "decode")){label}
-process, geometry = facts["process"], facts["geometry"]
-steps, T = {steps}, process["num_train_timesteps"]
-z = torch.randn(facts["latent_shape"], generator=torch.Generator().manual_seed(0))[None]
-with torch.inference_mode():
-{loop}
-    volume = decode(z)[0].numpy()
-low, high = np.array(geometry["limits"]).T[:, :, None, None, None]
-voxels = np.moveaxis((volume * (high - low) + low).astype(np.float32), 0, -1).squeeze()
-affine = np.diag([*geometry["spacing"], 1.0])
-affine[:3, 3] = -affine.diagonal()[:3] * (np.array(geometry["size"]) - 1) / 2  # centred on the origin
-nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz")
-```
-"""
-
-HEUN = """\
-    times = np.linspace(1, 0, steps + 1)
-    times = process["shift"] * times / (1 + (process["shift"] - 1) * times)
-    for t, following in zip(times[:-1], times[1:]):
-        velocity = unet(z, torch.tensor([T * t]){argument})
-        if following > 0:
-            end = unet(z + (t - following) * velocity, torch.tensor([T * following]){argument})
-            velocity = (velocity + end) / 2
-        z = z + (t - following) * velocity"""
-
-DDIM = """\
-    logs = np.log([1, *process["alphas_cumprod"]])  # of a^2, at times -1, 0 .. T - 1
-    times = [*np.linspace(T - 1, 0, steps), -1]
-    for t, following in zip(times[:-1], times[1:]):
-        now, then = np.interp([t, following], range(-1, T), logs)
-        a, s = np.exp(now / 2), np.sqrt(-np.expm1(now))
-        output = unet(z, torch.tensor([t]){argument})
-        {estimates}
-        z = np.exp(then / 2) * clean + np.sqrt(-np.expm1(then)) * noise"""
-
-ESTIMATES = {
-    "epsilon": "clean, noise = (z - s * output) / a, output",
-    "sample": "clean, noise = output, (z - a * output) / s",
-    "v_prediction": "clean, noise = a * z - s * output, s * z + a * output",
-}
-
-BUNDLE = """\
-`bundle/`: a MONAI bundle, which needs torch, MONAI and what `configs/metadata.json` names, and nothing of the
-project that made it. In its folder,
-
-```bash
-python -m pip install fire  # MONAI's command line needs it
-python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
-    --seed 3 --num 2
-```
-
-writes `outputs/sample_000003.nii.gz` and `outputs/sample_000004.nii.gz`. `--steps`, `--sampler` ({samplers}),
-{condition}`--output_dir` and `--device` may be added; from elsewhere `--bundle_root FOLDER`.
-"""
-
-
-def _use(networks: Networks, formats: Sequence[str], takes: dict | None) -> str:
-    process, conditions, parts = networks.process, networks.conditions, []
-    if "safetensors" in formats:
-        parts.append(SAFETENSORS)
-    if "torchscript" in formats:
-        name, method, loop = ("heun", "Heun's method", HEUN) if process.is_flow else ("ddim", "DDIM", DDIM)
-        meaning = ", ".join(f"{i}: {value}" for i, value in enumerate([*conditions.values, "unknown"]))
-        label = f"\nlabel = torch.tensor([{len(conditions.values)}])  # {conditions.column}: {meaning}"
-        parts.append(
-            TORCHSCRIPT.format(
-                prediction=process.prediction,
-                takes=_takes(takes),
-                method=method,
-                steps=SAMPLERS[name].steps,
-                labels=", class labels" if conditions else "",
-                label=label if conditions else "",
-                loop=loop.format(
-                    argument=", label" if conditions else "", estimates=ESTIMATES.get(process.prediction)
-                ),
-            )
-        )
-    if "bundle" in formats:
-        fitting = [name for name, one in SAMPLERS.items() if one.for_flow == process.is_flow]
-        condition = f"`--condition {conditions.column}=VALUE`, `--guidance`,\n" if conditions else ""
-        parts.append(BUNDLE.format(samplers=", ".join(fitting), condition=condition))
-    return "\n".join(parts).rstrip()
-
-
-def _takes(takes: dict) -> str:
-    """What batches and sizes TorchScript takes, in words."""
-    return " ".join(
-        f"\n`{name}.ts` takes any batch, its sides multiples of {one['sides_are_multiples_of']}."
-        if one["size"] is None
-        else f"\n`{name}.ts` takes one volume at a time, of {by(one['size'])}."
-        for name, one in takes.items()
-    ).strip()

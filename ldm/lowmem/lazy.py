@@ -1,4 +1,4 @@
-"""Volumes that a network computes with, while what it does with them is recorded: see `ldm.lowmem.slabs`."""
+"""A tensor that records the operations on it, to compute them in slabs later (`ldm.lowmem.slabs`)."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from ldm.lowmem.slabs import Node, Rows
 
 
-class Volume(torch.Tensor):
-    """A (1, C, D, H, W) tensor that is a `Node`. What it does not know is done on the whole tensor."""
+class LazyVolume(torch.Tensor):
+    """A (1, C, D, H, W) tensor that stands for a `Node`. Operations not in `LAZY` run on the whole tensor."""
 
     @staticmethod
     def __new__(cls, node: Node):
@@ -28,8 +28,8 @@ class Volume(torch.Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if (make := LAZY.get(name)) and (node := make(func, args, kwargs)):
-            node.compute = _as_now(node.compute, node.run.device.type)
-            return Volume(node)
+            node.compute = _with_current_autocast(node.compute, node.run.device.type)
+            return LazyVolume(node)
         if name.endswith("_") and not name.endswith("__"):
             raise NotImplementedError(f"{name} in place on a volume that is computed in slabs")
         return func(*_whole(args), **_whole(kwargs))
@@ -43,8 +43,8 @@ PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires
 METHODS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
 
 
-def _as_now(compute: Callable, kind: str) -> Callable:
-    """What is computed later is computed under the autocast of now."""
+def _with_current_autocast(compute: Callable, kind: str) -> Callable:
+    """Compute later under the autocast of now."""
     context = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
     def later(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def _as_now(compute: Callable, kind: str) -> Callable:
 
 
 def leaf(run, tensor: torch.Tensor) -> Node:
-    """The node of a (1, C, D, H, W) tensor that is there."""
+    """The node of a (1, C, D, H, W) tensor."""
     rows = Rows(run.device)
     rows.append(0, tensor)
     run.hold(rows)
@@ -63,8 +63,8 @@ def leaf(run, tensor: torch.Tensor) -> Node:
 
 
 def _whole(value):
-    """Arguments with whole tensors in place of volumes."""
-    if isinstance(value, Volume):
+    """Arguments with whole tensors in place of lazy ones."""
+    if isinstance(value, LazyVolume):
         return value.node.run.whole(value.node)
     if isinstance(value, (list, tuple)):
         return type(value)(map(_whole, value))
@@ -75,18 +75,17 @@ def _whole(value):
 
 
 def _pointwise(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
-    """An operation on each voxel alone: any of `POINTWISE` on volumes of one grid, numbers and tensors of a
-    single voxel."""
+    """An operation of `POINTWISE` on volumes of one grid, numbers, and tensors of a single voxel."""
     flat = [*args[0]] if isinstance(args[0], (list, tuple)) else [*args]
-    run = next(one.node.run for one in flat if isinstance(one, Volume))
-    grid = next(one.shape[2:] for one in flat if isinstance(one, Volume))
+    run = next(one.node.run for one in flat if isinstance(one, LazyVolume))
+    grid = next(one.shape[2:] for one in flat if isinstance(one, LazyVolume))
     nodes = {}
     for i, one in enumerate(flat):
         if not isinstance(one, torch.Tensor):
             continue
         if one.ndim == 5 and one.shape[2:] == grid:
-            nodes[i] = one.node if isinstance(one, Volume) else leaf(run, one)
-        elif isinstance(one, Volume) or one.shape[2:].numel() != 1:
+            nodes[i] = one.node if isinstance(one, LazyVolume) else leaf(run, one)
+        elif isinstance(one, LazyVolume) or one.shape[2:].numel() != 1:
             return None
     kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
     if any(isinstance(value, torch.Tensor) for value in kwargs.values()) or kwargs.get("training"):
@@ -112,18 +111,18 @@ def _pointwise(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 
 
 def _probe(node: Node) -> torch.Tensor:
-    """A small tensor like a node's: what an operation makes of it tells channels and dtype."""
+    """A small tensor like a node's, by which channels and dtype of an operation's result are found."""
     return torch.zeros((1, node.size[0], 2, 1, 1), dtype=node.dtype, device=node.run.device)
 
 
-def _bound(names: str, args: Sequence, kwargs: dict) -> dict:
+def _by_name(names: str, args: Sequence, kwargs: dict) -> dict:
     """Arguments by their names."""
     return dict(zip(names.split(), args, strict=False)) | kwargs
 
 
 def _group_norm(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
-    """Normalise by mean and variance of each group over the whole volume, which are computed here."""
-    bound = _bound("input num_groups weight bias eps", args, kwargs)
+    """Normalise by mean and variance of each group over the whole volume. They are computed here."""
+    bound = _by_name("input num_groups weight bias eps", args, kwargs)
     node, groups = bound["input"].node, bound["num_groups"]
     weight, bias, eps = bound.get("weight"), bound.get("bias"), bound.get("eps", 1e-5)
     dtype = F.group_norm(_probe(node), groups, weight, bias, eps).dtype
@@ -147,8 +146,8 @@ def _group_norm(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 
 
 def _interpolate(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
-    """Enlarge by whole factors, to the nearest voxel or linearly."""
-    bound = _bound("input size scale_factor mode align_corners", args, kwargs)
+    """Nearest or trilinear interpolation by whole factors."""
+    bound = _by_name("input size scale_factor mode align_corners", args, kwargs)
     node, mode = bound["input"].node, bound.get("mode", "nearest")
     factors = bound.get("scale_factor")
     factors = factors if isinstance(factors, (list, tuple)) else [factors] * 3
@@ -159,7 +158,7 @@ def _interpolate(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
         or bound.get("align_corners")
     ):
         return None
-    factor, reach = int(factors[0]), int(mode == "trilinear")  # a linear one looks at its neighbours, too
+    factor, reach = int(factors[0]), int(mode == "trilinear")  # which reads the neighbours
     channels, depth, height, width = node.size
 
     def needs(a: int, b: int) -> list[tuple[int, int]]:
@@ -174,8 +173,8 @@ def _interpolate(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 
 
 def _pad(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
-    """Put a constant around the volume."""
-    bound = _bound("input pad mode value", args, kwargs)
+    """Pad with a constant."""
+    bound = _by_name("input pad mode value", args, kwargs)
     pad, value = [*bound["pad"]], bound.get("value") or 0
     if bound.get("mode", "constant") != "constant" or len(pad) > 6 or min(pad) < 0:
         return None
@@ -184,7 +183,7 @@ def _pad(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
     channels, depth, height, width = node.size
 
     def needs(a: int, b: int) -> list[tuple[int, int]]:
-        low = min(max(0, a - front), depth - 1)  # a row at least, to pad from
+        low = min(max(0, a - front), depth - 1)  # at least one row
         return [(low, max(low + 1, min(depth, b - front)))]
 
     def compute(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
@@ -199,8 +198,8 @@ def _pad(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 
 
 def _conv(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
-    """torch.conv3d: zeros stand beyond the first and last row of the volume, real rows within."""
-    bound = _bound("input weight bias stride padding dilation groups", args, kwargs)
+    """torch.conv3d, zero-padded at the first and last row of the volume only."""
+    bound = _by_name("input weight bias stride padding dilation groups", args, kwargs)
     if isinstance(bound.get("padding"), str):
         return None
     node, weight, bias = bound["input"].node, bound["weight"], bound.get("bias")
@@ -213,7 +212,7 @@ def _conv(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 
     sides = zip(node.size[1:], padding, reach, stride, strict=True)
     grid = [(n + 2 * p - r) // s + 1 for n, p, r, s in sides]
-    return _heavy(
+    return _convolution(
         node,
         (len(weight), *grid),
         needs=lambda a, b: [(a * stride[0] - padding[0], (b - 1) * stride[0] - padding[0] + reach[0])],
@@ -226,7 +225,7 @@ def _conv(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
 def _conv_transpose(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
     """torch.conv_transpose3d: output row i * stride - padding + j * dilation has input row i times kernel
     row j."""
-    bound = _bound("input weight bias stride padding output_padding groups dilation", args, kwargs)
+    bound = _by_name("input weight bias stride padding output_padding groups dilation", args, kwargs)
     node, weight, bias = bound["input"].node, bound["weight"], bound.get("bias")
     stride, dilation = _triple(bound.get("stride", 1)), _triple(bound.get("dilation", 1))
     padding, extra = _triple(bound.get("padding", 0)), _triple(bound.get("output_padding", 0))
@@ -236,7 +235,7 @@ def _conv_transpose(func: Callable, args: Sequence, kwargs: dict) -> Node | None
 
     def needs(a: int, b: int) -> list[tuple[int, int]]:
         low = max(0, -(-(a + padding[0] - reach[0] + 1) // stride[0]))
-        low = min(low, (a + padding[0]) // stride[0], depth - 1)  # no row may reach this one
+        low = min(low, (a + padding[0]) // stride[0], depth - 1)  # where no input row reaches this one
         return [(low, max(low + 1, min(depth, (b - 1 + padding[0]) // stride[0] + 1)))]
 
     def compute(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
@@ -247,7 +246,7 @@ def _conv_transpose(func: Callable, args: Sequence, kwargs: dict) -> Node | None
 
     sides = zip(node.size[1:], stride, padding, reach, extra, strict=True)
     grid = [(n - 1) * s - 2 * p + r + e for n, s, p, r, e in sides]
-    return _heavy(
+    return _convolution(
         node,
         (weight.shape[1] * groups, *grid),
         needs=needs,
@@ -257,8 +256,8 @@ def _conv_transpose(func: Callable, args: Sequence, kwargs: dict) -> Node | None
     )
 
 
-def _heavy(node: Node, size: Sequence[int], **about) -> Node:
-    """The node of a convolution, which autocast may run in another dtype."""
+def _convolution(node: Node, size: Sequence[int], **about) -> Node:
+    """The node of a convolution, whose dtype autocast may change."""
     kind = node.run.device.type
     cast = torch.is_autocast_enabled(kind) and node.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if cast else node.dtype

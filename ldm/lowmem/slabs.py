@@ -1,8 +1,8 @@
-"""Volumes that are computed a slab at a time, each slab from the rows that it depends on.
+"""Volumes computed in slabs, each from the rows that it depends on.
 
-A row is one index of the first spatial axis. An operation is a `Node`, which knows what rows of its inputs
-its own take: heavy ones are convolutions, light ones pointwise operations, padding and interpolation, which
-are fused into whatever reads them. A `Sweep` computes some nodes from the first row to the last.
+A row is one index of the first spatial axis. A `Node` is an operation, and knows which rows of its inputs it
+needs. Heavy nodes are convolutions. Light ones are pointwise operations, padding and interpolation, computed
+whenever they are read. A `Sweep` computes nodes from the first row to the last.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 PIECE = 8 * 2**20  # bytes of a light operation's result at a time
-MOST_ELEMENTS = 2**31 - 1  # of one tensor: beyond it kernels count with overflow
-CHAIN = 4  # results that a chain of light operations holds at a time
-CHUNK = 64 * 2**20  # bytes that go to host memory, or come from there, at a time
-AHEAD = 2  # chunks on their way in each direction
+MAX_ELEMENTS = 2**31 - 1  # of one tensor: kernels index with 32 bits
+CHAIN = 4  # results that a chain of light operations holds at once
+CHUNK = 64 * 2**20  # bytes copied to or from host memory at a time
+AHEAD = 2  # chunks being copied in each direction
 
 
 class Rows:
@@ -30,22 +30,22 @@ class Rows:
         self.device, self.chunks = device, []
 
     def append(self, first: int, rows: torch.Tensor) -> None:
-        """Add the rows from `first` on, those that follow the last."""
+        """Add rows from `first` on, which follow the last."""
         self.chunks.append((first, rows))
 
     def read(self, a: int, b: int) -> torch.Tensor:
-        """Rows a to b; a view where one chunk has them all."""
+        """Rows a to b; a view if they lie in one chunk."""
         parts = []
         for first, rows in self.chunks:
             low, high = max(a, first), min(b, first + rows.shape[2])
             if low < high:
                 parts.append(
                     rows.narrow(2, low - first, high - low).to(self.device)
-                )  # images may lie elsewhere
+                )  # images may be on the CPU
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def forget(self, before: int) -> None:
-        """Free the rows before this one."""
+        """Free the rows before this."""
         chunks, self.chunks = self.chunks, []
         for first, rows in chunks:
             if first >= before:
@@ -56,15 +56,15 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device that they are read on."""
+        """Bytes on the device."""
         return sum(rows.nbytes for _, rows in self.chunks if rows.device.type == self.device.type)
 
 
-class Lane:
-    """Copies between device and host memory beside the arithmetic, in one direction.
+class CopyQueue:
+    """Copies between device and host memory in the background, in one direction.
 
-    Host memory that a GPU can copy to at full speed, pinned, takes long to get. So there are `AHEAD` such
-    buffers, and threads that copy between them and ordinary memory.
+    Pinned memory, which a GPU copies at full speed, is slow to allocate. So there are `AHEAD` pinned buffers,
+    and threads that copy between them and ordinary memory.
     """
 
     def __init__(self, device: torch.device):
@@ -72,8 +72,8 @@ class Lane:
         self.own, self.pending = threading.local(), threading.Semaphore(AHEAD)
 
     def to_host(self, rows: torch.Tensor) -> Future:
-        """A copy in host memory, soon. Waits while `AHEAD` others are on their way, so that no more of them
-        than that take memory of the device."""
+        """Start a copy to host memory. Waits while `AHEAD` others run, since each holds memory of the
+        device."""
         ready = torch.cuda.current_stream(self.device).record_event() if rows.is_cuda else None
 
         @torch.inference_mode()
@@ -94,7 +94,7 @@ class Lane:
         return self.threads.submit(job)
 
     def to_device(self, copy: Future) -> Future:
-        """A copy on the device, soon, of one in host memory."""
+        """Start a copy from host memory to the device."""
 
         @torch.inference_mode()
         def job() -> torch.Tensor:
@@ -121,7 +121,7 @@ class Lane:
             yield self.own.stream
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """The pinned memory of this thread, seen as such a tensor."""
+        """The pinned memory of this thread, as a tensor like this."""
         if getattr(self.own, "bytes", torch.empty(0)).nbytes < like.nbytes:
             self.own.bytes = torch.empty(
                 like.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
@@ -130,39 +130,39 @@ class Lane:
 
 
 class HostRows:
-    """Rows in host memory. They are brought to the device as they are read, the next ones meanwhile."""
+    """Rows in host memory, copied to the device as they are read, with the next ones prefetched."""
 
-    hosted, nbytes = True, 0  # on the device
+    hosted, nbytes = True, 0  # bytes on the device
 
-    def __init__(self, device: torch.device, down: Lane, up: Lane):
+    def __init__(self, device: torch.device, down: CopyQueue, up: CopyQueue):
         self.device, self.down, self.up = device, down, up
-        self.firsts, self.copies, self.there = [], [], {}
+        self.firsts, self.copies, self.loaded = [], [], {}
 
     def append(self, first: int, rows: torch.Tensor) -> None:
-        """Add the rows from `first` on, those that follow the last."""
+        """Add rows from `first` on, which follow the last."""
         step = max(1, CHUNK // (rows.nbytes // rows.shape[2]))
         for i in range(0, rows.shape[2], step):
             self.firsts.append((first + i, first + min(i + step, rows.shape[2])))
             self.copies.append(self.down.to_host(rows[:, :, i : i + step]))
 
     def read(self, a: int, b: int) -> torch.Tensor:
-        """Rows a to b, on the device; a view where one chunk has them all."""
+        """Rows a to b on the device; a view if they lie in one chunk."""
         chunks = [i for i, (first, last) in enumerate(self.firsts) if first < b and a < last]
         for i in range(chunks[0], min(chunks[-1] + AHEAD, len(self.copies) - 1) + 1):
-            if i not in self.there:
-                self.there[i] = self.up.to_device(self.copies[i])
+            if i not in self.loaded:
+                self.loaded[i] = self.up.to_device(self.copies[i])
         parts = []
         for i in chunks:
             first, last = self.firsts[i]
-            rows, low, high = self.there[i].result(), max(a, first), min(b, last)
+            rows, low, high = self.loaded[i].result(), max(a, first), min(b, last)
             if rows.is_cuda:
                 rows.record_stream(torch.cuda.current_stream(self.device))
             parts.append(rows.narrow(2, low - first, high - low))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def forget(self, before: int) -> None:
-        """Free the rows before this one on the device; the host keeps them."""
-        self.there = {i: rows for i, rows in self.there.items() if self.firsts[i][1] > before}
+        """Free the rows before this on the device. The host keeps them."""
+        self.loaded = {i: rows for i, rows in self.loaded.items() if self.firsts[i][1] > before}
 
 
 @dataclass(eq=False)
@@ -171,14 +171,14 @@ class Node:
 
     Attributes:
         size: (C, D, H, W).
-        needs: rows of each input that rows a to b take. A heavy node's may lie outside of the volume, and
-            are zeros there.
+        needs: a, b -> the rows of each input for rows a to b. Those of a heavy node may lie outside of the
+            volume, where they are zeros.
         compute: tensors of these rows, a, b -> rows a to b.
-        heavy: worth keeping: in a sweep, none of its rows is computed twice.
+        heavy: computed once in a sweep, and kept until it has been read.
         input_dtype: of a heavy node's input.
         flops: of a row.
         weight_bytes: of a heavy node.
-        rows: those that are there. A stored node has all of them, and no inputs.
+        rows: those that are kept. A stored node has all, and no inputs.
     """
 
     run: object
@@ -203,7 +203,7 @@ class Node:
 
     @property
     def piece(self) -> int:
-        """Rows that light operations work on at a time."""
+        """Rows that light operations compute at a time."""
         return max(1, PIECE // (4 * self.row_elements))
 
     @property
@@ -211,15 +211,15 @@ class Node:
         return self.size[1]
 
     def read(self, a: int, b: int) -> torch.Tensor:
-        """Rows a to b, (1, C, b - a, H, W). Of the heavy nodes, what they depend on has to be there."""
+        """Rows a to b, (1, C, b - a, H, W). The heavy nodes that they depend on must hold their rows."""
         if self.rows is not None:
             return self.rows.read(a, b)
         needs = zip(self.inputs, self.needs(a, b), strict=True)
         return self.compute([node.read(*rows) for node, rows in needs], a, b)
 
     def gather(self, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows a to b in one tensor of the run's layout, zeros outside of the volume; piece by piece, to hold
-        little beside."""
+        """Rows a to b in one tensor of the run's layout, zeros outside of the volume. They are computed in
+        pieces, which takes little memory."""
         low, high = max(a, 0), min(b, self.depth)
         if self.rows is not None and (low, high) == (a, b):
             return self.read(a, b).to(dtype, memory_format=self.run.layout)
@@ -242,14 +242,14 @@ class Node:
             yield p, min(p + self.piece, b)
 
     def store(self, rows: Rows | HostRows) -> None:
-        """Have all rows; what they were computed from is let go."""
+        """Keep all rows, and drop what they were computed from."""
         self.rows, self.inputs, self.needs, self.compute, self.heavy = rows, [], None, None, False
 
 
 class Sweep:
-    """Volumes of one grid, computed together from the first row to the last, each heavy node's rows once.
+    """Compute volumes of one grid together from the first row to the last, each heavy node's rows once.
 
-    A heavy node keeps the rows that are still to be read, and no more.
+    A heavy node keeps only the rows that are still to be read.
     """
 
     def __init__(self, tops: Sequence[Node]):
@@ -273,13 +273,13 @@ class Sweep:
         return sum(node.flops * node.depth for node in self.heavy)
 
     def slabs(self, thickness: int) -> Iterator[tuple[int, int]]:
-        """Steps a to b of so many rows; at each, rows a to b of the tops can be read."""
+        """Steps a to b of so many rows, at each of which rows a to b of the tops can be read."""
         done, depth = dict.fromkeys(self.heavy, 0), self.tops[0].depth
         for node in self.heavy:
             node.rows = Rows(node.run.device)
         for a in range(0, depth, thickness):
             b = min(a + thickness, depth)
-            for node, (low, high) in self._due(a, b, done)[0]:
+            for node, (low, high) in self._rows_to_compute(a, b, done)[0]:
                 rows = [node.inputs[0].gather(*node.needs(low, high)[0], node.input_dtype)]
                 node.rows.append(low, node.compute(rows, low, high))
                 del rows
@@ -293,16 +293,15 @@ class Sweep:
             node.rows = None
 
     def bytes(self, thickness: int) -> int:
-        """What the slabs take at most, without what is stored before or after.
+        """Peak bytes of the slabs, without the rows that are kept before or after.
 
-        Beside its input and output a convolution is granted as much again: libraries bring both into a
-        layout of their own, and weights.
+        A convolution counts its input, output and weights twice, since libraries may copy them.
         """
         done, depth, most = dict.fromkeys(self.heavy, 0), self.tops[0].depth, 0
-        there = dict.fromkeys(self.heavy + self.hosted, (0, 0))
+        held = dict.fromkeys(self.heavy + self.hosted, (0, 0))
 
         def live() -> int:
-            return sum(node.row_bytes * (high - low) for node, (low, high) in there.items())
+            return sum(node.row_bytes * (high - low) for node, (low, high) in held.items())
 
         most_rows = 4 * (thickness + 4)
         rows = [4 * node.row_elements * min(node.piece, node.depth, most_rows) for node in self.nodes]
@@ -310,32 +309,34 @@ class Sweep:
 
         def forget(row: int) -> None:
             for node, first in self._unread(row, done):
-                low, high = there[node]
-                there[node] = (min(max(first, low), high), high)
+                low, high = held[node]
+                held[node] = (min(max(first, low), high), high)
 
         for a in range(0, min(depth, 6 * thickness), thickness):
             b = min(a + thickness, depth)
-            due, asked = self._due(a, b, done)
+            steps, asked = self._rows_to_compute(a, b, done)
             for node in self.hosted:
-                there[node] = (there[node][0], max(there[node][1], asked.get(node, (0, 0))[1]))
-            for node, (low, high) in due:
+                held[node] = (held[node][0], max(held[node][1], asked.get(node, (0, 0))[1]))
+            for node, (low, high) in steps:
                 ((first, last),) = node.needs(low, high)
                 elements = [node.inputs[0].row_elements * (last - first), node.row_elements * (high - low)]
-                if max(elements) > MOST_ELEMENTS and thickness > 1:
+                if max(elements) > MAX_ELEMENTS and thickness > 1:
                     return math.inf
                 copies = 2 * sum(elements) * node.input_dtype.itemsize + 2 * node.weight_bytes
                 most = max(most, live() + copies + beside)
-                there[node] = (there[node][0], high)
+                held[node] = (held[node][0], high)
                 done[node] = high
                 forget(a)
             most = max(most, live() + sum(top.row_bytes for top in self.tops) * (b - a) + beside)
             forget(b)
         return most
 
-    def _due(self, a: int, b: int, done: dict[Node, int]) -> tuple[list[tuple[Node, tuple[int, int]]], dict]:
-        """The rows that each heavy node has to compute before rows a to b of the tops can be read, in order,
-        and the rows of each node that are read for it."""
-        asked, due = {top: (a, b) for top in self.tops}, []
+    def _rows_to_compute(
+        self, a: int, b: int, done: dict[Node, int]
+    ) -> tuple[list[tuple[Node, tuple[int, int]]], dict]:
+        """The rows that each heavy node must compute, in order, before rows a to b of the tops can be read,
+        and the rows of each node that this reads."""
+        asked, steps = {top: (a, b) for top in self.tops}, []
         for node in reversed(self.nodes):
             if node not in asked:
                 continue
@@ -344,16 +345,16 @@ class Sweep:
                 low = max(low, done[node])
                 if low >= high:
                     continue
-                due.append((node, (low, high)))
+                steps.append((node, (low, high)))
             needs = node.needs(low, high) if node.inputs else []
             for one, (first, last) in zip(node.inputs, needs, strict=True):
                 first, last = max(first, 0), min(last, one.depth)
                 before = asked.get(one, (first, last))
                 asked[one] = (min(first, before[0]), max(last, before[1]))
-        return due[::-1], asked
+        return steps[::-1], asked
 
     def _unread(self, row: int, done: dict[Node, int]) -> list[tuple[Node, int]]:
-        """The first row of each heavy or hosted node that is still to be read, when the tops are read up to
+        """The first row of each heavy or hosted node that is still to be read once the tops are read up to
         `row`."""
         first = dict.fromkeys(self.nodes, math.inf) | dict.fromkeys(self.tops, row)
         for node in reversed(self.nodes):

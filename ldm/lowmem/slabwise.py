@@ -1,4 +1,5 @@
-"""Decode and encode within a given memory, exactly: in slabs, with the statistics of the whole volume."""
+"""Encode and decode in slabs, within a given memory. The result is that of the whole volume: group norms use
+the statistics of the whole volume, convolutions the rows beside the slab."""
 
 import contextlib
 import functools
@@ -15,57 +16,55 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm import UserError
-from ldm.lowmem.lazy import Volume, leaf
-from ldm.lowmem.slabs import HostRows, Lane, Node, Rows, Sweep
+from ldm.lowmem.lazy import LazyVolume, leaf
+from ldm.lowmem.slabs import CopyQueue, HostRows, Node, Rows, Sweep
 
-MOST_ROWS = 32  # of a slab: more is no faster, and takes memory that rows could be kept in
-PLANNED = 0.9  # share of the memory that is planned with: allocators leave gaps
+MAX_ROWS = 32  # of a slab: more is no faster, and takes memory in which rows could be kept
+PLANNED = 0.9  # share of the memory that is used: allocators leave gaps
 
-# Bytes that are kept back on a CPU, since they were seen to be taken, by whom was not shown for all: freed
-# memory that glibc keeps (up to 64 MiB at its end alone), and what oneDNN keeps for each shape of slab, as a
-# multiple of the weights.
+# Bytes reserved on a CPU, from measurements: memory that glibc does not return, and what oneDNN keeps for
+# each shape of slab, as a multiple of the weights.
 HEAP, KEPT_WEIGHTS = 128 * 2**20, 4
 
-# Arithmetic in the time that a byte takes to host memory and back, at 400 TFLOP/s and 25 GB/s: assumed.
-FLOPS_A_BYTE = 16_000
+# Operations in the time that a byte takes to host memory and back, assuming 400 TFLOP/s and 25 GB/s.
+FLOPS_PER_BYTE = 16_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory of the autoencoder's device.
+    """Memory that encoding and decoding may use on the autoencoder's device.
 
     Attributes:
         total: bytes, weights included.
-        beside: bytes of it that something else takes, such as another network.
-        like_gpu: for a prediction: of a GPU, whatever the device.
+        beside: bytes of it that something else uses, such as another network.
+        like_gpu: predict for a GPU, whatever the device.
     """
 
     total: float
     beside: int = 0
     like_gpu: bool = False
-    plans: dict = field(default_factory=dict, compare=False, repr=False)  # what was found for volumes before
+    plans: dict = field(default_factory=dict, compare=False, repr=False)  # by volume, from earlier calls
 
 
 def decode_within(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """`autoencoder.decode`, to rounding, within a budget.
+    """`autoencoder.decode` within a budget; equal up to rounding.
 
     Args:
-        autoencoder: any network whose `decode` is made of convolutions, group norms and pointwise functions;
-            other operations, such as attention, take their whole input at once. In eval mode.
+        autoencoder: a network in eval mode. Convolutions, group norms, interpolation and pointwise functions
+            are computed in slabs, other operations, such as attention, on their whole input.
         latents: (B, c, d, h, w), unscaled.
 
     Returns:
         (B, C, D, H, W), on the CPU.
 
     Raises:
-        UserError: the budget is too small; the least that would do is named.
+        UserError: the budget is too small; the message names the smallest that is enough.
     """
     return torch.cat([_within(autoencoder, "decode", one[None], budget)[0] for one in latents])
 
 
 def encode_within(autoencoder: nn.Module, images: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, ...]:
-    """`autoencoder.encode`, likewise: (B, C, D, H, W), on any device -> what it returns, each of (B, c, d, h,
-    w), on the CPU."""
+    """`autoencoder.encode`, likewise: (B, C, D, H, W) on any device -> what it returns, on the CPU."""
     parts = [_within(autoencoder, "encode", one[None], budget) for one in images]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -76,11 +75,7 @@ def weights_bytes(network: nn.Module) -> int:
 
 
 def decoding_peak(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget) -> float:
-    """Bytes that `decode_within` takes at most, the weights and what is beside them included.
-
-    Raises:
-        UserError: as it does.
-    """
+    """Peak bytes of `decode_within`, with the weights and what is beside them. Raises the same errors."""
     plain, _, room = _planned(autoencoder, "decode", latents[:1], budget)
     return plain + weights_bytes(autoencoder) + budget.beside if plain <= room else budget.total
 
@@ -96,22 +91,25 @@ def _layout(network: nn.Module) -> torch.memory_format:
 
 
 def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
-    """What a method of the network makes of a (1, C, D, H, W) tensor: each on the CPU."""
+    """The results of a method of the network for a (1, C, D, H, W) tensor, on the CPU."""
     device, function = next(network.parameters()).device, getattr(network, method)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what sampling has left there
+        torch.cuda.empty_cache()  # of sampling
     plain, least, room = _planned(network, method, volume, budget)
     if plain <= room:
         results = function(volume.to(device))
         return [one.cpu() for one in (results if isinstance(results, tuple) else (results,))]
-    with _sparing(network):
+    with _memory_saving(network):
         run = _Run(device, room, least, _layout(network))
-        return run.results(function(Volume(leaf(run, volume))))
+        return run.results(function(LazyVolume(leaf(run, volume))))
 
 
 def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> tuple[int, int, float]:
-    """Bytes beside the weights: of a whole (1, C, D, H, W) volume, the least that would do, and those that
-    there are. Raises UserError where there are less."""
+    """Bytes beside the weights for a (1, C, D, H, W) tensor: at once, in the thinnest slabs, and available.
+
+    Raises:
+        UserError: there are too few.
+    """
     device, function = next(network.parameters()).device, getattr(network, method)
     held = weights_bytes(network) + budget.beside
     on_cpu = device.type == "cpu" and not budget.like_gpu
@@ -120,15 +118,15 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
     key = (method, volume.shape, volume.dtype, volume.device, autocast)
     if key not in budget.plans:
         plain = _plain_peak(function, volume, device)
-        with _sparing(network):
+        with _memory_saving(network):
             budget.plans[key] = plain, _least(function, volume, device)
     plain, least = budget.plans[key]
     room = PLANNED * (budget.total - held) - heap
     if min(plain, least) > room:
-        due = math.ceil(((min(least, plain) + heap) / PLANNED + held) / 1e6) / 1e3
+        enough = math.ceil(((min(least, plain) + heap) / PLANNED + held) / 1e6) / 1e3
         raise UserError(
-            f"{budget.total / 1e9:.3g} GB of memory do not suffice for a volume of "
-            f"{' x '.join(map(str, volume.shape[2:]))} ({method}): the least that would do is {due:.3f} GB."
+            f"{budget.total / 1e9:.3g} GB of memory are too little for a volume of "
+            f"{' x '.join(map(str, volume.shape[2:]))} ({method}). Expected at least {enough:.3f} GB."
         )
     return plain, least, room
 
@@ -137,8 +135,8 @@ def _planned(network: nn.Module, method: str, volume: torch.Tensor, budget: Budg
 
 
 class _Tracker(TorchDispatchMode):
-    """Bytes of the tensors that operations have made and that are there still; their peak, with as much
-    again for what a convolution reads and writes."""
+    """Counts the bytes of the tensors that operations make, and their peak. A convolution counts its input
+    and output twice, since libraries may copy both."""
 
     def __init__(self):
         super().__init__()
@@ -170,10 +168,10 @@ class _Tracker(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _pretending() -> Iterator[_Tracker]:
-    """Operations make tensors without data, and their bytes are counted."""
+def _fake_tensors() -> Iterator[_Tracker]:
+    """Run operations on tensors without data, and count their bytes."""
     with (
-        torch.inference_mode(False),  # which hides what composed operations are made of
+        torch.inference_mode(False),  # which hides the parts of composed operations
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
         _Tracker() as tracker,
@@ -186,22 +184,22 @@ def _like(volume: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _plain_peak(function: Callable, volume: torch.Tensor, device: torch.device) -> int:
-    """Bytes that a function of the whole volume takes."""
-    with _pretending() as tracker:
+    """Bytes that a function of the whole volume needs."""
+    with _fake_tensors() as tracker:
         function(_like(volume, device))
     return tracker.peak
 
 
 def _least(function: Callable, volume: torch.Tensor, device: torch.device) -> int:
-    """Bytes that the function takes in slabs of one row, if nothing is kept."""
-    with _pretending() as tracker:
+    """Bytes that the function needs in slabs of one row, if no rows are kept."""
+    with _fake_tensors() as tracker:
         run = _Plan(device, tracker)
-        run.results(function(Volume(leaf(run, _like(volume, device)))))
+        run.results(function(LazyVolume(leaf(run, _like(volume, device)))))
     return max(run.least, tracker.peak)
 
 
 class _Plan:
-    """A run that computes nothing, and finds the least memory that the sweeps take."""
+    """A run that computes nothing, and finds the least memory that its sweeps need."""
 
     def __init__(self, device: torch.device, tracker: _Tracker):
         self.device, self.tracker, self.least = device, tracker, 0
@@ -217,7 +215,7 @@ class _Plan:
         self._need([node], [node])
         return torch.empty((1, *node.size), dtype=node.dtype, device=self.device)
 
-    def results(self, volumes: Volume | Sequence[Volume]) -> None:
+    def results(self, volumes: LazyVolume | Sequence[LazyVolume]) -> None:
         nodes = _nodes(volumes, self)
         self._need(nodes, nodes if self.device.type == "cpu" else [])
 
@@ -232,14 +230,14 @@ class _Plan:
 class _Run:
     """The sweeps of one volume through a network.
 
-    Each group norm needs its whole input before anything of its output is known. That input is swept once
-    for the statistics. Its rows are kept for what reads them next, on the device where there is room, or in
-    host memory if that is sooner than to compute them again; else they are computed again.
+    Each group norm needs the statistics of its whole input, which is swept once for them. Its rows are kept
+    for the next sweep on the device where there is room, or in host memory if copying is faster than
+    computing; else they are computed again.
 
     Args:
         room: bytes for all but the weights.
-        least: bytes of it that each sweep takes at least.
-        layout: memory format that the convolutions take their slabs in.
+        least: bytes of it that each sweep needs.
+        layout: memory format of the slabs.
     """
 
     def __init__(
@@ -250,44 +248,44 @@ class _Run:
         layout: torch.memory_format = torch.contiguous_format,
     ):
         self.device, self.room, self.least, self.layout = device, room, least, layout
-        self.held, self.lanes = weakref.WeakSet(), None
+        self.held, self.queues = weakref.WeakSet(), None
 
     def hold(self, rows: Rows) -> None:
-        """Count these rows as long as they are there."""
+        """Count these rows as long as they exist."""
         self.held.add(rows)
 
     @property
     def free(self) -> float:
-        """Bytes that are not taken by rows that are kept."""
+        """Bytes that no kept rows use."""
         return self.room - sum(rows.nbytes for rows in self.held)
 
     def thickness(self, sweep: Sweep, free: float) -> int:
-        """The most rows of a slab that fit."""
+        """Rows of the thickest slab that fits."""
         rows = 1
-        while rows < min(MOST_ROWS, sweep.tops[0].depth) and sweep.bytes(2 * rows) <= free:
+        while rows < min(MAX_ROWS, sweep.tops[0].depth) and sweep.bytes(2 * rows) <= free:
             rows *= 2
         return rows
 
     def place(self, node: Node, sweep: Sweep) -> Rows | HostRows | None:
-        """Where to keep the rows of a sweep; None: nowhere."""
+        """Where to keep the rows of a sweep. None: nowhere."""
         size = node.row_bytes * node.depth
-        if node.rows is not None:  # they are there
+        if node.rows is not None:  # kept already
             return None
         if size <= self.free - max(self.least, self.room / 3):
             return Rows(self.device)
         if (
             self.device.type == "cpu"
-            or 2 * sweep.flops < FLOPS_A_BYTE * size
+            or 2 * sweep.flops < FLOPS_PER_BYTE * size
             or size > free_host_memory() / 2
         ):
             return None
-        self.lanes = self.lanes or (Lane(self.device), Lane(self.device))
-        return HostRows(self.device, *self.lanes)
+        self.queues = self.queues or (CopyQueue(self.device), CopyQueue(self.device))
+        return HostRows(self.device, *self.queues)
 
     def moments(self, node: Node, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of each group of channels, over the whole volume, whose rows may be kept.
+        """Mean and variance of each group of channels over the whole volume, whose rows may be kept.
 
-        The moments of pieces are merged as Chan et al. (1979) do, which cancels nothing.
+        Moments of pieces are merged by Chan et al. (1979), without cancellation.
         """
         sweep = Sweep([node])
         kept = self.place(node, sweep)
@@ -316,8 +314,8 @@ class _Run:
         """All rows in one tensor on the device."""
         return self._all([node], self.device)[0]
 
-    def results(self, volumes: Volume | Sequence[Volume]) -> list[torch.Tensor]:
-        """What the network returned, on the CPU."""
+    def results(self, volumes: LazyVolume | Sequence[LazyVolume]) -> list[torch.Tensor]:
+        """The network's results, on the CPU."""
         return self._all(_nodes(volumes, self), torch.device("cpu"))
 
     def _all(self, nodes: Sequence[Node], device: torch.device) -> list[torch.Tensor]:
@@ -332,7 +330,7 @@ class _Run:
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take; 0 where the system does not tell."""
+    """Bytes that this process may still allocate; 0 where that is unknown."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -345,19 +343,19 @@ def free_host_memory() -> int:
     return free
 
 
-def _nodes(volumes: Volume | Sequence[Volume], run) -> list[Node]:
-    """The nodes of what a network returned."""
+def _nodes(volumes: LazyVolume | Sequence[LazyVolume], run) -> list[Node]:
+    """The nodes of a network's results."""
     volumes = volumes if isinstance(volumes, (tuple, list)) else [volumes]
-    return [one.node if isinstance(one, Volume) else leaf(run, one) for one in volumes]
+    return [one.node if isinstance(one, LazyVolume) else leaf(run, one) for one in volumes]
 
 
 # ---------------------------------------------------------------- networks
 
 
 @contextlib.contextmanager
-def _sparing(network: nn.Module) -> Iterator[None]:
-    """Let modules that would take the memory of a matrix of voxels by voxels, or cut volumes themselves, do
-    their arithmetic in another way meanwhile. MONAI's attention has been fused where it was built."""
+def _memory_saving(network: nn.Module) -> Iterator[None]:
+    """Meanwhile, compute attention without its matrix of voxels by voxels, and MAISI's layers without their
+    own splitting. MONAI's attention was fused when it was built."""
     changes = []
     for module in network.modules():
         if hasattr(module, "_attention") and hasattr(module, "proj_attn"):  # monai-generative's
@@ -380,13 +378,13 @@ def _sparing(network: nn.Module) -> Iterator[None]:
 
 
 def _attention(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of (heads, voxels, C), without the matrix of voxels by voxels."""
-    # Only of four axes is it computed by the kernels that do without.
+    """Attention of (heads, voxels, C) without its matrix."""
+    # The kernels without a matrix need four axes.
     query, key, value = (one[:, None] for one in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, scale=scale)[:, 0]
 
 
 def _maisi_norm(module: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """What MAISI's group norm computes: float32, or float16 behind it."""
+    """MAISI's group norm at once: computed in float32, returned in float16 where it says so."""
     x = F.group_norm(x.float(), module.num_groups, module.weight, module.bias, module.eps)
     return x.half() if module.norm_float16 else x.float()

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ldm import UserError
-from ldm.lowmem.slabwise import Budget, decode_within, encode_within
+
+if TYPE_CHECKING:
+    from ldm.lowmem.slabwise import Budget
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
@@ -23,7 +26,7 @@ class Autoencoder(nn.Module):
             are the same but for rounding. None: whole volumes at once.
     """
 
-    def __init__(self, network: nn.Module, budget: Budget | None = None):
+    def __init__(self, network: nn.Module, budget: "Budget | None" = None):
         super().__init__()
         self.autoencoder, self.budget = network, budget  # named as in checkpoints' averaged weights
 
@@ -64,6 +67,8 @@ class Autoencoder(nn.Module):
         With a budget the images may lie in host memory.
         """
         if self.budget:
+            from ldm.lowmem.slabwise import encode_within
+
             mean, std = encode_within(self.network, images, self.budget)
         else:
             mean, std = self.network.encode(images)
@@ -72,6 +77,8 @@ class Autoencoder(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
         if self.budget:
+            from ldm.lowmem.slabwise import decode_within
+
             return decode_within(self.network, latents, self.budget).float()
         return self.network.decode(latents).float()
 
@@ -97,11 +104,15 @@ class Autoencoder(nn.Module):
 
 
 def set_posterior_std(network: nn.Module, std: float) -> None:
-    """Start training with posteriors of this standard deviation, by the bias of the log-variance layer."""
+    """Start training with posteriors of this standard deviation, by the bias of the log-variance layer.
+
+    Raises:
+        UserError: the network has no such layer.
+    """
     layer = getattr(network, "quant_conv_log_sigma", None)
     if layer is None:
         raise UserError(
-            "autoencoder_train.initial_posterior_std: this network has no log-variance layer; set null."
+            "autoencoder_train.initial_posterior_std: this network has no log-variance layer. Set it to null."
         )
     conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
     with torch.no_grad():
@@ -110,9 +121,10 @@ def set_posterior_std(network: nn.Module, std: float) -> None:
 
 
 class LatentMoments:
-    """Sums over latents that give their common standard deviation, reducible over ranks.
+    """The scale factor of latents: 1 / std over all voxels and channels (Rombach et al., 2022, appendix D.1).
 
-    The variance of draws mean + std * eps is E[mean^2] + E[std^2] - E[mean]^2, known without drawing.
+    Latents are drawn as mean + std * eps, so their variance is E[mean^2] + E[std^2] - E[mean]^2. No draw is
+    needed, and the sums of all ranks can be added.
     """
 
     def __init__(self):
@@ -125,7 +137,11 @@ class LatentMoments:
         self.sums += torch.stack([value.cpu().double() for value in values])
 
     def scale_factor(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> float:
-        """1 / std over all volumes of all ranks; `reduce` adds the sums of the ranks up."""
+        """1 / std over all volumes of all ranks; `reduce` adds the sums over ranks.
+
+        Raises:
+            UserError: the variance is 0 or not finite.
+        """
         count, first, second = reduce(self.sums).tolist()
         variance = second / count - (first / count) ** 2
         if not variance > 0:

@@ -1,5 +1,4 @@
-"""Build the networks that a config names, check what they can take, and load weights of any origin into
-them."""
+"""Build the networks that a config names, and check that they fit its images and each other."""
 
 import contextlib
 import difflib
@@ -21,25 +20,26 @@ from ldm.models.layers import fuse_attention, norm_in_half
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
 SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
-MOST = 65_536  # of channels, blocks or steps that an argument of a network counts
-MOST_DOWNSAMPLING = 256
-MOST_VOXELS = 2**31  # of a resampled channel: 8 GB
-MOST_VALUES = 10**6  # in a config
+MAX_COUNT = 65_536  # the largest whole number in the arguments of a network
+MAX_LEVELS = 9  # a factor of 256
+MAX_VOXELS = 2**31  # of a channel: 8 GB
+MAX_VALUES = 10**6  # in a config, references resolved
 
 
 def resolve_references(section, config: dict, where: str):
     """Replace each `"@name"` (or `"$@name"`) in a section by the config's value of that name.
 
-    Nested names are written `@section::key`. No other `$` expression is evaluated: a config is data.
+    Nested names are written `@section::key`, as in MONAI. No other `$` expression is evaluated: a config is
+    data.
 
     Raises:
-        UserError: a reference to nothing, to itself, or to more values than any config needs.
+        UserError: a reference to a missing key or to itself, another expression, or too many values.
     """
     count = itertools.count()
 
     def resolved(value, where: str, seen: tuple[str, ...]):
-        if next(count) > MOST_VALUES:  # each reference to a list of two references doubles it
-            raise UserError(f"{where}: references to references make more than {MOST_VALUES} values.")
+        if next(count) > MAX_VALUES:  # each reference to a list of two references doubles it
+            raise UserError(f"{where}: references to references make more than {MAX_VALUES} values.")
         if isinstance(value, dict):
             return {key: resolved(one, f"{where}.{key}", seen) for key, one in value.items()}
         if isinstance(value, list):
@@ -65,7 +65,11 @@ def resolve_references(section, config: dict, where: str):
 
 
 def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Module]:
-    """The class that a `_target_` names, if it is a network (or scheduler) class of one of `packages`."""
+    """The class that a `_target_` names.
+
+    Raises:
+        UserError: it is no network or scheduler class of `packages`.
+    """
     module_name, _, class_name = target.rpartition(".")
     package = next((p for p in packages if module_name == p or module_name.startswith(p + ".")), None)
     if package is None:
@@ -90,11 +94,10 @@ def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Mod
 
 
 def check_definition(definition: dict, packages: Sequence[str], where: str) -> type[nn.Module]:
-    """The class that a section's `_target_` names.
+    """The class of a section, whose arguments are checked by its signature and type hints.
 
     Raises:
-        UserError: it is none of these packages; or an argument that it does not have, of another type than
-            it declares, or beyond what any network counts.
+        UserError: the class is not allowed, or an argument is unknown, of a wrong type or too large.
     """
     cls = named_class(definition["_target_"], packages, where)
     parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(cls.__init__)
@@ -105,10 +108,12 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
         value, default = definition[key], parameters[key].default if key in parameters else None
-        if value is default is None:  # where an int is declared, at times
+        if value is default is None:  # though the hint may say int
             continue
-        if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MOST for n in _leaves(value)):
-            raise UserError(f"{where}.{key}: expected whole numbers from 0 to {MOST}, found {brief(value)}.")
+        if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MAX_COUNT for n in _leaves(value)):
+            raise UserError(
+                f"{where}.{key}: expected whole numbers from 0 to {MAX_COUNT}, found {brief(value)}."
+            )
         if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
             kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")
             raise UserError(f"{where}.{key}: expected {kind}, found {brief(value)}.")
@@ -125,7 +130,7 @@ def _leaves(value) -> Iterator:
 
 
 def _tuples(value):
-    """JSON has lists where some arguments are declared as tuples."""
+    """A value of JSON with tuples for lists, as some arguments are declared."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
@@ -138,29 +143,36 @@ def _is_a(value, kind) -> bool:
 
 
 def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Module:
-    """Build what a section with resolved references defines: `_target_` names the class, the rest its
-    arguments."""
+    """Build the network or scheduler of a section with resolved references: `_target_` names the class, the
+    other keys are its arguments.
+
+    Raises:
+        UserError: as `check_definition`, or the class raises an error.
+    """
     cls = check_definition(definition, packages, where)
     arguments = {key: value for key, value in definition.items() if key != "_target_"}
     try:
         built = cls(**arguments)
-    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+    except Exception as error:  # of any type: its arguments caused it
         raise UserError(f"{where}: {cls.__name__} refuses these arguments: {brief(error)}") from None
     return norm_in_half(fuse_attention(built)) if packages is NETWORKS else built
 
 
 def check_networks(config: dict) -> None:
-    """See that the networks a config defines can be built, and fit its images and each other.
+    """Build the networks of a config and run them on a small volume, with zeros for the UNet's conditions.
 
-    They are built on torch's meta device, where tensors have shapes and no values, and are given a small
-    volume: that takes no memory and, once their package is imported, a few tenths of a second.
+    This happens on torch's meta device, where tensors have shapes but no values: it takes no memory, and a
+    few tenths of a second.
 
     Raises:
-        UserError: what does not fit is named.
+        UserError: a network cannot be built, or does not fit the images or the latents.
     """
-    for key in ("autoencoder_def", "diffusion_def"):
-        if key in config and downsampling(config[key]) > MOST_DOWNSAMPLING:
-            raise UserError(f"{key}: {len(_levels(config[key]))} levels are too many.")
+    for key in [key for key in ("autoencoder_def", "diffusion_def") if key in config]:
+        dims, expected = config[key].get("spatial_dims"), config["spatial_dims"]
+        if (type(dims), dims) != (int, expected):
+            raise UserError(f"{key}.spatial_dims: expected {expected}, found {brief(dims)}.")
+        if (levels := len(_levels(config[key]))) > MAX_LEVELS:
+            raise UserError(f"{key}: {levels} levels are too many. Expected at most {MAX_LEVELS}.")
     with torch.device("meta"), torch.no_grad():
         images = small_input(config, "autoencoder_def")
         autoencoder = _checked_layers(config, "autoencoder_def")
@@ -170,7 +182,12 @@ def check_networks(config: dict) -> None:
         _check_same("autoencoder_def: it reconstructs", reconstruction, "images", images)
         if "diffusion_def" not in config:
             return
-        unet = _checked_layers(config, "diffusion_def")
+        unet, found = _checked_layers(config, "diffusion_def"), config["diffusion_def"].get("out_channels")
+        if found != latents.shape[1]:
+            raise UserError(
+                f"diffusion_def.out_channels: expected {latents.shape[1]}, as many as the latents of the "
+                f"autoencoder have, found {brief(found)}."
+            )
         with _explained("diffusion_def", "with the autoencoder's latents", latents):
             cond = example_cond(config["diffusion_def"], 1, latents.shape[2:])
             output = predict(unet, latents, torch.zeros(1), cond)
@@ -178,9 +195,9 @@ def check_networks(config: dict) -> None:
 
 
 def small_input(config: dict, key: str) -> torch.Tensor:
-    """The smallest images (1, C, D, H, W) that both networks take, or, for `diffusion_def`, such latents: on
-    torch's meta device."""
-    sides, channels = [2 * network_divisor(config)] * config["spatial_dims"], config["image_channels"]
+    """The smallest images (1, C, D, H, W) that both networks take or, for `diffusion_def`, such inputs of the
+    UNet, with the channels of its conditions; on torch's meta device."""
+    sides, channels = [2 * side for side in network_divisor(config)], config["image_channels"]
     if key == "diffusion_def":
         sides, channels = latent_size(config, sides), config[key]["in_channels"]
     return torch.empty(1, channels, *sides, device="meta")
@@ -198,7 +215,7 @@ def _checked_layers(config: dict, key: str) -> nn.Module:
 def _explained(key: str, use: str, given: torch.Tensor) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a class of another package raises, its arguments caused it
+    except Exception as error:  # of any type: its arguments caused it
         shape = " x ".join(map(str, given.shape))
         raise UserError(f"{key}: it cannot be used {use} ({shape}): {brief(error)}") from None
 
@@ -209,6 +226,9 @@ def _check_same(what: str, made: torch.Tensor, of: str, given: torch.Tensor) -> 
         raise UserError(f"{what} {made} from {of} of {given}. In and out should be of one size.")
 
 
+# ---------------------------------------------------------------- sizes
+
+
 def _levels(definition: dict) -> list:
     levels = definition.get("channels", definition.get("num_channels"))
     if not isinstance(levels, list) or not levels:
@@ -216,43 +236,54 @@ def _levels(definition: dict) -> list:
     return levels
 
 
-def downsampling(definition: dict) -> int:
-    """Factor between a network's finest and coarsest grid: 2 for each level after the first."""
-    return 2 ** (len(_levels(definition)) - 1)
+def downsampling_factor(definition: dict) -> tuple[int, ...]:
+    """Factor between a network's finest and coarsest grid along each axis: 2 for each level after the
+    first."""
+    return (2 ** (len(_levels(definition)) - 1),) * definition["spatial_dims"]
 
 
 def latent_size(config: dict, size: Sequence[int]) -> list[int]:
     """Sides of the latents of a volume of `size` voxels."""
-    factor = downsampling(config["autoencoder_def"])
-    return [side // factor for side in size]
+    factor = downsampling_factor(config["autoencoder_def"])
+    return [side // step for side, step in zip(size, factor, strict=True)]
 
 
-def network_divisor(config: dict) -> int:
-    """What each side of a volume must be a multiple of: the autoencoder's factor times the UNet's."""
-    divisor = downsampling(config["autoencoder_def"])
-    return divisor * downsampling(config["diffusion_def"]) if "diffusion_def" in config else divisor
+def network_divisor(config: dict) -> tuple[int, ...]:
+    """What the sides of a volume must be multiples of: the autoencoder's factor times the UNet's."""
+    factors = [
+        downsampling_factor(config[key]) for key in ("autoencoder_def", "diffusion_def") if key in config
+    ]
+    return tuple(math.prod(axis) for axis in zip(*factors, strict=True))
 
 
-def check_size(size: Sequence[int], divisor: int, where: str) -> None:
-    """Raise UserError unless `divisor` divides each side, with the nearest sizes that it does divide; or for
-    more voxels than there may be."""
-    if math.prod(size) > MOST_VOXELS:
-        raise UserError(f"{where}: {list(size)} are more than {MOST_VOXELS} voxels.")
-    if any(side % divisor for side in size):
-        near = [
-            sorted({max(divisor, side // divisor * divisor), -(-side // divisor) * divisor}) for side in size
-        ]
+def per_axis(values: Sequence[int]) -> str:
+    """`4`, or `4 x 4 x 2` where the axes differ."""
+    return str(values[0]) if len(set(values)) == 1 else " x ".join(map(str, values))
+
+
+def check_size(size: Sequence[int], divisor: Sequence[int], where: str) -> None:
+    """Check that each side of a volume is a multiple of `divisor`.
+
+    Raises:
+        UserError: it is not; the nearest sizes are named. Or the volume is too large.
+    """
+    if math.prod(size) > MAX_VOXELS:
+        raise UserError(f"{where}: {list(size)} are more than {MAX_VOXELS} voxels.")
+    pairs = list(zip(size, divisor, strict=True))
+    if any(side % step for side, step in pairs):
+        near = [sorted({max(step, side // step * step), -(-side // step) * step}) for side, step in pairs]
         choices = " x ".join(" or ".join(map(str, sides)) for sides in near)
         raise UserError(
-            f"{where}: {list(size)} does not fit the networks, which need multiples of {divisor}: {choices}."
+            f"{where}: {list(size)} does not fit the networks, which need multiples of {per_axis(divisor)}: "
+            f"{choices}."
         )
 
 
 def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], where: str) -> None:
-    """Raise UserError where patches of this size leave the discriminator nothing to judge."""
+    """Raise UserError if patches of this size are too small for the discriminator."""
     side = min(size)
     for module in discriminator.modules():
-        if isinstance(module, nn.Conv3d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
     # Instance normalisation needs more than one value, hence at least 2 after the last convolution but one.
     if side < 1:

@@ -1,11 +1,10 @@
-"""Start an autoencoder as the best linear block transform of the data, instead of from noise.
+"""Initialise an autoencoder as the PCA of image blocks, the best linear code of its size.
 
-An AutoencoderKL whose decoder upsamples by transposed convolution contains, at each level, every orthogonal
-transform of 2 x 2 x 2 blocks and its inverse: a stride-2 convolution reads a whole block, a transposed one of
-size 2 writes one. With the residual branches set to zero (as in Zhang et al., 2019, "Fixup") the network is
-that cascade of block transforms. Taking the principal components of the training volumes' blocks (the
-Karhunen-Loeve transform), it starts where a linear code of the same size ends, and training improves on it.
-With minutes to train, that is most of the way.
+An AutoencoderKL with transposed convolutions contains, at each level, every orthogonal transform of
+2 x 2 x 2 blocks and its inverse: a convolution of stride 2 reads a block, a transposed one of size 2 writes
+it. With zero residual branches (Zhang et al., 2019, "Fixup") the network is a cascade of such transforms. The
+principal components of the training volumes' blocks (the Karhunen-Loeve transform) make it a good linear code
+before the first step, which shortens training most where only minutes are available.
 """
 
 import torch
@@ -20,19 +19,18 @@ WHITENING = 0.5  # 0 keeps the variances of the components, 1 makes them equal
 
 @torch.no_grad()
 def start_as_block_transform(autoencoder: nn.Module, volumes: torch.Tensor) -> None:
-    """Set the weights, in place, so that encoding is the principal components of blocks, and decoding their
-    inverse.
+    """Set the weights in place: encoding gives the principal components of blocks, decoding inverts it.
 
-    Channels that the transform does not use keep their random start, but nothing that it uses reads them. A
-    latent channel's standard deviation is that of its component to the power 1 - WHITENING: fine detail, weak
-    in the image, is then not lost in the noise of the posterior and of the diffusion.
+    Channels that the transform does not use keep their random weights; used channels do not read them. The
+    standard deviation of a latent channel is that of its component to the power 1 - WHITENING, so that weak
+    components, which hold fine detail, are not lost in the noise of posterior and diffusion.
 
     Args:
         autoencoder: monai.networks.nets.AutoencoderKL with `use_convtranspose`.
-        volumes: some training volumes (N, C, D, H, W) of a size that the network can take.
+        volumes: some training volumes (N, C, D, H, W), each side a multiple of the factor.
 
     Raises:
-        UserError: a network of another kind, or too narrow for the transform.
+        UserError: the network is of another kind, or has too few channels.
     """
     if not isinstance(autoencoder, AutoencoderKL) or not any(
         isinstance(m, nn.ConvTranspose3d) for m in autoencoder.modules()
@@ -41,16 +39,15 @@ def start_as_block_transform(autoencoder: nn.Module, volumes: torch.Tensor) -> N
             "autoencoder_train.initialise: block_transform needs monai.networks.nets.AutoencoderKL with "
             '"use_convtranspose": true in autoencoder_def. Set that, or "initialise": "random".'
         )
-    latents = autoencoder.latent_channels
-    downs = [block for block in autoencoder.encoder.blocks if isinstance(block, AEKLDownsample)]
+    encoder, decoder = autoencoder.encoder.blocks, autoencoder.decoder.blocks
+    downs = [block for block in encoder if isinstance(block, AEKLDownsample)]
     components, bases = volumes.float(), []
-    for block in autoencoder.encoder.blocks:
+    for block in encoder:
         if isinstance(block, AEKLDownsample):
-            conv = block.conv.conv
-            blocks = _blocks(components)
-            width = min(
-                conv.out_channels, blocks.shape[1], latents if block is downs[-1] else conv.out_channels
-            )
+            conv, blocks = block.conv.conv, _blocks(components)
+            width = min(conv.out_channels, blocks.shape[1])
+            if block is downs[-1]:
+                width = min(width, autoencoder.latent_channels)
             _, vectors = torch.linalg.eigh((blocks.T @ blocks).double())
             basis = vectors.flip(1)[:, :width].float()  # (C * 8, width), largest first
             bases.append(basis)
@@ -58,29 +55,18 @@ def start_as_block_transform(autoencoder: nn.Module, volumes: torch.Tensor) -> N
             components = _apply(components, basis)
         elif isinstance(block, AEKLResBlock):
             _pass_through(block, components.shape[1])
-        elif block is autoencoder.encoder.blocks[0]:
-            _use(block.conv, torch.eye(components.shape[1])[..., None, None, None], (slice(1, 2),) * 3)
+        elif block is encoder[0]:
+            _use_matrix(block.conv, torch.eye(components.shape[1]))
     mean, std = components.mean((0, 2, 3, 4)), components.std((0, 2, 3, 4)).clamp_min(1e-6)
     gain = std**-WHITENING
     gain = gain / (gain * std).square().mean().sqrt()  # the channels' mean variance is 1
-    _use(
-        autoencoder.encoder.blocks[-1].conv,
-        torch.diag(gain)[..., None, None, None],
-        (slice(1, 2),) * 3,
-        -mean * gain,
-    )
+    _use_matrix(encoder[-1].conv, torch.diag(gain), -mean * gain)
     for conv in (autoencoder.quant_conv_mu.conv, autoencoder.post_quant_conv.conv):
-        conv.weight.copy_(torch.eye(latents)[..., None, None, None])
-        conv.bias.zero_()
+        _use_matrix(conv, torch.eye(autoencoder.latent_channels))
 
-    _use(
-        autoencoder.decoder.blocks[0].conv,
-        torch.diag(1 / gain)[..., None, None, None],
-        (slice(1, 2),) * 3,
-        mean,
-    )
+    _use_matrix(decoder[0].conv, torch.diag(1 / gain), mean)
     used = components.shape[1]
-    for block in list(autoencoder.decoder.blocks)[1:]:
+    for block in list(decoder)[1:]:
         if isinstance(block, AEKLResBlock):
             _pass_through(block, used)
         elif deconv := next((m for m in block.modules() if isinstance(m, nn.ConvTranspose3d)), None):
@@ -90,9 +76,8 @@ def start_as_block_transform(autoencoder: nn.Module, volumes: torch.Tensor) -> N
             deconv.weight[:, :used].zero_()
             deconv.weight[: basis.shape[1], :used] = basis.T.unflatten(1, (used, 2, 2, 2))
             deconv.bias[:used].zero_()
-    _use(autoencoder.decoder.blocks[-1].conv, torch.eye(used)[..., None, None, None], (slice(1, 2),) * 3)
-    latent = _undo_normalisation(autoencoder.encoder.blocks, volumes)
-    _undo_normalisation(autoencoder.decoder.blocks, latent)
+    _use_matrix(decoder[-1].conv, torch.eye(used))
+    _undo_normalisation(decoder, _undo_normalisation(encoder, volumes))
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +93,7 @@ def _apply(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _use(conv: nn.Module, weight: torch.Tensor, taps: tuple, bias: torch.Tensor | None = None) -> None:
-    """Make the first outputs of a convolution a function of its first inputs at these taps alone."""
+    """Set the first outputs of a convolution to depend only on its first inputs, at these taps."""
     out, used = weight.shape[:2]
     if out > conv.out_channels or used > conv.in_channels:
         raise UserError(
@@ -120,15 +105,21 @@ def _use(conv: nn.Module, weight: torch.Tensor, taps: tuple, bias: torch.Tensor 
     conv.bias[:out] = 0 if bias is None else bias
 
 
+def _use_matrix(conv: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Set the first outputs of a convolution to a matrix times its first inputs, voxel by voxel."""
+    centre = tuple(slice(k // 2, k // 2 + 1) for k in conv.kernel_size)
+    _use(conv, matrix[..., None, None, None], centre, bias)
+
+
 def _pass_through(block: AEKLResBlock, used: int) -> None:
     block.conv2.conv.weight.zero_()
     block.conv2.conv.bias.zero_()
     if not isinstance(block.nin_shortcut, nn.Identity):
-        _use(block.nin_shortcut.conv, torch.eye(used)[..., None, None, None], (slice(0, 1),) * 3)
+        _use_matrix(block.nin_shortcut.conv, torch.eye(used))
 
 
 def _undo_normalisation(blocks: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """Run the blocks; set the scale and shift of their last group norm to what it takes away, on average."""
+    """Run the blocks, and set scale and shift of each group norm so that it changes nothing on average."""
     for block in blocks:
         if isinstance(block, nn.GroupNorm):
             groups = x.reshape(len(x), block.num_groups, -1)

@@ -1,4 +1,4 @@
-"""What is changed in the layers of a network that a config names: checkpointing, attention, norms."""
+"""Changes to the layers of a network: checkpointing, fused attention, group norm in bfloat16."""
 
 import torch
 from monai.networks.blocks import CrossAttentionBlock, SABlock
@@ -7,24 +7,26 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 
 class _Gradients(nn.Module):
-    """Within one call, so that activations that are computed again see the same parameters."""
+    """Forward and gradient in one call, so that checkpointed activations see the same parameters."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, parameters: list[torch.Tensor], args: tuple, kwargs: dict) -> tuple:
-        made = self.network(*args, **kwargs)
-        made = [made] if isinstance(made, torch.Tensor) else made
-        return torch.autograd.grad(sum(one.sum() for one in made), parameters, allow_unused=True)
+        outputs = self.network(*args, **kwargs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return torch.autograd.grad(sum(one.sum() for one in outputs), parameters, allow_unused=True)
 
 
 def freeze_unreached(network: nn.Module, *args, **kwargs) -> list[str]:
-    """Freeze the parameters that no loss can reach: those that a call of the network with these arguments, on
-    the meta device, does not use. DDP waits for a gradient of every parameter that is not frozen. Returns the
-    names of those that are.
+    """Freeze the parameters that a call of the network with these arguments does not use. DDP waits for a
+    gradient of every parameter that is not frozen. The arguments are on the meta device.
 
-    Call it as training does: what another call would use, such as a class embedding, is frozen too.
+    Call it as training does, with its conditions: else the layers of the conditions are frozen too.
+
+    Returns:
+        The names of the frozen parameters.
     """
     network_and_call = _Gradients(network)
     parameters, buffers = (
@@ -42,10 +44,10 @@ def freeze_unreached(network: nn.Module, *args, **kwargs) -> list[str]:
 
 
 def add_checkpointing(network: nn.Module) -> None:
-    """Compute the activations of each block again in the backward pass, in place.
+    """Checkpoint each block, in place: its activations are computed again in the backward pass.
 
-    `DiffusionModelUNet` has no switch for it, and `AutoencoderKL`'s covers encoder and decoder as one piece
-    each, which lowers the peak little. Names in the state dict stay as they are.
+    `DiffusionModelUNet` has no option for it, and that of `AutoencoderKL` takes encoder and decoder as one
+    block each, which saves little. Names in the state dict stay the same.
     """
     lists = [getattr(network, name, None) for name in ("down_blocks", "up_blocks")]
     lists += [getattr(getattr(network, part, None), "blocks", None) for part in ("encoder", "decoder")]
@@ -57,9 +59,12 @@ def add_checkpointing(network: nn.Module) -> None:
 
 
 def fuse_attention(network: nn.Module) -> nn.Module:
-    """Let MONAI's attention blocks use torch's fused attention, in place: the same to rounding, without the
-    matrix of all pairs of voxels in memory. A block that needs the matrix is left as it is, as is one with
-    dropout, which MONAI passes to the fused kernels in evaluation too."""
+    """Use torch's fused attention in MONAI's attention blocks, in place. It is equal up to rounding, without
+    the matrix of all pairs of voxels.
+
+    Blocks that need the matrix stay as they are, and those with dropout, which MONAI applies with fused
+    attention in evaluation too.
+    """
     for block in network.modules():
         if isinstance(block, SABlock | CrossAttentionBlock):
             plain = block.attention_dtype is None and not block.dropout_rate and not block.save_attn
@@ -68,10 +73,10 @@ def fuse_attention(network: nn.Module) -> nn.Module:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm that gives bfloat16 for bfloat16.
+    """Group norm that returns bfloat16 for bfloat16.
 
-    Under autocast CUDA would give float32, which every block keeps for its backward pass: twice the memory
-    and the traffic. The kernels add up in float32 in any case, and a CPU's autocast does as here.
+    CUDA's autocast returns float32, which every block keeps for its backward pass: twice the memory. The
+    kernels accumulate in float32 in either case, and a CPU's autocast returns bfloat16 too.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ class GroupNorm(nn.GroupNorm):
         if x.dtype != torch.bfloat16:
             return super().forward(x)
         weight, bias = self.weight, self.bias
-        if self.affine and x.is_cuda:  # whose kernels take no two types
+        if self.affine and x.is_cuda:  # its kernels need one dtype
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.group_norm(x, self.num_groups, weight, bias, self.eps)
@@ -94,7 +99,9 @@ def norm_in_half(network: nn.Module) -> nn.Module:
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move to the device; on a CPU with the channels last in memory, as its convolutions are fastest (docs/
+    """Move to the device. On a CPU also to channels last, in which its convolutions are fastest (docs/
     PERFORMANCE.md)."""
-    last = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
-    return network.to(device, memory_format=last)
+    if device.type != "cpu":
+        return network.to(device)
+    is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
+    return network.to(device, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)

@@ -1,7 +1,7 @@
-"""Published feature networks, built from MONAI's ResNet and loaded from a local file.
+"""Published feature networks, built from MONAI's ResNet, with weights from a local file.
 
 MedicalNet (Chen et al., 2019, arXiv 1904.00625) and RadImageNet (Mei et al., 2022) differ from MONAI's
-defaults in strides, dilation and biases; with other ones their weights load as well, and mean something else.
+defaults in strides, dilation and biases. With the defaults their weights load too, but give other features.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import sha256_of
 
 MEDICALNET = {10: resnet10, 50: resnet50}
-RADIMAGENET_EPS = 1.001e-5  # of batch norm, as Keras has it, where the weights come from
+RADIMAGENET_EPS = 1.001e-5  # of batch norm in Keras, from which the weights were converted
 
 
 def medicalnet(depth: int, state: dict | None, where: str) -> nn.Module:
@@ -24,8 +24,8 @@ def medicalnet(depth: int, state: dict | None, where: str) -> nn.Module:
     strides.
 
     Args:
-        state: its weights; None: random ones.
-        where: the file they came from, for messages.
+        state: its weights. None: random ones.
+        where: their file, for messages.
     """
     network = MEDICALNET[depth](
         spatial_dims=3,
@@ -46,8 +46,8 @@ def medicalnet(depth: int, state: dict | None, where: str) -> nn.Module:
 
 
 def radimagenet(state: dict | None, where: str) -> nn.Module:
-    """RadImageNet's 2D ResNet-50 as it was converted from Keras: convolutions with a bias, the stride of a
-    block at its first convolution."""
+    """RadImageNet's 2D ResNet-50 as converted from Keras: convolutions have a bias, and the stride of a block
+    is in its first convolution."""
     network = resnet50(
         spatial_dims=2, n_input_channels=3, feed_forward=False, conv1_t_stride=2, shortcut_type="B"
     )
@@ -70,8 +70,8 @@ def trunk(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def standardised(x: torch.Tensor) -> torch.Tensor:
-    """Each channel of each volume with mean 0 and standard deviation 1, as MedicalNet was trained: (B, C, D,
-    H, W)."""
+    """Each channel of each volume (B, C, D, H, W) with mean 0 and standard deviation 1, as for MedicalNet's
+    training."""
     return (x - x.mean((2, 3, 4), keepdim=True)) / (x.std((2, 3, 4), keepdim=True) + 1e-6)
 
 
@@ -79,13 +79,13 @@ def read_weights(path: Path, digest: str | None) -> tuple[dict, str]:
     """The weights in a published file, and its SHA-256.
 
     Args:
-        digest: the SHA-256 that it should have, or the first digits of it; None: whatever it is.
+        digest: the expected SHA-256, or its first digits (at least 8). None: any.
 
     Raises:
-        UserError: no such file, another content, or no weights.
+        UserError: the file is missing, has another hash, or holds no weights.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file of weights.")
+        raise UserError(f"{path}: no such file. Check the path of the weights.")
     found = sha256_of(path)
     if digest and not (len(digest) >= 8 and found.startswith(digest.lower())):
         raise UserError(
@@ -95,7 +95,11 @@ def read_weights(path: Path, digest: str | None) -> tuple[dict, str]:
 
 
 def medicalnet_depth(state: dict, where: str) -> int:
-    """Which of MedicalNet's networks weights are of, by their blocks. Raises UserError: of none."""
+    """The depth of MedicalNet's network that has these weights, by its blocks.
+
+    Raises:
+        UserError: none has.
+    """
     blocks = tuple(
         len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5)
     )

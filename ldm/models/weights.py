@@ -1,4 +1,4 @@
-"""Load weights of any origin into a network."""
+"""Load weights into a network: of this project, MONAI, monai-generative, Lightning."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from ldm import UserError
 
 
 def plain_names(state: dict) -> dict:
-    """Parameter names without what DDP, torch.compile or EMA put before them."""
+    """Parameter names without the prefixes of DDP, torch.compile and the EMA model."""
     prefixes = ("module.", "_orig_mod.")
     while state and (prefix := next((p for p in prefixes if all(n.startswith(p) for n in state)), None)):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -17,17 +17,16 @@ def plain_names(state: dict) -> dict:
 
 
 def load_weights(network: nn.Module, state: dict, where: str) -> None:
-    """Load a state dict, strictly; the network's part of a larger one, such as Lightning's, is found by its
+    """Load a state dict, strictly. The network's part of a larger one, such as Lightning's, is found by its
     names, and names of monai-generative are translated to MONAI's.
 
-    In monai-generative the attention's output projection `proj_attn` is in the file but never applied.
-    MONAI's own
-    `load_old_state_dict` copies it into `out_proj`, which is applied, so that the outputs differ; here
-    `out_proj` becomes the identity, which is what the weights were trained with.
+    In monai-generative the attention's output projection `proj_attn` is stored but never applied. MONAI's
+    `load_old_state_dict` copies it into `out_proj`, which is applied, so the outputs differ. Here `out_proj`
+    becomes the identity, as the weights were trained.
 
     Raises:
-        UserError: names, shapes or types that do not fit the network, or values that are not finite; the
-            first of each kind is named. Or the state dict holds several such networks.
+        UserError: names, shapes or types do not fit, or values are not finite; the first of each kind is
+            named. Or the state dict holds several such networks.
     """
     own = network.state_dict()
     state = _part_of(plain_names(dict(state)), own, where)
@@ -59,8 +58,8 @@ def load_weights(network: nn.Module, state: dict, where: str) -> None:
 
 
 def _part_of(state: dict, own: dict, where: str) -> dict:
-    """What lies below one prefix, such as `autoencoder.`, of a state dict that has none of the network's
-    names: the prefix with most of them."""
+    """The entries below one prefix, such as `autoencoder.`: the prefix with most of the network's names. All
+    entries, if any has a name of the network."""
     if any(name in own for name in state):
         return state
     found = Counter()
@@ -75,7 +74,7 @@ def _part_of(state: dict, own: dict, where: str) -> dict:
     if len(prefixes) > 1:
         raise UserError(
             f"{where}: holds several networks of this kind ({', '.join(prefixes)}). Save the state dict of "
-            "the one that is meant to a file of its own."
+            "the right one to a file of its own."
         )
     return {name.removeprefix(p): state[name] for p in prefixes for name in state if name.startswith(p)}
 

@@ -1,4 +1,4 @@
-"""Write and read checkpoints: whole or not there, and never code."""
+"""Write and read checkpoints: written whole or not at all, and read without running code."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from ldm.system.schemas import StrictValidator, fault, fields
 FORMAT = 1
 
 
-# ---------------------------------------------------------------- what a checkpoint holds
+# ---------------------------------------------------------------- entries
 
 
 def _is_dense(_, value) -> bool:
@@ -34,7 +34,7 @@ def _is_sum(_, value) -> bool:
     return _is_floats(_, value) and value.shape == (2,) and bool(value.isfinite().all())
 
 
-def _is_plain_object(_, value) -> bool:
+def _is_json_object(_, value) -> bool:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -47,29 +47,23 @@ def _is_interval(_, value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(number, value)) and value[0] < value[1]
 
 
-def _is_array(_, value) -> bool:
-    return isinstance(value, list | tuple)
-
-
-TYPES = {
-    "array": _is_array,
+TYPES = {  # beyond those of JSON
+    "array": lambda _, value: isinstance(value, list | tuple),
     "dense tensor": _is_dense,
     "dense tensor of floats": _is_floats,
     "sum and count": _is_sum,
-    "plain object": _is_plain_object,
+    "JSON object": _is_json_object,
     "interval": _is_interval,
 }
-
 Validator = validators.extend(StrictValidator, type_checker=StrictValidator.TYPE_CHECKER.redefine_many(TYPES))
 
-WEIGHTS = {  # a state dict
+STATE_DICT = {
     "type": "object",
     "minProperties": 1,
     "propertyNames": {"type": "string"},
     "additionalProperties": {"type": "dense tensor"},
 }
-
-WEIGHTS_OR_NONE = {**WEIGHTS, "type": ["object", "null"]}
+STATE_DICT_OR_NONE = {**STATE_DICT, "type": ["object", "null"]}
 FLOATS = {"type": "dense tensor of floats"}
 AMOUNT, POSITIVE = {"type": "number", "minimum": 0}, {"type": "number", "exclusiveMinimum": 0}
 COUNT, SIZE = {"type": "integer", "minimum": 0, "maximum": 2**53}, {"type": "integer", "minimum": 1}
@@ -82,7 +76,7 @@ def _array(items: dict, count: int) -> dict:
 
 
 def _stepper(state: dict, **more) -> dict:
-    """What `ldm.training.step.Stepper` saves; whether it fits the parameters is checked there."""
+    """The state of a `Stepper`, which checks itself that it fits the parameters."""
     adam = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS)
     optimizer = fields(
         state={"type": "object", "additionalProperties": adam, **state},
@@ -96,24 +90,24 @@ def _stepper(state: dict, **more) -> dict:
 
 DIVISION = ("batches_per_epoch", "cases_per_batch", "accumulate_steps")
 COUNTS = ("epoch", "batch", "step", "masked", "lines", *DIVISION)
-ENTRIES = {  # of a checkpoint of this project: what each is, in those that have it
+ENTRIES = {  # of a checkpoint of this project: what each is, where it is present
     "format": SIZE,
-    "model": WEIGHTS,
-    "config": {"type": "plain object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
-    # on what, and how far it was trained
+    "model": STATE_DICT,
+    "config": {"type": "JSON object", "required": ["autoencoder_def", "channel", "spacing", "intensity"]},
+    # the data, and the position in the training
     "subjects": fields(training=TEXTS, validation=TEXTS),
     **dict.fromkeys(COUNTS, COUNT),
     "seconds": AMOUNT,
     "sums": {"type": "object", "additionalProperties": {"type": "sum and count"}},
-    # what the next step follows from; a discriminator makes its first after the warm-up
+    # what else the next step depends on; the discriminator takes its first step after the warm-up
     "stepper": _stepper({"minProperties": 1}),
-    "ema": WEIGHTS_OR_NONE,
-    "discriminator": WEIGHTS_OR_NONE,
+    "ema": STATE_DICT_OR_NONE,
+    "discriminator": STATE_DICT_OR_NONE,
     "discriminator_stepper": _stepper({}, type=["object", "null"]),
-    # how good it is
+    # validation
     "best": {"type": "number"},
     "validation": {"type": "object", "properties": {"power": {"type": "number"}}},
-    # what the weights of a diffusion model mean nothing without
+    # what sampling needs beside the weights of a diffusion model
     "scale_factor": SCALE_FACTOR,
     "autoencoder": {"type": "string"},  # `weights_hash`
     "latent_shape": _array(SIZE, 4),
@@ -121,14 +115,13 @@ ENTRIES = {  # of a checkpoint of this project: what each is, in those that have
         "type": "object",
         "properties": {"class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1})},
     },
-    "shift": POSITIVE,  # of the times of rectified flow; None of other schedules is anything but 1
+    "shift": POSITIVE,  # of the times of rectified flow; 1 in other schedules
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
         size=_array(SIZE, 3),
         limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
     ),
 }
-
 CHECKPOINT = Validator(
     {
         "type": "object",
@@ -139,8 +132,11 @@ CHECKPOINT = Validator(
 )
 
 
+# ---------------------------------------------------------------- writing
+
+
 def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None:
-    """Write a checkpoint, whole or not at all; the one before becomes `keep`.
+    """Write a checkpoint, whole or not at all; the previous one is renamed to `keep`.
 
     Raises:
         OSError: as `written_whole`.
@@ -148,14 +144,14 @@ def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None
     with written_whole(path, keep) as file:
         try:
             torch.save({"format": FORMAT, **content}, file)
-        except RuntimeError as error:  # what torch's zip writer makes of a full disk
+        except RuntimeError as error:  # torch's zip writer turns an OSError into one
             cause = error.__cause__ or error.__context__
             raise cause if isinstance(cause, OSError) else OSError(brief(error)) from None
 
 
 def save_safetensors(path: Path, content: dict) -> None:
-    """Write what a checkpoint holds beside what a training goes on from, as a safetensors file: the weights
-    under their plain names, and in the metadata each other entry as JSON and a SHA-256 over all.
+    """Write what sampling needs as a safetensors file: the weights under their plain names; in the metadata
+    every other entry as JSON, and a SHA-256 over all.
 
     Raises:
         OSError: as `written_whole`.
@@ -168,10 +164,10 @@ def save_safetensors(path: Path, content: dict) -> None:
 
 
 def _read_safetensors(path: Path) -> dict:
-    """What `save_safetensors` wrote, or `{"model": state}` of a file that others wrote.
+    """A checkpoint that `save_safetensors` wrote, or `{"model": state}` of other safetensors files.
 
     Raises:
-        UserError: the SHA-256 is that of other content; others' files have none.
+        UserError: the SHA-256 does not match the content; other files have none.
     """
     with safe_open(path, "pt") as file:
         metadata, names = file.metadata() or {}, file.keys()
@@ -180,7 +176,7 @@ def _read_safetensors(path: Path) -> dict:
     if digest is None and "config" not in metadata:
         return {"model": state}
     if digest != _digest(metadata, state):
-        raise UserError(f"{path}: damaged (its SHA-256 is another). Use another checkpoint.")
+        raise UserError(f"{path}: damaged (its SHA-256 does not match). Use another checkpoint.")
     return {**{key: json.loads(value) for key, value in metadata.items()}, "model": state}
 
 
@@ -189,7 +185,7 @@ def _digest(metadata: dict[str, str], state: dict[str, torch.Tensor]) -> str:
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict: names, types, shapes and values, whatever the file they came in."""
+    """SHA-256 of a state dict: names, types, shapes and values, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -197,11 +193,13 @@ def weights_hash(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------- reading
+
 MADE_BY = {"autoencoder": "train_autoencoder.py", "unet": "train_diffusion.py"}
 
 
 def require_checkpoint(path: Path, role: str) -> None:
-    """Raise UserError, with the next step, unless the checkpoint of a role (one of `MADE_BY`) is there."""
+    """Raise UserError, with the next step, where the checkpoint of a role (of `MADE_BY`) is missing."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such checkpoint. Run {MADE_BY[role]} first, or name a file of weights by --{role}."
@@ -214,13 +212,13 @@ def _read_pickle(path: Path) -> dict:
             if (damaged := archive.testzip()) is not None:
                 raise UserError(f"{path}: damaged ({damaged} fails its checksum). Use another checkpoint.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickles and TorchScript, which an error tells better
+        warnings.simplefilter("ignore")  # about pickles and TorchScript: `_why_unread` is clearer
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _why_unread(path: Path, error: Exception) -> str:
-    """Why torch.load refuses a file. Torch's own words advise to read it with `weights_only=False`,
-    which runs whatever code it holds."""
+    """Why torch.load refuses a file. Torch's own message advises `weights_only=False`, which would run code
+    from the file."""
     more = re.search(r"GLOBAL (\S+)", text := str(error))
     if more or (zipfile.is_zipfile(path) and "TorchScript" in text):
         kind = f"a pickle that holds more than tensors ({more[1]})" if more else "a TorchScript program"
@@ -233,20 +231,19 @@ def _why_unread(path: Path, error: Exception) -> str:
 
 
 def load_checkpoint(path: Path, role: str | None = None) -> dict:
-    """Read a checkpoint of this project, or weights that others released, on the CPU; a file named
-    `*.safetensors` as such.
+    """Read a checkpoint of this project (.pt or .safetensors), or weights from elsewhere, on the CPU.
 
     Args:
-        role: which network is meant, where a file of others holds several: one of `MADE_BY`.
+        role: which network to take of a file that holds several: one of `MADE_BY`.
 
     Returns:
-        The checkpoint; weights of others come as `{"model": state}`, with their `scale_factor` where the file
-        has one.
+        The checkpoint; of weights from elsewhere `{"model": state}`, and `scale_factor` where the file has
+        one.
 
     Raises:
-        UserError: not there, damaged (the zip's own checksums are verified, which torch.load does not do, or
-            the SHA-256 of safetensors), holding more than tensors and plain values, of a later format,
-            with an entry that is not what `ENTRIES` says, or with several networks none of which is meant.
+        UserError: the file is missing or damaged (the checksums of the zip are verified, which torch.load
+            does not do, or the SHA-256 of safetensors), holds more than tensors and plain values, is of a
+            later format, has an entry that `ENTRIES` does not allow, or several networks of the same role.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path.")
@@ -256,42 +253,42 @@ def load_checkpoint(path: Path, role: str | None = None) -> dict:
         raise
     except Exception as error:  # torch.load raises whatever a damaged or foreign file provokes
         raise UserError(f"{path}: {_why_unread(path, error)}") from None
-    factor = content.get("scale_factor") if isinstance(content, dict) else None
-    if isinstance(factor, torch.Tensor) and factor.numel() == 1:  # as MAISI has it
-        content = {**content, "scale_factor": factor.item()}
-    if isinstance(content, dict) and "format" in content:
-        version = content["format"]
-        if StrictValidator(SIZE).is_valid(version) and version > FORMAT:
-            raise UserError(f"{path}: written by a later version of this project (format {brief(version)}).")
-        if what := fault(CHECKPOINT, content):
-            raise UserError(f"{path}: an entry is not what it should be: {what}. Use another checkpoint.")
-        return content
-    return _weights_of_others(path, content, role)
+    if not (isinstance(content, dict) and "format" in content):
+        return _weights_from_elsewhere(path, content, role)
+    version = content["format"]
+    if StrictValidator(SIZE).is_valid(version) and version > FORMAT:
+        raise UserError(f"{path}: written by a later version of this project (format {brief(version)}).")
+    if what := fault(CHECKPOINT, content):
+        raise UserError(f"{path}: wrong entry: {what}. Use another checkpoint.")
+    return content
 
 
-STATE_DICTS = ("state_dict", "model", "model_state_dict")  # MONAI's, Lightning's and others' habits
-KNOWN_BY = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
+STATE_DICTS = ("state_dict", "model", "model_state_dict")  # as MONAI, Lightning and others name it
+ROLE_NAMES = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
 
 
-def _weights_of_others(path: Path, content: object, role: str | None) -> dict:
-    """The one state dict of a file, or the one of its role, and the scale factor beside it."""
-    is_weights = Validator(WEIGHTS).is_valid
+def _weights_from_elsewhere(path: Path, content: object, role: str | None) -> dict:
+    """The only state dict of a file, or the one of its role, and the scale factor beside it."""
+    is_weights = Validator(STATE_DICT).is_valid
     if is_weights(content):
         return {"model": content}
     networks = {k: v for k, v in content.items() if is_weights(v)} if isinstance(content, dict) else {}
     if not networks:
         raise UserError(f"{path}: holds neither a checkpoint of this project nor a state dict.")
-    meant = [key for key in networks if any(word in str(key).lower() for word in KNOWN_BY.get(role, ()))]
+    of_role = [key for key in networks if any(word in str(key).lower() for word in ROLE_NAMES.get(role, ()))]
     usual = [key for key in STATE_DICTS if key in networks]
-    chosen = meant or usual[:1] or list(networks)
+    chosen = of_role or usual[:1] or list(networks)
     if len(chosen) > 1:
         raise UserError(
             f"{path}: holds several networks ({brief(', '.join(map(str, chosen)))}). Save the state dict of "
-            "the one that is meant to a file of its own."
+            "the right one to a file of its own."
         )
     found = {"model": networks[chosen[0]]}
-    if "scale_factor" not in content:
-        return found
-    if what := fault(Validator(fields(scale_factor=SCALE_FACTOR)), content):
-        raise UserError(f"{path}: {what}. Use another checkpoint.")
-    return {**found, "scale_factor": content["scale_factor"]}
+    if "scale_factor" in content:
+        factor = content["scale_factor"]
+        if isinstance(factor, torch.Tensor) and factor.numel() == 1:  # MAISI's
+            factor = factor.item()
+        if what := fault(StrictValidator(SCALE_FACTOR), factor):
+            raise UserError(f"{path}: scale_factor: {what}. Use another checkpoint.")
+        found["scale_factor"] = factor
+    return found

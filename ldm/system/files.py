@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, and JSON that is read strictly."""
+"""Files: written whole or not at all, hashed; strict JSON."""
 
 import errno
 import hashlib
@@ -22,29 +22,29 @@ def parse_json(text: str) -> object:
     def unique(pairs: list[tuple[str, object]]) -> dict:
         content = {}
         for key, value in pairs:
-            if key in content:  # json would let the last one win in silence
-                raise ValueError(f"the key {brief(repr(key))} is there twice")
+            if key in content:  # json would silently take the last one
+                raise ValueError(f"the key {brief(repr(key))} appears twice")
             content[key] = value
         return content
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
-        raise ValueError("lists or objects within each other lead too deep") from None
+        raise ValueError("lists or objects are nested too deeply") from None
 
 
 def read_json(path: str | Path, what: str = "") -> dict:
-    """Read a JSON object. Raises UserError that names the file, after `what` it is."""
+    """Read a JSON object. Raises UserError that names the file; `what` says what it is."""
     path = Path(path)
     where = f"{what} {path}".strip()
     try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark first
+        content = parse_json(path.read_text(encoding="utf-8-sig"))  # some Windows editors write a BOM
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise UserError(f"{where}: should hold a JSON object.")
+        raise UserError(f"{where}: expected a JSON object.")
     return content
 
 
@@ -61,10 +61,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write under another name in the same folder, then flushed and renamed to `path`.
+    """A file that is written under another name in the same folder, then flushed and renamed to `path`.
 
-    A killed or failed write leaves what was there, and no other process sees half a file. What was at `path`
-    before becomes `keep`, where one is named.
+    After a killed or failed write the file at `path` is unchanged, and no other process sees half a file.
+    With `keep` the previous file is renamed to it.
 
     Raises:
         OSError: the disk failed or is full; the file is named.
@@ -84,23 +84,41 @@ def written_whole(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
             os.replace(keep, path)
         remedy = " Free space, then run the same command to resume." if error.errno in NO_SPACE else ""
         raise OSError(
-            f"{path} could not be written ({error.strerror or error}). What was there is as it was.{remedy}"
+            f"{path} could not be written ({error.strerror or error}). An earlier file is unchanged.{remedy}"
         ) from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file as `written_whole` writes. NumPy's own writing to a file keeps to itself why a disk
-    refuses, so it is given no file."""
+    """Write a .npy file by `written_whole`. NumPy hides why a write to a real file fails, so it gets another
+    object."""
     with written_whole(path) as file:
         np.save(SimpleNamespace(write=file.write), array)
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON as `written_whole` writes."""
+    """Write JSON by `written_whole`."""
     with written_whole(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def new_folder(path: str | Path) -> Path:
+    """The absolute path of a new `--out` folder, not made yet; an empty one is removed.
+
+    Raises:
+        UserError: it exists and is not empty, or its parent cannot be made.
+    """
+    out = Path(path).resolve()
+    try:
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error}; name a folder that can be made.") from error
+    if out.exists():
+        raise UserError(f"--out {path} already holds something; name a new folder, or delete that one first.")
+    return out
 
 
 def sha256_of(path: Path) -> str:

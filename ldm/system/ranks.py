@@ -1,13 +1,15 @@
-"""This process among the others: who it is, what they agree on, and the signals that stop them."""
+"""The processes of a run, their device, and the precision that they compute in."""
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ldm import UserError
+from ldm import UserError, counted
 from ldm.system.messages import tell
 
 
@@ -24,12 +26,12 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def precision(self) -> str:
-        """What networks compute in: float32, tf32 (products of 10 bits), bfloat16 or float16."""
+        """What networks compute in: float32, tf32 (10-bit mantissa in products), bfloat16 or float16."""
         if self.amp_dtype:
             return str(self.amp_dtype).removeprefix("torch.")
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
@@ -40,12 +42,12 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def say(self, text: str) -> None:
-        """Print once, whatever the number of processes, without breaking a progress bar."""
+        """Print on the main process, above a progress bar, and write to `log.txt`."""
         if self.is_main:
             tell(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, on the CPU; the others may be long in coming."""
+        """Sum over the ranks, on the CPU; other ranks may be late."""
         tensor = tensor.cpu()
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.slow_group)
@@ -59,14 +61,14 @@ class Run:
         return values
 
     def share(self, rows: torch.Tensor) -> None:
-        """Fill in the rows of a tensor on the CPU that other ranks have: row i is that of rank i modulo the
-        number of ranks. The values themselves are sent; `gather` would pickle them."""
+        """Fill in the rows of a tensor on the CPU that other ranks have computed: row i is that of rank i
+        modulo the number of ranks. Sends the values themselves; `gather` would pickle them."""
         if self.world_size > 1:
             for i, row in enumerate(rows):
                 dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
-        """What `make()` gives on the main process, on every rank; an error there is raised on every rank."""
+        """The result of `make()` on the main process, on every rank; an error is raised on every rank."""
         result = error = None
         if self.is_main:
             try:
@@ -84,13 +86,51 @@ class Run:
         return result
 
 
+def check_device_name(kind: str) -> str:
+    """Raise UserError unless `--device` is cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise UserError(f"--device {kind}: expected cpu, cuda or cuda:N.")
+    return kind
+
+
+def find_device(kind: str, local_rank: int, processes_here: int) -> torch.device:
+    """The device of this process: a CPU, the GPU that is named, or under torchrun a GPU for each process.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    if check_device_name(kind) == "cpu":
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {kind}: torch {torch.__version__} finds no CUDA GPU here{chosen}. Use --device cpu."
+        )
+    number, count = kind.partition(":")[2], torch.cuda.device_count()
+    there = f"{counted(count, 'GPU{s}')} here{chosen}"
+    if number and processes_here > 1:
+        raise UserError(
+            f"--device {kind}: torchrun started {processes_here} processes here, and each needs a GPU of its "
+            "own.\nUse --device cuda; the variable CUDA_VISIBLE_DEVICES chooses the GPUs."
+        )
+    if not number and processes_here > count:
+        raise UserError(
+            f"{processes_here} processes for {there}: each process needs a GPU of its own.\n"
+            f"Use torchrun --nproc_per_node={count}, or --device cpu."
+        )
+    if (index := int(number or local_rank)) >= count:
+        raise UserError(f"--device {kind}: found {there}, numbered from 0.")
+    return torch.device("cuda", index)
+
+
 def choose_kernels(tf32: bool, repeatable: bool) -> None:
-    """How GPUs compute in float32: one home for the four flags, so that one script leaves none to the next in
+    """Set how GPUs compute in float32. All four flags are set, so that none is left from an earlier script in
     the same process.
 
     Args:
         tf32: matrix products and convolutions round their inputs to 10 bits of mantissa, for speed.
-        repeatable: the same bytes each time; else the algorithms that cuDNN finds fastest for each size.
+        repeatable: the same bytes each time; else the algorithms that cuDNN measures as fastest.
     """
     # The older flags: torch refuses to mix them with `fp32_precision`, and torch.compile reads these.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

@@ -60,7 +60,9 @@ PLAIN = {  # what JSON Schema calls a type: one of it, and several
 
 
 def expected(schema: dict, several: bool = False) -> str:
-    """What a schema allows, in words: `a number from 0 to 1`."""
+    """What a schema allows, in words: its title, or such as `a number from 0 to 1`."""
+    if "title" in schema:
+        return schema["title"]
     if "enum" in schema:
         return " or ".join(map(json.dumps, schema["enum"]))
     for key in ("anyOf", "oneOf"):

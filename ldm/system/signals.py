@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what is unsaved is saved first."""
+"""SIGTERM and Ctrl-C: a training saves first."""
 
 import contextlib
 import os
@@ -13,7 +13,8 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """SIGTERM and Ctrl-C wait; processes that start meanwhile begin with them waiting. Not on Windows."""
+    """SIGTERM and Ctrl-C are held back; processes that start within begin with them held back. Not on
+    Windows."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -24,8 +25,8 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """A loader process outlives a signal to the whole group for a while, or the main one would have no batch
-    to end its step with. It ends with the main one, or 20 s after it was told to."""
+    """For loader processes: they outlive a signal to the whole group, so that the main process gets the
+    batches to finish its step with. They end with the main process, or 20 s after SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no one sends it SIGTERM
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
@@ -33,8 +34,8 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 class Interruption:
-    """SIGTERM and Ctrl-C: what is unsaved is saved first, then the script ends with the shell's exit code for
-    that signal (143, 130)."""
+    """Handles SIGTERM and Ctrl-C: the training saves first, then the script ends with the shell's exit code
+    for that signal (143, 130). Without unsaved steps (`unsaved`) it ends at once."""
 
     def __init__(self):
         self.signal, self.unsaved, self.process = None, False, os.getpid()
@@ -49,10 +50,10 @@ class Interruption:
             self.leave()
 
     def leave(self) -> None:
-        """End the script; the same command goes on."""
+        """End the script."""
         name = self.signal.name if self.signal else "a signal to another process"
         if int(os.environ.get("RANK", 0)) == 0:
-            message = f"stopped by {name}; all is saved, and the same command goes on"
+            message = f"stopped by {name}; everything is saved. Run the same command to resume."
             SAID.info(message)
             print(message, file=sys.stderr)
         raise SystemExit(128 + (self.signal or signal.SIGTERM))

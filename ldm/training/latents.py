@@ -15,7 +15,6 @@ from ldm.data.latents import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
-from ldm.lowmem.slabwise import Budget
 from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
@@ -89,17 +88,24 @@ def one_of(dataset: Dataset, i: int) -> dict:
     return {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")}
 
 
-def load_autoencoder(path: Path, config: dict, run: Run, max_memory: float | None = None) -> Autoencoder:
+def load_autoencoder(
+    path: Path, config: dict, run: Run, max_memory: float | None = None, checkpoint: dict | None = None
+) -> Autoencoder:
     """The frozen autoencoder of stage 1, checked against the config in what both stages share.
 
     Args:
         max_memory: GB to encode and decode in; None: no limit.
+        checkpoint: the content of the file, if it was read already.
     """
-    checkpoint = load_checkpoint(path, "autoencoder")
+    checkpoint = checkpoint or load_checkpoint(path, "autoencoder")
     configs.check_fixed(checkpoint.get("config", config), config, configs.FIXED["autoencoder"], path)
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, checkpoint["model"], str(path))
-    budget = Budget(max_memory * GB) if max_memory else None
+    budget = None
+    if max_memory:
+        from ldm.lowmem.slabwise import Budget
+
+        budget = Budget(max_memory * GB)
     return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
 
 

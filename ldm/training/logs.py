@@ -1,5 +1,5 @@
-"""The logs of a training run: `train_log.jsonl`, `losses.png` drawn from it and `log.txt`, what was said, in
-the model folder; and TensorBoard."""
+"""The logs of a training: in the model folder `train_log.jsonl` (numbers), `losses.png` drawn from it and
+`log.txt` (messages); and TensorBoard."""
 
 import json
 import logging
@@ -18,21 +18,20 @@ from ldm.system.files import written_whole
 from ldm.system.messages import CLEAN_UP, SAID, tell
 
 WRITERS = "tensorboard.summary.writer.event_file_writer"  # whose thread writes to the disk
-DRAWING_SHARE = 0.05  # of the time of training that drawing the curves may take
-DRAWING_SECONDS = 0.5  # that it takes, until it is known
+DRAW_INTERVAL = 30.0  # seconds between drawings of the curves, which take about half a second
 
 
 class TrainLog:
-    """Numbers and pictures of one stage. Make one on the main process only.
+    """Numbers and pictures of one stage; for the main process.
 
-    A run that goes on drops what was written after the checkpoint that it goes on from: it will be written
-    again, so that the log has neither gaps nor repeats.
+    On a resume, lines that were written after the checkpoint are dropped: they will be written again, so that
+    the log has neither gaps nor repeats.
 
     Args:
         stage: `autoencoder` or `diffusion`; both write to the same file.
         path: of the `train_log.jsonl`.
         events: folder of the TensorBoard files.
-        step, lines: steps and lines of this stage that are kept.
+        step, lines: steps and lines of this stage in the checkpoint.
     """
 
     def __init__(self, stage: str, path: Path, events: Path, step: int, lines: int):
@@ -52,7 +51,7 @@ class TrainLog:
             if entry["stage"] != stage or mine <= lines:
                 kept.append(entry)
         write_log(path, kept)
-        self.drawn_at, self.drawing = time.monotonic(), DRAWING_SECONDS
+        self.drawn_at = time.monotonic()
 
     def scalars(self, step: int, values: dict) -> None:
         """Numbers of a step, to TensorBoard."""
@@ -60,8 +59,8 @@ class TrainLog:
             self._to_tensorboard("add_scalar", key, float(value), step)
 
     def _to_tensorboard(self, method: str, *args) -> None:
-        """Call a method of the writer. A disk that fails under it ends no training: one warning is printed,
-        and TensorBoard gets no more."""
+        """Call a method of the writer. Where the disk fails, one warning is printed, and the training
+        continues without TensorBoard."""
         if self.writer is None:
             return
         try:
@@ -88,8 +87,8 @@ class TrainLog:
                 file.write(json.dumps({"stage": self.stage, **rounded}) + "\n")
         except OSError as error:
             raise OSError(
-                f"{self.path} could not be written ({error.strerror or error}). Free space, and run the same "
-                "command again: it resumes."
+                f"{self.path} could not be written ({error.strerror or error}). Free space, then run the "
+                "same command to resume."
             ) from None
         self.lines += 1
 
@@ -98,31 +97,29 @@ class TrainLog:
         self._to_tensorboard("add_image", tag, np.ascontiguousarray(picture)[None], step)
 
     def draw(self) -> None:
-        """Draw `losses.png`, as of now."""
-        begin = time.monotonic()
+        """Draw `losses.png`."""
         figures.loss_curves(read_log(self.path), self.path.with_name("losses.png"))
-        self.drawn_at = time.monotonic()
-        self.drawing = self.drawn_at - begin
 
-    def draw_if_due(self) -> None:
-        """Draw it, where that takes no more than a small share of the time since it was drawn last; a picture
-        that cannot be written, such as one that a viewer holds open, ends no training on the way."""
-        if self.drawing <= DRAWING_SHARE * (time.monotonic() - self.drawn_at):
-            try:
-                self.draw()
-            except OSError as error:
-                self.drawn_at = time.monotonic()
-                tell(f"warning: {error}")
+    def draw_at_intervals(self) -> None:
+        """Draw it every `DRAW_INTERVAL` seconds. Where it cannot be written, such as a file that a viewer
+        holds open, a warning is printed, and the training continues."""
+        if time.monotonic() - self.drawn_at < DRAW_INTERVAL:
+            return
+        try:
+            self.draw()
+        except OSError as error:
+            tell(f"warning: {error}")
+        self.drawn_at = time.monotonic()
 
     def close(self) -> None:
-        """Draw the curves, and flush what is left."""
+        """Draw the curves, and close TensorBoard's files."""
         self.draw()
         self._to_tensorboard("close")
 
 
 def _without_tensorboard(hook: Callable) -> Callable:
-    """A `threading.excepthook` that leaves out what ends TensorBoard's thread: the next call of its writer
-    raises the same."""
+    """A `threading.excepthook` that ignores the OSError that ends TensorBoard's thread: the next call of its
+    writer raises the same."""
 
     def filtered(args) -> None:
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__ == WRITERS):
@@ -132,12 +129,11 @@ def _without_tensorboard(hook: Callable) -> Callable:
 
 
 class TextLog(logging.Handler):
-    """`log.txt`: what is said, with the time; warnings of libraries, errors and tracebacks. Only appended to.
+    """`log.txt`: messages with the time, warnings of libraries, errors and tracebacks. Only appended to.
 
-    It listens from the start and writes from `begin` on, what it heard before included, and only where the
-    file is there: `Training` makes it, so that a first start that is refused leaves nothing. The file is
-    opened for each line, so that it can be moved in between. A line that cannot be written ends no training:
-    it is kept for the next try, and that is told once.
+    Messages are collected from the start, and written from `begin` on, once the file exists: `Progress` makes
+    it, so that a first start that is refused leaves nothing. The file is opened for each line, so that it can
+    be moved in between. A line that cannot be written is kept for the next try, with one warning.
     """
 
     def __init__(self, path: Path):
@@ -159,16 +155,16 @@ class TextLog(logging.Handler):
         return noted
 
     def begin(self, facts: dict) -> None:
-        """Mark a start by a line a fact, and write from now on."""
-        heard, self.waiting = self.waiting, [""] if self.path.exists() else []
+        """Write a line for each fact, then the messages collected so far."""
+        collected, self.waiting = self.waiting, [""] if self.path.exists() else []
         for name, value in facts.items():
             SAID.info(f"{name}: {value}")
-        self.waiting += heard
+        self.waiting += collected
         self.begun = True
         self._write()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take up a record; called by `logging`."""
+        """Write a record; called by `logging`."""
         self.waiting.append(self.format(record))
         self._write()
 
@@ -187,7 +183,7 @@ class TextLog(logging.Handler):
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a `train_log.jsonl`; one that a kill cut short is left out. None where it is absent."""
+    """The entries of a `train_log.jsonl`, without a last line that a kill cut short; [] without a file."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

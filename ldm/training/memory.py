@@ -1,5 +1,5 @@
-"""The peak memory of a computation, predicted: it runs on tensors that have shapes and no values, and
-every allocation is counted.
+"""Estimate the peak memory of a computation: it runs on tensors without values, and every allocation is
+counted.
 
     with Meter(like_gpu=True) as meter:
         network = build()
@@ -8,8 +8,8 @@ every allocation is counted.
             network(images).mean().backward()
     meter.peaks["training"].total
 
-torch's own MemTracker counts alike, but takes no step that calls one network twice, as an adversarial one
-does.
+torch's MemTracker counts in the same way, but fails in a step that calls one network twice, as the
+adversarial step does.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ldm import UserError, brief
+from ldm import Failure, UserError, brief
 from ldm.losses import missing_package
-from ldm.models.definitions import downsampling, network_divisor
+from ldm.models.definitions import downsampling_factor, network_divisor
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training.step import Stepper
 
@@ -44,12 +44,13 @@ GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
 BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
 PARTS = ("weights", "gradients", "optimiser", "averaged weights", "activations", "workspace")
 
-# What a library takes for itself during a convolution, in copies of its input, weight and output.
-# cuDNN, which lays tensors out anew: an allowance, NOT measured on a GPU (benchmarks/memory.py); oneDNN.
+# Workspace of a convolution, in copies of its input, weight and output: of cuDNN, which changes the memory
+# layout (an allowance, NOT measured on a GPU: benchmarks/memory.py), and of oneDNN.
 GPU_COPIES, CPU_COPIES = 1.0, 1.0
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
-# What CUDA's autocast computes in float32, and a CPU's in what it is given (torch's autocast_mode.h).
+# Operators that autocast computes in float32 on CUDA, and in the type of its inputs on a CPU (torch's
+# autocast_mode.h).
 FLOAT32_ON_CUDA = (
     "group_norm", "layer_norm", "rms_norm", "softmax.int", "log_softmax.int", "softplus", "exp", "expm1",
     "log", "log2", "log10", "log1p", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "reciprocal",
@@ -65,18 +66,18 @@ NO_VALUES = (
 )
 
 
-class ForecastError(Exception):
-    """The memory of a computation cannot be predicted. This says nothing about whether it can run."""
+class ForecastError(Failure):
+    """The memory of a computation cannot be estimated. It may run nevertheless."""
 
 
 @contextlib.contextmanager
 def forecasting() -> Iterator[None]:
-    """Raise a `ForecastError` in place of what a rehearsal raises, other than a `UserError`.
+    """Turn every exception of a rehearsal but a `UserError` into a `ForecastError`.
 
-    This catches `Exception`, since a network's own code runs here on tensors without values and may raise
-    anything: `NO_VALUES` where it asks for one, RuntimeError ("Cannot access data pointer"),
-    NotImplementedError of an operator without a meta kernel, AssertionError and TypeError of torch's own fake
-    kernels, and what the network makes of all these. None of it shows that the true computation would fail.
+    A network's code runs here on tensors without values and may raise anything: `NO_VALUES` where it needs
+    one, RuntimeError ("Cannot access data pointer"), NotImplementedError of an operator without a meta
+    kernel, AssertionError and TypeError of torch's fake kernels. None of it shows that the real computation
+    would fail.
     """
     try:
         yield
@@ -89,12 +90,12 @@ def forecasting() -> Iterator[None]:
 
 
 def _forecast_error(error: Exception) -> ForecastError:
-    return ForecastError(f"the memory cannot be predicted ({type(error).__name__}: {brief(error)})")
+    return ForecastError(f"the memory cannot be estimated ({type(error).__name__}: {brief(error)})")
 
 
 @contextlib.contextmanager
 def cuda_autocast_rules() -> Iterator[None]:
-    """Within, autocast on a CPU computes in float32 what it computes in float32 on CUDA."""
+    """Within, autocast on a CPU computes in float32 the operators that it does on CUDA."""
     library = torch.library.Library("aten", "IMPL")
     for name in FLOAT32_ON_CUDA:
         base, _, overload = name.partition(".")
@@ -123,7 +124,7 @@ def _widened(op: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes by part (`PARTS`) at the moment when most are taken."""
+    """Bytes by part (`PARTS`) at the moment of the highest total."""
 
     parts: dict[str, int]
 
@@ -134,17 +135,17 @@ class Peak:
 
     @property
     def tensors(self) -> int:
-        """Without the libraries' workspace, which is an allowance: what does not fit in this cannot run."""
+        """Without the libraries' workspace, which is an allowance. Less memory than this cannot suffice."""
         return self.total - self.parts["workspace"]
 
 
 class Meter(TorchDispatchMode):
-    """Within, tensors have no values, and what they would take is counted by part; networks have to be built
-    within.
+    """Within, tensors have no values, and the memory that they would take is counted by part. Networks have
+    to be built within.
 
     Args:
-        like_gpu: autocast's rules, the allocator's blocks and the workspace of a GPU, else of this CPU. The
-            tensors say that they are on a CPU in both cases.
+        like_gpu: count with autocast's rules, the allocator's blocks and the workspace of a GPU; else of this
+            CPU. The tensors' device is the CPU in both cases.
         ranks: with more than one, DDP keeps the gradients from step to step.
 
     Attributes:
@@ -162,14 +163,14 @@ class Meter(TorchDispatchMode):
     def __enter__(self) -> "Meter":
         with contextlib.ExitStack() as context:
             enter = context.enter_context
-            enter(torch.inference_mode(False))  # in which autocast would be passed over
+            enter(torch.inference_mode(False))  # in which autocast would be skipped
             enter(torch.random.fork_rng(devices=[]))
             enter(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             if self.like_gpu:
                 enter(cuda_autocast_rules())
             enter(FakeTensorMode(allow_non_fake_inputs=True))
-            # torch does not move fake modules; they are where they should be.
+            # torch cannot move fake modules, and they need not be moved.
             enter(mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
             self.context = context.pop_all()
         return super().__enter__()
@@ -179,13 +180,13 @@ class Meter(TorchDispatchMode):
         self.context.close()
 
     def hold(self, part: str, *modules: nn.Module | None) -> None:
-        """Count the parameters and buffers of these modules as this part."""
+        """Count the parameters and buffers of these modules as `part`."""
         for module in filter(None, modules):
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._count(tensor, part)
 
     def hold_steppers(self, steppers: Sequence[Stepper]) -> None:
-        """Take a first step, after which the optimisers have their state; and count gradients as such."""
+        """Take a first step, after which the optimisers have their state; count state and gradients."""
         for stepper in steppers:
             for parameter in stepper.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p: self._count(p.grad, "gradients"))
@@ -204,7 +205,7 @@ class Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Keep the peak of what is done within as `peaks[name]`."""
+        """Keep the peak of the computation within as `peaks[name]`."""
         self.highest = Peak(dict(self.live))
         yield
         self.peaks[name], self.highest = self.highest, None
@@ -224,12 +225,12 @@ class Meter(TorchDispatchMode):
         return result
 
     def _note(self, workspace: int = 0) -> None:
-        """Keep what is taken now if it is the most so far in this phase."""
+        """Keep the present memory if it is the highest so far in this phase."""
         if self.highest and sum(self.live.values()) + workspace >= self.highest.total:
             self.highest = Peak({**self.live, "workspace": workspace})
 
     def _count(self, tensor: torch.Tensor, part: str | None = None) -> None:
-        """Count a tensor's storage once, as this part or as activations; or as another part than so far."""
+        """Count a tensor's storage once, as `part` or as activations; or move it to another part."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self.storages:
@@ -250,15 +251,14 @@ class Meter(TorchDispatchMode):
 
 
 def half_precision(gpu: bool) -> torch.dtype | None:
-    """What mixed precision computes in on this machine's GPU (where it has none: on one that has bf16), or on
-    this CPU."""
+    """The type of mixed precision on this machine's GPU (without one: bf16), or on this CPU."""
     if gpu and not torch.cuda.is_available():
         return torch.bfloat16
     return amp_dtype(torch.device("cuda" if gpu else "cpu"))
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes that are free for this process, and all that the GPU has; None on a CPU."""
+    """Bytes that are free for this process, and the GPU's total; None on a CPU."""
     if device.type != "cuda":
         return None
     free, everything = torch.cuda.mem_get_info(device)
@@ -266,7 +266,7 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def take_steps(steppers: Sequence[Stepper]) -> None:
-    """Step with the gradients that there are, at a learning rate of 0, and clear them."""
+    """Step with the present gradients at a learning rate of 0, and clear them."""
     for stepper in steppers:
         stepper.clip()
         stepper.step(0.0, torch.zeros((), device=stepper.norm.device))
@@ -282,7 +282,7 @@ def table(peaks: dict[str, Peak]) -> str:
 
 
 def highest(peaks: dict[str, Peak]) -> Peak:
-    """That of the phase that takes most."""
+    """The peak of the phase that takes most."""
     return max(peaks.values(), key=lambda peak: peak.total)
 
 
@@ -291,14 +291,14 @@ class Forecast:
     """The peaks of a training script under a config, and of the same with a key changed.
 
     Args:
-        rehearse: `(config, sizes, meter, run)`: within the meter, builds what the script builds and does
-            what it does, in phases.
+        rehearse: `(config, sizes, meter, run)`: builds and computes within the meter what the script does, in
+            phases.
         stage: the config's section, "autoencoder_train" or "diffusion_train".
         sizes: in voxels: stage 1's patches, the volumes that stage 2 encodes, those that stage 1 is validated
-            on. They stand in where the config leaves one open.
-        gpu: of a GPU, else of this CPU.
-        half: what mixed precision computes in; None: there is none here.
-        ranks: processes that train together. The peaks are those of each.
+            on. They are used where the config leaves one open.
+        gpu: estimate for a GPU, else for this CPU.
+        half: the type of mixed precision; None where there is none.
+        ranks: processes that train together. The peaks are those of each process.
     """
 
     rehearse: Callable
@@ -312,7 +312,7 @@ class Forecast:
         """{phase: Peak}.
 
         Raises:
-            ForecastError: they cannot be predicted.
+            ForecastError: they cannot be estimated.
             UserError: the networks cannot take the sizes.
         """
         first, second = config["autoencoder_train"], config["diffusion_train"]
@@ -325,8 +325,7 @@ class Forecast:
         return meter.peaks
 
     def savings(self, config: dict, peaks: dict[str, Peak]) -> dict[str, int]:
-        """{`key=value ...`: bytes of the peak with it}, the lowest first, of the changes that bring it below
-        that of `peaks`."""
+        """{`key=value ...`: bytes of the peak with it}, the lowest first, of changes that lower the peak."""
         found, now = {}, highest(peaks).total
         for change in self._changes(config, max(peaks, key=lambda name: peaks[name].total)):
             changed = copy.deepcopy(config)
@@ -355,13 +354,14 @@ class Forecast:
         if first and phase == "validation" and list(shown) != list(patch):
             found.append({"val_patch_size": list(patch)})
         if first:
-            volume, divisor = patch, downsampling(config["autoencoder_def"])
-        found.append({"patch_size": [max(divisor, side * 3 // 4 // divisor * divisor) for side in volume]})
+            volume, divisor = patch, downsampling_factor(config["autoencoder_def"])
+        smaller = [max(n, side * 3 // 4 // n * n) for side, n in zip(volume, divisor, strict=True)]
+        found.append({"patch_size": smaller})
         return found
 
 
 def listed(lower: dict[str, int]) -> str:
-    """`key=value (peak), or ...` of savings."""
+    """Savings as text: `key=value (peak), or ...`."""
     return ", or ".join(f"{words} ({peak / GB:.1f} GB)" for words, peak in lower.items())
 
 
@@ -373,13 +373,13 @@ def report(
     batch: int,
     size: Sequence[int],
 ) -> str:
-    """What a dry run prints: for what, the table, and what would lower the peak."""
+    """The text of a dry run: the conditions, the table, and what would lower the peak."""
     where, size = "a GPU" if gpu else "this CPU", " x ".join(map(str, size))
     lines = [
-        f"predicted for {where}: {batch} of {size} voxels at a time, {half or torch.float32}",
+        f"estimated for {where}: batch size {batch}, {size} voxels, {half or torch.float32}",
         table(peaks),
     ]
-    return "\n".join(lines + [f"less by {listed(lower)}"] * bool(lower))
+    return "\n".join(lines + [f"to lower it: {listed(lower)}"] * bool(lower))
 
 
 def training_report(

@@ -419,7 +419,7 @@ class Progress:
             self.log.record(step=self.clock.step, epoch=self.epoch, **named)
             printed = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
             SAID.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {printed}")
-            self.log.draw_if_due()
+            self.log.draw_at_intervals()
         if self.is_best(score):
             self.best = score
             content = {**self.facts, **self._where(), "best": score, "validation": scores}

@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     # Step 1: a training of each stage that nobody disturbs
     undisturbed = chain.Project(folder / "undisturbed", chain.make_data(folder / "data"))
     for stage in ("autoencoder_train", "diffusion_train"):
-        short = {"batch_size": 1, "max_epochs": 8, "save_minutes": 0, "val_interval": 3}
+        short = {"batch_size": 1, "max_epochs": 4, "save_minutes": 0, "val_interval": 2}
         undisturbed.change(**{stage: undisturbed.config[stage] | short})
     duration = {}
     for script in FILES:
