@@ -130,17 +130,6 @@ def test_plain_folder_tells_images_from_labels(tmp_path, touch):
     assert all(case.subject == case.name for case in cases)
 
 
-def test_no_folder_no_image_no_match(tmp_path, touch):
-    with pytest.raises(UserError, match="absent: no such data folder.*data_base_dir"):
-        find_cases(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image"):
-        find_cases(tmp_path / "empty")
-    touch(tmp_path / "some", "a.nii.gz")
-    with pytest.raises(UserError, match=r"no image matches '\*_T2w\.nii\.gz'"):
-        find_cases(tmp_path / "some", "*_T2w.nii.gz")
-
-
 @pytest.fixture
 def bids(tmp_path, touch):
     """Ten subjects of two sessions each, with ages."""

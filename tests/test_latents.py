@@ -94,13 +94,6 @@ def test_a_training_on_the_cache_needs_neither_images_nor_autoencoder(done, own)
     assert not differences(a["model"], b["model"]) and a["geometry"] == b["geometry"]
 
 
-def test_samples_on_the_way_are_drawn_with_a_cache_too(own):
-    own.config["diffusion_train"] |= {"sample_interval": 5, "max_epochs": 1}
-    own.change()
-    own.run(train_diffusion, *CACHED)
-    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size
-
-
 def test_versions_are_the_augmented_volumes_and_a_training_on_them_is_the_same(done, tmp_path):
     runs = {}
     for name, flags in (("live", ("--no-amp",)), ("cached", CACHED)):
@@ -269,7 +262,9 @@ def test_a_cache_of_another_autoencoder_is_refused(own):
     assert fingerprint(folder_of(own)) == before
     assert "6 encoded, 0 there" in own.run(cache_latents, "--no-amp", "--fresh")
     assert len(list(folder_of(own).glob("*.npy"))) == 6  # the old ones are gone
-    own.run(train_diffusion, *CACHED, "--fresh", "--set", "diffusion_train.max_epochs=1")
+    short = ("--set", "diffusion_train.max_epochs=1", "--set", "diffusion_train.sample_interval=5")
+    own.run(train_diffusion, *CACHED, "--fresh", *short)
+    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size  # drawn with a cache too
 
 
 def test_a_cache_of_other_transforms_is_refused(cached):
