@@ -20,7 +20,7 @@ from pathlib import Path
 
 import utils
 from ldm import UserError, configs
-from ldm.data import latents
+from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
 from ldm.system.checkpoints import weights_hash
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = config["data"]["num_workers"]
     run = utils.start(args)
     path = utils.autoencoder_path(args, environment)
-    folder = environment["cache_dir"] / latents.LATENTS
-    about = latents.what_latents_follow_from(config)
+    folder = environment["cache_dir"] / latent_cache.FOLDER
+    about = latent_cache.dependencies(config)
 
     # Step 1: data and autoencoder
     train, val, spacing = prepare_data(config, environment, run, args.skip_bad, autoencoder=path)
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: encode what is missing
     lock_run_folder(folder, run)
-    run.from_main(lambda: latents.begin(folder, about, autoencoder, args.fresh))
+    run.from_main(lambda: latent_cache.begin(folder, about, autoencoder, args.fresh))
     key = repr((sorted(about.items()), weights, config["spacing"], train.size))
-    training, shape, made = latents.add(folder, encoder, train, run, workers, "encode training", key)
-    validation, _, made_too = latents.add(folder, encoder, val, run, workers, "encode held-out", key)
+    training, shape, made = latent_cache.add(folder, encoder, train, run, workers, "encode training", key)
+    validation, _, made_too = latent_cache.add(folder, encoder, val, run, workers, "encode held-out", key)
 
     # Step 3: the manifest
     def finish() -> int:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "validation": validation,
             "left_out": [case.name for cases in found for case in cases if case.name not in used],
         }
-        latents.complete(folder, manifest)
+        latent_cache.complete(folder, manifest)
         return sum((folder / record["entry"]).stat().st_size for record in [*training, *validation])
 
     size = run.from_main(finish)

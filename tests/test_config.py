@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import train_autoencoder
 import utils
 from ldm import UserError, configs, generation
-from ldm.data import latents
+from ldm.data import latent_cache
 from ldm.data.intensity import Intensity
 from ldm.data.prepare import patch_sizes
 from ldm.diffusion.process import NoiseProcess
@@ -193,9 +193,9 @@ def test_older_checkpoints_and_caches_have_the_same_intensities(load):
     config = load(tutorial())
     old = {"lower_percentile": 0.0, "upper_percentile": 99.5, "clip": True}
     assert configs.completed({**config, "intensity": old})["intensity"] == config["intensity"]
-    assert latents.what_latents_follow_from(config)["intensity"] == old
+    assert latent_cache.dependencies(config)["intensity"] == old
     config["intensity"]["window"] = [0, 1]
-    assert latents.what_latents_follow_from(config)["intensity"] == {**old, "window": [0, 1]}
+    assert latent_cache.dependencies(config)["intensity"] == {**old, "window": [0, 1]}
 
 
 def test_every_key_of_the_schema_is_read():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import cache_latents
 import train_diffusion
 from ldm import UserError
-from ldm.data import latents
+from ldm.data import latent_cache, latents
 from ldm.data.cases import Case
 from ldm.data.latents import Posteriors
 from ldm.system.checkpoints import save_checkpoint
@@ -93,13 +93,6 @@ def test_a_training_on_the_cache_needs_neither_images_nor_autoencoder(done, own)
     assert "no samples are drawn during training" in said
     a, b = (one.checkpoint("diffusion_unet_last.pt") for one in (own, done))
     assert not differences(a["model"], b["model"]) and a["geometry"] == b["geometry"]
-
-
-def test_samples_on_the_way_are_drawn_with_a_cache_too(own):
-    own.config["diffusion_train"] |= {"sample_interval": 5, "max_epochs": 1}
-    own.change()
-    own.run(train_diffusion, *CACHED)
-    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size
 
 
 def test_versions_are_the_augmented_volumes_and_a_training_on_them_is_the_same(done, tmp_path):
@@ -214,7 +207,7 @@ def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
                 raise KeyboardInterrupt
             yield one
 
-    monkeypatch.setattr(latents, "encode", until_the_third)
+    monkeypatch.setattr(latent_cache, "encode", until_the_third)
     with pytest.raises(SystemExit) as stop:
         own.run(cache_latents, "--no-amp")
     assert stop.value.code == 130
@@ -270,7 +263,9 @@ def test_a_cache_of_another_autoencoder_is_refused(own):
     assert fingerprint(folder_of(own)) == before
     assert "6 encoded, 0 there" in own.run(cache_latents, "--no-amp", "--fresh")
     assert len(list(folder_of(own).glob("*.npy"))) == 6  # the old ones are gone
-    own.run(train_diffusion, *CACHED, "--fresh", "--set", "diffusion_train.max_epochs=1")
+    short = ("--set", "diffusion_train.max_epochs=1", "--set", "diffusion_train.sample_interval=5")
+    own.run(train_diffusion, *CACHED, "--fresh", *short)
+    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size  # drawn with a cache too
 
 
 def test_a_cache_of_other_transforms_is_refused(cached):
@@ -284,7 +279,7 @@ def test_a_cache_of_other_transforms_is_refused(cached):
     for key, value in about.items():
         with pytest.raises(UserError, match=rf"were made with {re.escape(key)} .*; here it is"):
             now = {**about, key: [value]}
-            latents.open_cache(
+            latent_cache.open_cache(
                 folder_of(cached), now, cached.folder / "gone.pt", Run(0, 1, torch.device("cpu"))
             )
 
@@ -361,4 +356,4 @@ def test_a_manifest_that_is_none_is_refused(cached, tmp_path, key, value):
     section[key[-1]] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json: .* Make the cache anew"):
-        latents.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))
+        latent_cache.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))

@@ -30,7 +30,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import UserError, configs
-from ldm.data import checks, download, latents
+from ldm.data import checks, download, latent_cache
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import read_split
@@ -91,7 +91,7 @@ READERS = {  # kind: name of the file, reader
     "split": ("split.json", read_split),
     "manifest": (
         "manifest.json",
-        lambda path: latents.open_cache(path.parent, {}, Path("none"), Run(0, 1, torch.device("cpu"))),
+        lambda path: latent_cache.open_cache(path.parent, {}, Path("none"), Run(0, 1, torch.device("cpu"))),
     ),
     "record": ("sample_000001.json", read_whole_record),
     "participants": ("participants.tsv", lambda path: read_cases(path.parent)),
@@ -371,8 +371,8 @@ def first(**entry) -> dict:
 
 LISTS = [
     *(({"training": value}, "training") for value in (None, "x", 3, {"a": 1}, [])),
-    *(({"training": [value, *SCANS]}, "entry 0") for value in (None, [], {}, [["a"]])),
-    *((first(image=value), "entry 0") for value in (None, 3, [], [3], {}, True)),
+    *(({"training": [value, *SCANS]}, r"training\.0") for value in (None, [], {}, [["a"]])),
+    *((first(image=value), r"training\.0\.image") for value in (None, 3, [], [3], {}, True)),
     *((first(image=value), "not there|found|missing") for value in ("", "a\0b", "\ud800")),
     *((first(image=value), value) for value in ("nowhere.nii.gz", "list.json", "dataset.json")),
     *((first(label=value), "label") for value in (3, ["a"], {}, True)),
