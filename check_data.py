@@ -7,15 +7,15 @@
 Folders are read in any layout of docs/data.md; without one, `data_base_dir` of the environment file is read.
 With a config, only its channels are asked for and its `intensity` is used. Nothing is changed.
 
-What is looked for: files that are missing, cut short, damaged (by gzip's checksum) or no image; NaN,
-infinite, all zero, constant or nearly empty volumes; masks among the images; files of a case on different
-grids; 4D where 3D is expected; labels that are missing, or have values that dataset.json does not name; scans
-that are there twice; patients under both training and validation of a list; macOS's `._*` files. The first
-line says what was found, and by kind what was passed over.
+It finds: files that are missing, cut short, damaged (by gzip's checksum) or not an image; NaN, infinite, all
+zero, constant or nearly empty volumes; masks among the images; files of a case on different grids; 4D where
+3D is expected; labels that are missing, or have values that dataset.json does not name; scans stored twice;
+patients under both training and validation of a list; macOS's `._*` files. The first line says what was found
+and, by kind, what was passed over.
 
-What is no fault, but may not be what you think, is noted in a line and changes no exit code: a stray voxel or
-padding that sets the range of intensities, a header in other units than mm, in disagreement with itself, or
-without orientation.
+Notes are on what is no fault but may surprise you, and change no exit code: a stray voxel or padding that
+sets the range of intensities; a header in units other than mm, that contradicts itself, or without
+orientation.
 
 Exit codes: 0 all good, 1 the disk failed, 2 wrong usage, or something is wrong with the data.
 """
@@ -49,7 +49,7 @@ def main(argv=None):
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
     )
     parser.add_argument(
-        "-j", "--jobs", type=int, metavar="N", help="files read at a time (default: one a core, 16 at most)"
+        "-j", "--jobs", type=int, metavar="N", help="files read at a time (default: one per core, at most 16)"
     )
     args = parser.parse_args(argv)
 
@@ -78,7 +78,7 @@ def main(argv=None):
     problems += shared_subjects(training, validation) + stray_files(cases)
     notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
 
-    # Step 3: say what is wrong
+    # Step 3: print what is wrong
     for line in notes:
         print(line)
     if not problems:
@@ -100,7 +100,7 @@ def table(problems: Sequence[Problem]) -> str:
 
 
 def summary(cases: Sequence[Case], intensities: dict[str, tuple[float, float]]) -> str:
-    """One line on a data set that is good: cases, voxels and spacing along R, A and S, intensities."""
+    """One line on a good data set: cases, voxels and spacing along R, A and S, intensities."""
     geometry = [ras_geometry(case.images[0]) for case in cases]
     shapes, spacings = (np.array([one[i] for one in geometry]) for i in (0, 1))
     minima, maxima = np.array(list(intensities.values())).T
@@ -116,7 +116,7 @@ def by_axis(values: np.ndarray) -> str:
 
 
 def span(values: np.ndarray, between: str) -> str:
-    """The least and the greatest number, or the one that all are."""
+    """The smallest and the largest number, or one where they are equal."""
     low, high = (f"{value:.4g}" for value in (values.min(), values.max()))
     return low if low == high else low + between + high
 

@@ -1,13 +1,13 @@
-"""Fetch the BraTS data: MSD Task01_BrainTumour, 484 training and 266 test cases, about 7.6 GB.
+"""Download the BraTS data: MSD Task01_BrainTumour, 484 training and 266 test cases, about 7.6 GB.
 
     python download_brats_data.py -e config/environment.json
 
 downloads the archive to the environment file's `data_base_dir`, checks its MD5, unpacks it to
 `data_base_dir/Task01_BrainTumour` and deletes the archive. It needs twice the archive's size of disk space.
-If anything breaks off, run the same command again: the download goes on where it was, the unpacking begins
-again. A data set that is there and complete is left alone.
+After an interruption run the same command again: the download resumes, the unpacking starts again. A complete
+data set is left as it is.
 
-From a mirror, or from a copy that was carried in on a disk (the MD5 stays the same if the file does):
+From a mirror, or from a copy on a disk (the MD5 of the same file is the same):
 
     python download_brats_data.py -e config/environment.json --url https://mirror.example.org/Task01_BrainTumour.tar
     python download_brats_data.py -e config/environment.json --url file:///media/disk/Task01_BrainTumour.tar
@@ -29,9 +29,9 @@ def main(argv=None):
     )
     parser.add_argument("-e", "--environment-file", required=True, help="JSON file that names data_base_dir")
     parser.add_argument(
-        "--url", help="address of the archive, an uncompressed tar (default: the one MONAI knows)"
+        "--url", help="address of the archive, an uncompressed tar (default: the one in MONAI)"
     )
-    parser.add_argument("--md5", help="its MD5 (default: the one MONAI knows)")
+    parser.add_argument("--md5", help="its MD5 (default: the one in MONAI)")
     args = parser.parse_args(argv)
 
     environment = utils.load_environment(args.environment_file)
@@ -41,7 +41,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        print("stopped: run the same command again to go on", file=sys.stderr)
+        print("stopped: run the same command again to resume", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"The data set is in {folder}")
 

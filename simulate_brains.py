@@ -1,21 +1,21 @@
-"""Simulate brains: images and tumour labels for the whole chain, offline, without any patient's data.
+"""Simulate brains: images and tumour labels for the whole pipeline, offline, without any patient's data.
 
     python simulate_brains.py --out data/simulated                   # 96 subjects at 4 mm, half with a tumour
     python simulate_brains.py --out data/simulated --num 400 --spacing 2
     python simulate_brains.py --out data/healthy --tumour-fraction 0
     python simulate_brains.py --out data/thick --spacing 2 2 6 --seed 1
 
-Writes the layout of MSD Task01_BrainTumour, so that whatever reads the BraTS data reads it too:
+Writes the layout of MSD Task01_BrainTumour, which is read as the BraTS data are:
 
     DIR/dataset.json
     DIR/participants.tsv          participant_id, tumour (0 or 1), ageing (0 to 1)
     DIR/imagesTr/SIM_0000.nii.gz  int16 (X, Y, Z, 4): FLAIR, T1w, t1gd, T2w in arbitrary units, 0 outside
     DIR/labelsTr/SIM_0000.nii.gz  uint8 (X, Y, Z): 1 edema, 2 non-enhancing tumor, 3 enhancing tumour
 
-Volumes are RAS and cover 160 x 192 x 160 mm; the brain is skull-stripped and lies inside. Each subject has
-its own seed: subject i of a --seed is the same whatever --num and --workers are, and has the same anatomy at
-any --spacing. ldm/data/simulation.py tells how subjects are made. DIR must be new or empty; it is there,
-whole, when the last subject is done. 96 subjects at 4 mm take about half a minute on two cores.
+Volumes are RAS and cover 160 x 192 x 160 mm; the brain is skull-stripped and lies inside. Subject i of a
+--seed is the same for any --num and --workers, and has the same anatomy at any --spacing. The method is in
+ldm/data/simulation.py. DIR must be new or empty; it appears, complete, when the last subject is done. 96
+subjects at 4 mm take about half a minute on two cores.
 
 Exit codes: 0 done, 1 the disk failed, 2 wrong usage.
 """
@@ -52,10 +52,10 @@ def main(argv=None):
     parser.add_argument(
         "--tumour-fraction", type=float, default=0.5, help="share of subjects with a tumour (default: 0.5)"
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one a core, of 8 subjects or more)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core and 8 subjects)")
     args = parser.parse_args(argv)
 
-    # Step 1: check everything before hours of work
+    # Step 1: check the arguments
     for key, least in (("num", 1), ("seed", 0), ("workers", 1)):
         value = getattr(args, key)
         if value is not None and value < least:
@@ -66,7 +66,7 @@ def main(argv=None):
     output_grid(spacing)
     out = new_folder(args.out)
 
-    # Step 2: simulate into a neighbouring folder, which takes the name when all is there
+    # Step 2: simulate into a temporary folder, which is renamed when it is complete
     workers = args.workers or min(os.cpu_count() or 1, math.ceil(args.num / 8))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name

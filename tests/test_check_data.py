@@ -549,19 +549,6 @@ def test_every_odd_file(shared_data, capsys):
     assert "50443 NaN" in reasons["nan_background"]
 
 
-def test_the_odd_masks_as_labels(shared_data, tmp_path, capsys):
-    odd = (shared_data / "odd").resolve()
-    image, other = str(odd / "ok_4mm_int16.nii.gz"), str(odd / "orient_LPS.nii.gz")
-    entries = [
-        {"image": image, "label": str(odd / "mask_ok_012.nii.gz")},
-        {"image": other, "label": str(odd / "mask_wrong_shape.nii.gz")},
-    ]
-    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
-    code, lines = run(capsys, tmp_path / "list.json")
-    assert code == 2 and [row[0] for row in rows(lines)] == ["orient_LPS"]
-    assert "shape (37, 48, 40), but the image has (40, 48, 40)" in lines[1]
-
-
 # ---- the command line
 
 

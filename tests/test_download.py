@@ -328,46 +328,35 @@ def test_unsafe_archives_are_refused_every_time(server, tmp_path, base, evil):
         assert server.asked == [None] * attempt
 
 
-@pytest.mark.parametrize(
-    "content, complaint",
-    [
-        (
-            make_tar({k: v for k, v in FILES.items() if "labelsTr/BRATS_002" not in k}),
-            "labelsTr/BRATS_002.nii.gz",
-        ),
-        (make_tar({**FILES, f"{TASK}/imagesTs/BRATS_485.nii.gz": b""}), "imagesTs/BRATS_485.nii.gz"),
-        (make_tar({**FILES, f"{TASK}/dataset.json": b'{"training": []}'}), "no training cases"),
-        (make_tar({**FILES, f"{TASK}/dataset.json": b'{"training": [{}]}'}), "KeyError"),
-        (make_tar({**FILES, f"{TASK}/dataset.json": b"\xff"}), "cannot be read"),
-        (
-            make_tar({**FILES, f"{TASK}/dataset.json": b'{"training": [{"image": "/no", "label": "/no"}]}'}),
-            "/no",
-        ),
-        (make_tar({"Task04_Hippocampus/dataset.json": b"{}"}), "no dataset.json"),
-        (make_tar({**FILES, f"{TASK}/{'long' * 100}": b"a"}), "not a whole, safe tar"),
-        (ARCHIVE[:30_000], "not a whole, safe tar"),
-        (b"<html>Please log in</html>", "not a whole, safe tar"),
-        (b"", "not a whole, safe tar"),
-    ],
-    ids=[
-        "missing",
-        "empty",
-        "no cases",
-        "no image",
-        "no json",
-        "elsewhere",
-        "another task",
-        "a name too long",
-        "truncated",
-        "html",
-        "nothing",
-    ],
-)
-def test_incomplete_archives_are_refused_every_time(server, base, content, complaint):
-    server.content = content
+def listing(content: bytes) -> bytes:
+    """The archive with this dataset.json."""
+    return make_tar({**FILES, f"{TASK}/dataset.json": content})
+
+
+INCOMPLETE = {  # an archive, and what is said of it
+    "missing": (
+        make_tar({k: v for k, v in FILES.items() if "labelsTr/BRATS_002" not in k}),
+        "labelsTr/BRATS_002",
+    ),
+    "empty": (make_tar({**FILES, f"{TASK}/imagesTs/BRATS_485.nii.gz": b""}), "imagesTs/BRATS_485.nii.gz"),
+    "no cases": (listing(b'{"training": []}'), "no training cases"),
+    "no image": (listing(b'{"training": [{}]}'), "KeyError"),
+    "no json": (listing(b"\xff"), "cannot be read"),
+    "elsewhere": (listing(b'{"training": [{"image": "/no", "label": "/no"}]}'), "/no"),
+    "another task": (make_tar({"Task04_Hippocampus/dataset.json": b"{}"}), "no dataset.json"),
+    "a name too long": (make_tar({**FILES, f"{TASK}/{'long' * 100}": b"a"}), "not a whole, safe tar"),
+    "truncated": (ARCHIVE[:30_000], "not a whole, safe tar"),
+    "html": (b"<html>Please log in</html>", "not a whole, safe tar"),
+    "nothing": (b"", "not a whole, safe tar"),
+}
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_incomplete_archives_are_refused_every_time(server, base, name):
+    server.content, complaint = INCOMPLETE[name]
     for _ in (1, 2):
         with pytest.raises(RefusedArchive, match=complaint):
-            fetch_task01(base, server.url, md5_of(content))
+            fetch_task01(base, server.url, md5_of(server.content))
         assert list(base.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import cache_latents
 import train_diffusion
 from ldm import UserError
-from ldm.data import latents
+from ldm.data import latent_cache, latents
 from ldm.data.cases import Case
 from ldm.data.latents import Posteriors
 from ldm.system.checkpoints import save_checkpoint
@@ -89,16 +89,10 @@ def test_a_training_on_the_cache_needs_neither_images_nor_autoencoder(done, own)
     own.config["diffusion_train"]["sample_interval"] = 5
     own.change()
     said = own.run(train_diffusion, *CACHED)
-    assert "nowhere is not there; the latents in" in said and "no samples are drawn on the way" in said
+    assert "nowhere does not exist; training uses the latents in" in said
+    assert "no samples are drawn during training" in said
     a, b = (one.checkpoint("diffusion_unet_last.pt") for one in (own, done))
     assert not differences(a["model"], b["model"]) and a["geometry"] == b["geometry"]
-
-
-def test_samples_on_the_way_are_drawn_with_a_cache_too(own):
-    own.config["diffusion_train"] |= {"sample_interval": 5, "max_epochs": 1}
-    own.change()
-    own.run(train_diffusion, *CACHED)
-    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size
 
 
 def test_versions_are_the_augmented_volumes_and_a_training_on_them_is_the_same(done, tmp_path):
@@ -213,13 +207,13 @@ def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
                 raise KeyboardInterrupt
             yield one
 
-    monkeypatch.setattr(latents, "encode", until_the_third)
+    monkeypatch.setattr(latent_cache, "encode", until_the_third)
     with pytest.raises(SystemExit) as stop:
         own.run(cache_latents, "--no-amp")
     assert stop.value.code == 130
     monkeypatch.undo()
     assert "the cache is unfinished" in own.refused(train_diffusion, *CACHED)
-    assert "4 encoded, 2 there from before" in own.run(cache_latents, "--no-amp")
+    assert "4 encoded, 2 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
@@ -230,13 +224,13 @@ def test_a_damaged_entry_of_an_unfinished_cache_is_made_anew(cached, own):
     chain.damage(path, "truncated")
     begun = {key: manifest[key] for key in ("about", "autoencoder")}
     (folder_of(own) / "manifest.json").write_text(json.dumps(begun))
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
 def test_a_finished_cache_is_left_as_it_is(own):
     before = fingerprint(folder_of(own))
-    assert "0 encoded, 6 there from before" in own.run(cache_latents, "--no-amp")
+    assert "0 encoded, 6 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == before
 
 
@@ -249,7 +243,7 @@ def test_a_damaged_entry_is_found_and_made_anew(cached, own, how):
         chain.damage(path, how)
     message = own.refused(train_diffusion, *CACHED)
     assert "1 of 6 entries are missing or damaged" in message and path.name in message
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     assert fingerprint(folder_of(own)) == fingerprint(folder_of(cached))
 
 
@@ -269,7 +263,9 @@ def test_a_cache_of_another_autoencoder_is_refused(own):
     assert fingerprint(folder_of(own)) == before
     assert "6 encoded, 0 there" in own.run(cache_latents, "--no-amp", "--fresh")
     assert len(list(folder_of(own).glob("*.npy"))) == 6  # the old ones are gone
-    own.run(train_diffusion, *CACHED, "--fresh", "--set", "diffusion_train.max_epochs=1")
+    short = ("--set", "diffusion_train.max_epochs=1", "--set", "diffusion_train.sample_interval=5")
+    own.run(train_diffusion, *CACHED, "--fresh", *short)
+    assert (own.model_dir / "samples" / "epoch_00001.png").stat().st_size  # drawn with a cache too
 
 
 def test_a_cache_of_other_transforms_is_refused(cached):
@@ -283,7 +279,7 @@ def test_a_cache_of_other_transforms_is_refused(cached):
     for key, value in about.items():
         with pytest.raises(UserError, match=rf"were made with {re.escape(key)} .*; here it is"):
             now = {**about, key: [value]}
-            latents.open_cache(
+            latent_cache.open_cache(
                 folder_of(cached), now, cached.folder / "gone.pt", Run(0, 1, torch.device("cpu"))
             )
 
@@ -313,7 +309,7 @@ def test_a_cache_of_other_data_is_refused_and_what_changed_is_made(own):
     image = nib.load(path)
     nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) ** 2, image.affine), path)
     assert "1 case changed: scan_2" in own.refused(train_diffusion, *CACHED)
-    assert "1 encoded, 5 there from before" in own.run(cache_latents, "--no-amp")
+    assert "1 encoded, 5 found" in own.run(cache_latents, "--no-amp")
     listed = json.loads((data / "dataset.json").read_text())
     last = listed["training"].pop()
     (data / "dataset.json").write_text(json.dumps(listed))
@@ -360,4 +356,4 @@ def test_a_manifest_that_is_none_is_refused(cached, tmp_path, key, value):
     section[key[-1]] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json: .* Make the cache anew"):
-        latents.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))
+        latent_cache.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))

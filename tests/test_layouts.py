@@ -352,6 +352,8 @@ def test_where_there_is_no_image_the_message_says_what_there_is(tmp_path):
     with pytest.raises(UserError, match=r"there \(passed over: 1 mask \(a_seg\.nii\.gz\)\)"):
         find_cases(tmp_path / "masks")
     assert found(tmp_path / "masks", pattern="*_seg.nii.gz")[0] == ["a_seg.nii.gz"]  # masks that are meant
+    with pytest.raises(UserError, match=r"no image matches '\*_T2w\.nii\.gz'"):
+        find_cases(tmp_path / "masks", "*_T2w.nii.gz")
 
 
 @pytest.fixture

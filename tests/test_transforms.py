@@ -386,14 +386,6 @@ def test_channels_in_files_of_their_own(tmp_path, write_image):
         Preprocessing((0, 1), (1.0, 1.0, 1.0)).read(paths)
 
 
-def test_channel_that_is_not_there(four_channels, tmp_path, write_image):
-    with pytest.raises(UserError, match=r"bold\.nii\.gz: has 4 channel.*number 4"):
-        Preprocessing((0, 4), (1.0, 1.0, 1.0)).read([four_channels[0]])
-    single = write_image(tmp_path / "single.nii", np.ones((3, 3, 3), np.float32))
-    with pytest.raises(UserError, match=r"single\.nii: has 1 channel.*number 1"):
-        Preprocessing((1,), (1.0, 1.0, 1.0)).read([single])
-
-
 def test_slope_and_intercept(tmp_path):
     raw = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     image = nibabel.Nifti1Image(raw, np.eye(4))

@@ -1,1 +1,19 @@
-"""From a folder of scans to batches."""
+"""From a folder of scans to batches, from the bottom up:
+
+reading        headers and voxels of NIfTI and MGH files
+intensity      intensities to [0, 1] and back
+preprocessing  orientation, spacing, intensity: from a file to a volume
+cases          what a case is; spacing and size of cases by their headers
+names          what file names tell: masks, contrasts, patients
+folders        the cases of a plain or BIDS-like folder
+layouts        the cases of any data set: `find_cases`
+masks, checks  what is wrong with a data set
+augmentation   random crops, flips, affine and intensity changes
+datasets       volumes as a loader serves them; the order of cases
+splits         training and validation cases, free of leaks
+latents        posteriors as a loader serves them
+latent_cache   posteriors on disk
+prepare        all of this from a config and an environment file
+download       MSD Task01
+simulation     simulated brains
+"""

@@ -18,7 +18,7 @@ from ldm.data.preprocessing import fit
 
 
 def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Callable | None:
-    """The random part of the way: crop, flips, small affine, intensity. None where nothing is random.
+    """Random crop, flips, small affine and intensity changes, in this order. None where nothing is random.
 
     Args:
         section: the config's `augment`, with its defaults.
@@ -26,7 +26,7 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
         random_crop: crop at a random place, else about the centre.
 
     Returns:
-        `f(volume, label, rng)` -> (C, *size) float32 tensor, all of its chance from `rng`.
+        `f(volume, label, rng)` -> (C, *size) float32 tensor; all random numbers are of `rng`.
     """
     steps = [RandFlip(section["flip_prob"], axis) for axis in section.get("flip_axes", [])]
     if section.get("rotate_degrees") or section.get("scale") or section.get("translate_voxels"):
@@ -50,7 +50,7 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
 
 @dataclass
 class RandomPart:
-    """See `augmentation`. A class, since loader processes on Windows need to pickle it."""
+    """See `augmentation`. A class, so that loader processes on Windows can pickle it."""
 
     size: tuple[int, ...]
     random_crop: bool
@@ -62,8 +62,7 @@ class RandomPart:
     ) -> torch.Tensor:
         volume = self._crop(volume, label, rng) if self.random_crop else volume
         image = torch.from_numpy(np.array(fit(volume, self.size), np.float32))
-        # Every step gets a seed of its own, drawn even where it is not used, so that one does not shift the
-        # next.
+        # Every step has its own seed, so that the numbers one draws do not shift those of the next.
         for step in self.steps.transforms:
             image = step.set_random_state(seed=int(rng.randint(2**31)))(image)
         return image.as_tensor() if isinstance(image, MetaTensor) else image

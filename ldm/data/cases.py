@@ -1,4 +1,4 @@
-"""The cases of a data set, and what their headers say of spacing and size."""
+"""Cases of a data set, and their spacing and size by their headers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 
+PARTS = ("training", "validation")  # of a data set, in lists and split.json
 TYPICAL_CASES = 16
 
 
@@ -30,8 +31,8 @@ class Case:
 
 
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
-    """The first case's own spacing; or, isotropic, the multiple of its finest that brings the longest side to
-    about `longest_side` voxels."""
+    """The first case's own spacing in mm; or, isotropic, the whole multiple of its finest spacing at which
+    its longest side has about `longest_side` voxels."""
     shape, sizes = ras_geometry(cases[0].images[0])
     if longest_side is None:
         return [rounded(size) for size in sizes]
@@ -40,28 +41,28 @@ def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[floa
 
 
 def rounded(size: float) -> float:
-    """A voxel size in mm to 4 decimals, and to 4 digits at least: headers have it in float32."""
+    """A voxel size in mm to 4 decimals, and to at least 4 digits: headers store float32."""
     return round(float(size), max(4, 3 - math.floor(math.log10(size))))
 
 
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int | Sequence[int]) -> list[int]:
-    """The size in voxels that holds every case at `spacing`, rounded up to what the networks divide; from
-    headers."""
+    """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`, or
+    along each axis of its own; only headers are read."""
     largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
     divisors = np.broadcast_to(divisor, len(largest)).tolist()
     return [int(math.ceil(side / n) * n) for side, n in zip(largest, divisors, strict=True)]
 
 
 def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Voxels of a volume of this shape and voxel size in mm at `spacing`: from the centre of the first to
-    that of the last, as MONAI's `Spacing` counts."""
+    """The size at `spacing` of a volume of this shape and these voxel sizes in mm. Lengths count from the
+    centre of the first voxel to that of the last, as in MONAI's `Spacing`."""
     return np.round((shape - 1) * sizes / spacing + 1)
 
 
 def warn_of_padding(
     cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], say: Callable
 ) -> None:
-    """Say in one line how many volumes are smaller than the patch and are padded."""
+    """Print one line on volumes that are smaller than the patch, and so are padded."""
     small = [case.name for case in cases if any(np.less(volume_size([case], spacing, 1), size))]
     if small:
         say(
@@ -71,5 +72,5 @@ def warn_of_padding(
 
 
 def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
-    """Median over some cases of the intensities that become 0 and 1, for each channel."""
+    """The intensities that become 0 and 1, (C, 2): the median over the first `TYPICAL_CASES` cases."""
     return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()

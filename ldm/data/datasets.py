@@ -2,36 +2,35 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ldm import UserError
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
 from ldm.data.preprocessing import Preprocessing, fit
 from ldm.system.files import write_array
 from ldm.system.messages import tell
 
-LEFT_BEHIND = 24 * 3600  # seconds without a change, after which no one is writing a volume any more
+LEFT_BEHIND = 24 * 3600  # seconds without a change, after which a partial file is of a killed process
 
 
 def stream(seed: int, *what: object) -> torch.Generator:
-    """A CPU random generator that is a function of the seed and of what it is for, and of nothing else.
+    """A CPU random generator that is a function of the seed and of its purpose alone.
 
     Crop, augmentation, posterior draw, noise and time of a case use `stream(seed, purpose, epoch, case)`, so
-    that they depend neither on the worker nor on the rank nor on the batch.
+    that they depend on no worker, rank or batch.
     """
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
-    """Which random version of a case an epoch has: one of its own, or each of so many in turn, from one on
-    that the case begins with."""
+    """Which random version of a case an epoch has: its own (`versions` None), or one of so many in turn, of
+    which each case starts with another."""
     if versions is None:
         return epoch
     return (stream(seed, "version", case).initial_seed() + epoch) % versions
@@ -40,18 +39,16 @@ def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
 class VolumeDataset(Dataset):
     """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked.
 
-    An item is asked for by `(epoch, i)`, as `EpochSampler` does, and is `{"image": (C, D, H, W) float32,
-    "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case), by way of the version
-    that the epoch has (`version_of`).
+    The key of an item is `(epoch, i)`, as `EpochSampler` gives it; the item is `{"image": (C, D, H, W)
+    float32, "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case), by the
+    version that the epoch has (`version_of`).
 
     Args:
-        cases: what to serve.
-        preprocessing: from file to a normalised volume.
-        size: voxels of the crop, smaller volumes being padded.
-        random_crop: a random crop, else the centre.
+        size: voxels of the crop; smaller volumes are padded.
+        random_crop: crop at a random place, else about the centre.
         augment: the `augment` section of the config, or None.
-        cache_dir: folder of ready-made volumes, memory-mapped and shared by all processes of a machine.
-        cache_rate: share of the cases that are kept there.
+        cache_dir: folder of preprocessed volumes, memory-mapped, which all processes of a machine share.
+        cache_rate: share of the cases that are cached.
         seed: seed of crops and augmentation.
     """
 
@@ -72,7 +69,7 @@ class VolumeDataset(Dataset):
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
         self.cache_dir = cache_dir
         self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
-        self.cache_is_writable = True  # until it is not; then it is only read
+        self.cache_is_writable = True  # after an error of the disk, the cache is only read
         if self.cached:
             _clear_left_behind(cache_dir)
 
@@ -81,19 +78,20 @@ class VolumeDataset(Dataset):
 
     @property
     def versions(self) -> int | None:
-        """How many versions of a volume the epochs go through; None: each has one of its own."""
+        """How many versions of a volume the epochs go through; None: each epoch has its own."""
         return 1 if self.augmentation is None else self._versions
 
     def volume(self, i: int) -> np.ndarray:
-        """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache where it is kept."""
-        return self._kept(i, "image", lambda case: self.preprocessing(case.images))
+        """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""
+        return self._cached(i, "image", lambda case: self.preprocessing(case.images))
 
     def _label(self, i: int) -> np.ndarray | None:
         if self.cases[i].label is None:
             return None
-        return self._kept(i, "label", lambda case: self.preprocessing.label(case.label))
+        return self._cached(i, "label", lambda case: self.preprocessing.label(case.label))
 
-    def _kept(self, i: int, kind: str, make) -> np.ndarray:
+    def _cached(self, i: int, kind: str, make: Callable[[Case], np.ndarray]) -> np.ndarray:
+        """What `make` gives for case `i`, from the cache where it is there; `kind` is "image" or "label"."""
         case = self.cases[i]
         if i >= self.cached:
             return make(case)
@@ -103,7 +101,7 @@ class VolumeDataset(Dataset):
         path = self.cache_dir / f"{key}.npy"
         if path.is_file():
             try:
-                return np.load(path, mmap_mode="c")  # writable, as torch wants it, but never written
+                return np.load(path, mmap_mode="c")  # torch wants it writable; it is never written
             except (OSError, ValueError, EOFError) as error:
                 tell(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
         volume = make(case)
@@ -134,20 +132,15 @@ class VolumeDataset(Dataset):
         rng = np.random.RandomState(
             stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
         )
-        label = self._label(i) if self.foreground else None
-        if label is not None and label.shape[1:] != volume.shape[1:]:
-            raise UserError(
-                f"{self.cases[i].label}: shape {label.shape[1:]} is not the image's, {volume.shape[1:]}."
-            )
-        return self.augmentation(volume, label, rng)
+        return self.augmentation(volume, self._label(i) if self.foreground else None, rng)
 
 
 class WithDraws(Dataset):
-    """A data set whose items also hold random draws, made by the loader's processes: functions of (seed,
-    epoch, case).
+    """A data set whose items also hold random draws: functions of (seed, epoch, case), which the loader's
+    processes make.
 
     Args:
-        dataset: with `cases`, its items asked for by `(epoch, i)`.
+        dataset: has `cases`, and keys `(epoch, i)`.
         shape: of the latents, (c, d, h, w).
     """
 
@@ -171,24 +164,24 @@ class WithDraws(Dataset):
 
 
 def _clear_left_behind(cache_dir: Path) -> None:
-    """Delete what a killed process had begun to write. Runs share the folder, so what was changed of late may
-    be another's that is at work."""
+    """Delete the partial files of killed processes. Runs share the folder: a file that has just changed may
+    be another run's, which is writing it."""
     for part in cache_dir.glob(".*.npy.*.part"):
         try:
             if time.time() - part.stat().st_mtime > LEFT_BEHIND:
                 part.unlink()
         except FileNotFoundError:
-            continue  # it was another run's, which ended it, or it was deleted by one
+            continue  # another run has completed or deleted it
 
 
 class EpochSampler(Sampler):
-    """Order of the cases: a function of (seed, epoch), dealt to the ranks in turn.
+    """Order of the cases: a function of (seed, epoch), distributed over the ranks.
 
     Batch `b` of rank `r` of `w` holds entries `[(b * w + r) * n, (b * w + r + 1) * n)` of the epoch's order,
-    so that `w` ranks with batches of `n` see together what one rank with batches of `w * n` sees. An epoch is
+    so that `w` ranks with batches of `n` together see what one rank with batches of `w * n` sees. An epoch is
     a whole number of steps, each of `accumulate` batches; the last is filled up from the start of the order.
 
-    Set `epoch` before each epoch, and `first`, the batch to begin with, after a resume in the middle of one.
+    Set `epoch` before each epoch, and `first`, the first batch, after a resume in the middle of an epoch.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Find the cases of a plain or BIDS-like folder: every image below it but masks and the like. What a name
-tells of a file is in `ldm.data.names`."""
+"""Find the cases of a plain or BIDS-like folder: every image below it except masks and the like. What names
+mean is in `ldm.data.names`."""
 
 import os
 import re
@@ -36,7 +36,15 @@ SHOWN = 100  # characters of names, of each kind, in the line on what was found
 
 @dataclass
 class Search:
-    """What is looked for, and what was passed over on the way: names by kind, `{s}` marking the plural."""
+    """What is searched for, and what was found on the way.
+
+    Args:
+        pattern, contrasts, subject, outputs, generated: as of `find_cases`.
+        passed: names of what was passed over, by kind, in which `{s}` marks the plural.
+        folder_each: an example of a folder or beginning of names that was taken for a patient, if any.
+        read: the folder or list that was read.
+        plain: whether it is a plain folder.
+    """
 
     pattern: str | None
     contrasts: Sequence[str] | None
@@ -44,12 +52,12 @@ class Search:
     outputs: Sequence[Path]
     generated: bool
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    folder_each: str = ""  # an example of a folder or beginning of names that stands for a patient, if any
-    read: Path | None = None  # the folder or list that was read
-    plain: bool = False  # whether it is a plain folder
+    folder_each: str = ""
+    read: Path | None = None
+    plain: bool = False
 
     def subject_of(self, name: str, path: str) -> str:
-        """The patient of a scan: by `data.subject`, or as the public sets name it; else the scan's name."""
+        """The patient of a scan: by `data.subject`, or as in public data sets; else the scan's name."""
         if self.subject is not None:
             if not (match := self.subject.search(path)) or not match[1]:
                 what = brief(repr(self.subject.pattern))
@@ -63,7 +71,7 @@ class Search:
     def subject_of_file(
         self, name: str, file: File, folders: dict[File, str], others: dict[File, str] | None = None
     ) -> str:
-        """As `subject_of`; where that finds no more than the scan's own name, the patient by `folders` (of
+        """As `subject_of`; where that gives only the scan's own name, the patient by `folders` (of
         `patients_of`), else by `others`."""
         subject = self.subject_of(name, file.name)
         if self.subject is not None or subject != name:
@@ -75,7 +83,7 @@ class Search:
 
 
 def in_words(passed: dict[str, list[str]]) -> str:
-    """How many names there are of each kind, masks first, with the names where they are few."""
+    """The number of names of each kind, masks first, with the names where they are few."""
     parts = []
     for kind, names in sorted(passed.items(), key=lambda item: item[0] != "mask{s}"):
         if not names:
@@ -95,7 +103,8 @@ def unreadable(folder: str | Path, error: OSError) -> UserError:
 
 
 def _walk(root: Path, search: Search) -> list[File]:
-    """The images and masks below a folder, links followed, each folder once; what else there is, noted.
+    """The images and masks below a folder, links followed, each folder once; other files are noted in
+    `search.passed`.
 
     Raises:
         UserError: a folder cannot be read.
@@ -104,7 +113,7 @@ def _walk(root: Path, search: Search) -> list[File]:
     top = os.path.realpath(root)
     found, seen, linked, waiting = [], {top}, [], [(Path(root), ())]
     while waiting or linked:
-        # Links last: a folder that is there itself and by a link has its own name.
+        # Links last: a folder that is found both itself and by a link keeps its own name.
         folder, parts = waiting.pop() if waiting else linked.pop(0)
         real = os.path.realpath(folder)
         if parts and real in seen:
@@ -146,7 +155,7 @@ def _walk(root: Path, search: Search) -> list[File]:
 
 
 def _is_generated(file: File) -> bool:
-    """Whether inference.py's record lies beside a volume; BIDS scans have a JSON of that name too."""
+    """Whether a record of inference.py lies beside a volume; BIDS scans have a JSON of that name too."""
     record = record_path(file.path)
     if record == file.path or not record.is_file():
         return False
@@ -182,7 +191,7 @@ def cases_below(root: Path, search: Search) -> list[Case]:
 
 
 def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> list[File]:
-    """The images among the files, without masks, templates, generated volumes and duplicates."""
+    """The images among the files, without masks, templates, generated volumes and links to others."""
     chosen, passed = [], search.passed
     for file in files:
         if glob and not matches(file.parts, glob):
@@ -208,7 +217,7 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
 
 
 def _each_once(files: list[File], search: Search) -> list[File]:
-    """The files without links to another of them."""
+    """The files, without links to another of them."""
     if not any(file.is_link for file in files):
         return files
     seen, once = set(), []
@@ -255,7 +264,7 @@ def _several(root: Path, kinds: Kinds) -> UserError:
 
 
 def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -> list[Case]:
-    """Cases of one file a contrast. A file that a case lacks is named all the same: the check of the headers
+    """Cases with one file for each contrast. A missing file is named all the same: the check of the headers
     reports it."""
     endings = sorted(search.contrasts, key=len, reverse=True)
     named: list[tuple[File, str, str]] = []  # a file, its stem without the ending, and the ending
@@ -267,7 +276,7 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
             named.append((file, file.stem.removesuffix(ending), ending))
     if not named:
         raise UserError(f"{root}: no image ends like one of data.contrasts ({', '.join(search.contrasts)}).")
-    # By the name alone where it tells patients apart, since contrasts may lie in folders of their own.
+    # By the name alone where that is unique, since contrasts may lie in folders of their own.
     by_name = Counter((rest, ending) for _, rest, ending in named)
     alone = all(rest.strip("_-") for _, rest, _ in named) and max(by_name.values()) == 1
     units, rests = defaultdict(dict), {}

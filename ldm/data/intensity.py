@@ -7,8 +7,8 @@ import numpy as np
 from ldm.configs import channels_of
 
 LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
-BULK = 99.9  # % of the voxels; there is a note on values further out that set the range
-FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1 that hold no bulk
+BULK = 99.9  # % of the voxels; a note is given where values further out set the range
+FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1, without the bulk
 LEAST_OF_WINDOW = 0.05
 
 
@@ -17,10 +17,10 @@ class Intensity:
     """How the values of a file become 0 to 1.
 
     Args:
-        lower, upper: percentiles of the whole volume that become 0 and 1, where there is no `window`.
+        lower, upper: percentiles of the whole volume that become 0 and 1, without a `window`.
         clip: clip to [0, 1].
         window: for each channel the two values that become 0 and 1, the same in every volume.
-        nan_is_background: NaN is taken for background, see `background`; else it is an error.
+        nan_is_background: NaN becomes background, see `without_nan`; else it is an error.
     """
 
     lower: float | None = 0.0
@@ -47,7 +47,7 @@ class Intensity:
         return "the values " + ", ".join(f"{low:g} and {high:g}" for low, high in self.window)
 
     def of_channel(self, c: int) -> "Intensity":
-        """That of the channel at place `c` alone."""
+        """That of channel `c` alone, an index into the channels that are used."""
         return self if self.window is None else replace(self, window=(self.window[c],))
 
     def limits(self, volume: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ class Intensity:
         return np.percentile(volume.reshape(len(volume), -1), [self.lower, self.upper], axis=1).T
 
     def unknown(self, voxels: np.ndarray) -> str | None:
-        """Which voxels of a channel, as they are stored, have no value that can be mapped."""
+        """Why voxels of a channel, as stored, cannot be mapped (NaN, infinite), or None."""
         nan, infinite = np.count_nonzero(np.isnan(voxels)), np.count_nonzero(np.abs(voxels) > LARGEST_VALUE)
         if infinite:
             return f"has {infinite} infinite voxels, or beyond {LARGEST_VALUE:g}. Fix or remove the file"
@@ -71,15 +71,14 @@ class Intensity:
         return None
 
     def without_nan(self, voxels: np.ndarray) -> np.ndarray:
-        """One channel in which NaN has become background: the low end of its window, else the least value
-        that is there."""
+        """A channel with NaN replaced by the low end of its window, else by its least value."""
         if not np.isnan(voxels).any():
             return voxels
         low = self.window[0][0] if self.window else np.nanmin(voxels)
         return np.where(np.isnan(voxels), np.float32(low), voxels)
 
     def unmappable(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
-        """Why a channel with these `limits` (2,) shows nothing once it is mapped."""
+        """Why a channel shows nothing once its `limits` (2,) are mapped to 0 and 1, or None."""
         low, high = voxels.min(), voxels.max()
         if low == high:
             return "all zero" if low == 0 else f"constant: every voxel is {low:g}"
@@ -96,9 +95,9 @@ class Intensity:
         return None
 
     def squeezed(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
-        """Why most of what a channel shows takes up little of the range from 0 to 1; None: it does not.
+        """Why most of a channel takes up little of the range from 0 to 1, or None.
 
-        The file is no worse for it, the mapping is: a stray voxel, or padding below all tissue, has become 0.
+        The file is good, the mapping is not: a stray voxel, or padding below all tissue, becomes 0.
         """
         (low, high), (least, most) = limits, (voxels.min(), voxels.max())
         a, b = np.percentile(voxels, [100 - BULK, BULK])
@@ -114,7 +113,7 @@ class Intensity:
             return f"minimum {least:.4g}, but {bulk}: raise intensity.lower_percentile {remedy}"
         if high - b > FAR_ABOVE * (high - low):
             return f"maximum {most:.4g}, but {bulk}: lower intensity.upper_percentile {remedy}"
-        if low >= 0:  # a mask's 0 around bright tissue is background as it should be
+        if low >= 0:  # 0 around bright tissue is proper background
             return None
         above = voxels[voxels > low + 0.01 * (high - low)]
         share = 1 - above.size / voxels.size

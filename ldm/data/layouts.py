@@ -1,4 +1,4 @@
-"""Find the cases of a data set, and say what was passed over.
+"""Find the cases of a data set, and print what was found and passed over.
 
 Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
 BIDS-like folder of NIfTI files, and a JSON list of training and validation files; each with an optional
@@ -9,16 +9,23 @@ import csv
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ldm import UserError, brief, counted
-from ldm.data.cases import Case
+from ldm.data.cases import PARTS, Case
 from ldm.data.folders import Search, cases_below, in_words, unreadable
 from ldm.data.names import stem_of, suffix_of
 from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.system.files import read_json
+from ldm.system.schemas import StrictValidator, fault, fields
+
+NAME = {"type": "string"}
+ENTRY = fields(image={"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1}]})
+ENTRY["properties"]["label"] = {"type": ["string", "null"]}
+ENTRIES = {"type": "array", "items": ENTRY}
+LISTS = StrictValidator(fields(training=ENTRIES | {"minItems": 1}, validation=ENTRIES))
 
 
 def find_cases(
@@ -36,21 +43,21 @@ def find_cases(
     Args:
         source: a folder, the parent of one, a `.json` list, or several of these.
         pattern: glob of the images of a plain folder.
-        contrasts: endings of the files of a plain folder that become the channels of one case, in this order.
-        subject: regular expression with one group, searched in an image's path below the folder, that gives
-            its subject.
-        outputs: folders of the run's own, passed over where they lie below `source`.
-        generated: whether volumes with a record of inference.py beside them are taken.
-        say: is given one line on what was found and what was passed over.
+        contrasts: endings of files in a plain folder that become the channels of one case, in this order.
+        subject: regular expression, whose one group is the subject, searched in an image's path below the
+            folder.
+        outputs: folders that the run writes to, passed over where they lie below `source`.
+        generated: whether volumes with a record of inference.py beside them are cases.
+        say: prints a line; one on what was found and what was passed over.
 
     Returns:
         (cases, validation): `validation` is empty unless the data set itself names validation cases.
 
     Raises:
-        UserError: nothing there, a folder that cannot be read, names that are not unique, or several images
-            of a patient where one is expected.
+        UserError: no data, a folder that cannot be read, names that are not unique, or several images of a
+            patient where one is expected.
 
-    Whether all files that a data set names are there and can be read is what `ldm.data.checks` tells.
+    `ldm.data.checks` checks whether all files exist and can be read.
     """
     regex, searches, cases, validation = _subject_pattern(subject), [], [], []
     alone = isinstance(source, (str, Path))
@@ -58,7 +65,7 @@ def find_cases(
     for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
         searches.append(Search(pattern, contrasts, regex, outputs, generated))
         found = _find_in(root, searches[-1])
-        folders = {path if path.is_dir() else path.parent for path in (root, searches[-1].read)}
+        folders = dict.fromkeys(p if p.is_dir() else p.parent for p in (root, searches[-1].read))
         for to, some in zip((cases, validation), found, strict=True):
             some = _with_covariates(some, folders)
             to += some if alone else [_renamed(case, f"{prefix}/") for case in some]
@@ -110,7 +117,7 @@ def _subject_pattern(subject: str | None) -> re.Pattern | None:
 
 
 def _distinct_names(roots: list[Path]) -> list[str]:
-    """The last names of some folders, with as many of those above as keep them apart."""
+    """The last name of each folder, with as many of those above it as make them unique."""
     full = [root.resolve() for root in roots]
     for i, one in enumerate(full):
         for other in full[:i]:
@@ -149,7 +156,7 @@ def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
         search.plain = True
         return cases_below(source, search), []
     if source.suffix == ".json":
-        return _from_json_list(source, search)
+        return _from_lists(read_json(source), source, search)
     if own:
         return _from_dataset_json(source, search)
     if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
@@ -166,58 +173,38 @@ def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
 # ---------------------------------------------------------------- lists
 
 
-def _listed(entries: list, root: Path, where: str, search: Search) -> list[Case]:
-    """Cases of a list of `{"image": ..., "label": ...}` or of plain file names, below `root`."""
-    cases = []
-    for number, entry in enumerate(entries):
-        entry = {"image": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or "image" not in entry:
-            raise UserError(f'{where}: entry {number} has no "image".')
-        names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f'{where}: "image" of entry {number} should be a file name or a list of them.')
-        if not isinstance(entry.get("label"), str | None):
-            raise UserError(f'{where}: "label" of entry {number} should be a file name.')
-        images = tuple(root / name for name in names)
-        label = root / entry["label"] if entry.get("label") is not None else None
-        name = str(entry.get("name", stem_of(images[0].name)))
-        others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
-        subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
-        cases.append(Case(name, images, label, subject, others))
-    if not cases:
-        raise UserError(f"{where}: lists no training cases.")
-    return sorted(cases, key=lambda case: case.name)
-
-
-def _from_json_list(path: Path, search: Search) -> tuple[list[Case], list[Case]]:
-    content = read_json(path)
-    if not isinstance(content.get("training"), list):
-        raise UserError(
-            f'{path}: should hold a list "training" of {{"image": file}}, and may hold "validation".'
-        )
-    return _both_lists(content, path.parent, str(path), search)
-
-
-def _both_lists(content: dict, root: Path, where: str, search: Search) -> tuple[list[Case], list[Case]]:
-    """The lists `training` and `validation` of a JSON; a list `test` is passed over."""
-    validation = content.get("validation") or []
-    if not isinstance(validation, list):
-        raise UserError(f'{where}: "validation" should be a list of {{"image": file}}.')
+def _from_lists(content: dict, path: Path, search: Search) -> tuple[list[Case], list[Case]]:
+    """Cases of the lists `training` and `validation` of a JSON, whose entries are file names below its folder
+    or `{"image": ..., "label": ...}`; a list `test` is passed over."""
+    lists = {part: content.get(part) or [] for part in PARTS}
+    for part, entries in lists.items():
+        if isinstance(entries, list):
+            lists[part] = [{"image": entry} if isinstance(entry, str) else entry for entry in entries]
+    if what := fault(LISTS, lists):
+        raise UserError(f'{path}: {what}. Expected lists of {{"image": file}}, "training" and "validation".')
     if isinstance(test := content.get("test"), list):
         for entry in test:
             name = entry.get("image") if isinstance(entry, dict) else entry
             search.passed["test scan{s} of the list"].append(name if isinstance(name, str) else repr(name))
-    return (
-        _listed(content["training"], root, f"{where}, training", search),
-        _listed(validation, root, f"{where}, validation", search) if validation else [],
-    )
+    cases, validation = ([_case(one, path.parent, search) for one in lists[part]] for part in PARTS)
+    return sorted(cases, key=lambda case: case.name), sorted(validation, key=lambda case: case.name)
+
+
+def _case(entry: dict, root: Path, search: Search) -> Case:
+    names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+    images = tuple(root / name for name in names)
+    label = root / entry["label"] if entry.get("label") is not None else None
+    name = str(entry.get("name", stem_of(images[0].name)))
+    others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
+    subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
+    return Case(name, images, label, subject, others)
 
 
 def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Case]]:
     path = root / "dataset.json"
     content = read_json(path)
     if isinstance(content.get("training"), list):  # Medical Segmentation Decathlon
-        cases, validation = _both_lists(content, root, str(path), search)
+        cases, validation = _from_lists(content, path, search)
         modality = content.get("modality")
         if isinstance(modality, dict) and modality:
             cases = [_one_file_a_channel(case, len(modality)) for case in cases]
@@ -248,7 +235,7 @@ def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Cas
 
 
 def _one_file_a_channel(case: Case, channels: int) -> Case:
-    """nnU-Net of version 1 lists NAME.nii.gz where NAME_0000.nii.gz and so on are."""
+    """nnU-Net version 1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ..."""
     image = case.images[0]
     stem, suffix = stem_of(image.name), image.name[len(stem_of(image.name)) :]
     images = tuple(image.with_name(f"{stem}_{channel:04d}{suffix}") for channel in range(channels))
@@ -258,7 +245,7 @@ def _one_file_a_channel(case: Case, channels: int) -> Case:
 
 
 def _pass_over_unlisted(cases: list[Case], root: Path, search: Search) -> None:
-    """Note the images that lie beside those of `dataset.json` and are not named by it."""
+    """Note images beside those of `dataset.json` that it does not name."""
     named = {image for case in cases for image in case.images}
     for folder in sorted({image.parent for image in named}):
         names = [name for name in _images_in(folder) if folder / name not in named]
@@ -266,7 +253,7 @@ def _pass_over_unlisted(cases: list[Case], root: Path, search: Search) -> None:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Names in a folder, none where it is not there. Raises UserError: it cannot be read."""
+    """Names in a folder, none if it is missing. Raises UserError: it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries)
@@ -283,7 +270,7 @@ def _images_in(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- participants.tsv
 
 
-def _with_covariates(cases: list[Case], folders: set[Path]) -> list[Case]:
+def _with_covariates(cases: list[Case], folders: Iterable[Path]) -> list[Case]:
     """The cases with their row of `participants.tsv`, by subject or by name, where one of the folders has it;
     a list's own entries win."""
     rows = {}

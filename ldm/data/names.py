@@ -1,7 +1,7 @@
-"""What the names of files and folders mean: which is a mask, and of what image; which contrasts a patient
-has; which scans are of one patient. Nothing here opens a file.
+"""What the names of files and folders mean: which file is a mask, and of which image; which contrasts a
+patient has; which scans are of one patient. Nothing here opens a file.
 
-Names of masks, contrasts and patients are those of the public data sets.
+The names of masks, contrasts and patients are those of the public data sets.
 """
 
 import fnmatch
@@ -13,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from ldm import UserError, brief
 from ldm.data.reading import IMAGE_SUFFIXES
 
-# Formats of images that are not read.
+# Image formats that are not read.
 FOREIGN_SUFFIX = re.compile(
     r"\.(mha|mhd|nrrd|nhdr|dcm|ima|img|img\.gz|hdr|mgh|mnc|gipl|head|npy|npz|h5|hdf5)$", re.IGNORECASE
 )
 
 SYSTEM_FOLDERS = {"lost+found", "system volume information", "$recycle.bin", "__macosx"}
 
-# A word of a name ends at "_", "-", ".", "+", a space, or before a capital.
+# Words of a name end at "_", "-", ".", "+", a space, or before a capital.
 WORDS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])")
 
 # FreeSurfer's aseg, FSL's pveseg, BIDS' dseg and probseg, seg35 of OASIS in Learn2Reg, BrainExtractionMask.
@@ -55,28 +55,28 @@ RETURN_WORD = re.compile(
     r"(ses|session|visit|v|tp|time|timepoint|m|month|y|year|w|week|fu|followup)\d+|bl|baseline|followup|screening"
 )
 
-# What tells two versions of one scan apart in BIDS names.
+# The BIDS entities in which two versions of one scan differ.
 VERSIONS = ("space-", "desc-", "rec-", "res-", "ce-", "echo-", "part-", "inv-", "label-", "mt-", "flip-")
 
-# How the public data sets name a patient: BIDS, ADNI, OASIS-1 and -2, OASIS-3, BraTS since 2023, IXI, ACDC.
+# Patients in the names of public data sets: BIDS, ADNI, OASIS-1 and -2, OASIS-3, BraTS since 2023, IXI, ACDC.
 PATIENT = re.compile(
     r"(?<![A-Za-z0-9])(sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS[12]_\d{4}|OAS3\d{4}|BraTS-[A-Za-z]+-\d{5}|IXI\d{3}"
     r"|patient\d+)(?![A-Za-z0-9])"
 )
 
-# Folders that hold many patients, not the visits of one.
+# Folders of many patients, not of the visits of one.
 SETS = re.compile(
     r"(train(ing)?|val(id(ation)?)?|test(ing)?|images?(tr|ts|va)?|raw(data)?|data|site|cent(er|re)|batch|part|fold"
     r"|group|hgg|lgg|ad|cn|mci|hc|nc|controls?|patients|healthy|normals?|diseased?)[_ -]?([a-z]|\d*)",
     re.IGNORECASE,
 )
 
-MOST_SCANS = 12  # of a patient, on average; a folder that holds more is a site's
+MOST_SCANS = 12  # of a patient, on average; folders with more are those of sites
 
 
 @dataclass(frozen=True)
 class File:
-    """A file below the data folder; `parts` are the names on the way to it."""
+    """A file below the data folder; `parts` are the names of its path there."""
 
     path: Path
     parts: tuple[str, ...]
@@ -96,7 +96,7 @@ class File:
 
 
 def suffix_of(name: str) -> str:
-    """`.nii.gz` as it is written in a name, "" where it names no image."""
+    """`.nii.gz` as it is spelt in a name, "" if it is not the name of an image."""
     end = next((end for end in IMAGE_SUFFIXES if name.lower().endswith(end)), "")
     return name[len(name) - len(end) :]
 
@@ -113,12 +113,12 @@ def words_of(name: str) -> list[str]:
 
 
 def _ending_of(stem: str) -> tuple[str, str, str]:
-    """`P001`, `_` and `t1` of `P001_t1`; two are "" where there is no mark."""
+    """`P001`, `_` and `t1` of `P001_t1`; the first two are "" without a `_` or `-`."""
     return re.fullmatch(r"(.*?)([_-]?)([^_-]*)", stem, re.DOTALL).groups()
 
 
 def parts_of_pattern(pattern: str) -> tuple[str, ...]:
-    """The parts of a `data.pattern`. Raises UserError: it is no pattern of files below a folder."""
+    """The parts of a `data.pattern`. Raises UserError: not a pattern of files below a folder."""
     path = PurePosixPath(pattern)
     if path.is_absolute() or not path.parts or any("**" in part and part != "**" for part in path.parts):
         raise UserError(
@@ -129,7 +129,7 @@ def parts_of_pattern(pattern: str) -> tuple[str, ...]:
 
 
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path matches a pattern: `**` stands for any folders, also for none."""
+    """Whether a path matches a pattern, in which `**` stands for any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -141,7 +141,7 @@ def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def is_mask(file: File) -> bool:
-    """By the name of the file or of a folder that it lies in."""
+    """Whether a file is a mask by its name or by a folder that it lies in."""
     words = words_of(file.stem)
     named = [word for word in words if not word.isdigit()] or [""]
     return bool(
@@ -155,7 +155,7 @@ def is_mask(file: File) -> bool:
 
 
 def is_spm_map(file: File, stems: set[tuple]) -> bool:
-    """Whether a file is what SPM's segmentation makes of a scan beside it: c1scan, mwc2scan, y_scan.
+    """Whether a file is an output of SPM's segmentation of a scan beside it: c1scan, mwc2scan, y_scan.
 
     Args:
         stems: (folder, stem) of all scans.
@@ -165,7 +165,7 @@ def is_spm_map(file: File, stems: set[tuple]) -> bool:
 
 
 def mask_names(stem: str) -> list[str]:
-    """How a mask beside a scan may be named: NAME_seg, NAME-seg, ..."""
+    """The names of a mask beside a scan: NAME_seg, NAME-seg, ..."""
     return [f"{stem}{mark}{word}" for word in LABEL_WORDS for mark in "_-"]
 
 
@@ -173,9 +173,9 @@ def mask_of(file: File, masks: dict[tuple, Path], replaced: bool) -> Path | None
     """The mask that is named after an image.
 
     Args:
-        masks: by (folder, stem in small letters).
-        replaced: a word of the image's name is replaced: X_seg for X_t1, segmentation for imaging, label0001
-            for img0001, labelsTr/NAME for imagesTr/NAME. Else one is added: NAME_seg.
+        masks: by (folder, stem in lower case).
+        replaced: replace a word of the image's name: X_seg for X_t1, segmentation for imaging, label0001 for
+            img0001, labelsTr/NAME for imagesTr/NAME. Else add one: NAME_seg.
     """
     stem = file.stem.lower()
     if not replaced:
@@ -205,8 +205,8 @@ def _with_mask_word(name: str, word: str) -> str:
 
 @dataclass(frozen=True)
 class Kinds:
-    """Several images of a patient: what tells them apart, a pattern of one of them, the endings for
-    data.contrasts (None where endings do not tell them apart), and the patient of each."""
+    """The kinds of image that a patient has: their names, a pattern of one kind, the endings for
+    data.contrasts (None where the kinds differ in something else), and the patient of each file."""
 
     names: list[str]
     pattern: str
@@ -215,7 +215,7 @@ class Kinds:
 
 
 def kinds_of(images: list[File]) -> Kinds | None:
-    """The contrasts, or the versions of a scan, that a patient has; None where each has one."""
+    """The contrasts, or the versions of a scan, that patients have; None where each has one image."""
     bids = [file for file in images if file.stem.startswith("sub-")]
     if len(kinds := sorted({_bids_kind(file.stem) for file in bids} - {""})) > 1:
         return Kinds(kinds, f"**/*_{_unlike_others(kinds)}.*", [f"_{kind}" for kind in kinds], {})
@@ -224,12 +224,12 @@ def kinds_of(images: list[File]) -> Kinds | None:
 
 
 def _unlike_others(endings: list[str]) -> str:
-    """An ending with which no other ends, so that a pattern of it names one kind alone."""
+    """The first ending that is not the end of another, so that a pattern with it matches one kind."""
     return next(one for one in endings if not any(other != one and other.endswith(one) for other in endings))
 
 
 def _bids_kind(stem: str) -> str:
-    """`desc-brain_T1w` of `sub-01_ses-2_run-1_desc-brain_T1w`: all but who and when."""
+    """`desc-brain_T1w` of `sub-01_ses-2_run-1_desc-brain_T1w`: all but patient and visit."""
     words = [word for word in stem.split("_") if not word.isdigit()]
     return "_".join(word for word in words if word.startswith(VERSIONS) or "-" not in word)
 
@@ -264,7 +264,7 @@ def _by_name(images: list[File]) -> Kinds | None:
             several[folder] = known
     kinds = {file.stem for files in several.values() for file in files}
     kinds = sorted(kinds, key=lambda stem: (not _contrasts_in(stem), stem))
-    # Sites that number their patients alike have many names in few folders.
+    # Many names in few folders are those of sites that number their patients alike.
     if not kinds or not any(map(_contrasts_in, kinds)) and len(kinds) > len(several):
         return None
     patients = {file: folder for folder, files in several.items() for file in files}
@@ -282,7 +282,7 @@ def _by_ending(images: list[File]) -> Kinds | None:
             count[mark + last] += 1
 
     def kind_of(ending: str) -> str | None:
-        """The ending itself, or "visit" where it counts visits; None where it says nothing."""
+        """The ending itself, or "visit" if it counts visits; None if it means nothing."""
         word, is_common = ending[1:].lower(), count[ending] > 1
         if is_common and CHANNEL_WORD.fullmatch(ending):  # nnU-Net's, without its dataset.json
             return ending
@@ -309,7 +309,7 @@ def _by_ending(images: list[File]) -> Kinds | None:
 
 
 def _by_beginning(images: list[File]) -> Kinds | None:
-    """scan.nii, mscan.nii and wmscan.nii, as SPM calls what it made of a scan."""
+    """scan.nii, mscan.nii and wmscan.nii: a scan and SPM's versions of it."""
     stems, patients = {(file.folder, file.stem): file for file in images}, {}
     beginnings = set()
     for file in images:
@@ -328,9 +328,9 @@ def _by_beginning(images: list[File]) -> Kinds | None:
 
 
 def patients_of(images: list[File]) -> dict[File, str]:
-    """What scans of one patient share: the topmost folder that a scan is named after; else the scan beside it
-    that it is named after; else its name without the visit; else the topmost folder of which there are
-    several with few scans each. Empty where no two scans share anything."""
+    """The patient of each scan: the topmost folder that the scan is named after; else the scan beside it that
+    it is named after; else its name without the visit; else the topmost of several folders with few scans
+    each. Scans for which none applies are left out; empty where no two scans share a patient."""
     found = {}
     for file in images:
         named = (i for i, part in enumerate(file.folder, 1) if _is_named_after(file, part))
@@ -344,10 +344,10 @@ def patients_of(images: list[File]) -> dict[File, str]:
 
 def _named_after_another(images: list[File]) -> dict[File, str]:
     """P03_gad of P03, where its name has a number: `brain_01` is no scan of a patient called `brain`."""
-    there, found = {(file.folder, file.stem): file for file in images}, {}
+    scans, found = {(file.folder, file.stem): file for file in images}, {}
     for file in images:
         for mark in re.finditer(r"[_-]", file.stem):
-            first = there.get((file.folder, file.stem[: mark.start()]))
+            first = scans.get((file.folder, file.stem[: mark.start()]))
             if first and any(character.isdigit() for character in first.stem):
                 found[first] = found[file] = "/".join((*first.folder, first.stem))
                 break
@@ -362,7 +362,7 @@ def _is_named_after(file: File, part: str) -> bool:
 
 
 def _visits(images: list[File]) -> dict[File, str]:
-    """The patient of anna_bl and anna_m12, or of 003_1 and 003_2, where others come back as well."""
+    """The patient of anna_bl and anna_m12, or of 003_1 and 003_2, where at least three are named so."""
     units, endings = defaultdict(list), Counter()
     for file in images:
         match = re.fullmatch(r"(.+)[_-]([^_-]+)", file.stem, re.DOTALL)
@@ -381,7 +381,7 @@ def _visits(images: list[File]) -> dict[File, str]:
 
 
 def _folders_of_few(images: list[File]) -> dict[File, str]:
-    """The topmost folders of which there are several, with few scans each."""
+    """The topmost level with several folders that hold few scans each, as patients do."""
     for depth in range(1, max((len(file.folder) for file in images), default=0) + 1):
         deep = [file for file in images if len(file.folder) >= depth]
         tops = Counter(file.folder[:depth] for file in deep)

@@ -3,8 +3,8 @@
     file -> chosen channels -> orient RAS -> low-pass and resample -> intensity by percentiles of the whole
     volume, or by a fixed window
 
-The whole volume is mapped before any crop, so that a crop and its volume agree. Training, validation and
-inference build the way from `Preprocessing` alone.
+The whole volume is mapped before any crop, so that a crop has the intensities of its volume. Training,
+validation and inference all use `Preprocessing`.
 """
 
 import functools
@@ -29,15 +29,14 @@ from scipy.ndimage import gaussian_filter
 from ldm import UserError
 from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
-from ldm.data.reading import RAS, _times, channel_count, label_fault, read_image, voxels_of
+from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import tell
 
-nib.imageglobals.logger.setLevel(logging.CRITICAL)  # what it puts right in a header; `header_notes` tells
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its corrections of headers; see `header_notes`
 
-
-RESAMPLING = 1  # raised with each change of `_resample` or of the intensities: cached volumes are made anew
-CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # what makes a volume of a file
+RESAMPLING = 1  # raised with each change of `_resample` or of the intensities, which outdates cached volumes
+CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # version of all that makes a volume from a file
 
 
 def fit(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.ndarray | torch.Tensor:
@@ -63,7 +62,7 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: dict) -> "Preprocessing":
-        """The one way from file to volume, for training, validation and inference."""
+        """As the config says, for training, validation and inference alike."""
         return cls(channels_of(config), tuple(config["spacing"]), Intensity.from_config(config))
 
     @property
@@ -73,7 +72,7 @@ class Preprocessing:
         late = [
             f"{key}={getattr(way, key)!r}" for key in ("window", "nan_is_background") if getattr(way, key)
         ]
-        # The text of before these keys, so that volumes that were cached then are found.
+        # The same text as before these keys existed, so that volumes cached then are still found.
         return (
             f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={way.lower!r}, "
             f"upper={way.upper!r}, clip={way.clip!r}) {' '.join([CODE, *late])}"
@@ -83,7 +82,7 @@ class Preprocessing:
         """The resampled volume in the file's own units, (C, D, H, W).
 
         Raises:
-            UserError: a channel that is not there, or values that are not finite.
+            UserError: a channel that is missing, or values that are not finite.
         """
         if len(images) > 1:
             if max(self.channels) >= len(images):
@@ -102,7 +101,7 @@ class Preprocessing:
         return np.stack(volumes)
 
     def __call__(self, images: Sequence[Path]) -> np.ndarray:
-        """The normalised volume; a warning is printed where it hardly shows after that.
+        """The normalised volume, (C, D, H, W); a warning is printed where most of it has little contrast.
 
         Raises:
             UserError: as `read`, and where a channel is constant or outside of its window.
@@ -129,7 +128,7 @@ class Preprocessing:
         """The label on the same grid: (1, D, H, W), uint8.
 
         Raises:
-            UserError: as `read_image`, and for values that are no whole numbers from 0 to 255.
+            UserError: as `read_image`, and for values other than whole numbers from 0 to 255.
         """
         image = read_image(path)
         if fault := label_fault(np.asanyarray(image.dataobj)):
@@ -139,7 +138,7 @@ class Preprocessing:
 
 @functools.cache
 def _tell_once(text: str) -> None:
-    """Not in every epoch, where volumes are not cached."""
+    """Print once, not in every epoch where volumes are not cached."""
     tell(text)
 
 
@@ -150,27 +149,26 @@ def _resample(
     spacing: Sequence[float],
     intensity: Intensity | None = None,
 ) -> np.ndarray:
-    """A channel at `spacing`, in RAS; a label, to the nearest voxel, where there is no `intensity`."""
+    """A channel in RAS at `spacing`; without `intensity` it is a label, resampled to the nearest voxel."""
     voxels, nearest = voxels_of(path, image, channel), intensity is None
     if intensity:
         if fault := intensity.unknown(voxels):
             raise UserError(f"{path}: {f'channel {channel} ' * (channel_count(image) > 1)}{fault}.")
-        voxels = intensity.without_nan(voxels)  # before a filter that would spread it
+        voxels = intensity.without_nan(voxels)  # before a filter that would spread NaN
     sizes = nib.affines.voxel_sizes(image.affine)
-    # The low-pass filter of skimage's anti-aliased resizing; interpolation alone would alias what it skips.
     to_ras = ornt_transform(io_orientation(image.affine), RAS)
     target = np.array(spacing)[to_ras[:, 0].astype(int)]
     if np.prod(sizes * voxels.shape / target) > MAX_VOXELS:
         raise UserError(
-            f"{path}: covers {_times(sizes * voxels.shape)} mm, which is more than {MAX_VOXELS} voxels at "
-            f"{_times(target)} mm. Fix its header, or choose a coarser `spacing`."
+            f"{path}: covers {by_times(sizes * voxels.shape)} mm, which is more than {MAX_VOXELS} voxels at "
+            f"{by_times(target)} mm. Fix its header, or choose a coarser `spacing`."
         )
     if (np.array(voxels.shape) - 1 < target / sizes / 2).any():
         raise UserError(
-            f"{path}: covers {_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
-            f"{_times(target)} mm. Choose a finer `spacing`, in mm."
+            f"{path}: covers {by_times(sizes * voxels.shape)} mm, a single voxel along an axis at "
+            f"{by_times(target)} mm. Choose a finer `spacing`, in mm."
         )
-    if not nearest:
+    if not nearest:  # the low-pass filter of skimage's anti-aliased resizing
         sigma = np.maximum(0, (target / sizes - 1) / 2)
         voxels = gaussian_filter(voxels, sigma) if sigma.any() else voxels
     volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))

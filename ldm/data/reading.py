@@ -15,33 +15,33 @@ from ldm import UserError
 
 RAS = axcodes2ornt("RAS")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
-MICROSCOPY = 0.01  # mm; voxels below this are rather in another unit, unless the header says micrometres
+MICROSCOPY = 0.01  # mm; smaller voxels suggest another unit, unless the header says micrometres
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-4, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
-FARTHEST = 1e5  # mm from the scanner's origin; float32, which headers use, tells 0.01 mm apart there
+FARTHEST = 1e5  # mm from the scanner's origin, where float32, which headers use, resolves 0.01 mm
 PIXDIM_TOLERANCE = 0.01  # of a voxel size
 MGH_TAGS = 2**24  # bytes that may follow the voxels of an MGH file; in NIfTI nothing follows them
-MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI's units of length; any other is taken for mm
-MOST_FIRST_CHANNELS = 4  # a first axis no longer than this, before a longer last one, is one of channels
+MM = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # NIfTI's units of length; any other counts as mm
+MOST_FIRST_CHANNELS = 4  # a first axis up to this length, with a longer last one, is one of channels
 CHUNK = 2**20
 
 
 def open_image(path: Path) -> nib.spatialimages.SpatialImage:
-    """Open an image's header and see that it describes a volume; `read_image` reads the voxels too.
+    """Open an image and check by its header that it is a volume; `read_image` reads the voxels too.
 
-    Its `affine` is in mm, whatever the unit of the header; the header itself is as it was read. Of the
-    affines of a NIfTI nibabel takes the sform, else the qform, else pixdim.
+    Its `affine` is in mm, whatever the unit of the header; the header itself is unchanged. nibabel takes the
+    sform of a NIfTI, else its qform, else pixdim.
 
     Raises:
-        UserError: no file, not a NIfTI or MGH image that nibabel reads, not 3D or one axis of channels more,
-            voxels that are no real numbers, an unusable scaling or affine, sizes that no scan has, or (where
-            the file is not compressed) not the bytes that the header describes.
+        UserError: no file, not a NIfTI or MGH image, not 3D or 4D with channels last, voxels that are not
+            real numbers, an unusable scaling or affine, impossible sizes, or (where the file is not
+            compressed) another length than the header describes.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: cannot be read: it is not there. Is the data set unpacked whole?")
     try:
         image = nib.load(path)
-        with nib.openers.ImageOpener(path) as file:  # `image.header` is mended, and has no scaling
+        with nib.openers.ImageOpener(path) as file:  # `image.header` is corrected, and has no scaling
             is_nifti = isinstance(image, nib.Nifti1Image)
             stored = image.header_class.from_fileobj(file, check=False) if is_nifti else None
     except Exception as error:  # nibabel raises whatever a damaged or foreign file provokes
@@ -59,18 +59,18 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     if image.get_data_dtype().kind not in "iuf":
         kind = "colours" if image.get_data_dtype().names else f"of type {image.get_data_dtype()}"
         raise UserError(f"{path}: its voxels are {kind}; expected one real number each. Convert it.")
-    if stored is not None and np.isinf(stored["scl_slope"]):  # nibabel takes it for "unscaled"
+    if stored is not None and np.isinf(stored["scl_slope"]):  # nibabel reads it as "unscaled"
         raise UserError(f"{path}: its intensity scaling is infinite; the header is damaged.")
     if stored is not None and image.header["sform_code"] == 0:
-        # nibabel mends what is stored: a voxel size of 0 is taken for 1 mm, a code that is none for "no
-        # affine", which mirrors the volume.
+        # nibabel corrects what is stored: a voxel size of 0 becomes 1 mm, an unknown code "no affine", which
+        # mirrors the volume.
         if image.header["qform_code"] == 0 and (stored["qform_code"] != 0 or stored["sform_code"] != 0):
             raise UserError(
                 f"{path}: its qform_code {stored['qform_code']} and sform_code {stored['sform_code']} do not "
                 "say where it lies; the header is damaged."
             )
         if (stored["pixdim"][1:4] == 0).any():
-            raise UserError(f"{path}: its voxels are {_times(stored['pixdim'][1:4])} mm. Fix the header.")
+            raise UserError(f"{path}: its voxels are {by_times(stored['pixdim'][1:4])} mm. Fix the header.")
     name, factor = _unit(image)
     image.affine[:3] *= factor
     sizes = nib.affines.voxel_sizes(image.affine)
@@ -78,13 +78,13 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
     if not finite or abs(np.linalg.det(image.affine[:3, :3])) <= 1e-6 * np.prod(sizes):
         raise UserError(f"{path}: its affine is not invertible; the header is damaged.")
     if sizes.min() < SMALLEST_VOXEL or sizes.max() > LARGEST_VOXEL:
-        stated = f" ({_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
+        stated = f" ({by_times(sizes / factor)} {name} in its header)" if name != "mm" else ""
         raise UserError(
-            f"{path}: its voxels are {_times(sizes)} mm{stated}; expected {SMALLEST_VOXEL:g} to "
+            f"{path}: its voxels are {by_times(sizes)} mm{stated}; expected {SMALLEST_VOXEL:g} to "
             f"{LARGEST_VOXEL:g} mm. Fix the header."
         )
     if (sizes * shape[:3]).max() > LARGEST_VIEW:
-        raise UserError(f"{path}: covers {_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
+        raise UserError(f"{path}: covers {by_times(sizes * shape[:3] / 1000)} m; the header is damaged.")
     if (distance := np.abs(image.affine[:3, 3]).max()) > FARTHEST:
         raise UserError(f"{path}: lies {distance:.3g} mm from the scanner's origin; the header is damaged.")
     if not _is_compressed(path):
@@ -93,10 +93,9 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
 
 
 def read_image(path: Path) -> nib.spatialimages.SpatialImage:
-    """Open an image of which every byte is there and, where it is compressed, passes gzip's checksum.
+    """Open an image that is complete and, where it is compressed, passes gzip's checksum.
 
-    nibabel stops reading at the last voxel it needs, before the checksum, and so takes flipped bits for
-    voxels.
+    nibabel stops reading at the last voxel that it needs, before the checksum, and so accepts flipped bits.
 
     Raises:
         UserError: as `open_image`, and where the file is cut short or damaged.
@@ -105,8 +104,8 @@ def read_image(path: Path) -> nib.spatialimages.SpatialImage:
     if not _is_compressed(path):
         return image
     try:
-        content, most = io.BytesIO(), _length_due(image)[1]
-        with gzip.open(path) as file:  # to its end, where the checksum is, but little further than it may be
+        content, most = io.BytesIO(), _lengths(image)[1]
+        with gzip.open(path) as file:  # to its end, where the checksum is, but not much further than allowed
             while content.tell() <= most and (chunk := file.read(CHUNK)):
                 content.write(chunk)
     except (OSError, EOFError, zlib.error) as error:
@@ -124,14 +123,14 @@ def _unit(image: nib.spatialimages.SpatialImage) -> tuple[str, float]:
 
 
 def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
-    """What `open_image` took otherwise than a reader of the header may think, and of no one's fault."""
+    """Notes on what `open_image` converts or chooses where a header is unusual or contradicts itself."""
     if not isinstance(image, nib.Nifti1Image):
         return []
     header, (name, factor) = image.header, _unit(image)
     notes = [f"header in {name}, converted to mm"] if name != "mm" else []
     sizes = nib.affines.voxel_sizes(image.affine)
     if sizes.max() < MICROSCOPY and factor != MM[3][1]:
-        notes.append(f"voxels of {_times(sizes)} mm: is the unit in its header wrong?")
+        notes.append(f"voxels of {by_times(sizes)} mm: is the unit in its header wrong?")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append(
             "no orientation in its header (qform_code and sform_code are 0): its axes are taken for left, "
@@ -142,7 +141,7 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
     pixdim = np.array(header.get_zooms()[:3]) * factor
     if not np.allclose(pixdim, sizes, rtol=PIXDIM_TOLERANCE):
         notes.append(
-            f"pixdim says voxels of {_times(pixdim)} mm, the sform {_times(sizes)} mm: the sform wins"
+            f"pixdim says voxels of {by_times(pixdim)} mm, the sform {by_times(sizes)} mm: the sform wins"
         )
     elif header["qform_code"] != 0:
         try:
@@ -158,17 +157,17 @@ def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
 
 
 def corners_apart(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
-    """How far two affines put a corner of a volume from each other at most, in mm."""
+    """The largest distance in mm between the corners of a volume under two affines."""
     corners = np.stack(np.meshgrid(*([0, side - 1] for side in shape[:3])), -1).reshape(-1, 3)
     apart = nib.affines.apply_affine(a, corners) - nib.affines.apply_affine(b, corners)
     return float(np.linalg.norm(apart, axis=1).max())
 
 
 def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
-    """One channel of what `read_image` gave for `path`, in the file's units: (X, Y, Z) float32.
+    """One channel of an image of `read_image`, in the file's units: (X, Y, Z) float32.
 
     Raises:
-        UserError: there is no such channel.
+        UserError: the channel is missing; `path` is for the message.
     """
     if channel >= channel_count(image):
         raise UserError(
@@ -177,7 +176,7 @@ def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -
         )
     index = (..., *(channel if side > 1 else 0 for side in image.shape[3:]))
     stored = image.dataobj if len(image.shape) == 3 else image.dataobj[index]
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # values beyond float32 become infinite
         return np.require(stored, np.float32, ["E", "W"])  # a copy where the file is memory-mapped
 
 
@@ -190,23 +189,23 @@ def _is_compressed(path: Path) -> bool:
     return str(path).lower().endswith((".gz", ".mgz"))
 
 
-def _length_due(image: nib.spatialimages.SpatialImage) -> tuple[int, int]:
-    """The least and the most bytes that a file with this header holds, unpacked."""
-    due = image.dataobj.offset + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
-    return due, due + (MGH_TAGS if isinstance(image, nib.MGHImage) else 0)
+def _lengths(image: nib.spatialimages.SpatialImage) -> tuple[int, int]:
+    """The least and the greatest length in bytes of a file with this header, uncompressed."""
+    least = image.dataobj.offset + math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+    return least, least + (MGH_TAGS if isinstance(image, nib.MGHImage) else 0)
 
 
 def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) -> None:
-    due, most = _length_due(image)
-    if not due <= held <= most:
-        hint = "Is the file whole?" if held < due else "The header is damaged."
+    least, most = _lengths(image)
+    if not least <= held <= most:
+        hint = "Is the file whole?" if held < least else "The header is damaged."
         raise UserError(
-            f"{path}: its voxels cannot be read ({held} bytes where the header asks for {due}). {hint}"
+            f"{path}: its voxels cannot be read ({held} bytes where the header asks for {least}). {hint}"
         )
 
 
 def label_fault(label: np.ndarray) -> str | None:
-    """What is wrong with the stored values of a label, or None: they are whole numbers from 0 to 255."""
+    """Why the stored values of a label are not whole numbers from 0 to 255, or None."""
     if bad := label.size - np.count_nonzero(np.isfinite(label)):
         return f"label has {bad} NaN or infinite voxels"
     if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
@@ -216,7 +215,8 @@ def label_fault(label: np.ndarray) -> str | None:
     return None
 
 
-def _times(numbers: Sequence[float]) -> str:
+def by_times(numbers: Sequence[float]) -> str:
+    """`2 x 1.5 x 3` of three numbers."""
     return " x ".join(f"{number:.4g}" for number in numbers)
 
 

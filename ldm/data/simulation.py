@@ -9,8 +9,8 @@ so its cortex is blurred and its shape is nobody's. A subject is made from it in
 3. tumour    in some subjects: a core, an enhancing rim, oedema that spreads along the white matter
 4. scanner   tissue intensities of four contrasts, partial volume, bias field, Rician noise, arbitrary units
 
-Every draw is a function of (seed, subject) alone. Random fields live on lattices fixed in millimetres, not on
-the output grid, so a subject has the same anatomy at every spacing, and with and without its tumour.
+Every draw is a function of (seed, subject) alone. Random fields are defined on lattices fixed in millimetres,
+not on the output grid, so a subject has the same anatomy at every spacing, with and without its tumour.
 """
 
 from dataclasses import dataclass
@@ -152,14 +152,10 @@ def load_atlas():
     origin = np.float32(images[0].affine[:3, 3] + (14, 14, -below))
     x, y, z = np.ogrid[tuple(slice(o, o + n) for o, n in zip(origin, t1.shape, strict=True))]
 
-    brain = ndimage.binary_erosion(
-        ndimage.binary_fill_holes(t1 > 0.05)
-    )  # its outermost layer is nothing but fluid
+    brain = ndimage.binary_erosion(ndimage.binary_fill_holes(t1 > 0.05))  # without the layer of fluid
     cerebellum = (z < -4 - 0.45 * np.abs(x)) & (y < -30)
     stem = (np.abs(x) < 18) & (y > -48) & (y < -6) & (z < -8)
-    tracts = (
-        0.6 * grey * ndimage.gaussian_filter(stem.astype(np.float32), 3)
-    )  # the maps take the stem for grey
+    tracts = 0.6 * grey * ndimage.gaussian_filter(stem.astype(np.float32), 3)  # the maps call them grey
     grey, white = grey - tracts, white + tracts
 
     fluid = np.clip(brain - grey - white, 0, 1)
@@ -252,12 +248,6 @@ def exponential(velocity, squarings=5):
             displacement, np.zeros(3, np.float32), 1, at, mode="nearest"
         ).reshape(velocity.shape)
     return displacement
-
-
-def jacobian_determinant(displacement):
-    """Jacobian determinant (X, Y, Z) of x + displacement(x), in lattice steps; where <= 0, space folds."""
-    jacobian = np.stack([np.stack(np.gradient(d)) for d in displacement]) + np.eye(3)[:, :, None, None, None]
-    return np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)))
 
 
 def draw_pose(rng, atlas, displacement):

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 
 from ldm import UserError, brief, counted, few
-from ldm.data.cases import Case
+from ldm.data.cases import PARTS, Case
 from ldm.data.checks import Problem, check_cases, check_headers, note_lines
 from ldm.data.datasets import stream
 from ldm.data.intensity import Intensity
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.schemas import StrictValidator, fault, fields
 
-PARTS = ("training", "validation")
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
 SPLIT = "split.json"  # in model_dir
 SPLIT_CONTENT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))

@@ -8,12 +8,12 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm import UserError, configs
-from ldm.data import latents
+from ldm.data import latent_cache
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws
-from ldm.data.latents import Posteriors
+from ldm.data.latents import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
-from ldm.data.splits import PARTS, SPLIT, check_unchanged, left_out
+from ldm.data.splits import SPLIT, check_unchanged, left_out
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
@@ -118,9 +118,9 @@ def encode_data(
     check_same(resumed, weights, path)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
     geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
-    val = latents.encode_all(autoencoder, val, run, workers, "encode held-out")
+    val = encode_all(autoencoder, val, run, workers, "encode held-out")
     if train.versions is not None:
-        train = latents.encode_all(autoencoder, train, run, workers, "encode training")
+        train = encode_all(autoencoder, train, run, workers, "encode training")
     shape = list(val.entries[0].shape[2:])
     return Latents(train, val, autoencoder, weights, shape, geometry)
 
@@ -134,9 +134,9 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
     Raises:
         UserError: they are not those of this config, autoencoder and data.
     """
-    folder, seed = environment["cache_dir"] / latents.LATENTS, config["seed"]
-    about = latents.what_latents_follow_from(config)
-    manifest = latents.open_cache(folder, about, path, run)
+    folder, seed = environment["cache_dir"] / latent_cache.FOLDER, config["seed"]
+    about = latent_cache.dependencies(config)
+    manifest = latent_cache.open_cache(folder, about, path, run)
     weights = manifest["autoencoder"]["weights"]
     check_same(resumed, weights, path)
 
@@ -146,25 +146,14 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
         if all(one.exists() for one in folders):
             train, val = find_data(config, environment, run.say)
             column = config["conditions"]["class_labels"]
-            if others := latents.check_data(folder, manifest, [*train, *val], column):
-                run.say(f"data: {left_out(others, where, folder / latents.MANIFEST)}")
+            if others := latent_cache.check_data(folder, manifest, [*train, *val], column):
+                run.say(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
             run.say(f"data: {where} does not exist; training uses the latents in {folder} alone")
-        latents.check_split(folder, manifest, environment["model_dir"] / SPLIT)
+        latent_cache.check_split(folder, manifest, environment["model_dir"] / SPLIT)
 
     run.from_main(check)
-    parts = []
-    for part in PARTS:
-        cases = [
-            Case(
-                record["case"],
-                (),
-                subject=record.get("subject", record["case"]),
-                covariates=record.get("covariates", {}),
-            )
-            for record in manifest[part]
-        ]
-        parts.append(Posteriors(cases, [folder / record["entry"] for record in manifest[part]], seed))
+    parts = latent_cache.posteriors(folder, manifest, seed)
     if resumed:
         check_unchanged(environment["model_dir"] / SPLIT, *(part.cases for part in parts), resumed)
     return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
