@@ -89,7 +89,7 @@ def test_a_training_on_the_cache_needs_neither_images_nor_autoencoder(done, own)
     own.config["diffusion_train"]["sample_interval"] = 5
     own.change()
     said = own.run(train_diffusion, *CACHED)
-    assert "nowhere is not there; the latents in" in said and "no samples are drawn on the way" in said
+    assert "nowhere does not exist; training uses the latents in" in said and "no samples are drawn" in said
     a, b = (one.checkpoint("diffusion_unet_last.pt") for one in (own, done))
     assert not differences(a["model"], b["model"]) and a["geometry"] == b["geometry"]
 
