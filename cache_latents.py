@@ -1,20 +1,18 @@
-"""Encode a data set once, for trainings of stage 2 that then need neither images nor autoencoder.
+"""Encode a data set once; trainings of stage 2 then need neither images nor autoencoder.
 
     python cache_latents.py -c config/config_train_16g.json -e config/environment.json
     python train_diffusion.py -c config/config_train_16g.json -e config/environment.json \\
         --set diffusion_train.latent_cache=true
     torchrun --standalone --nproc_per_node=8 cache_latents.py -c CONFIG -e ENV -g 8
 
-Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`) and the data that stage 2 would read. Written to
-`cache_dir`/latents: for each volume, and for each of its `diffusion_train.augment.versions` random versions
-where it is augmented, the posterior's mean and standard deviation, encoded in float32; and `manifest.json`,
-which tells what they follow from. A training that finds there another autoencoder, other transforms or other
-data is refused.
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`) and the data of stage 2. Writes to
+`cache_dir`/latents the posterior's mean and standard deviation of each volume, encoded in float32, or of each
+of its `diffusion_train.augment.versions` random versions; and `manifest.json`, which records the autoencoder,
+the transforms and the data. A training with others is refused.
 
-The same command again goes on where it stopped, and makes anew what is damaged or whose files have changed.
-`--fresh` deletes the latents of another autoencoder or config first. With `--max-memory GB` volumes are
-encoded within so much memory of the device, weights included, to the same latents but for rounding: see
-inference.py.
+Re-running the same command resumes, and encodes again what is damaged or whose files have changed. `--fresh`
+deletes the latents of another autoencoder or config first. `--max-memory GB` limits the memory of the device,
+weights included; the latents are the same but for rounding: see inference.py.
 """
 
 from collections.abc import Sequence
@@ -57,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, val = volumes_to_encode(config, environment, train, val, run)
     if train.versions is None:
         raise UserError(
-            "diffusion_train.augment: gives each volume a new version in each epoch. Set augment.versions to "
-            "how many of each to encode, such as 4."
+            "diffusion_train.augment: each volume has a new version in each epoch. Set augment.versions to "
+            "the number of versions to encode, such as 4."
         )
     encoder = load_autoencoder(path, config, run, args.max_memory)
     weights = weights_hash(encoder.network.state_dict())
     autoencoder = {"weights": weights, "file": run.from_main(lambda: sha256_of(path))}
 
-    # Step 2: what is there already, and the rest
+    # Step 2: encode what is missing
     lock_run_folder(folder, run)
     run.from_main(lambda: latent_cache.begin(folder, about, autoencoder, args.fresh))
     key = repr((sorted(about.items()), weights, config["spacing"], train.size))
@@ -96,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     count, made = len(training) + len(validation), made + made_too
     run.say(
         f"latents of {len(training)} training volumes, {train.versions} version(s) each, and of "
-        f"{len(validation)} held-out ones: {made} encoded, {count - made} there from before, "
-        f"{size / 1e9:.2f} GB\n  {folder}"
+        f"{len(validation)} held-out ones: {made} encoded, {count - made} found, {size / 1e9:.2f} GB\n"
+        f"  {folder}"
     )
 
 

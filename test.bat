@@ -1,5 +1,5 @@
 @echo off
-rem Make .venv where it is missing or old, check the code with ruff, run the tests. Arguments go to pytest.
+rem Make or update .venv, check the code with ruff, run the tests. Arguments go to pytest.
 rem
 rem   test.bat
 rem   test.bat -x -k resume

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv where it is missing or old, check the code with ruff, run the tests. Arguments go to pytest.
+# Make or update .venv, check the code with ruff, run the tests. Arguments go to pytest.
 #
 #   ./test.sh
 #   ./test.sh -x -k resume
@@ -11,8 +11,8 @@ source "$here/launchers/find_python.sh"
 "$python" "$here/launchers/environment.py" requirements.txt requirements-test.txt
 cd "$here"
 
-# A few tests use lpips, without its dependency torchvision, which has no build for every torch: they stand in
-# for it. Where lpips is missing, those tests are skipped.
+# A few tests use lpips without its dependency torchvision, which has no build for every torch: the tests replace
+# it. Where lpips is missing, they are skipped.
 .venv/bin/python -m pip install --quiet --retries 1 --no-deps -c constraints.txt lpips ||
     echo "note: lpips could not be installed; the tests that need it are skipped" >&2
 

@@ -30,23 +30,21 @@ from ldm.training import memory
 ROOT = Path(__file__).resolve().parent
 
 
+# ---------------------------------------------------------------- arguments
+
+
 def script_parser(manual: str) -> argparse.ArgumentParser:
-    """The arguments that all training and inference scripts take."""
+    """The arguments of all training and inference scripts."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for letter, name, file, what in (
         ("-c", "--config-file", "config/config_train_32g.json", "what to train"),
-        ("-e", "--environment-file", "config/environment.json", "where things are"),
+        ("-e", "--environment-file", "config/environment.json", "paths of data and results"),
     ):
         add(letter, name, default=str(ROOT / file), help=f"{what}: JSON; default: {file}")
     add("-g", "--gpus", type=int, default=None, help="processes on this machine; checked against torchrun's")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key, such as diffusion_train.lr=1e-4",
-    )
+    override = "override a config key, such as diffusion_train.lr=1e-4"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     for name, what in (("--amp", "mixed precision"), ("--compile", "torch.compile")):
         about = f"{what}; default: as the config says"
@@ -55,12 +53,11 @@ def script_parser(manual: str) -> argparse.ArgumentParser:
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """The argument of the scripts whose memory can be predicted."""
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only tell the peak memory by part, for a GPU (or --device cpu), and what would lower it",
+    """The argument of the scripts whose memory can be estimated."""
+    what = (
+        "only print the estimated peak memory by part, for a GPU (or --device cpu), and what would lower it"
     )
+    parser.add_argument("--dry-run", action="store_true", help=what)
 
 
 def training_parser(manual: str) -> argparse.ArgumentParser:
@@ -68,37 +65,31 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
     parser = script_parser(manual)
     add_dry_run(parser)
     start = parser.add_mutually_exclusive_group()
+    fresh = "start over; earlier files are moved to model_dir/old-N"
+    start.add_argument("--fresh", action="store_true", help=fresh)
     start.add_argument(
-        "--fresh", action="store_true", help="start over; what is there is moved to model_dir/old-N"
+        "--resume", type=Path, default=None, metavar="FILE", help="resume from this checkpoint"
     )
-    start.add_argument("--resume", type=Path, default=None, metavar="FILE", help="go on from this checkpoint")
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="read all data first; where there is no split.json yet, leave bad cases out and list them in "
-        "model_dir/skipped.json",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="write a trace of a few steps to model_dir and end"
-    )
+    skip = "read all data first; if there is no split.json yet, leave out bad cases, listed in skipped.json"
+    parser.add_argument("--skip-bad", action="store_true", help=skip)
+    profile = "write a trace of a few steps to model_dir, then end"
+    parser.add_argument("--profile", action="store_true", help=profile)
     return parser
 
 
 def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
-    """The argument that sets a limit to the memory of `what`, "encode" or "decode"."""
+    """The argument that limits the memory to `what`, "encode" or "decode"."""
 
     def gigabytes(text: str) -> float:
         if not 0 < (value := float(text)) < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: expected a number of GB above 0.")
         return value
 
-    parser.add_argument(
-        "--max-memory", type=gigabytes, default=None, metavar="GB", help=f"{what} within so much memory"
-    )
+    parser.add_argument("--max-memory", type=gigabytes, metavar="GB", help=f"memory to {what} in")
 
 
 def check_scale_factor(value: float | None) -> None:
-    """Raise UserError unless `--scale-factor` is left out or a number that a scale factor can be."""
+    """Raise UserError where `--scale-factor` is given and out of range."""
     if value is not None and not StrictValidator(SCALE_FACTOR).is_valid(value):
         least, most = SCALE_FACTOR["minimum"], SCALE_FACTOR["maximum"]
         raise UserError(f"--scale-factor {value}: expected a number from {least} to {most}.")
@@ -130,7 +121,7 @@ def load_training_config(args: argparse.Namespace, stage: str) -> dict:
 def _apply_override(config: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override}: should be key=value, such as autoencoder_train.lr=8e-5.")
+        raise UserError(f"--set {override}: expected key=value, such as autoencoder_train.lr=8e-5.")
     try:
         value = parse_json(text)
     except ValueError:
@@ -139,7 +130,7 @@ def _apply_override(config: dict, override: str) -> None:
     for section in sections:
         config = config.setdefault(section, {})
         if not isinstance(config, dict):
-            raise UserError(f"--set {override}: {section} is no section.")
+            raise UserError(f"--set {override}: {section} is not a section.")
     config[last] = value
 
 
@@ -159,12 +150,12 @@ def load_environment(path: str | Path, writable: Sequence[str] = ()) -> dict:
 
 
 def start(args: argparse.Namespace, section: dict | None = None) -> Run:
-    """Join the other processes (found by torchrun's variables) and choose device and precision.
+    """Join the other processes, by torchrun's variables, and choose device and precision.
 
     Args:
-        section: of the config that is trained, whose `amp` says whether in mixed precision. Without one, for
-            volumes, latents and figures that are kept, all is computed in float32 (but for `--amp`) and comes
-            out the same each time: on a GPU without TF32, and by cuDNN's deterministic algorithms.
+        section: of the config, for a training: its `amp` turns on mixed precision. Without it the results are
+            kept (volumes, latents, metrics): computed in float32 without TF32, unless `--amp` is given, and
+            by cuDNN's deterministic algorithms.
 
     Raises:
         UserError: `-g` and the number of processes disagree, or there is no GPU for this process.
@@ -174,12 +165,9 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if args.gpus is not None and args.gpus != local_world:
         line = f"torchrun --standalone --nproc_per_node={args.gpus} {shlex.join(sys.argv)}"
-        under = (
-            f"torchrun started {local_world} processes here"
-            if "WORLD_SIZE" in os.environ
-            else "this is one process"
-        )
-        raise UserError(f"-g {args.gpus}, but {under}. Start it as:\n  {line}")
+        count = f"torchrun started {local_world} processes here"
+        count = count if "WORLD_SIZE" in os.environ else "this is one process"
+        raise UserError(f"-g {args.gpus}, but {count}. Start it as:\n  {line}")
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = ranks.find_device(kind, local_rank, local_world)
     training = section is not None
@@ -188,28 +176,22 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         ranks.choose_kernels(tf32=training, repeatable=not training)
     slow_group = None
     if world_size > 1:
-        # With gloo beside NCCL, so that the slow group finds all connections made.
+        # Gloo beside NCCL, so that the connections of the slow group exist already.
         on_gpus = device.type == "cuda" and dist.is_nccl_available()
         backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         try:
             dist.init_process_group(backends, timeout=timedelta(minutes=30))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise OSError(f"the processes do not find each other at {where} ({brief(error)}).") from None
-        # A download, a check of all voxels or a slow disk may take longer than a step ever should.
+            raise OSError(f"the processes cannot connect at {where} ({brief(error)}).") from None
+        # A download, a check of all voxels or a slow disk may take longer than a step should.
         slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else training and section.get("amp", True)
-    return Run(
-        rank,
-        world_size,
-        device,
-        ranks.amp_dtype(device) if amp else None,
-        slow_group,
-        shlex.join(["python", *sys.argv]),
-    )
+    amp_dtype = ranks.amp_dtype(device) if amp else None
+    return Run(rank, world_size, device, amp_dtype, slow_group, shlex.join(["python", *sys.argv]))
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- loaders and networks
 
 
 def make_loader(
@@ -235,15 +217,8 @@ def make_loader(
     )
 
 
-# ---------------------------------------------------------------- networks
-
-
 def find_files(**named: Sequence[str | Path | None]) -> None:
-    """See that the files that options name are there, before hours of work; None stands for none.
-
-    Raises:
-        UserError: one is not; the option is named.
-    """
+    """Raise UserError where a file that an option names is missing; None stands for none."""
     for option, paths in named.items():
         for path in filter(None, paths):
             if not Path(path).is_file():
@@ -254,7 +229,7 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
     """The file of stage 1's weights: `--autoencoder`, or the one in `model_dir`.
 
     Raises:
-        UserError: it is named, or `needed`, and not there.
+        UserError: it is missing, and named or `needed`.
     """
     find_files(autoencoder=[args.autoencoder])
     path = args.autoencoder or environment["model_dir"] / "autoencoder.pt"
@@ -272,7 +247,7 @@ def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], abou
     run.say(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- dry runs
 
 
 def meant_for_gpu(args: argparse.Namespace) -> bool:

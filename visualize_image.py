@@ -36,24 +36,34 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.processing import resample_from_to
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 import utils
 from ldm import UserError, figures, generation
+from ldm.data.display import (
+    about,
+    on_one_grid,
+    position,
+    positions,
+    read,
+    read_mask,
+    resampled,
+    shade,
+    spacing_of,
+    voxel_at,
+    voxels_in,
+    window_of,
+)
 from ldm.data.intensity import to_unit_range
-from ldm.data.reading import channel_count, ras_geometry, read_image, voxels_of
+from ldm.data.reading import ras_geometry
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
 from ldm.export import records
 from ldm.figures import PALETTE, PLANES
 from ldm.metrics import reconstruction_metrics
 from ldm.system.messages import progress_bar
 
-PERCENTILES = (0.5, 99.5)  # of the voxels, shown black and white
 SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz")
 OPACITY = 0.5  # of a mask
-DIRECTIONS = ("LR", "PA", "IS")  # negative and positive direction of each axis
 
 
 # ---------------------------------------------------------------- command line
@@ -78,11 +88,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return sub
 
     at = {"type": float, "nargs": 3, "metavar": "MM", "help": "show the slices through this position, R A S"}
-    for make, about, suffix, count in (
+    for make, text, suffix, count in (
         (slices, "slices of one plane", ".png", 12),
         (gif, "a GIF through a volume", ".gif", None),
     ):
-        sub = command(make, about, suffix)
+        sub = command(make, text, suffix)
         sub.add_argument("image", type=Path)
         sub.add_argument("--plane", choices=PLANES, default="axial", help="default: axial")
         sub.add_argument(
@@ -146,123 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ---------------------------------------------------------------- volumes
 
 
-def read(path: Path, channel: int) -> nib.Nifti1Image:
-    """One channel of a file, (D, H, W) float32, its axes reoriented to the nearest of right, anterior,
-    superior.
-
-    Raises:
-        UserError: it cannot be read, or no voxel is finite.
-    """
-    image = read_image(path)
-    voxels = voxels_of(path, image, channel if len(image.shape) > 3 else 0)
-    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
-    if bad == voxels.size:
-        raise UserError(f"{path}: all voxels are NaN or infinite; nothing to show.")
-    if bad:
-        print(f"{path}: {bad} of {voxels.size} voxels are NaN or infinite")
-    return nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
-
-
-def voxels_in(image: nib.Nifti1Image) -> np.ndarray:
-    """The array of an image that `read` returned, (D, H, W) float32."""
-    return np.asarray(image.dataobj)
-
-
-def spacing_of(image: nib.Nifti1Image) -> np.ndarray:
-    """Voxel size in mm along right, anterior, superior."""
-    return nib.affines.voxel_sizes(image.affine)
-
-
-def window_of(voxels: np.ndarray, asked: Sequence[float] | None) -> tuple[float, float]:
-    """The values that are black and white."""
-    if asked:
-        return tuple(asked)
-    finite = voxels[np.isfinite(voxels)]
-    low, high = np.percentile(finite, PERCENTILES)
-    return (float(low), float(high)) if low < high else (float(finite.min()), float(finite.max()))
-
-
-def shade(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
-    """Grey values in [0, 1], float32: NaN is black, a constant volume half grey."""
-    low, high = window
-    with np.errstate(invalid="ignore"):
-        grey = (voxels - low) / (high - low) if low < high else voxels * 0 + 0.5
-    return np.nan_to_num(np.clip(grey, 0, 1), nan=0.0).astype(np.float32)
-
-
-def about(image: nib.Nifti1Image, window: Sequence[float]) -> str:
-    """Size, voxels and grey values of a volume in a line."""
-    sides = " x ".join(f"{mm:.3g}" for mm in spacing_of(image))
-    low, high = window
-    greys = f"grey values {low:.4g} to {high:.4g}" if low < high else f"constant: {low:.4g}"
-    return f"{' x '.join(map(str, image.shape))} voxels of {sides} mm, {greys}"
-
-
-def position(image: nib.Nifti1Image, axis: int, index: int) -> str:
-    """Position of the centre of a slice in mm, as scanners write it: `S 12.0`."""
-    voxel = (np.array(image.shape) - 1) / 2
-    voxel[axis] = index
-    mm = round(float(nib.affines.apply_affine(image.affine, voxel)[axis]), 1)
-    return f"{DIRECTIONS[axis][mm >= 0]} {abs(mm):.1f}"
-
-
-def positions(image: nib.Nifti1Image, at: Sequence[int]) -> list[str]:
-    return [position(image, axis, index) for axis, index in enumerate(at)]
-
-
-def voxel_at(path: Path, image: nib.Nifti1Image, at: Sequence[float] | None) -> Sequence[int]:
-    """The voxel at a position in mm; by default the one in the middle slices.
-
-    Raises:
-        UserError: the position is outside.
-    """
-    if at is None:
-        return figures.middle(image.shape)
-    voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(image.affine), at)).astype(int)
-    if (voxel < 0).any() or (voxel >= image.shape).any():
-        position = " ".join(f"{mm:g}" for mm in at)
-        raise UserError(f"{path}: --at {position} is outside; the volume covers {covers(image)}.")
-    return voxel
-
-
-def covers(image: nib.Nifti1Image) -> str:
-    """Extent of a volume in mm: `R -90 to 90, A -126 to 90, S -72 to 108`."""
-    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in image.shape])).reshape(3, -1).T
-    corners = nib.affines.apply_affine(image.affine, corners)
-    spans = zip("RAS", corners.min(0), corners.max(0), strict=True)
-    return ", ".join(f"{letter} {low:.0f} to {high:.0f}" for letter, low, high in spans)
-
-
-def on_one_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
-    """Whether voxels are at the same positions, to 1 % of the smallest voxel side."""
-    return a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=0.01 * spacing_of(a).min())
-
-
-def resampled(path: Path, image: nib.Nifti1Image, onto: nib.Nifti1Image, nearest: bool) -> np.ndarray:
-    """An image resampled onto the grid of another, by their headers; NaN outside of it.
-
-    Raises:
-        UserError: they do not overlap.
-    """
-    values = voxels_in(image)
-    if not nearest:  # low-pass filter against aliasing, as in training
-        values = gaussian_filter(values, np.maximum(0, (spacing_of(onto) / spacing_of(image) - 1) / 2))
-
-    def on_grid(values: np.ndarray, **options) -> np.ndarray:
-        source = nib.Nifti1Image(values, image.affine)
-        return voxels_in(resample_from_to(source, (onto.shape, onto.affine), **options))
-
-    inside = on_grid(np.ones(image.shape, np.uint8), order=0, mode="grid-constant", cval=0) > 0
-    if not inside.any():
-        raise UserError(
-            f"{path}: does not overlap the scan: it covers {covers(image)} mm, the scan {covers(onto)} mm. "
-            "Check that it is of the same subject, and its header."
-        )
-    print(f"{path}: on another grid; resampled by its header; it covers {inside.mean():.0%} of the scan")
-    # mode "nearest": the outer half of the outermost voxels is constant.
-    return np.where(inside, on_grid(values, order=0 if nearest else 1, mode="nearest"), np.nan)
-
-
 def names_of(*paths: Path) -> list[str]:
     """Names of files, with their folders where names are equal."""
     if len({path.name for path in paths}) == len(paths):
@@ -273,6 +166,11 @@ def names_of(*paths: Path) -> list[str]:
 def mm_per_pixel(args: argparse.Namespace, *images: Path) -> float:
     """Size of a pixel such that the longest side has `--pixels` pixels."""
     return max(np.max(np.multiply(*ras_geometry(path))) for path in images) / args.pixels
+
+
+def voxel_to_show(args: argparse.Namespace, path: Path, image: nib.Nifti1Image) -> Sequence[int]:
+    """The voxel at `--at`; by default that of the middle slices."""
+    return voxel_at(path, image, args.at) if args.at else figures.middle(image.shape)
 
 
 def spread(first: int, last: int, count: int | None) -> list[int]:
@@ -332,7 +230,7 @@ def planes(args: argparse.Namespace) -> None:
     for path, name in zip(paths, names_of(*paths), strict=True):
         image = read(path, args.channel)
         window = window_of(voxels_in(image), args.window)
-        at = voxel_at(path, image, args.at)
+        at = voxel_to_show(args, path, image)
         pictures = figures.cut(shade(voxels_in(image), window), spacing_of(image), pixel, at)
         one = figures.three_panels(pictures, positions(image, at))
         panels.append(figures.titled(one, name, about(image, window)))
@@ -358,7 +256,7 @@ def overlay(args: argparse.Namespace) -> None:
         print(f"{args.mask}: no labelled voxel within the scan")
     window, pixel = window_of(voxels_in(image), args.window), mm_per_pixel(args, args.image)
     if args.at or not labels.any():
-        at = voxel_at(args.image, image, args.at)
+        at = voxel_to_show(args, args.image, image)
     else:
         at = [int(np.count_nonzero(labels, axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
     spacing = spacing_of(image)
@@ -372,17 +270,6 @@ def overlay(args: argparse.Namespace) -> None:
         picture = figures.below([picture, figures.legend(entries, picture.width)])
     title = " with ".join(names_of(args.image, args.mask))
     figures.save(figures.titled(picture, title, about(image, window), pixel), args.out)
-
-
-def read_mask(path: Path) -> nib.Nifti1Image:
-    """Labels, as `read` returns them. Raises UserError: 4D, or values other than 0, 1, 2, ..."""
-    if (count := channel_count(read_image(path))) > 1:
-        raise UserError(f"{path}: holds {count} volumes; expected one volume of labels.")
-    mask = read(path, 0)
-    voxels = voxels_in(mask)
-    if not np.isfinite(voxels).all() or voxels.min() < 0 or (voxels != np.rint(voxels)).any():
-        raise UserError(f"{path}: not a mask; expected labels 0, 1, 2, ... Was it resampled, or scaled?")
-    return mask
 
 
 def colours_of(masks: Sequence[np.ndarray]) -> tuple[dict[int, str], list[tuple[str, str]]]:
@@ -420,7 +307,7 @@ def compare(args: argparse.Namespace) -> None:
     summary += f"largest difference {largest:.4g}" if largest else "no voxel differs"
     print(summary)
 
-    pixel, at = mm_per_pixel(args, args.image), voxel_at(args.image, first, args.at)
+    pixel, at = mm_per_pixel(args, args.image), voxel_to_show(args, args.image, first)
     spacing, captions = spacing_of(first), positions(first, at)
     names = names_of(args.image, args.other)
     rows = []

@@ -31,8 +31,8 @@ def ready(*requirements):
         run([sys.executable, "-m", "venv", *clear, VENV], "the virtual environment could not be made")
         quiet = []
     files = [f"--requirement={name}" for name in requirements]
-    pip = [PYTHON, "-m", "pip", "install", *quiet, *files, "--constraint=constraints.txt"]
-    run(pip, "pip could not install the requirements")
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", *quiet]
+    run([*pip, *files, "--constraint=constraints.txt"], "pip could not install the requirements")
     return PYTHON
 
 

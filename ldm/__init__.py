@@ -1,8 +1,7 @@
-"""The shelf of the project: data sets, transforms, networks' plumbing, diffusion. No module here parses
-arguments.
+"""Latent diffusion for 3D medical volumes: the library behind the scripts.
 
-Imports inside the package run one way, towards `transforms`, `datasets` and `checkpoints`; nothing here
-imports `utils`.
+No module here parses arguments or imports `utils`. Imports between the folders run one way: system, models,
+data, diffusion, training, evaluation, export (tests/test_imports.py).
 """
 
 from collections.abc import Sequence

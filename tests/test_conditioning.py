@@ -324,6 +324,14 @@ def test_a_condition_for_an_unconditioned_model(tmp_path_factory, tmp_path):
     assert "this model is unconditioned" in project.refused(inference, "--condition", "group=1")
 
 
+def test_bare_weights_do_not_say_what_their_classes_mean(model):
+    model.change(diffusion_train={**model.config["diffusion_train"], "patch_size": [SIDE] * 3})
+    torch.save(model.checkpoint("diffusion_unet.pt")["model"], model.folder / "bare.pt")
+    model.set_environment(output_dir=str(model.folder / "none"))
+    message = model.refused(inference, "--unet", model.folder / "bare.pt", "--scale-factor", "1")
+    assert "bare.pt: its network needs class_labels, of which the file says nothing" in message
+
+
 def test_a_config_of_another_column_is_refused(model):
     message = model.refused(inference, "--set", "conditions.class_labels=age")
     assert "was trained with conditions.class_labels" in message

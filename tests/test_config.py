@@ -247,11 +247,11 @@ def test_override_reaches_what_refers_to_it(load):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("lr", "--set lr: should be key=value"),
-        ("=3", "--set =3: should be key=value"),
+        ("lr", "--set lr: expected key=value"),
+        ("=3", "--set =3: expected key=value"),
         ("autoencoder_train.learning_rate=1", "unknown key autoencoder_train.learning_rate"),
         ("autoencoder_train.lr=fast", r'autoencoder_train\.lr: expected a number above 0, found "fast"\.'),
-        ("autoencoder_train.lr.first=1", "lr is no section"),
+        ("autoencoder_train.lr.first=1", "lr is not a section"),
         ("..=1", "unknown key"),
     ],
 )
@@ -312,7 +312,7 @@ def changed(path: str, value) -> dict:
         ),
         ("data.pattern", 3, "data.pattern: expected text or null, found 3"),
         ("channel", [0, 1], r"channel names 2 channel\(s\), image_channels is 1"),
-        ("longest_side", 64, "spacing or longest_side, not both"),
+        ("longest_side", 64, "spacing and longest_side: set one of them"),
         ("intensity", {"lower_percentile": 99.5}, "lower_percentile must lie below upper_percentile"),
         ("intensity", {"lower_percentile": None}, "intensity: expected two percentiles, or a window"),
         ("intensity", {"window": [0, 1], "upper_percentile": 99}, "a window or percentiles, not both"),

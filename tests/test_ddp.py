@@ -225,9 +225,15 @@ def two_machines(alone) -> Project:
     return project
 
 
-def test_gradients_of_two_halves_are_those_of_the_whole_batch(together):
-    whole = one_step(together.config_file, together.data)
+@pytest.fixture(scope="module")
+def steps(together) -> list[dict]:
+    """`one_step` of one process, and of each of two."""
     ranks = [torch.load(together.folder / f"step_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [one_step(together.config_file, together.data), *ranks]
+
+
+def test_gradients_of_two_halves_are_those_of_the_whole_batch(steps):
+    whole, *ranks = steps
     for accumulate in (1, 2):
         size = max(float(gradient.abs().max()) for gradient in whole[accumulate])
         for rank in ranks:
@@ -237,22 +243,19 @@ def test_gradients_of_two_halves_are_those_of_the_whole_batch(together):
     assert max(apart) > 1e-3 * size  # one batch and two are not the same
 
 
-def test_parameters_that_no_loss_reaches_do_not_stop_an_accumulated_step(together):
+def test_parameters_that_no_loss_reaches_do_not_stop_an_accumulated_step(steps):
     """monai-generative's `proj_attn`: DDP would wait for its gradient ("Expected to have finished
     reduction")."""
-    whole = one_step(together.config_file, together.data)["unused"]
-    for rank in (0, 1):
-        weights = torch.load(together.folder / f"step_{rank}.pt", weights_only=True)["unused"]
+    whole, *ranks = (one["unused"] for one in steps)
+    for weights in ranks:
         chain.assert_weights_close(whole, weights)
 
 
-def test_ranks_draw_noise_of_their_own(together):
+def test_ranks_draw_noise_of_their_own(steps):
     """Posterior draw, second posterior draw, noise and time of the first batch."""
-    whole = one_step(together.config_file, together.data)["draws"]
-    ranks = [torch.load(together.folder / f"step_{rank}.pt", weights_only=True)["draws"] for rank in (0, 1)]
-    for one, first, second in zip(whole, *ranks, strict=True):
+    for whole, first, second in zip(*(one["draws"] for one in steps), strict=True):
         assert not torch.equal(first, second)
-        assert torch.equal(torch.cat([first, second]), one)
+        assert torch.equal(torch.cat([first, second]), whole)
 
 
 def test_both_ranks_hold_the_weights_that_are_saved(together):

@@ -117,10 +117,10 @@ def force(monkeypatch, place: str, thickness: int) -> list[int]:
     return counted
 
 
-def assert_close(found: torch.Tensor, due: torch.Tensor, share: float) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float) -> None:
     """Same shape and dtype, and no voxel further apart than this share of the range."""
-    assert (found.shape, found.dtype) == (due.shape, due.dtype)
-    apart = (found.double() - due.double()).abs().max() / (due.max() - due.min()).double()
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    apart = (found.double() - expected.double()).abs().max() / (expected.max() - expected.min()).double()
     assert apart <= share, apart
 
 
@@ -135,15 +135,15 @@ def test_slabs_give_the_volume_of_the_whole_network(monkeypatch, name, place, th
     dtype, share = (torch.float32, 1e-5) if name == "MAISI" or place == "device" else DOUBLE
     autoencoder = build(DEFINITIONS[name], dtype)
     images = numbers(2 if place == "device" else 1, 1, 20, 12, 8, dtype=dtype)
-    due = autoencoder.encode(images)
-    due = due if isinstance(due, tuple) else (due,)
-    volumes = autoencoder.decode(due[0])
+    expected = autoencoder.encode(images)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    volumes = autoencoder.decode(expected[0])
     counted = force(monkeypatch, place, thickness)
     found = encode_within(autoencoder, images, Budget(1e12))
-    assert len(found) == len(due)
-    for one, other in zip(found, due, strict=True):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
         assert_close(one, other, share)
-    assert_close(decode_within(autoencoder, due[0], Budget(1e12)), volumes, share)
+    assert_close(decode_within(autoencoder, expected[0], Budget(1e12)), volumes, share)
     assert max(counted) == thickness and len(counted) > 20 // thickness
 
 
@@ -154,17 +154,17 @@ def test_in_bfloat16_slabs_differ_by_its_rounding(monkeypatch, name):
     exact = autoencoder.decode(latents)
     force(monkeypatch, "device", 3)
     with torch.autocast("cpu", torch.bfloat16):
-        due, found = autoencoder.decode(latents), decode_within(autoencoder, latents, Budget(1e12))
-    rounding = (due.double() - exact).abs().mean()
-    assert found.dtype == due.dtype
-    assert rounding > 0 and (found.double() - due.double()).abs().mean() < rounding
+        expected, found = autoencoder.decode(latents), decode_within(autoencoder, latents, Budget(1e12))
+    rounding = (expected.double() - exact).abs().mean()
+    assert found.dtype == expected.dtype
+    assert rounding > 0 and (found.double() - expected.double()).abs().mean() < rounding
 
 
 @pytest.mark.parametrize("place", ["device", "nowhere"])
 @torch.inference_mode()
 def test_slabs_have_the_memory_format_of_the_weights(monkeypatch, place):
     autoencoder, latents = build(DEFINITIONS["attention"], torch.float64), numbers(1, 2, 10, 6, 4).double()
-    due, conv3d, last = autoencoder.decode(latents), torch.conv3d, []
+    expected, conv3d, last = autoencoder.decode(latents), torch.conv3d, []
     autoencoder.to(memory_format=torch.channels_last_3d)
 
     def looked_at(x, *rest):
@@ -174,7 +174,7 @@ def test_slabs_have_the_memory_format_of_the_weights(monkeypatch, place):
 
     force(monkeypatch, place, 3)
     monkeypatch.setattr(torch, "conv3d", looked_at)
-    assert_close(decode_within(autoencoder, latents, Budget(1e12)), due, 1e-12)
+    assert_close(decode_within(autoencoder, latents, Budget(1e12)), expected, 1e-12)
     assert last and all(last)
 
 
@@ -283,8 +283,8 @@ def test_the_least_memory_is_named_and_does(autoencoder, monkeypatch):
     with pytest.raises(UserError, match=r"0\.0001 GB of memory .* 20 x 6 x 6 \(decode\)") as refused:
         decode_within(autoencoder, latents, Budget(1e5))
     least = float(re.search(r"Expected at least (\S+) GB", str(refused.value))[1])
-    due = autoencoder.decode(latents)
-    assert_close(decode_within(autoencoder, latents, Budget(least * 1e9)), due, 1e-5)
+    expected = autoencoder.decode(latents)
+    assert_close(decode_within(autoencoder, latents, Budget(least * 1e9)), expected, 1e-5)
     with pytest.raises(UserError, match=f"at least {least + 0.5:.3f} GB"):
         decode_within(autoencoder, latents, Budget(5e8, beside=500_000_000))
 
@@ -414,8 +414,8 @@ def test_inference_within_a_memory_gives_the_same_volume(model, monkeypatch):
     model.run(inference, "--steps", "2", "--max-memory", least)
     assert swept
     found = generation.read_volume(model.output_dir / "sample_000000.nii.gz")
-    due = chain.sample_by_hand(model, 0, steps=2)
-    np.testing.assert_allclose(found, due, rtol=0, atol=1e-5 * np.ptp(due))
+    expected = chain.sample_by_hand(model, 0, steps=2)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
 
     record = model.output_dir / "sample_000000.json"
     assert json.loads(record.read_text())["max_memory"] == float(least)

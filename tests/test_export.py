@@ -148,8 +148,8 @@ def test_safetensors_hold_the_averaged_weights_and_what_they_need(done, flow):
         assert not chain.differences(load_file(path), checkpoint["model"])
         read = load_checkpoint(path)
         assert all(read[key] == checkpoint[key] for key in ("config", "step", "validation"))
-        due = hashlib.sha256((done.model_dir / f"{name}.pt").read_bytes()).hexdigest()
-        assert read["checkpoint_sha256"] == due
+        expected = hashlib.sha256((done.model_dir / f"{name}.pt").read_bytes()).hexdigest()
+        assert read["checkpoint_sha256"] == expected
     for key in ("scale_factor", "autoencoder", "latent_shape", "geometry"):
         assert read[key] == checkpoint[key]
     ema, last = done.checkpoint("diffusion_unet.pt"), done.checkpoint("diffusion_unet_last.pt")
@@ -229,13 +229,13 @@ def test_torchscript_computes_what_the_networks_compute(done, flow):
     checkpoint = done.checkpoint("diffusion_unet.pt")
     autoencoder = done.network("autoencoder_def", done.checkpoint("autoencoder.pt")["model"])
     images = torch.rand(3, 1, 12, 8, 20)
-    for made, due in zip(encode(images), autoencoder.encode(images), strict=True):
-        torch.testing.assert_close(made, due * checkpoint["scale_factor"], rtol=1e-4, atol=1e-5)
+    for made, expected in zip(encode(images), autoencoder.encode(images), strict=True):
+        torch.testing.assert_close(made, expected * checkpoint["scale_factor"], rtol=1e-4, atol=1e-5)
     z, t = torch.randn(3, 3, 6, 4, 10), torch.tensor([1.0, 500.5, 1000])
     torch.testing.assert_close(decode(z), autoencoder.decode(z / checkpoint["scale_factor"]))
-    due = done.network("diffusion_def", checkpoint["model"])(z, timesteps=t)
-    torch.testing.assert_close(unet(z, t), due)
-    torch.testing.assert_close(unet(z, t.double()), due)
+    expected = done.network("diffusion_def", checkpoint["model"])(z, timesteps=t)
+    torch.testing.assert_close(unet(z, t), expected)
+    torch.testing.assert_close(unet(z, t.double()), expected)
     # A device in the graph would bind the file to the machine that traced it.
     assert not any("Device = " in str(one.inlined_graph) for one in (encode, decode, unet))
     takes = json.loads((flow / "torchscript/model.json").read_text())["takes"]
@@ -359,8 +359,8 @@ def test_the_metadata_is_true(done, flow):
     assert "velocity" in about["outputs"]["pred"]["channel_def"]["0"]
     about = facts["autoencoder_data_format"]
     outputs = autoencoder(torch.zeros(shape(about["inputs"]["image"])))
-    for made, due in zip(outputs, about["outputs"].values(), strict=True):
-        assert made.shape == shape(due)
+    for made, expected in zip(outputs, about["outputs"].values(), strict=True):
+        assert made.shape == shape(expected)
     assert image["spatial_shape"] == list(chain.SHAPE)
     assert facts["eval_metrics"] == {
         "reconstruction: PSNR": 18.25,

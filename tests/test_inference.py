@@ -224,11 +224,9 @@ def test_networks_are_only_read(done, model):
     [
         ("--num", 0),
         ("--steps", 0),
-        ("--steps", -3),
         ("--batch-size", 0),
         ("--seed", -1),
         ("--seed", 2**63),
-        ("--scale-factor", 0.0),
         ("--scale-factor", "nan"),
         ("--scale-factor", 1e30),
         ("--steps", 10**7),

@@ -115,7 +115,7 @@ def project(tmp_path):
 
 def install(*names):
     files = [name if name.startswith("-") else f"--requirement={name}" for name in names]
-    return ["-m", "pip", "install", *files, "--constraint=constraints.txt"]
+    return ["-m", "pip", "--disable-pip-version-check", "install", *files, "--constraint=constraints.txt"]
 
 
 def scripts_of(calls):
@@ -135,7 +135,7 @@ def test_environment_is_made_once(project):
 
 @needs_bash
 def test_failed_pip_ends_with_one_line(project):
-    done, calls = project.environment(STUB_FAIL="pip install")
+    done, calls = project.environment(STUB_FAIL="requirements.txt")
     assert done.returncode == 1 and len(calls) == 2
     assert re.fullmatch(r"error: .*pip.*\n", done.stderr)
 
@@ -306,7 +306,7 @@ def test_test_sh_lints_then_ends_with_pytest(project):
         "constraints.txt",
         "lpips",
     ]
-    pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     done, calls = project.run(project.folder / "test.sh", "-k", "two words", STUB_FAIL="-m pytest")
     assert done.returncode == 3, "pytest's exit code"
     assert calls[1:] == [

@@ -437,8 +437,8 @@ def forbidden(*args, **kwargs):
 
 
 def test_a_weight_of_zero_builds_nothing(fresh, monkeypatch):
-    monkeypatch.setattr(train_autoencoder, "PatchDiscriminator", forbidden)
-    monkeypatch.setattr(train_autoencoder, "PerceptualLoss", forbidden)
+    monkeypatch.setattr("ldm.training.autoencoder.PatchDiscriminator", forbidden)
+    monkeypatch.setattr("ldm.losses.PerceptualLoss", forbidden)
     with pytest.raises(AssertionError, match="built"):
         fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH)  # the names are those that it builds by
     fresh.run(train_autoencoder, "--no-amp", *ONE_EPOCH, *sets(autoencoder_train__adversarial_weight=0))
@@ -447,7 +447,7 @@ def test_a_weight_of_zero_builds_nothing(fresh, monkeypatch):
 
 
 def test_perceptual_weights_are_looked_for_before_anything_is_downloaded_or_read(fresh, monkeypatch):
-    monkeypatch.setattr(utils, "fetch_task01", forbidden)
+    monkeypatch.setattr("ldm.data.prepare.fetch_task01", forbidden)
     for named, words in (
         (None, '"perceptual_weights"'),
         (str(fresh.folder / "none.pt"), "none.pt: no such file"),
@@ -806,11 +806,10 @@ def test_each_process_has_a_gpu_of_its_own(two_gpus, device, variables, message)
     assert utils.start(args).device == torch.device("cuda:1")
 
 
-@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
-def test_cuda_without_a_gpu(done, script, monkeypatch):
+def test_cuda_without_a_gpu(done, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    message = done.refused(script, "--device", "cuda")
+    message = done.refused(train_autoencoder, "--device", "cuda")
     assert "finds no CUDA GPU here (CUDA_VISIBLE_DEVICES is ''). Use --device cpu." in message
 
 

@@ -9,7 +9,7 @@ import csv
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def find_cases(
     for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
         searches.append(Search(pattern, contrasts, regex, outputs, generated))
         found = _find_in(root, searches[-1])
-        folders = {path if path.is_dir() else path.parent for path in (root, searches[-1].read)}
+        folders = dict.fromkeys(p if p.is_dir() else p.parent for p in (root, searches[-1].read))
         for to, some in zip((cases, validation), found, strict=True):
             some = _with_covariates(some, folders)
             to += some if alone else [_renamed(case, f"{prefix}/") for case in some]
@@ -270,7 +270,7 @@ def _images_in(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- participants.tsv
 
 
-def _with_covariates(cases: list[Case], folders: set[Path]) -> list[Case]:
+def _with_covariates(cases: list[Case], folders: Iterable[Path]) -> list[Case]:
     """The cases with their row of `participants.tsv`, by subject or by name, where one of the folders has it;
     a list's own entries win."""
     rows = {}

@@ -178,6 +178,8 @@ def check_sources(config: dict) -> None:
     Raises:
         UserError: it does not; the key is named.
     """
+    if "diffusion_def" not in config:
+        raise UserError("diffusion_def: missing from the config.")
     needed, labels = example_cond(config["diffusion_def"], 1, [1, 1, 1]), "class_labels"
     column = config["conditions"][labels]
     if column is not None and labels not in needed:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm import counted
-from ldm.evaluation.distances import LEVEL, POWER
+from ldm.evaluation.distances import LEVEL, POWER, SHIFTS
 from ldm.evaluation.features import MEDICALNET, OWN
 from ldm.evaluation.groups import BLURS, GENERATED, HELD_OUT, TRAINING, blur_name
 from ldm.evaluation.table import SHIFT_TOLERANCE, Metric, distances_of
@@ -92,10 +92,10 @@ def realism(found: dict[str, Metric]) -> tuple[str, str]:
         if sees is not None and sees <= SHIFT_TOLERANCE:
             shift = f"shifts of {SHIFT_TOLERANCE:g} standard deviations"
             return "good", f"{text}. With so many volumes the test detects {shift} with {POWER:.0%} power."
-        least = "more than 3" if sees is None else f"at least {sees:g}"
+        least = f"more than {SHIFTS[-1]:g}" if sees is None else f"at least {sees:g}"
         return "none", (
             f"{text}. This does not show that they are alike: with so few volumes the test detects only "
-            f"shifts of {least} standard deviations with {POWER:.0%} power."
+            f"shifts of {least} standard deviation{'s' * (sees != 1)} with {POWER:.0%} power."
         )
     scale = np.maximum.accumulate([max(found[f"{key}: {blur_name(sigma)}"].value, 1e-9) for sigma in BLURS])
     if metric.value < scale[0]:

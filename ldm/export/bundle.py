@@ -144,14 +144,13 @@ def write_bundle(
             torch.save(content, file)
     write_json(folder / "configs" / "inference.json", inference_config(networks, config))
     write_json(folder / "configs" / "metadata.json", bundle_metadata(networks, config, about, figures))
-    texts = {
-        "docs/README.md": card,
-        "scripts/__init__.py": "",
-        "scripts/sampling.py": sampling_script(),
-        "LICENSE": (ROOT / "LICENSE").read_text(encoding="utf-8"),
-    }
-    for name, text in texts.items():
-        with written_whole(folder / name) as file:
+    for part, name, text in (
+        ("docs", "README.md", card),
+        ("scripts", "__init__.py", ""),
+        ("scripts", "sampling.py", sampling_script()),
+        (".", "LICENSE", (ROOT / "LICENSE").read_text(encoding="utf-8")),
+    ):
+        with written_whole(folder / part / name) as file:
             file.write(text.encode())
 
 

@@ -1,1 +1,11 @@
-"""What every other folder stands on: files, messages, ranks, signals, schemas, checkpoints."""
+"""What every other folder builds on.
+
+files         files written whole or not at all; strict JSON
+schemas       JSON Schema, and its errors in words
+checkpoints   checkpoints of this project, and weights from elsewhere
+ranks         the processes of a run, devices, precision
+messages      printing, progress bars, the logger
+errors        how a script ends on an error
+signals       SIGTERM and Ctrl-C
+versions      versions of Python, packages and this project
+"""

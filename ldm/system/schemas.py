@@ -1,4 +1,4 @@
-"""What values from a file may be, as JSON Schema: configs, checkpoints and records are checked alike."""
+"""JSON Schema for configs, checkpoints and records, and its errors in words."""
 
 import json
 import sys
@@ -17,8 +17,8 @@ def _is_integer(_, value) -> bool:
     return isinstance(value, int) and _is_number(_, value)
 
 
-# JSON Schema takes 2.0 for an integer, which range() does not; Python's json reads NaN and integers of a
-# thousand digits, which torch does not.
+# JSON Schema accepts 2.0 as an integer, which range() does not; Python's json reads NaN and integers of a
+# thousand digits, which torch does not accept.
 STRICT_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _is_integer, "number": _is_number})
 
 StrictValidator = validators.extend(Draft202012Validator, type_checker=STRICT_TYPES)
@@ -30,13 +30,13 @@ def fields(**properties: dict) -> dict:
 
 
 def fault(validator: Draft202012Validator, value) -> str | None:
-    """What is wrong with a value, and where in it, on one line; None where nothing is."""
+    """What is wrong with a value, and where, on one line; None where nothing is."""
     error = best_match(validator.iter_errors(value))
     return explained(error) if error else None
 
 
 def explained(error: ValidationError) -> str:
-    """One line on a value that its schema does not allow: `lr: expected a number above 0, found -1`."""
+    """A schema's error on one line: `lr: expected a number above 0, found -1`."""
     where = ".".join(map(str, error.absolute_path))
     needed = error.validator_value
     if error.validator == "dependentRequired":
@@ -48,7 +48,7 @@ def explained(error: ValidationError) -> str:
     return f"{brief(where)}: {what}" if where else what
 
 
-PLAIN = {  # what JSON Schema calls a type: one of it, and several
+TYPE_NAMES = {  # of JSON Schema: singular and plural
     "integer": ("a whole number", "whole numbers"),
     "number": ("a number", "numbers"),
     "string": ("text", "texts"),
@@ -75,7 +75,7 @@ def expected(schema: dict, several: bool = False) -> str:
 
 
 def _kind(kind: str, schema: dict, several: bool) -> str:
-    name = PLAIN[kind][several] if kind in PLAIN else f"a {kind}"
+    name = TYPE_NAMES[kind][several] if kind in TYPE_NAMES else f"a {kind}"
     if kind in ("integer", "number"):
         least, most = schema.get("minimum"), schema.get("maximum")
         above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")

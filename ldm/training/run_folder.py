@@ -16,10 +16,10 @@ from ldm.system.ranks import Run
 from ldm.system.versions import versions
 from ldm.training.logs import TextLog, read_log, write_log
 
-TO_GO_ON = (*COUNTS, "seconds", "sums", "stepper", "ema")
-TO_GO_ON_FROM = {  # what the newest checkpoint of each stage holds, and the best need not
-    "autoencoder": (*TO_GO_ON, "discriminator", "discriminator_stepper"),
-    "diffusion_unet": (*TO_GO_ON, "scale_factor"),
+COMMON = ("stepper", *COUNTS, "seconds", "sums", "ema")  # "stepper" is the state of the optimiser
+ENTRIES = {  # that the newest checkpoint of each stage has, and the best need not have
+    "autoencoder": (*COMMON, "discriminator", "discriminator_stepper"),
+    "diffusion_unet": (*COMMON, "scale_factor"),
 }
 
 
@@ -37,18 +37,18 @@ class StageFiles:
         self.last_is_good = True
 
     def present(self) -> list[Path]:
-        """Those that are there."""
+        """The files that exist."""
         return [path for path in (self.best, self.last, self.prev) if path.exists()]
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, dict]:
         """The newest good checkpoint to resume from and its content, where one is `present`.
 
         Raises:
-            UserError: there is none to resume from.
+            UserError: none is good.
         """
         faults = []
         for path in (self.last, self.prev):
-            if not path.exists():  # also between the two renames of a save
+            if not path.exists():  # such as between the two renames of a save
                 continue
             try:
                 content = load_training_checkpoint(path, self.name)
@@ -57,20 +57,20 @@ class StageFiles:
                 self.last_is_good = False
                 continue
             if path == self.prev:
-                say(f"warning: {faults[0] if faults else f'{self.last} is not there'}; {path} is used")
+                say(f"warning: {faults[0] if faults else f'{self.last} is missing'}; {path} is used")
             return path, content
         if faults:
             raise UserError(
-                f"{' '.join(faults)}\nNo good checkpoint is left to resume from; --fresh starts over, and "
-                "keeps what is there in old-N."
+                f"{' '.join(faults)}\nNo good checkpoint is left to resume from. --fresh starts over, and "
+                "moves these files to old-N."
             )
         raise UserError(
-            f"{self.best} is there, but neither {self.last.name} nor {self.prev.name} to resume from. "
-            "--fresh starts over, and keeps it in old-N; or choose another model_dir."
+            f"{self.best} exists, but neither {self.last.name} nor {self.prev.name} to resume from. "
+            "--fresh starts over, and moves it to old-N; or choose another model_dir."
         )
 
     def save_last(self, content: dict) -> None:
-        """Write the newest; the good one before it is kept."""
+        """Write the newest; the one before it is kept, if it is good."""
         save_checkpoint(self.last, content, self.prev if self.last_is_good else None)
         self.last_is_good = True
 
@@ -78,22 +78,22 @@ class StageFiles:
         """The score of the best file, or None where there is none.
 
         Raises:
-            UserError: it is there and cannot be read: what is not known to be worse is not replaced.
+            UserError: it cannot be read. It is not replaced, since its score may be better.
         """
         if not self.best.exists():
             return None
-        remedy = "Move it away to resume without it: the next validation is the best then."
+        remedy = "Move it away to resume without it; the next validation is then the best."
         try:
             content = load_checkpoint(self.best)
         except UserError as error:
             raise UserError(f"{error}\n{remedy}") from None
         if "best" not in content:
-            raise UserError(f"{self.best}: holds no score, so it is not one of this training. {remedy}")
+            raise UserError(f"{self.best}: has no score, so it is not a result of this training. {remedy}")
         return content["best"]
 
 
 def load_training_checkpoint(path: Path, name: str) -> dict:
-    """Read a checkpoint that a training can resume from, and put its `path` among the entries.
+    """Read a checkpoint to resume from; `path` is added to its entries.
 
     Args:
         name: of the network that is trained, as `StageFiles` has it.
@@ -103,17 +103,13 @@ def load_training_checkpoint(path: Path, name: str) -> dict:
     """
     if not path.is_file():
         raise UserError(
-            f"--resume {path}: no such checkpoint. Name a *_last.pt, or leave --resume out: the same command "
+            f"--resume {path}: no such checkpoint. Name a *_last.pt, or leave out --resume: the same command "
             "resumes from the newest in model_dir."
         )
     content = load_checkpoint(path)
-    if "stepper" not in content:
-        raise UserError(
-            f"{path}: holds weights but no optimiser, so no training can resume from it. Name a *_last.pt."
-        )
-    for key in TO_GO_ON_FROM[name]:
+    for key in ENTRIES[name]:
         if key not in content:
-            raise UserError(f"{path}: {key} is missing; the training of {name} cannot resume from it.")
+            raise UserError(f"{path}: {key} is missing, so {name} cannot resume from it. Name a *_last.pt.")
     return {**content, "path": path}
 
 
