@@ -194,7 +194,7 @@ def test_latents_in_memory_are_pickled_to_no_rank_and_no_loader_process(monkeypa
     assert posteriors.entries.nbytes > 1e6 and len(ForkingPickler.dumps(posteriors)) < 10_000
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
