@@ -22,7 +22,7 @@ def kl_divergence(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
 def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of the two volumes' finite differences, summed over the three axes.
 
-    A blurred edge costs an L1 loss little and this one much (Mathieu et al., 2016, eq. 6, with exponent 1).
+    It penalises blurred edges, which an L1 loss hardly does (Mathieu et al., 2016, eq. 6, with exponent 1).
     """
     error = reconstruction - image
     return sum(error.diff(dim=axis).abs().mean() for axis in (-3, -2, -1))
@@ -31,11 +31,11 @@ def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> to
 def least_squares(logits: torch.Tensor, target: float) -> torch.Tensor:
     """Least-squares adversarial loss (Mao et al., 2017) of the discriminator's output against 1 (real) or 0.
 
-    MONAI's `PatchAdversarialLoss`, its leaky ReLU before the loss included. That one makes its target on the
-    CPU and copies it at every call, for which a GPU is waited for.
+    The same as MONAI's `PatchAdversarialLoss`, including its leaky ReLU. MONAI's copies its target from the
+    CPU at every call, which makes the CPU wait for the GPU.
     """
-    judged = nn.functional.leaky_relu(logits, 0.05)
-    return nn.functional.mse_loss(judged, torch.full_like(judged, target))
+    logits = nn.functional.leaky_relu(logits, 0.05)
+    return nn.functional.mse_loss(logits, torch.full_like(logits, target))
 
 
 def discriminator_loss(
@@ -56,7 +56,7 @@ def adversarial_loss(discriminator: nn.Module, reconstruction: torch.Tensor) -> 
 
 
 MEDICALNET_DEPTHS = {"medicalnet_resnet10": 10, "medicalnet_resnet50": 50}
-UNTRAINED = object()  # in place of a file of weights: random ones, to count what the network takes
+UNTRAINED = object()  # instead of a file: random weights, for the memory forecast
 
 
 class PerceptualLoss(nn.Module):
@@ -74,8 +74,8 @@ class PerceptualLoss(nn.Module):
         slice_ratio: share of the slices of each plane that are compared.
 
     Raises:
-        UserError: the file or the package is missing, or the weights do not fit; it says how to go on
-            without.
+        UserError: the file or the package is missing, or the weights do not fit; the message says how to
+            train without.
     """
 
     def __init__(self, network: str, weights: str | Path | object | None, slice_ratio: float = 0.2):
@@ -124,8 +124,8 @@ class PerceptualLoss(nn.Module):
 def unit_vectors(features: torch.Tensor) -> torch.Tensor:
     """Features (B, c, ...) over their norm along the channels.
 
-    The constant lies below the root: the gradient of a norm is NaN where all channels are zero, as they are
-    behind a ReLU in an even region.
+    The constant is inside the root: the gradient of a norm is NaN at zero, which a ReLU gives in uniform
+    regions.
     """
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
 
@@ -133,7 +133,7 @@ def unit_vectors(features: torch.Tensor) -> torch.Tensor:
 def lpips_distance(network: nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """LPIPS of grey slices (n, 1, H, W) in [0, 1], (n, 1, 1, 1): Zhang et al., 2018, eq. 1.
 
-    `network(a, b, normalize=True)` of the package lpips, with `unit_vectors` in place of its own, which has
+    As `network(a, b, normalize=True)` of the package lpips, but with `unit_vectors` for its own, which has
     NaN gradients at zero features.
     """
     of_a, of_b = (network.net(network.scaling_layer((2 * x - 1).expand(-1, 3, -1, -1))) for x in (a, b))
@@ -160,9 +160,9 @@ def missing_package(network: str) -> str | None:
 def _lpips(network: str, state: dict | None, where: str) -> nn.Module:
     if missing := missing_package(network):
         raise UserError(missing)
-    from lpips import LPIPS  # needed only by who asks for it, since it brings torchvision along
+    from lpips import LPIPS  # optional: it needs torchvision
 
-    # The linear layers come with the package; the trunk's weights from the file.
+    # The linear layers come with the package, the weights of the trunk from the file.
     model = LPIPS(net=network, pnet_rand=True, pretrained=state is not None, verbose=False)
     if state is None:
         return model

@@ -71,7 +71,7 @@ def test_entries_hold_mean_and_std_of_the_posterior(cached):
             np.testing.assert_allclose(kept, due[0].numpy(), atol=1e-5)
     assert manifest["latent_shape"] == [3, 8, 10, 6]
     assert (
-        "4 training volumes, 1 version(s) each, and of 2 held-out ones: 6 encoded, 0 there"
+        "4 training volumes, 1 version(s) each, and of 2 held-out ones: 6 encoded, 0 found"
         in (cached.printed["cache"])
     )
 
@@ -261,7 +261,7 @@ def test_a_cache_of_another_autoencoder_is_refused(own):
         message = own.refused(script, *flags)
         assert "another autoencoder" in message and "cache_latents.py --fresh" in message
     assert fingerprint(folder_of(own)) == before
-    assert "6 encoded, 0 there" in own.run(cache_latents, "--no-amp", "--fresh")
+    assert "6 encoded, 0 found" in own.run(cache_latents, "--no-amp", "--fresh")
     assert len(list(folder_of(own).glob("*.npy"))) == 6  # the old ones are gone
     short = ("--set", "diffusion_train.max_epochs=1", "--set", "diffusion_train.sample_interval=5")
     own.run(train_diffusion, *CACHED, "--fresh", *short)

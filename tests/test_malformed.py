@@ -329,7 +329,7 @@ CONFIGS = [
     ({"autoencoder_def": QUICK["diffusion_def"]}, "autoencoder_def"),
     (
         {"autoencoder_def": {"_target_": "monai.networks.nets.TorchVisionFCModel", "channels": [8]}},
-        "TorchVision",
+        "autoencoder_def",
     ),
     # numbers that no machine can hold or finish
     ({"image_channels": 10**9}, "channel"),
