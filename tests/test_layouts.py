@@ -441,11 +441,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
 @pytest.mark.parametrize(
     "files, kinds, patients",
     [
-        (
-            ["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"],
-            "_t1, _t2",
-            1,
-        ),  # of one patient: known names
+        (["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"], "_t1, _t2", 1),
         (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre", 2),
         (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
         (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
@@ -453,11 +449,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
         (["p1/ct.nii", "p1/o/liver.nii", "p1/o/skin.nii", "p2/ct.nii", "p2/o/liver.nii"], "ct, liver", 2),
         (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain", 1),
         (["p1.nii", "mp1.nii", "p2.nii", "mp2.nii"], "no beginning, m", 2),  # SPM
-        (
-            ["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"],
-            "_0000, _0001",
-            2,
-        ),  # nnU-Net
+        (["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"], "_0000, _0001", 2),  # nnU-Net
     ],
 )
 def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds, patients):
