@@ -68,7 +68,6 @@ FREESURFER = (
     "wm.seg,wmparc"
 )
 ISLES = "sub-*/ses-0001/{dwi/sub-*_ses-0001_dwi,dwi/sub-*_ses-0001_adc,anat/sub-*_ses-0001_FLAIR}.nii.gz"
-VERSE = "dataset-verse19training/"
 LAYOUTS = {
     "TotalSegmentator": Layout(
         "s0000 s0001",
@@ -228,13 +227,6 @@ LAYOUTS = {
         refused="T1w_acpc_dc_restore, T1w_acpc_dc_restore_brain, T2w_acpc_dc_restore",
         keys={"pattern": "**/T1w_acpc_dc_restore_brain.*"},
     ),
-    "FeTA": Layout(
-        "sub-001 sub-002",
-        "*/anat/*_rec-mial_{T2w,dseg}.nii.gz",
-        "*/anat/*_rec-mial_T2w.nii.gz",
-        "*",
-        "*/anat/*_rec-mial_dseg.nii.gz",
-    ),
     "MM-WHS": Layout(
         "ct mr",
         "*_train/*_train_100{1,2}_{image,label}.nii.gz",
@@ -278,13 +270,6 @@ LAYOUTS = {
         "2 files that data.pattern leaves out",
         "_4d, _frame01, _frame12",
         {"pattern": "**/*_frame[0-9][0-9].nii.gz"},
-    ),
-    "VerSe": Layout(
-        "sub-verse004",
-        f"{VERSE}rawdata/*/*_ct.nii.gz | {VERSE}derivatives/*/*_seg-vert_msk.nii.gz",
-        f"{VERSE}rawdata/*/*_ct.nii.gz",
-        "*",
-        passed="1 file under derivatives",
     ),
 }
 
@@ -401,15 +386,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 
 def test_what_the_run_wrote_is_no_data(tmp_path):
-    root = make(
-        tmp_path, "a.nii.gz", "runs/models/b.nii.gz", "runs/out/c.nii.gz", "shown/sample_000001.nii.gz"
-    )
+    made = ("runs/models/b.nii.gz", "runs/out/c.nii.gz", "shown/sample_000001.nii.gz")
+    root = make(tmp_path, "a.nii.gz", *made)
     record = {"format": 1, "seed": 1, "sampler": "ddim", "volume": {}}
     (root / "shown" / "sample_000001.json").write_text(json.dumps(record))
     (root / "a.json").write_text('{"MagneticFieldStrength": 3}')  # as BIDS has beside each scan
-    images, _, passed = found(
-        root, outputs=[root / "runs" / "models", root / "runs" / "out", root], generated=False
-    )
+    outputs = [root / "runs" / "models", root / "runs" / "out", root]
+    images, _, passed = found(root, outputs=outputs, generated=False)
     assert images == ["a.nii.gz"]
     assert passed == (
         f"2 folders of this run (such as {root / 'runs' / 'models'}), "

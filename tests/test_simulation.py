@@ -309,9 +309,8 @@ def test_tumours_look_like_tumours():
         assert (label == 1).any() and core.any()
         near = ndimage.distance_transform_edt(~core, sampling=4.0)
         if rim.any():
-            assert near[rim].max() < 14 and near[rim].mean() < 0.8 * near[label == 1].mean(), (
-                "around the core"
-            )
+            assert near[rim].max() < 14, "around the core"
+            assert near[rim].mean() < 0.8 * near[label == 1].mean()
         parts, _ = ndimage.label(whole, np.ones((3, 3, 3)))
         assert np.bincount(parts[whole]).max() > 0.95 * whole.sum(), "one tumour, and a few islands of oedema"
 

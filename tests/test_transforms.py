@@ -80,9 +80,8 @@ def test_resampling_keeps_the_world(tmp_path, degrees):
     for axis, slope in enumerate((1, 10, 50)):
         assert np.allclose(np.diff(inner, axis=axis), slope * spacing[axis], atol=1e-2)
     start = 100 + np.dot([2 * s for s in spacing], (1, 10, 50))  # the first voxel stays where it was
-    assert inner[0, 0, 0] == pytest.approx(
-        start, abs=1e-2 if degrees == 0 else 0.5 * np.dot(spacing, (1, 10, 50))
-    )
+    error = 1e-2 if degrees == 0 else 0.5 * np.dot(spacing, (1, 10, 50))
+    assert inner[0, 0, 0] == pytest.approx(start, abs=error)
 
 
 def test_label_is_resampled_by_the_nearest_voxel(tmp_path, write_image):
@@ -190,10 +189,7 @@ def test_each_channel_may_have_a_window_of_its_own(tmp_path, write_image):
     volume = Preprocessing((1, 0), GRID, pair)([path])  # in the order of the channels that are used
     assert np.allclose(volume[0], volume[1], atol=1e-6) and 0.3 < volume.mean() < 0.4
     far = replace(WINDOW, window=((-1000.0, 1000.0), (2000.0, 3000.0)))
-    message = (
-        r"a\.nii: channel 1: its values, -3\.024 to 1\.5, lie outside of intensity\.window, 2000 to 3000"
-    )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"a\.nii: channel 1: .*-3\.024 to 1\.5, lie .*, 2000 to 3000"):
         Preprocessing((0, 1), GRID, far)([path])
 
 
@@ -344,15 +340,6 @@ def test_axes_of_length_1_do_not_matter(tmp_path, write_image, more, channels):
         Preprocessing((channels,), GRID).read([path])
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 7, 8), (4, 6, 7, 8), (1, 1, 6, 7, 8)])
-def test_channels_first_is_asked(tmp_path, write_image, shape):
-    path = write_image(tmp_path / "a.nii.gz", np.ones(shape, np.float32))
-    with pytest.raises(
-        UserError, match=r"a\.nii\.gz: shape \(\d.*\): channels first\? Expected X, Y, Z and then"
-    ):
-        open_image(path)
-
-
 # ---- channels
 
 
@@ -368,9 +355,7 @@ def test_channels_of_a_4d_image(four_channels):
     for channels in [(0,), (2,), (2, 0), (3, 1, 2, 0)]:
         volume = Preprocessing(channels, (1.0, 1.0, 1.0)).read([path])
         assert np.array_equal(volume, np.moveaxis(voxels[..., list(channels)], 3, 0))
-    scaled = Preprocessing((0, 1, 2, 3), (1.0, 1.0, 1.0), Intensity(0, 100))(
-        [path]
-    )  # each channel by its own limits
+    scaled = Preprocessing((0, 1, 2, 3), GRID, Intensity(0, 100))([path])  # each channel by its own limits
     assert scaled.min((1, 2, 3)).tolist() == [0] * 4 and scaled.max((1, 2, 3)).tolist() == [1] * 4
 
 
@@ -437,10 +422,8 @@ def test_nothing_random_is_no_augmentation():
 
 def test_flips_are_of_the_named_axes_and_as_often_as_said():
     volume = np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)
-    flip, rng = (
-        augmentation({"flip_axes": [1], "flip_prob": 0.25}, (2, 2, 2), False),
-        np.random.RandomState(0),
-    )
+    flip = augmentation({"flip_axes": [1], "flip_prob": 0.25}, (2, 2, 2), False)
+    rng = np.random.RandomState(0)
     items = [flip(volume, None, rng).numpy() for _ in range(400)]
     flipped = sum(np.array_equal(item, volume[:, :, ::-1]) for item in items)
     assert flipped + sum(np.array_equal(item, volume) for item in items) == 400
