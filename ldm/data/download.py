@@ -183,9 +183,13 @@ def _attempt(url: str, part: Path) -> None:
             offset = 0
         stated = response.headers.get("Content-Length", "")
         length = offset + int(stated) if stated.isdigit() else None
-        if length is not None:
-            # The archive is not compressed (its NIfTI files are): it unpacks to about its own size.
-            _require_space(part.parent, 2 * length - offset)
+        # The archive is not compressed (its NIfTI files are): it unpacks to about its own size.
+        needed, free = 2 * (length or 0) - offset, shutil.disk_usage(part.parent).free
+        if free < needed:
+            raise UserError(
+                f"too little disk space in {part.parent}: {needed / GB:.2f} GB are needed for the archive "
+                f"and its content, {free / GB:.2f} GB are free. Make room or name another folder."
+            )
         bar = tqdm(total=length, initial=offset, unit="B", unit_scale=True, desc="Downloading")
         with bar, part.open("ab" if offset else "wb") as file:
             while chunk := _read(response, url):
@@ -221,16 +225,6 @@ def _network_errors(url: str):
         raise _AttemptFailed(f"the network failed ({reason})") from error
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for so many bytes more."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"too little disk space in {folder}: {needed / GB:.2f} GB are needed for the archive and its "
-            f"content, {free / GB:.2f} GB are free. Make room or name another folder."
-        )
-
-
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack `Task01_BrainTumour/` of a tar to `folder`, which must be missing or empty: all or nothing.
 
@@ -240,8 +234,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises:
         RefusedArchive: not a tar, damaged, unsafe or incomplete.
-        UserError: too little disk space.
-        OSError: the disk failed.
+        OSError: the disk failed, or is full.
     """
     scratch = folder.with_name(folder.name + ".unpacking")
     if scratch.exists():
@@ -252,14 +245,13 @@ def unpack(archive: Path, folder: Path) -> None:
             if link := next((m for m in members if not (m.isfile() or m.isdir())), None):
                 raise tarfile.TarError(f"{brief(repr(link.name))} is neither a file nor a folder")
             members = [m for m in members if not any(p.startswith("._") for p in PurePosixPath(m.name).parts)]
-            _require_space(folder.parent, sum(member.size for member in members))
             tar.extractall(scratch, members=tqdm(members, desc="Unpacking", unit="file"), filter="data")
         if gap := find_gap(scratch / TASK):
             raise RefusedArchive(f"{archive.name} is refused: in its {TASK}, {gap}. Nothing was unpacked.")
         if folder.exists():
             folder.rmdir()  # an empty one: Windows renames to a free name only
         (scratch / TASK).rename(folder)
-    except UserError:
+    except RefusedArchive:
         raise
     except (tarfile.TarError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
