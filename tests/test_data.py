@@ -435,13 +435,10 @@ def lesion_hits(root: Path, write_image, foreground_prob: float, labelled: bool)
         voxels[voxels == 0.5] = 0
     turned = np.diag([-1.0, -1.0, 1.0, 1.0])
     turned[:2, 3] = 23
-    case = Case(
-        "lesion",
-        (write_image(root / "image.nii.gz", voxels),),
-        write_image(root / "label.nii.gz", label[::-1, ::-1], turned) if labelled else None,
-    )
+    image = write_image(root / "image.nii.gz", voxels)
+    mask = write_image(root / "label.nii.gz", label[::-1, ::-1], turned) if labelled else None
     dataset = VolumeDataset(
-        [case],
+        [Case("lesion", (image,), mask)],
         Preprocessing((0,), (1.0, 1.0, 1.0), Intensity(0.0, 100.0)),
         (6, 6, 6),
         random_crop=True,

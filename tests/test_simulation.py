@@ -63,12 +63,8 @@ def dataset(tmp_path_factory):
 def test_layout_is_that_of_task01(dataset):
     description = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     assert description["modality"] == {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
-    assert description["labels"] == {
-        "0": "background",
-        "1": "edema",
-        "2": "non-enhancing tumor",
-        "3": "enhancing tumour",
-    }
+    labels = ["background", "edema", "non-enhancing tumor", "enhancing tumour"]
+    assert description["labels"] == {str(i): name for i, name in enumerate(labels)}
     assert (description["numTraining"], description["numTest"], description["test"]) == (2, 0, [])
     assert [case["image"] for case in description["training"]] == [
         f"./imagesTr/SIM_000{i}.nii.gz" for i in range(2)
