@@ -244,6 +244,8 @@ def unpack(archive: Path, folder: Path) -> None:
             members = tar.getmembers()
             if link := next((m for m in members if not (m.isfile() or m.isdir())), None):
                 raise tarfile.TarError(f"{brief(repr(link.name))} is neither a file nor a folder")
+            if outside := next((m for m in members if m.name.startswith(("/", "\\"))), None):
+                raise tarfile.TarError(f"{brief(repr(outside.name))} is an absolute path")
             members = [m for m in members if not any(p.startswith("._") for p in PurePosixPath(m.name).parts)]
             tar.extractall(scratch, members=tqdm(members, desc="Unpacking", unit="file"), filter="data")
         if gap := find_gap(scratch / TASK):
