@@ -198,7 +198,7 @@ def at_most(rate: float, repeats: int) -> int:
 @pytest.mark.parametrize("sizes", [(8, 10, 30), (20, 20, 60)])
 def test_the_permutation_test_errs_as_often_as_it_says(sizes, monkeypatch):
     """p-values of equal groups are uniform, and the power for half a standard deviation is as documented."""
-    monkeypatch.setattr(table, "detectable_shift", lambda *args: None)
+    monkeypatch.setattr(table.distances, "detectable_shift", lambda *args: None)
     rng, repeats = np.random.default_rng(0), 120
     equal, shifted = (
         np.array([table.permutation_test(simulated(sizes, shift, rng), OWN)[0] for _ in range(repeats)])
