@@ -134,6 +134,7 @@ def test_a_run_is_evaluated_on_its_split(of_the_run, done):
     record = json.loads((of_the_run["project"].output_dir / "sample_000000.json").read_text())
     assert of_the_run["unet_sha256"] == record["unet"]["sha256"]
     common = {key: record[key] for key in ("sampler", "scale_factor", "precision")}
+    common |= {"condition": "", "guidance": 1.0}
     steps = {"steps": 2, "volumes": 2}, {"steps": 3, "volumes": 1}
     assert of_the_run["sampling"] == [{**common, **one} for one in steps]
     (note,) = [note for note in of_the_run["notes"] if "different settings" in note]
@@ -383,15 +384,6 @@ def test_scans_that_were_trained_on_and_are_held_out_are_leaks(scans, tmp_path):
     assert "3 of 13 held-out scans copy training scans" in found["verdicts"][0]["text"]
 
 
-def test_without_a_training_set_the_floor_is_between_halves(scans, done, tmp_path):
-    found = evaluated(tmp_path / "out", *named(scans["held"], scans["more"], project=done))
-    metric = found["by_key"]["mmd_own"]
-    assert metric["floor_interval"][0] < 0.3 and metric["value"] is not None
-    assert found["by_key"]["frechet_own"]["missing"] and "halves" in found["by_key"]["frechet_own"]["missing"]
-    assert "no training scans" in found["by_key"]["copies"]["missing"]
-    assert found["verdicts"][0]["tone"] == "none" and "not searched for" in found["verdicts"][0]["text"]
-
-
 class FirstVoxels:
     """In place of RadImageNet's ResNet-50, which tests/test_distances.py tests."""
 
@@ -431,6 +423,8 @@ def test_published_networks_and_a_classifier(scans, tmp_path, monkeypatch):
         assert metric["counts"].startswith("2 on each side"), key  # as in the halves of 4 scans
     assert 1 <= found["by_key"]["inception_score"]["value"] <= 3
     assert digest in found["settings"]["MedicalNet"]
+    assert "no training scans" in found["by_key"]["copies"]["missing"]
+    assert found["verdicts"][0]["tone"] == "none" and "not searched for" in found["verdicts"][0]["text"]
     assert "MedicalNet's features" in found["verdicts"][1]["text"]  # without an autoencoder
     assert "SHA-256 is" in refused(*argv[:4], "--medicalnet", medicalnet, "0" * 64, "--out", tmp_path / "b")
     wrong = refused(*argv[:4], "--medicalnet", radimagenet, "--out", tmp_path / "b")
@@ -500,26 +494,22 @@ WRONG_GROUPS = {
     "{empty}": "no image",
     "{more} --set seed=1": "--set",
     "{more} --autoencoder no.pt": "--autoencoder no.pt: no such file",
+    "{more} --autoencoder {bare}": "weights alone",
     "{more} --medicalnet no.pt": "--medicalnet no.pt: no such file",
     "{more} --medicalnet a b c": "--medicalnet: expected a file",
 }
 
 
-def test_wrong_arguments_are_refused(scans, tmp_path):
+def test_wrong_arguments_are_refused(scans, done, tmp_path):
     (tmp_path / "empty").mkdir()
+    torch.save(done.checkpoint("autoencoder.pt")["model"], tmp_path / "bare.pt")
     real, out = ("--real", scans["held"], "--generated"), ("--out", tmp_path / "x")
     for words in ([], [*real, scans["more"]], ["-c", "config.json"]):
         assert "-c and -e" in refused(*words), words
     for words, message in WRONG_GROUPS.items():
-        given = words.format(empty=tmp_path / "empty", **scans).split()
+        given = words.format(empty=tmp_path / "empty", bare=tmp_path / "bare.pt", **scans).split()
         assert message in refused(*real, *given, *out), words
     assert not (tmp_path / "x").exists()
-
-
-def test_an_autoencoder_of_weights_alone_is_not_enough(scans, done, tmp_path):
-    torch.save(done.checkpoint("autoencoder.pt")["model"], tmp_path / "bare.pt")
-    argv = named(scans["held"], scans["more"])
-    assert "weights alone" in refused(*argv, "--out", tmp_path / "x", "--autoencoder", tmp_path / "bare.pt")
 
 
 def test_volumes_are_not_kept(scans):

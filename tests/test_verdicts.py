@@ -219,6 +219,7 @@ def test_all_sides_have_one_size():
     for metric in (*table.kernel_metrics(groups, OWN)[:1], *table.tissue_metrics(groups)):
         assert metric.counts.startswith("12 on each side") and metric.difference
     halves = Comparison(groups.held_out, groups.generated, None, groups.degraded)
+    assert "the baseline compares their two halves" in halves.too_few(7)
     held_out, reference = (set(halves.sides[side][1]) for side in ("held_out", "reference"))
     assert len(held_out) == len(reference) == 6 and not held_out & reference
 
