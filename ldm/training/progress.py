@@ -220,8 +220,10 @@ class Progress:
         self.cases += [self.loader.dataset.cases[i].name for i in batch["index"]]
 
     def vote(self, *finite: torch.Tensor) -> torch.Tensor:
-        """Agree with the other ranks on this step; `finite` says of each optimiser's gradients whether they
-        are. See `ldm.training.guard.Guard` for what is returned and raised."""
+        """Agree with the other ranks on this step: 1 where it is skipped, else 0, on the device.
+
+        `finite` holds a flag for each optimiser: whether its gradients are. Raises as `Guard.read`.
+        """
         signalled, save = self.interruption.signal is not None, self.run.is_main and self.clock.wants_save
         gradients, clock = torch.stack(finite).all(), (self.clock.seconds, self.clock.step)
         skip = self.guard.vote(self.loss, gradients, signalled, save, *clock, self.cases)
@@ -229,7 +231,7 @@ class Progress:
         return skip
 
     def learning_rate(self) -> float:
-        """Of the step under way."""
+        """The learning rate of this step."""
         return learning_rate(self.section, self.run.world_size, self.share, self.clock.step, self.epoch)
 
     def end_step(self, terms: dict[str, torch.Tensor], optimizers: dict[str, Stepper]) -> None:
