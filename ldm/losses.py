@@ -55,7 +55,6 @@ def adversarial_loss(discriminator: nn.Module, reconstruction: torch.Tensor) -> 
     return least_squares(logits.float(), 1.0)
 
 
-MEDICALNET_DEPTHS = {"medicalnet_resnet10": 10, "medicalnet_resnet50": 50}
 UNTRAINED = object()  # instead of a file: random weights, for the memory forecast
 
 
@@ -63,7 +62,7 @@ class PerceptualLoss(nn.Module):
     """Distance of two volumes in the features of a frozen network, whose weights come from a local file.
 
     `squeeze`, `vgg`, `alex`: LPIPS (Zhang et al., 2018; package lpips) on slices of the three planes, summed
-    over the planes; volumes in [0, 1] are mapped to [-1, 1], the range that it was trained on.
+    over the planes.
     `medicalnet_*`: 3D features of MedicalNet (Chen et al., 2019), normalised over channels, squared
     difference.
 
@@ -91,7 +90,8 @@ class PerceptualLoss(nn.Module):
         try:
             state = None if weights is UNTRAINED else load_checkpoint(Path(weights))["model"]
             if self.is_3d:
-                self.network = medicalnet(MEDICALNET_DEPTHS[network], state, str(weights))
+                depth = int(network.removeprefix("medicalnet_resnet"))
+                self.network = medicalnet(depth, state, str(weights))
             else:
                 self.network = _lpips(network, state, str(weights))
         except UserError as error:
@@ -108,7 +108,8 @@ class PerceptualLoss(nn.Module):
         """(B, C, D, H, W) twice -> scalar. `generator` (CPU) draws the slices that are compared."""
         reconstruction, image = (x.float().flatten(0, 1).unsqueeze(1) for x in (reconstruction, image))
         if self.is_3d:
-            return (self._features(reconstruction) - self._features(image)).square().mean()
+            a, b = (unit_vectors(trunk(self.network, standardised(x))) for x in (reconstruction, image))
+            return (a - b).square().mean()
         total = reconstruction.new_zeros(())
         for axis in (2, 3, 4):
             a, b = (x.movedim(axis, 1).flatten(0, 1) for x in (reconstruction, image))
@@ -116,9 +117,6 @@ class PerceptualLoss(nn.Module):
             chosen = torch.randperm(len(a), generator=generator)[:count].to(a.device, non_blocking=True)
             total = total + lpips_distance(self.network, a[chosen], b[chosen]).mean()
         return total
-
-    def _features(self, x: torch.Tensor) -> torch.Tensor:
-        return unit_vectors(trunk(self.network, standardised(x)))
 
 
 def unit_vectors(features: torch.Tensor) -> torch.Tensor:
@@ -150,10 +148,8 @@ def missing_package(network: str) -> str | None:
     try:
         import lpips  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        return (
-            f"The network '{network}' needs the packages lpips and torchvision ({error}). Install them (pip "
-            "install lpips), or choose a medicalnet network."
-        )
+        what = f"The network '{network}' needs the packages lpips and torchvision ({error})."
+        return f"{what} Install them (pip install lpips), or choose a medicalnet network."
     return None
 
 
@@ -164,17 +160,13 @@ def _lpips(network: str, state: dict | None, where: str) -> nn.Module:
 
     # The linear layers come with the package, the weights of the trunk from the file.
     model = LPIPS(net=network, pnet_rand=True, pretrained=state is not None, verbose=False)
-    if state is None:
-        return model
-    state = plain_names(state)
+    state = plain_names(state or {})
     if any(name.startswith("features.") for name in state):
         # LPIPS cuts torchvision's `features` into slices and keeps each layer's number as its name.
+        state = {name.removeprefix("features."): value for name, value in state.items()}
         own = {name.partition(".")[2]: name for name in model.net.state_dict()}
-        trunk = {
-            own[key]: value for name, value in state.items() if (key := name.removeprefix("features.")) in own
-        }
-        load_weights(model.net, trunk, where)
-    else:
+        load_weights(model.net, {own[key]: state[key] for key in own.keys() & state}, where)
+    elif state:
         load_weights(model, state, where)
     return model
 
@@ -193,7 +185,7 @@ class AutoencoderLoss(nn.Module):
 
     def __init__(self, section: dict, perceptual_weights: str | None):
         super().__init__()
-        self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
+        self.recon, self.kl_weight = RECON_LOSSES[section["recon_loss"]], section["kl_weight"]
         weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
         self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
         self.perceptual = None
@@ -204,26 +196,18 @@ class AutoencoderLoss(nn.Module):
 
     def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
         """Terms by name, unweighted, and their weighted sum as "loss"."""
-        terms = self._distances(images, reconstruction, generator)
-        terms = {"recon_loss": terms.pop("recon_loss"), "kl_loss": kl_divergence(mean, std), **terms}
-        weights = {**self.weights, "kl_loss": self.section["kl_weight"]}
-        return {**terms, "loss": self._weighted(terms, weights)}
+        return self._terms(images, reconstruction, generator, {"kl_loss": kl_divergence(mean, std)})
 
     def held_out(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
-        """The terms that compare reconstructions with images, unweighted, and their weighted sum as "loss".
-        KL does not, and the adversarial term changes with its discriminator."""
-        terms = self._distances(images, reconstruction, generator)
-        return {**terms, "loss": self._weighted(terms, self.weights)}
+        """The same without KL, which does not compare reconstructions with images."""
+        return self._terms(images, reconstruction, generator, {})
 
-    def _distances(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
+    def _terms(self, images, reconstruction, generator, kl: dict) -> dict[str, torch.Tensor]:
         reconstruction = reconstruction.float()
-        terms = {"recon_loss": self.recon(reconstruction, images)}
+        terms = {"recon_loss": self.recon(reconstruction, images), **kl}
         if "gradient_loss" in self.weights:
             terms["gradient_loss"] = gradient_difference(reconstruction, images)
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
-        return terms
-
-    @staticmethod
-    def _weighted(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-        return sum(weights[name] * term for name, term in terms.items())
+        weights = {**self.weights, "kl_loss": self.kl_weight}
+        return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}

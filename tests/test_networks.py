@@ -1,6 +1,7 @@
 """Weights of other origins give the same numbers here; recomputed activations change none."""
 
 import argparse
+import contextlib
 import copy
 import pickle
 
@@ -30,32 +31,18 @@ from ldm.system.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
 
-AUTOENCODER = {
-    "spatial_dims": 3,
-    "in_channels": 1,
-    "out_channels": 1,
-    "latent_channels": 2,
-    "num_res_blocks": 1,
-    "norm_num_groups": 4,
-    "attention_levels": [False, True],
-    "with_encoder_nonlocal_attn": True,
-    "with_decoder_nonlocal_attn": True,
-}
-UNET = {
-    "spatial_dims": 3,
-    "in_channels": 2,
-    "out_channels": 2,
-    "num_res_blocks": 1,
-    "norm_num_groups": 4,
-    "attention_levels": [False, True],
-    "num_head_channels": [0, 4],
-}
+SMALL = {"spatial_dims": 3, "num_res_blocks": 1, "norm_num_groups": 4, "attention_levels": [False, True]}
+AUTOENCODER = SMALL | {"in_channels": 1, "out_channels": 1, "latent_channels": 2}
+AUTOENCODER |= {"with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True}
+UNET = SMALL | {"in_channels": 2, "out_channels": 2, "num_head_channels": [0, 4]}
 CROSS = {"with_conditioning": True, "cross_attention_dim": 3, "transformer_num_layers": 1}
 NEW = {"monai": "channels", "generative": "num_channels"}
+ARGUMENTS = {"AutoencoderKL": AUTOENCODER, "DiffusionModelUNet": UNET}
 
 
-def build(package: str, name: str, arguments: dict, seed: int = 0) -> nn.Module:
+def build(package: str, name: str, arguments: dict | None = None, seed: int = 0) -> nn.Module:
     """A tiny network whose every parameter is drawn, those too that start at zero."""
+    arguments = arguments or ARGUMENTS[name]
     definition = {"_target_": f"{package}.networks.nets.{name}", NEW[package]: [8, 8], **arguments}
     network = instantiate(definition, NETWORKS, "here").eval()
     generator = torch.Generator().manual_seed(seed)
@@ -84,26 +71,23 @@ def test_fused_attention_gives_what_the_matrix_gives(arguments):
         outputs.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
         network.zero_grad()
     assert attending(network)
-    torch.testing.assert_close(
-        outputs[0], outputs[2], rtol=1e-4, atol=1e-4 * float(outputs[2].detach().std())
-    )
-    torch.testing.assert_close(outputs[1], outputs[3], rtol=1e-3, atol=1e-4 * float(outputs[3].std()))
+    for one, other, rtol in ((outputs[0], outputs[2], 1e-4), (outputs[1], outputs[3], 1e-3)):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-4 * float(other.detach().std()))
 
 
-@pytest.mark.parametrize("name", ["DiffusionModelUNet", "AutoencoderKL"])
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_compiling_makes_one_graph_for_all_steps(name):
     """No break in the graph, and no compiling again for other values, times or weights."""
     torch._dynamo.reset()
-    arguments = UNET if name == "DiffusionModelUNet" else AUTOENCODER
-    network = build("monai", name, arguments).train()
+    network, is_unet = build("monai", name).train(), name == "DiffusionModelUNet"
     add_checkpointing(network)
-    network = network if arguments is UNET else Autoencoder(network)
+    network = network if is_unet else Autoencoder(network)
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     for step in range(3):
         x = numbers(1, 2, 4, 4, 4, seed=step)
-        if arguments is UNET:
+        if is_unet:
             output = compiled(x, timesteps=torch.tensor([1.0 + step]))
         else:
             output, _, _ = compiled(numbers(1, 1, 8, 8, 8, seed=step), x)
@@ -114,10 +98,9 @@ def test_compiling_makes_one_graph_for_all_steps(name):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", ["DiffusionModelUNet", "AutoencoderKL"])
-def test_group_norms_keep_half_precision_and_are_the_same_in_full(name):
-    network = build("monai", name, UNET if name == "DiffusionModelUNet" else AUTOENCODER)
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+def test_group_norms_keep_half_precision_and_are_the_same_in_full():
+    networks = nn.ModuleList([build("monai", name) for name in ARGUMENTS])
+    norms = [module for module in networks.modules() if isinstance(module, nn.GroupNorm)]
     assert norms and all(type(module) is GroupNorm for module in norms)
     x = 3 + 2 * numbers(2, 8, 4, 4, 4)
     groups = x.reshape(2, 4, -1)
@@ -159,23 +142,17 @@ def outputs(network: nn.Module, **conditions) -> torch.Tensor:
 
 @pytest.mark.parametrize("include_fc", [True, False])
 def test_autoencoder_of_monai_generative(include_fc):
-    old = build("generative", "AutoencoderKL", AUTOENCODER)
+    old = build("generative", "AutoencoderKL")
     new = build("monai", "AutoencoderKL", AUTOENCODER | {"include_fc": include_fc}, seed=1)
     assert not torch.allclose(outputs(old), outputs(new), atol=0.1)
     load_weights(new, old.state_dict(), "old.pt")
     assert (outputs(old) - outputs(new)).abs().max() < 1e-5 * outputs(old).abs().max()
 
 
-@pytest.mark.parametrize(
-    "options, include_fc",
-    [
-        ({}, True),
-        ({}, False),
-        ({"resblock_updown": True}, False),
-        ({"num_class_embeds": 3}, True),
-        (CROSS, True),
-    ],
-)
+OPTIONS = [({}, True), ({"resblock_updown": True}, False), ({"num_class_embeds": 3}, True), (CROSS, True)]
+
+
+@pytest.mark.parametrize("options, include_fc", OPTIONS)
 def test_unet_of_monai_generative(options, include_fc):
     own = {"include_fc": include_fc, "use_combined_linear": False}
     old = build("generative", "DiffusionModelUNet", UNET | options)
@@ -189,33 +166,21 @@ def test_unet_of_monai_generative(options, include_fc):
     assert (outputs(new, **given) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "name, old, own",
-    [
-        (
-            "AutoencoderKL",
-            AUTOENCODER | {"use_convtranspose": True},
-            {},
-        ),  # kernels of 3 voxels there, of 2 here
-        (
-            "DiffusionModelUNet",
-            UNET | CROSS,
-            {"include_fc": False},
-        ),  # a projection there that is missing here
-    ],
-)
+OTHERS = [
+    ("AutoencoderKL", AUTOENCODER | {"use_convtranspose": True}, {}),  # kernels of 3 voxels there, of 2 here
+    ("DiffusionModelUNet", UNET | CROSS, {"include_fc": False}),  # a projection there that is missing here
+]
+
+
+@pytest.mark.parametrize("name, old, own", OTHERS)
 def test_network_that_computes_something_else_is_refused(name, old, own):
     with pytest.raises(UserError, match=r"old\.pt: weights do not fit"):
         load_weights(build("monai", name, old | own), build("generative", name, old).state_dict(), "old.pt")
 
 
 def test_scheduler_of_monai_generative():
-    section = {
-        "num_train_timesteps": 100,
-        "schedule": "scaled_linear_beta",
-        "beta_start": 0.0015,
-        "beta_end": 0.0195,
-    }
+    section = {"num_train_timesteps": 100, "schedule": "scaled_linear_beta"}
+    section |= {"beta_start": 0.0015, "beta_end": 0.0195}
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 100, dtype=torch.float64) ** 2
     for prediction in ("epsilon", "v_prediction", "sample"):
         target = {"_target_": "generative.networks.schedulers.DDPMScheduler", "prediction_type": prediction}
@@ -229,9 +194,8 @@ def test_scheduler_of_monai_generative():
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "RFlowScheduler"])
 def test_scheduler_of_monai(name):
-    process = NoiseProcess.from_config(
-        {"_target_": f"monai.networks.schedulers.{name}", "num_train_timesteps": 50}
-    )
+    section = {"_target_": f"monai.networks.schedulers.{name}", "num_train_timesteps": 50}
+    process = NoiseProcess.from_config(section)
     assert process.is_flow == (name == "RFlowScheduler") and process.num_train_timesteps == 50
 
 
@@ -239,26 +203,26 @@ def test_scheduler_of_monai(name):
 
 
 def test_prefixes_of_wrappers_are_stripped():
-    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    network = build("monai", "AutoencoderKL")
     state = network.state_dict()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         wrapped = {prefix + name: value for name, value in state.items()}
         assert set(plain_names(wrapped)) == set(state)
-        other = build("monai", "AutoencoderKL", AUTOENCODER, seed=1)
+        other = build("monai", "AutoencoderKL", seed=1)
         load_weights(other, wrapped, "wrapped.pt")
         assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     assert set(plain_names({"module.a": 1, "b": 2})) == {"module.a", "b"}  # not a wrapper's
 
 
 def test_weights_that_do_not_fit():
-    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    network = build("monai", "AutoencoderKL")
     before, name = copy.deepcopy(network.state_dict()), "quant_conv_mu.conv.weight"
     faults = {
         rf"1 missing \({name}\)": {k: v for k, v in before.items() if k != name},
         r"1 unknown \(zzz\)": before | {"zzz": torch.zeros(1)},
         rf"1 of another shape \({name}\)": before | {name: torch.zeros(3)},
         r"\d+ missing \(decoder\.": {k: v for k, v in before.items() if not k.startswith("decoder.")},
-        r"\d+ missing \(.*\d+ unknown": build("generative", "DiffusionModelUNet", UNET).state_dict(),
+        r"\d+ missing \(.*\d+ unknown": build("generative", "DiffusionModelUNet").state_dict(),
     }
     for message, state in faults.items():
         changed = {k: torch.zeros_like(v) for k, v in state.items()}
@@ -270,13 +234,6 @@ def test_weights_that_do_not_fit():
 # ---- files of others
 
 
-def optimizer_of(network: nn.Module) -> dict:
-    optimizer = torch.optim.Adam(network.parameters())
-    sum(parameter.sum() for parameter in network.parameters()).backward()
-    optimizer.step()
-    return optimizer.state_dict()
-
-
 def below(prefix: str, network: nn.Module) -> dict:
     return {prefix + name: value for name, value in network.state_dict().items()}
 
@@ -285,57 +242,38 @@ def files_of_others(autoencoder: nn.Module, unet: nn.Module, discriminator: nn.M
     """What MAISI's and Lightning's scripts save, and others."""
     maisi = {"epoch": 3, "loss": torch.tensor(0.1), "num_train_timesteps": 1000}
     lightning = {"epoch": 3, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 1e-4}}
-    lightning["optimizer_states"] = [optimizer_of(discriminator)]
-    states = {
-        "unet": unet.state_dict(),
-        "autoencoder": autoencoder.state_dict(),
-        "discriminator": discriminator.state_dict(),
-    }
+    like = {name: torch.zeros_like(value) for name, value in discriminator.named_parameters()}
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": value} for i, value in enumerate(like.values())}
+    lightning["optimizer_states"] = [{"state": moments, "param_groups": [{"lr": 1e-4, "params": [0, 1]}]}]
+    networks = {"unet": unet, "autoencoder": autoencoder, "discriminator": discriminator}
+    states = {name: network.state_dict() for name, network in networks.items()}
+    kl = states["autoencoder"]
+    together = below("autoencoder.", autoencoder) | below("unet.module.", unet)
     return {
         "MAISI": {**maisi, "unet_state_dict": states["unet"], "scale_factor": torch.tensor(0.75)},
         "MAISI, its autoencoder": {"unet_state_dict": states["autoencoder"]},
         "MAISI, its autoencoder, later": {"epoch": 3, "autoencoder_state_dict": states["autoencoder"]},
-        "with a discriminator": {
-            "state_dict": states["autoencoder"],
-            "discriminator": states["discriminator"],
-        },
+        "with a discriminator": {"state_dict": kl, "discriminator": states["discriminator"]},
         "both": {f"{name}_state_dict": state for name, state in states.items()},
         "DDP": {"model": below("module.", unet)},
         "Lightning, one network": {**lightning, "state_dict": below("model.", autoencoder)},
         "Lightning, compiled": {**lightning, "state_dict": below("net._orig_mod.", unet)},
-        "Lightning, all": {
-            **lightning,
-            "state_dict": {
-                **below("autoencoder.", autoencoder),
-                **below("unet.module.", unet),
-                **below("discriminator.", discriminator),
-            },
-        },
+        "Lightning, all": {**lightning, "state_dict": together | below("discriminator.", discriminator)},
     }
 
 
 def test_files_of_others_are_read(tmp_path):
     """With the network's own weights, and MAISI's scale factor, which is a tensor, as a number."""
-    autoencoder, unet = (
-        build("monai", "AutoencoderKL", AUTOENCODER),
-        build("monai", "DiffusionModelUNet", UNET),
-    )
+    networks = {"autoencoder": build("monai", "AutoencoderKL"), "unet": build("monai", "DiffusionModelUNet")}
     discriminator = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 1, 3))
-    read = []
-    for name, content in files_of_others(autoencoder, unet, discriminator).items():
+    lacking = {"autoencoder": ["MAISI", "DDP", "Lightning, compiled"], "unet": ["with a discriminator"]}
+    lacking["unet"] += ["MAISI, its autoencoder", "MAISI, its autoencoder, later", "Lightning, one network"]
+    for name, content in files_of_others(*networks.values(), discriminator).items():
         torch.save(content, tmp_path / "others.pt")
-        for role, network, fits in (
-            ("autoencoder", autoencoder, not {"MAISI", "DDP", "Lightning, compiled"} & {name}),
-            (
-                "unet",
-                unet,
-                not ("its autoencoder" in name or name in ("with a discriminator", "Lightning, one network")),
-            ),
-        ):
-            kind = type(network).__name__
-            other = build("monai", kind, AUTOENCODER if role == "autoencoder" else UNET, seed=1)
+        for role, network in networks.items():
+            other = build("monai", type(network).__name__, seed=1)
             found = load_checkpoint(tmp_path / "others.pt", role)
-            if not fits:
+            if name in lacking[role]:
                 with pytest.raises(UserError, match="do not fit"):
                     load_weights(other, found["model"], "others.pt")
                 continue
@@ -343,28 +281,21 @@ def test_files_of_others_are_read(tmp_path):
             weights = network.state_dict()
             assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
             assert found.get("scale_factor") == (0.75 if name == "MAISI" else None)
-            read.append((name, role))
-    assert len(read) == 11
 
 
 def test_which_of_several_networks_is_meant_is_asked(tmp_path):
-    network = build("monai", "AutoencoderKL", AUTOENCODER)
+    network = build("monai", "AutoencoderKL")
     state, path = network.state_dict(), tmp_path / "two.pt"
-    torch.save({"generator": state, "teacher": state}, path)
-    with pytest.raises(UserError, match=r"two\.pt: holds several networks \(generator, teacher\)\. Save"):
-        load_checkpoint(path)
-    torch.save({"vae": state, "vae_ema": state}, path)
-    with pytest.raises(UserError, match=r"two\.pt: holds several networks \(vae, vae_ema\)\. Save"):
-        load_checkpoint(path, "autoencoder")
-    with pytest.raises(
-        UserError, match=r"two\.pt: holds several networks of this kind \(net\., ema\.\)\. Save"
-    ):
-        load_weights(network, {**below("net.", network), **below("ema.", network)}, "two.pt")
+    for names, role in ((("generator", "teacher"), None), (("vae", "vae_ema"), "autoencoder")):
+        torch.save(dict.fromkeys(names, state), path)
+        with pytest.raises(UserError, match=rf"two\.pt: holds several networks \({', '.join(names)}\)\. Sa"):
+            load_checkpoint(path, *([role] if role else []))
+    both = below("net.", network) | below("ema.", network)
+    with pytest.raises(UserError, match=r"two\.pt: holds several networks of this kind \(net\., ema\.\)\. S"):
+        load_weights(network, both, "two.pt")
     for factor in (torch.tensor(0.0), torch.ones(2), "x"):
         torch.save({"state_dict": state, "scale_factor": factor}, path)
-        with pytest.raises(
-            UserError, match=r"two\.pt: scale_factor: expected a number from 1e-09 to .*, found"
-        ):
+        with pytest.raises(UserError, match=r"two\.pt: scale_factor: expected a number from 1e-09 to .*, f"):
             load_checkpoint(path)
 
 
@@ -389,12 +320,8 @@ def test_no_file_brings_torchs_advice_to_the_user(tmp_path, recwarn):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": argparse.Namespace()}))
     (tmp_path / "empty.pt").touch()
     recwarn.clear()
-    for name, words in {
-        "program": "TorchScript",
-        "page": "damaged",
-        "plain": "damaged",
-        "empty": "EOF",
-    }.items():
+    cases = {"program": "TorchScript", "page": "damaged", "plain": "damaged", "empty": "EOF"}
+    for name, words in cases.items():
         with pytest.raises(UserError, match=rf"{name}\.pt: .*{words}") as error:
             load_checkpoint(tmp_path / f"{name}.pt")
         assert "weights_only" not in str(error.value)
@@ -405,9 +332,9 @@ def test_no_file_brings_torchs_advice_to_the_user(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("package", ["monai", "generative"])
-@pytest.mark.parametrize("name, arguments", [("AutoencoderKL", AUTOENCODER), ("DiffusionModelUNet", UNET)])
-def test_checkpointing_changes_no_number(package, name, arguments):
-    plain, recomputing = (build(package, name, arguments) for _ in range(2))
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_checkpointing_changes_no_number(package, name):
+    plain, recomputing = (build(package, name) for _ in range(2))
     add_checkpointing(recomputing)
     assert list(recomputing.state_dict()) == list(plain.state_dict())
     kept = []
@@ -425,7 +352,7 @@ def test_checkpointing_changes_no_number(package, name, arguments):
             assert b.grad is None and ".proj_attn." in key
         else:
             assert (a.grad - b.grad).abs().max() <= 1e-6 * max(1, a.grad.abs().max()), key
-    load_weights(build(package, name, arguments, seed=1), recomputing.state_dict(), "recomputing.pt")
+    load_weights(build(package, name, seed=1), recomputing.state_dict(), "recomputing.pt")
 
 
 # ---- parameters that no loss reaches
@@ -442,16 +369,14 @@ def test_parameters_that_no_loss_reaches_are_frozen(recomputing):
     images, latents = (torch.empty(1, channels, 8, 8, 8, device="meta") for channels in (1, 2))
     times = torch.zeros(1, device="meta")
     for package, count in (("generative", 8), ("monai", 0)):
-        encoder = Autoencoder(build(package, "AutoencoderKL", AUTOENCODER))
+        encoder = Autoencoder(build(package, "AutoencoderKL"))
         unet = build(package, "DiffusionModelUNet", UNET | {"num_class_embeds": 3})
         for network in (encoder.network, unet) if recomputing else ():
             add_checkpointing(network)
         before = copy.deepcopy(encoder.state_dict() | unet.state_dict())
         labels = torch.zeros(1, dtype=torch.long, device="meta")
-        found = (
-            frozen(encoder, images, 0.0),
-            frozen(unet, latents, timesteps=times, class_labels=labels),
-        )
+        of_unet = frozen(unet, latents, timesteps=times, class_labels=labels)
+        found = frozen(encoder, images, 0.0), of_unet
         assert [len(names) for names in found] == [count] * 2
         assert all(".proj_attn." in name for names in found for name in names)
         after = encoder.state_dict() | unet.state_dict()
@@ -482,55 +407,41 @@ def networks_of(dims: int = 3, **unet) -> dict:
     }
 
 
+MAISI_INPUTS = {"spacing_tensor", "top_region_index_tensor", "bottom_region_index_tensor"}
+NEEDED = [
+    ({}, set()),
+    ({**CROSS, "num_class_embeds": 3, "in_channels": 3}, {"class_labels", "context", "channels"}),
+    ({**MAISI_UNET, **REGIONS, "num_class_embeds": 2}, {"class_labels", *MAISI_INPUTS}),
+]
+
+
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(
-    "unet, expected",
-    [
-        ({}, set()),
-        ({"num_class_embeds": 3}, {"class_labels"}),
-        (CROSS, {"context"}),
-        ({"in_channels": 5}, {"channels"}),
-        (
-            {**CROSS, "num_class_embeds": 3, "in_channels": 3},
-            {"class_labels", "context", "channels"},
-        ),
-        (MAISI_UNET, {"spacing_tensor"}),
-        (
-            {**MAISI_UNET, **REGIONS, "num_class_embeds": 2},
-            {"class_labels", "spacing_tensor", "top_region_index_tensor", "bottom_region_index_tensor"},
-        ),
-    ],
-)
+@pytest.mark.parametrize("unet, expected", NEEDED)
 def test_networks_with_conditions_pass_the_check(dims, unet, expected):
     """Trained with its conditions, no layer of such a network is frozen, the embeddings included."""
     config = networks_of(dims, **unet)
     check_networks(config)
-    definition = config["diffusion_def"]
-    cond = example_cond(definition, 1, [4] * dims)
-    assert cond.keys() == expected
-    inputs, _ = small_input(config, "diffusion_def"), cond.pop("channels", None)
+    definition, inputs = config["diffusion_def"], small_input(config, "diffusion_def")
     with torch.device("meta"):
-        call = {"timesteps": torch.zeros(1), **example_cond(definition, 1, inputs.shape[2:])}
-        call.pop("channels", None)
+        cond = example_cond(definition, 1, inputs.shape[2:])
+        assert cond.keys() == expected
+        cond.pop("channels", None)
         network = instantiate(definition, NETWORKS, "here")
-        assert not frozen(network, inputs, **call)
+        assert not frozen(network, inputs, timesteps=torch.zeros(1), **cond)
 
 
-@pytest.mark.parametrize(
-    "unet, message",
-    [
-        ({"in_channels": 1}, r"diffusion_def: it cannot be used with the autoencoder's latents"),
-        (
-            {"in_channels": 3, "out_channels": 3},
-            r"diffusion_def\.out_channels: expected 2, as many as .* have, found 3\.",
-        ),
-        ({"spatial_dims": 2}, r"diffusion_def\.spatial_dims: expected 3, found 2\."),
-        ({"channels": [8] * 10}, r"diffusion_def: 10 levels are too many\."),
-        ({"num_class_embeds": -1}, r"diffusion_def\.num_class_embeds: expected whole numbers from 0"),
-    ],
-)
+MISFITS = [
+    ({"in_channels": 1}, ": it cannot be used with the autoencoder's latents"),
+    ({"in_channels": 3, "out_channels": 3}, r"\.out_channels: expected 2, as many as .* have, found 3\."),
+    ({"spatial_dims": 2}, r"\.spatial_dims: expected 3, found 2\."),
+    ({"channels": [8] * 10}, r": 10 levels are too many\."),
+    ({"num_class_embeds": -1}, r"\.num_class_embeds: expected whole numbers from 0"),
+]
+
+
+@pytest.mark.parametrize("unet, message", MISFITS)
 def test_networks_that_do_not_fit_are_named(unet, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"diffusion_def{message}"):
         check_networks(networks_of(**unet))
 
 
@@ -580,11 +491,9 @@ def test_patch_too_small_for_the_discriminator_is_found_beforehand(layers, norm)
     for side in range(4, 33, 4):
         try:
             discriminator(numbers(1, 1, side, side, side))
-            works = True
         except (RuntimeError, ValueError):
-            works = False
-        if works:
-            check_discriminator_size(discriminator, [40, side, 36], "here")
+            refused = pytest.raises(UserError, match=rf"here: \[40, {side}, 36\] is too small")
         else:
-            with pytest.raises(UserError, match=rf"here: \[40, {side}, 36\] is too small"):
-                check_discriminator_size(discriminator, [40, side, 36], "here")
+            refused = contextlib.nullcontext()
+        with refused:
+            check_discriminator_size(discriminator, [40, side, 36], "here")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -62,69 +63,71 @@ def project(begun, tmp_path) -> Project:
 def planted(script, source: str, *numbers: int):
     """NaN in these training batches, counted from 1. Yields what happens meanwhile: `cases`, whose batch each
     was; `losses`, the true loss of each; `steps`, for each optimiser and step whether it was masked and what
-    changed in it."""
-    seen = {"cases": [], "losses": [], "steps": [], "averages": []}
-    real = {name: getattr(Stepper, name) for name in ("backward", "step")}
-
-    def due() -> bool:
-        return len(seen["losses"]) in numbers
-
-    def diffusion_loss(*args):
-        loss = real_loss(*args)
-        seen["losses"].append(float(loss.detach()))
-        return loss * NAN if source == "loss" and due() else loss
-
-    def autoencoder_loss(self, *args):
-        terms = real_loss(self, *args)
-        seen["losses"].append(float(terms["recon_loss"].detach()))
-        if source == "loss" and due():
-            terms |= {"recon_loss": terms["recon_loss"] * NAN, "loss": terms["loss"] * NAN}
-        return terms
-
-    def discriminator_loss(*args):
-        loss = real_judge(*args)
-        return loss * NAN if source == "discriminator's loss" and due() else loss
-
-    def backward(self, loss):
-        if source != "gradient":
-            return real["backward"](self, loss)
-        # One number of one parameter; in stage 1 the discriminator's backward has one of its own.
-        spoil = self.parameters[0].register_hook(lambda g: torch.where(g == g.max(), NAN, g) if due() else g)
-        real["backward"](self, loss)
-        return spoil.remove()
-
-    def step(self, rate, masked):
-        before = copy.deepcopy((list(self.parameters), self.optimizer.state_dict()["state"]))
-        real["step"](self, rate, masked)
-        after = (list(self.parameters), self.optimizer.state_dict()["state"])
-        seen["steps"].append((bool(masked), differences(before, after)))
-        seen["averages"].append([copy.deepcopy(average.state_dict()) for average in averages])
-
-    def note_cases(self, terms, batch):
-        seen["cases"].append([self.loader.dataset.cases[i].name for i in batch["index"]])
-        real_note(self, terms, batch)
-
-    def make_ema(*args):
-        averages.append(real_ema(*args))
-        return averages[-1]
-
+    changed in it; `averages`, the averaged weights before each step and at the end."""
+    seen, averages = {"cases": [], "losses": [], "steps": [], "averages": []}, []
     module = autoencoder if script is train_autoencoder else diffusion
-    averages, real_note, real_ema = [], Progress.add, module.make_ema
+
+    def now(kind: str) -> bool:
+        return kind == source and len(seen["losses"]) in numbers
+
     with pytest.MonkeyPatch.context() as patch:
+
+        def wrap(owner, name: str):
+            """Replace a function by one that takes the function itself before its arguments."""
+
+            def replace(wrapper):
+                real = getattr(owner, name)
+                patch.setattr(owner, name, lambda *args: wrapper(real, *args))
+
+            return replace
+
         if script is train_diffusion:
-            real_loss = train_diffusion.diffusion_loss
-            patch.setattr(train_diffusion, "diffusion_loss", diffusion_loss)
+
+            @wrap(train_diffusion, "diffusion_loss")
+            def _(real, *args):
+                loss = real(*args)
+                seen["losses"].append(float(loss.detach()))
+                return loss * NAN if now("loss") else loss
+
         else:
-            real_loss, real_judge = (
-                AutoencoderLoss.forward,
-                train_autoencoder.discriminator_loss,
-            )
-            patch.setattr(AutoencoderLoss, "forward", autoencoder_loss)
-            patch.setattr(train_autoencoder, "discriminator_loss", discriminator_loss)
-        patch.setattr(Stepper, "backward", backward)
-        patch.setattr(Stepper, "step", step)
-        patch.setattr(Progress, "add", note_cases)
-        patch.setattr(module, "make_ema", make_ema)
+
+            @wrap(AutoencoderLoss, "forward")
+            def _(real, *args):
+                terms = real(*args)
+                seen["losses"].append(float(terms["recon_loss"].detach()))
+                spoilt = ("recon_loss", "loss") if now("loss") else ()
+                return terms | {name: terms[name] * NAN for name in spoilt}
+
+            @wrap(train_autoencoder, "discriminator_loss")
+            def _(real, *args):
+                return real(*args) * (NAN if now("discriminator's loss") else 1)
+
+        @wrap(Stepper, "backward")
+        def _(real, self, loss):
+            # One number of one parameter; in stage 1 the discriminator's backward has one of its own.
+            spoil = lambda g: torch.where(g == g.max(), NAN, g) if now("gradient") else g  # noqa: E731
+            hook = self.parameters[0].register_hook(spoil)
+            real(self, loss)
+            hook.remove()
+
+        @wrap(Stepper, "step")
+        def _(real, self, rate, masked):
+            before = copy.deepcopy((list(self.parameters), self.optimizer.state_dict()["state"]))
+            real(self, rate, masked)
+            after = (list(self.parameters), self.optimizer.state_dict()["state"])
+            seen["steps"].append((bool(masked), differences(before, after)))
+            seen["averages"].append([copy.deepcopy(average.state_dict()) for average in averages])
+
+        @wrap(Progress, "add")
+        def _(real, self, terms, batch):
+            seen["cases"].append([self.loader.dataset.cases[i].name for i in batch["index"]])
+            real(self, terms, batch)
+
+        @wrap(module, "make_ema")
+        def _(real, *args):
+            averages.append(real(*args))
+            return averages[-1]
+
         yield seen
         seen["averages"].append([average.state_dict() for average in averages])
 
@@ -176,22 +179,17 @@ def test_promise_10_steps_may_be_passed_over_up_to_a_number(project, tmp_path, s
     assert said.count("warning: ") == 2
 
     # By hand: leave out the same steps of optimisers and averages, with all numbers finite.
-    real_step, calls = Stepper.step, []
-    steppers = 2 if script is train_autoencoder else 1
-    real_average = EMA.update
+    real_step, real_average = Stepper.step, EMA.update
+    calls, averaged, steppers = itertools.count(), itertools.count(), 1 + (script is train_autoencoder)
 
     def step(self, rate, masked):
-        calls.append(1)
-        if (len(calls) - 1) // steppers in (0, 2):
+        if next(calls) // steppers in (0, 2):
             self.optimizer.param_groups[0]["lr"] = rate
             return self.optimizer.zero_grad()
         return real_step(self, rate, masked)
 
-    averaged = []
-
     def update(self, *args):
-        averaged.append(1)
-        if len(averaged) in (2, 4):
+        if next(averaged) in (1, 3):
             real_average(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -222,14 +220,13 @@ def test_promise_10_the_count_survives_a_kill_in_the_middle_of_an_epoch(project,
     """Passed over at step 5, saved, killed at step 8 and gone on with: step 7 would be the second."""
     allowed = ["--no-amp", "--set", "diffusion_train.max_nonfinite_steps=1"]
     allowed += ["--set", "diffusion_train.save_minutes=0"]
-    real, calls = torch.optim.Adam.step, []
+    real, calls = torch.optim.Adam.step, itertools.count(1)
 
     class PowerCut(BaseException):
         pass
 
     def step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
+        if next(calls) == 4:
             raise PowerCut
         return real(self, *args, **kwargs)
 
@@ -249,10 +246,9 @@ def test_promise_10_with_accumulation_the_whole_step_is_masked(project):
     accumulate = ("--fresh", "--no-amp", "--set", "diffusion_train.accumulate_steps=2")
     with planted(train_diffusion, "loss", 3) as seen:
         message = project.refused(train_diffusion, *accumulate, code=1)
-    assert "step 2: the loss is not finite" in message
-    assert f"(rank 0: {seen['cases'][2][0]}, {seen['cases'][3][0]})" in message
-    assert [masked for masked, _ in seen["steps"]] == [False, True]
-    assert seen["steps"][0][1] and not seen["steps"][1][1]
+    where = f"(rank 0: {seen['cases'][2][0]}, {seen['cases'][3][0]})"
+    assert f"step 2: the loss is not finite {where}" in message
+    assert [(masked, bool(changes)) for masked, changes in seen["steps"]] == [(False, True), (True, False)]
 
 
 def test_promise_10_in_the_last_step_of_a_run(project):
@@ -294,48 +290,42 @@ def test_promise_10_an_epoch_without_a_finite_step(project):
 
 def test_the_decision_is_read_a_step_later(project, monkeypatch):
     """At each step: reduce, read the one before, step, average. After the last: read it."""
-    order = []
+    order, methods = [], [(Guard, Guard.vote), (Guard, Guard.read), (Stepper, Stepper.step)]
+    for owner, real in (*methods, (EMA, EMA.update), (Progress, Progress.end_epoch)):
 
-    def note(owner, name, what):
-        real = getattr(owner, name)
-
-        def noted(self, *args, **kwargs):
-            order.append(what)
+        def noted(self, *args, real=real, **kwargs):
+            order.append(real.__name__)
             return real(self, *args, **kwargs)
 
-        monkeypatch.setattr(owner, name, noted)
-
-    note(Guard, "vote", "vote")
-    note(Guard, "read", "read")
-    note(EMA, "update", "average")
-    note(Stepper, "step", "step")
-    note(Progress, "end_epoch", "end")
+        monkeypatch.setattr(owner, real.__name__, noted)
     project.run(train_diffusion, "--no-amp")
     # The end of epoch 0, at which the checkpoint stands, comes again first.
-    assert order[:2] == ["end", "read"]
-    assert order[2:-3] == ["vote", "read", "step", "average"] * 4
-    assert order[-3:] == ["end", "read", "read"]  # before the epoch's line, and before the save
+    assert order[:2] == ["end_epoch", "read"]
+    assert order[2:-3] == ["vote", "read", "step", "update"] * 4
+    assert order[-3:] == ["end_epoch", "read", "read"]  # before the epoch's line, and before the save
 
 
-def guard(allowed: int = 0, printed: list | None = None) -> Guard:
+def guard(allowed: int = 0, say=print) -> Guard:
     """The guard of one process."""
-    return Guard(1, lambda value: [value], allowed, 0.0, 0, (printed if printed is not None else []).append)
+    return Guard(1, lambda value: [value], allowed, 0.0, 0, say)
+
+
+def vote(watched: Guard, loss: torch.Tensor, finite: torch.Tensor, step: int, *cases: str) -> torch.Tensor:
+    """Its vote at a step at which nothing else happens."""
+    return watched.vote(loss, finite, False, False, 0.0, step, list(cases or "a"))
 
 
 def test_nothing_on_the_device_is_waited_for():
     """On tensors without values whoever asks for one is found out; three steps pass, the reading does not."""
     with FakeTensorMode():
         network = nn.Linear(3, 3)
-        stepper, watched, means = (
-            Stepper(network, SECTION | {"clip_grad_norm": 1.0}, None),
-            guard(),
-            EpochMeans({}),
-        )
+        stepper = Stepper(network, SECTION | {"clip_grad_norm": 1.0}, None)
+        watched, means = guard(), EpochMeans({})
         for number in range(3):
             loss = network(torch.randn(2, 3)).square().mean()
             stepper.backward(loss)
             means.add({"loss": loss})
-            masked = watched.vote(loss, stepper.clip(), False, False, 1.0, number, ["a"])
+            masked = vote(watched, loss, stepper.clip(), number)
             stepper.step(1e-2, masked)
         with pytest.raises(DataDependentOutputException):
             watched.read()
@@ -343,15 +333,15 @@ def test_nothing_on_the_device_is_waited_for():
 
 def test_a_guard_reads_all_but_the_newest():
     printed = []
-    watched = guard(1, printed)
+    watched = guard(1, printed.append)
     for number, loss in enumerate([1.0, NAN, 1.0]):
-        masked = watched.vote(torch.tensor(loss), torch.tensor(True), False, False, 2.0, number, ["a"])
+        masked = vote(watched, torch.tensor(loss), torch.tensor(True), number)
         assert float(masked) == math.isnan(loss)
         watched.read()
         assert len(printed) == [0, 0, 1][number]
     watched.read(all_steps=True)
     assert (watched.skipped, len(watched.pending)) == (1, 0)
-    watched.vote(torch.tensor(math.inf), torch.tensor(True), False, False, 3.0, 3, ["b", "c"])
+    vote(watched, torch.tensor(math.inf), torch.tensor(True), 3, "b", "c")
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is not finite \(rank 0: b, c\)"):
         watched.read(all_steps=True)
 
@@ -376,7 +366,7 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
     for halvings in range(16):
         loss = backward(True)
         assert stepper.scaler.get_scale() == 2 ** (16 - halvings)
-        masked = watched.vote(loss, stepper.clip(), False, False, 0.0, halvings, ["a"])
+        masked = vote(watched, loss, stepper.clip(), halvings)
         assert masked == 0
         stepper.step(1e-2, masked)
         assert not differences(network.state_dict(), weights)
@@ -392,7 +382,7 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
 
     # With nothing left to lower, it is a fault.
     loss = backward(True)
-    watched.vote(loss, stepper.clip(), False, False, 0.0, 17, ["a"])
+    vote(watched, loss, stepper.clip(), 17)
     with pytest.raises(FloatingPointError, match="step 18: the gradient is not finite"):
         watched.read(all_steps=True)
 
@@ -404,7 +394,7 @@ def test_promise_10_an_fp16_loss_that_is_not_finite_is_a_fault_at_once():
     before = copy.deepcopy(network.state_dict())
     loss = network(torch.ones(1, 2)).mean() * NAN
     stepper.backward(loss)
-    masked = watched.vote(loss, stepper.clip(), False, False, 0.0, 0, ["a"])
+    masked = vote(watched, loss, stepper.clip(), 0)
     stepper.step(1e-2, masked)
     assert masked == 1
     assert not differences(before, network.state_dict())
@@ -422,10 +412,8 @@ def test_the_mask_alone_holds_back_a_finite_step():
         stepper.backward(network(torch.ones(1, 2)).square().mean())
         assert stepper.clip()
         stepper.step(1e-2, torch.tensor(masked, dtype=torch.float64))
-        assert (
-            bool(differences(before, (network.state_dict(), stepper.optimizer.state_dict()["state"])))
-            != masked
-        )
+        after = network.state_dict(), stepper.optimizer.state_dict()["state"]
+        assert bool(differences(before, after)) != masked
         assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -435,10 +423,7 @@ def test_epoch_means_leave_out_what_is_not_finite():
     for loss, other in ((2.0, NAN), (math.inf, 3.0), (NAN, 5.0)):
         means.add({"loss": torch.tensor(loss), "other": torch.tensor(other)})
     totals = means.totals(lambda pair: pair)
-    assert {name: pair.tolist() for name, pair in totals.items()} == {
-        "loss": [12.0, 5.0],
-        "other": [8.0, 2.0],
-    }
+    assert {key: pair.tolist() for key, pair in totals.items()} == {"loss": [12, 5], "other": [8, 2]}
 
 
 # ---------------------------------------------------------------- two processes
@@ -503,33 +488,25 @@ def test_promise_10_nan_on_rank_1_only(begun, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     more = ["--no-amp", "--set", "autoencoder_train.max_nonfinite_steps=1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path), *project.argv(*more)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command += [str(tmp_path / "worker.py"), str(tmp_path), *project.argv(*more)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    options = {"cwd": ROOT, "env": environment, "timeout": 300}
+    process = subprocess.run(command, capture_output=True, text=True, **options)
     printed = process.stdout + process.stderr
     assert process.returncode == 1, printed
     first, second = (torch.load(tmp_path / f"held_{rank}.pt", weights_only=True) for rank in (0, 1))
     # Stage 1: 2 steps an epoch, the third of four masked, for both optimisers, on both ranks.
     due = [[False, True]] * 4 + [[True, False]] * 2 + [[False, True]] * 2
     assert first["train_autoencoder"]["steps"] == second["train_autoencoder"]["steps"] == due
-    case = {script: second[script]["cases"][2][0] for script in ("train_autoencoder", "train_diffusion")}
-    warning = (
-        f"step 3: the gradient is not finite (rank 0: {first['train_autoencoder']['cases'][2][0]}; rank 1: "
-    )
-    assert f"{warning}{case['train_autoencoder']}); the step is skipped (1 of 1)" in printed
+    of_rank_0, of_rank_1 = (held["train_autoencoder"]["cases"][2][0] for held in (first, second))
+    warning = f"step 3: the gradient is not finite (rank 0: {of_rank_0}; rank 1: {of_rank_1})"
+    assert f"{warning}; the step is skipped (1 of 1)" in printed
     assert not differences(first["autoencoder"], second["autoencoder"])
     # Stage 2: the third step ends it.
     due = [[False, True]] * 2 + [[True, False]]
     assert first["train_diffusion"]["steps"] == second["train_diffusion"]["steps"] == due
     assert not differences(first["diffusion"], second["diffusion"])
-    message = (
-        f"error: step 3: the loss is not finite (rank 1: {case['train_diffusion']}). No weight was changed."
-    )
+    case = second["train_diffusion"]["cases"][2][0]
+    message = f"error: step 3: the loss is not finite (rank 1: {case}). No weight was changed."
     assert printed.count(message) == printed.count("error: ") == 1, printed

@@ -13,9 +13,8 @@ class LazyVolume(torch.Tensor):
 
     @staticmethod
     def __new__(cls, node: Node):
-        volume = torch.Tensor._make_wrapper_subclass(
-            cls, (1, *node.size), dtype=node.dtype, device=node.run.device
-        )
+        like = {"dtype": node.dtype, "device": node.run.device}
+        volume = torch.Tensor._make_wrapper_subclass(cls, (1, *node.size), **like)
         volume.node = node
         return volume
 
@@ -76,10 +75,10 @@ def _whole(value):
 
 def _pointwise(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
     """An operation of `POINTWISE` on volumes of one grid, numbers, and tensors of a single voxel."""
-    flat = [*args[0]] if isinstance(args[0], (list, tuple)) else [*args]
-    run = next(one.node.run for one in flat if isinstance(one, LazyVolume))
-    grid = next(one.shape[2:] for one in flat if isinstance(one, LazyVolume))
-    nodes = {}
+    listed = isinstance(args[0], (list, tuple))
+    flat, nodes = list(args[0] if listed else args), {}
+    first = next(one for one in flat if isinstance(one, LazyVolume))
+    run, grid = first.node.run, first.shape[2:]
     for i, one in enumerate(flat):
         if not isinstance(one, torch.Tensor):
             continue
@@ -95,19 +94,14 @@ def _pointwise(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
         new = list(flat)
         for i, tensor in zip(nodes, tensors, strict=True):
             new[i] = tensor
-        return func(new, *args[1:], **kwargs) if isinstance(args[0], (list, tuple)) else func(*new, **kwargs)
+        return func(new, *args[1:], **kwargs) if listed else func(*new, **kwargs)
 
     probe = apply([_probe(node) for node in nodes.values()])
     if probe.shape[2:] != (2, 1, 1):
         return None
-    return Node(
-        run,
-        (probe.shape[1], *grid),
-        probe.dtype,
-        list(nodes.values()),
-        needs=lambda a, b: [(a, b)] * len(nodes),
-        compute=lambda tensors, a, b: apply(tensors),
-    )
+    size, inputs = (probe.shape[1], *grid), list(nodes.values())
+    needs, compute = lambda a, b: [(a, b)] * len(inputs), lambda tensors, a, b: apply(tensors)
+    return Node(run, size, probe.dtype, inputs, needs, compute)
 
 
 def _probe(node: Node) -> torch.Tensor:
@@ -135,14 +129,11 @@ def _group_norm(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
     if bias is not None:
         shift = shift + bias
     scale, shift = (one.to(exact)[:, None, None, None] for one in (scale, shift))
-    return Node(
-        node.run,
-        node.size,
-        dtype,
-        [node],
-        needs=lambda a, b: [(a, b)],
-        compute=lambda tensors, a, b: torch.addcmul(shift, tensors[0].to(exact), scale).to(dtype),
-    )
+
+    def compute(tensors: Sequence[torch.Tensor], a: int, b: int) -> torch.Tensor:
+        return torch.addcmul(shift, tensors[0].to(exact), scale).to(dtype)
+
+    return Node(node.run, node.size, dtype, [node], lambda a, b: [(a, b)], compute)
 
 
 def _interpolate(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
@@ -151,12 +142,9 @@ def _interpolate(func: Callable, args: Sequence, kwargs: dict) -> Node | None:
     node, mode = bound["input"].node, bound.get("mode", "nearest")
     factors = bound.get("scale_factor")
     factors = factors if isinstance(factors, (list, tuple)) else [factors] * 3
-    if (
-        bound.get("size") is not None
-        or any(factor is None or factor != int(factor) for factor in factors)
-        or mode not in ("nearest", "nearest-exact", "trilinear")
-        or bound.get("align_corners")
-    ):
+    whole = all(factor is not None and factor == int(factor) for factor in factors)
+    known = mode in ("nearest", "nearest-exact", "trilinear") and not bound.get("align_corners")
+    if not (whole and known):
         return None
     factor, reach = int(factors[0]), int(mode == "trilinear")  # which reads the neighbours
     channels, depth, height, width = node.size

@@ -21,6 +21,16 @@ CHUNK = 64 * 2**20  # bytes copied to or from host memory at a time
 AHEAD = 2  # chunks being copied in each direction
 
 
+def _joined(chunks: Sequence[tuple[int, torch.Tensor]], a: int, b: int) -> torch.Tensor:
+    """Rows a to b of chunks, each with the number of its first row; a view if they lie in one."""
+    parts = []
+    for first, rows in chunks:
+        low, high = max(a, first), min(b, first + rows.shape[2])
+        if low < high:
+            parts.append(rows.narrow(2, low - first, high - low))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
 class Rows:
     """Consecutive rows of a volume, as tensors of (1, C, n, H, W) on a device."""
 
@@ -34,25 +44,16 @@ class Rows:
         self.chunks.append((first, rows))
 
     def read(self, a: int, b: int) -> torch.Tensor:
-        """Rows a to b; a view if they lie in one chunk."""
-        parts = []
-        for first, rows in self.chunks:
-            low, high = max(a, first), min(b, first + rows.shape[2])
-            if low < high:
-                parts.append(
-                    rows.narrow(2, low - first, high - low).to(self.device)
-                )  # images may be on the CPU
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        """Rows a to b on the device."""
+        return _joined(self.chunks, a, b).to(self.device)  # images may be on the CPU
 
     def forget(self, before: int) -> None:
         """Free the rows before this."""
-        chunks, self.chunks = self.chunks, []
-        for first, rows in chunks:
-            if first >= before:
-                self.chunks.append((first, rows))
-            elif first + rows.shape[2] > before:
-                rows = rows.narrow(2, before - first, first + rows.shape[2] - before)
-                self.chunks.append((before, rows.clone()))  # a view would keep them all
+        kept = [(first, rows) for first, rows in self.chunks if first + rows.shape[2] > before]
+        if kept and kept[0][0] < before:
+            first, rows = kept[0]
+            kept[0] = before, rows[:, :, before - first :].clone()  # a view would keep them all
+        self.chunks = kept
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +73,7 @@ class CopyQueue:
         self.own, self.pending = threading.local(), threading.Semaphore(AHEAD)
 
     def to_host(self, rows: torch.Tensor) -> Future:
-        """Start a copy to host memory. Waits while `AHEAD` others run, since each holds memory of the
-        device."""
+        """Start a copy to host memory. Waits while `AHEAD` others run: each holds memory of the device."""
         ready = torch.cuda.current_stream(self.device).record_event() if rows.is_cuda else None
 
         @torch.inference_mode()
@@ -123,9 +123,8 @@ class CopyQueue:
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         """The pinned memory of this thread, as a tensor like this."""
         if getattr(self.own, "bytes", torch.empty(0)).nbytes < like.nbytes:
-            self.own.bytes = torch.empty(
-                like.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            )
+            pinned = self.device.type == "cuda"
+            self.own.bytes = torch.empty(like.nbytes, dtype=torch.uint8, pin_memory=pinned)
         return self.own.bytes[: like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -146,19 +145,16 @@ class HostRows:
             self.copies.append(self.down.to_host(rows[:, :, i : i + step]))
 
     def read(self, a: int, b: int) -> torch.Tensor:
-        """Rows a to b on the device; a view if they lie in one chunk."""
+        """Rows a to b on the device."""
         chunks = [i for i, (first, last) in enumerate(self.firsts) if first < b and a < last]
         for i in range(chunks[0], min(chunks[-1] + AHEAD, len(self.copies) - 1) + 1):
             if i not in self.loaded:
                 self.loaded[i] = self.up.to_device(self.copies[i])
-        parts = []
-        for i in chunks:
-            first, last = self.firsts[i]
-            rows, low, high = self.loaded[i].result(), max(a, first), min(b, last)
+        loaded = [(self.firsts[i][0], self.loaded[i].result()) for i in chunks]
+        for _, rows in loaded:
             if rows.is_cuda:
                 rows.record_stream(torch.cuda.current_stream(self.device))
-            parts.append(rows.narrow(2, low - first, high - low))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return _joined(loaded, a, b)
 
     def forget(self, before: int) -> None:
         """Free the rows before this on the device. The host keeps them."""
@@ -223,13 +219,8 @@ class Node:
         low, high = max(a, 0), min(b, self.depth)
         if self.rows is not None and (low, high) == (a, b):
             return self.read(a, b).to(dtype, memory_format=self.run.layout)
-        channels, _, height, width = self.size
-        result = torch.empty(
-            (1, channels, b - a, height, width),
-            dtype=dtype,
-            device=self.run.device,
-            memory_format=self.run.layout,
-        )
+        shape, like = (1, self.size[0], b - a, *self.size[2:]), {"dtype": dtype, "device": self.run.device}
+        result = torch.empty(shape, memory_format=self.run.layout, **like)
         result[:, :, : low - a] = 0
         result[:, :, high - a :] = 0
         for p, q in self.pieces(low, high):
@@ -254,11 +245,9 @@ class Sweep:
 
     def __init__(self, tops: Sequence[Node]):
         self.tops, self.nodes = tops, []  # inputs before what reads them
-        seen = set()
 
         def visit(node: Node) -> None:
-            if node not in seen:
-                seen.add(node)
+            if node not in self.nodes:
                 for one in node.inputs:
                     visit(one)
                 self.nodes.append(node)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,9 @@ def decoding_peak(autoencoder: nn.Module, latents: torch.Tensor, budget: Budget)
 
 def _layout(network: nn.Module) -> torch.memory_format:
     """The memory format of a network's convolutions."""
-    last = (
-        one.is_contiguous(memory_format=torch.channels_last_3d) and not one.is_contiguous()
-        for one in network.parameters()
-        if one.ndim == 5
-    )
-    return torch.channels_last_3d if any(last) else torch.contiguous_format
+    last, kernels = torch.channels_last_3d, [one for one in network.parameters() if one.ndim == 5]
+    found = any(one.is_contiguous(memory_format=last) and not one.is_contiguous() for one in kernels)
+    return last if found else torch.contiguous_format
 
 
 def _within(network: nn.Module, method: str, volume: torch.Tensor, budget: Budget) -> list[torch.Tensor]:
@@ -140,16 +138,14 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.known = 0, 0, set()
+        self.peak, self.known = 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for one in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(one, torch.Tensor):
                 self.add(one)
-        copies = 0
-        if "convolution" in str(func) or "conv3d" in str(func) or "conv_transpose3d" in str(func):
-            copies = args[0].nbytes + result.nbytes
+        copies = args[0].nbytes + result.nbytes if "conv" in str(func) else 0
         self.peak = max(self.peak, self.live + copies)
         return result
 
@@ -158,35 +154,28 @@ class _Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            weakref.finalize(storage, self._remove, key, size)
+            self.known[key] = size
+            weakref.finalize(storage, self.known.pop, key)
 
-    def _remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+    @property
+    def live(self) -> int:
+        """Bytes of the tensors that exist."""
+        return sum(self.known.values())
 
 
 @contextlib.contextmanager
 def _fake_tensors() -> Iterator[_Tracker]:
-    """Run operations on tensors without data, and count their bytes."""
-    with (
-        torch.inference_mode(False),  # which hides the parts of composed operations
-        torch.no_grad(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _Tracker() as tracker,
-    ):
+    """Run operations on tensors without data, and count their bytes. Inference mode would hide the parts of
+    composed operations."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.inference_mode(False), torch.no_grad(), fake, _Tracker() as tracker:
         yield tracker
-
-
-def _like(volume: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return torch.empty(volume.shape, dtype=volume.dtype, device=device)
 
 
 def _plain_peak(function: Callable, volume: torch.Tensor, device: torch.device) -> int:
     """Bytes that a function of the whole volume needs."""
     with _fake_tensors() as tracker:
-        function(_like(volume, device))
+        function(torch.empty_like(volume, device=device))
     return tracker.peak
 
 
@@ -194,7 +183,7 @@ def _least(function: Callable, volume: torch.Tensor, device: torch.device) -> in
     """Bytes that the function needs in slabs of one row, if no rows are kept."""
     with _fake_tensors() as tracker:
         run = _Plan(device, tracker)
-        run.results(function(LazyVolume(leaf(run, _like(volume, device)))))
+        run.results(function(LazyVolume(leaf(run, torch.empty_like(volume, device=device)))))
     return max(run.least, tracker.peak)
 
 
@@ -240,13 +229,7 @@ class _Run:
         layout: memory format of the slabs.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        room: float,
-        least: int,
-        layout: torch.memory_format = torch.contiguous_format,
-    ):
+    def __init__(self, device: torch.device, room: float, least: int, layout=torch.contiguous_format):
         self.device, self.room, self.least, self.layout = device, room, least, layout
         self.held, self.queues = weakref.WeakSet(), None
 
@@ -268,16 +251,13 @@ class _Run:
 
     def place(self, node: Node, sweep: Sweep) -> Rows | HostRows | None:
         """Where to keep the rows of a sweep. None: nowhere."""
-        size = node.row_bytes * node.depth
         if node.rows is not None:  # kept already
             return None
+        size = node.row_bytes * node.depth
         if size <= self.free - max(self.least, self.room / 3):
             return Rows(self.device)
-        if (
-            self.device.type == "cpu"
-            or 2 * sweep.flops < FLOPS_PER_BYTE * size
-            or size > free_host_memory() / 2
-        ):
+        faster = self.device.type != "cpu" and 2 * sweep.flops >= FLOPS_PER_BYTE * size
+        if not faster or size > free_host_memory() / 2:
             return None
         self.queues = self.queues or (CopyQueue(self.device), CopyQueue(self.device))
         return HostRows(self.device, *self.queues)
@@ -364,17 +344,10 @@ def _memory_saving(network: nn.Module) -> Iterator[None]:
             changes.append((module, "forward", functools.partial(_maisi_norm, module)))
         elif hasattr(module, "num_splits"):  # MAISI's convolution
             changes.append((module, "num_splits", 1))
-    before = [(module, name, module.__dict__.get(name)) for module, name, _ in changes]
-    try:
+    with contextlib.ExitStack() as changed:
         for module, name, value in changes:
-            setattr(module, name, value)
+            changed.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        for module, name, value in before:
-            if value is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)
 
 
 def _attention(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

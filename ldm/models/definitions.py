@@ -7,11 +7,12 @@ import inspect
 import itertools
 import math
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from monai.utils import IgniteInfo
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from ldm import UserError, brief
@@ -48,9 +49,8 @@ def resolve_references(section, config: dict, where: str):
             return value
         name = value.removeprefix("$")
         if not name.startswith("@"):
-            raise UserError(
-                f"{where}: {value!r} is an expression. A config is data: write the value itself, or @name."
-            )
+            hint = "A config is data: write the value itself, or @name."
+            raise UserError(f"{where}: {value!r} is an expression. {hint}")
         name = name[1:].replace("#", "::")
         if name in seen:
             raise UserError(f"{where}: the reference @{name} leads back to itself.")
@@ -73,9 +73,8 @@ def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Mod
     module_name, _, class_name = target.rpartition(".")
     package = next((p for p in packages if module_name == p or module_name.startswith(p + ".")), None)
     if package is None:
-        raise UserError(
-            f"{where}: _target_ {target!r} is not allowed. It may name a class of {', '.join(packages)}."
-        )
+        allowed = ", ".join(packages)
+        raise UserError(f"{where}: _target_ {target!r} is not allowed. It may name a class of {allowed}.")
     if package == "generative.networks.schedulers":
         # monai-generative 0.2.3 looks for IgniteInfo where MONAI no longer has it.
         importlib.import_module("monai.config").IgniteInfo = IgniteInfo
@@ -83,14 +82,17 @@ def named_class(target: str, packages: Sequence[str], where: str) -> type[nn.Mod
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError as error:
         raise UserError(f"{where}: _target_ {target!r} cannot be imported ({error}).") from None
-    if not (
-        isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(package)
-    ):
+    own = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(package)
+    if not own:
         known = [n for n, c in vars(importlib.import_module(package)).items() if isinstance(c, type)]
-        near = difflib.get_close_matches(class_name, known, 1)
-        hint = f" Did you mean {package}.{near[0]}?" if near else ""
+        hint = _did_you_mean(class_name, known, f"{package}.")
         raise UserError(f"{where}: _target_ {target!r} is no network or scheduler class.{hint}")
     return found
+
+
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
 
 
 def check_definition(definition: dict, packages: Sequence[str], where: str) -> type[nn.Module]:
@@ -104,29 +106,20 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in definition.keys() - {"_target_"}:
         if key not in parameters and not takes_any:
-            near = difflib.get_close_matches(key, parameters, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = _did_you_mean(key, parameters)
             raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
         value, default = definition[key], parameters[key].default if key in parameters else None
         if value is default is None:  # though the hint may say int
             continue
-        if packages is NETWORKS and any(type(n) is int and not 0 <= n <= MAX_COUNT for n in _leaves(value)):
-            raise UserError(
-                f"{where}.{key}: expected whole numbers from 0 to {MAX_COUNT}, found {brief(value)}."
-            )
+        if packages is NETWORKS and any(
+            type(n) is int and not 0 <= n <= MAX_COUNT for n in tree_leaves(value)
+        ):
+            expected = f"whole numbers from 0 to {MAX_COUNT}"
+            raise UserError(f"{where}.{key}: expected {expected}, found {brief(value)}.")
         if key in hints and not (_is_a(value, hints[key]) or _is_a(_tuples(value), hints[key])):
             kind = inspect.formatannotation(hints[key]).replace("collections.abc.", "")
             raise UserError(f"{where}.{key}: expected {kind}, found {brief(value)}.")
     return cls
-
-
-def _leaves(value) -> Iterator:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    if inner is None:
-        yield value
-    else:
-        for one in inner:
-            yield from _leaves(one)
 
 
 def _tuples(value):
@@ -159,10 +152,8 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
 
 
 def check_networks(config: dict) -> None:
-    """Build the networks of a config and run them on a small volume, with zeros for the UNet's conditions.
-
-    This happens on torch's meta device, where tensors have shapes but no values: it takes no memory, and a
-    few tenths of a second.
+    """Build the networks of a config and run them on a small volume, with zeros for the UNet's conditions, on
+    torch's meta device, where tensors have shapes but no values: it takes no memory.
 
     Raises:
         UserError: a network cannot be built, or does not fit the images or the latents.
@@ -184,10 +175,8 @@ def check_networks(config: dict) -> None:
             return
         unet, found = _checked_layers(config, "diffusion_def"), config["diffusion_def"].get("out_channels")
         if found != latents.shape[1]:
-            raise UserError(
-                f"diffusion_def.out_channels: expected {latents.shape[1]}, as many as the latents of the "
-                f"autoencoder have, found {brief(found)}."
-            )
+            expected = f"{latents.shape[1]}, as many as the latents of the autoencoder have"
+            raise UserError(f"diffusion_def.out_channels: expected {expected}, found {brief(found)}.")
         with _explained("diffusion_def", "with the autoencoder's latents", latents):
             cond = example_cond(config["diffusion_def"], 1, latents.shape[2:])
             output = predict(unet, latents, torch.zeros(1), cond)
@@ -250,9 +239,8 @@ def latent_size(config: dict, size: Sequence[int]) -> list[int]:
 
 def network_divisor(config: dict) -> tuple[int, ...]:
     """What the sides of a volume must be multiples of: the autoencoder's factor times the UNet's."""
-    factors = [
-        downsampling_factor(config[key]) for key in ("autoencoder_def", "diffusion_def") if key in config
-    ]
+    definitions = [config[key] for key in ("autoencoder_def", "diffusion_def") if key in config]
+    factors = [downsampling_factor(one) for one in definitions]
     return tuple(math.prod(axis) for axis in zip(*factors, strict=True))
 
 
@@ -273,10 +261,8 @@ def check_size(size: Sequence[int], divisor: Sequence[int], where: str) -> None:
     if any(side % step for side, step in pairs):
         near = [sorted({max(step, side // step * step), -(-side // step) * step}) for side, step in pairs]
         choices = " x ".join(" or ".join(map(str, sides)) for sides in near)
-        raise UserError(
-            f"{where}: {list(size)} does not fit the networks, which need multiples of {per_axis(divisor)}: "
-            f"{choices}."
-        )
+        needs = f"which need multiples of {per_axis(divisor)}: {choices}"
+        raise UserError(f"{where}: {list(size)} does not fit the networks, {needs}.")
 
 
 def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], where: str) -> None:
@@ -287,7 +273,5 @@ def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], wher
             side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
     # Instance normalisation needs more than one value, hence at least 2 after the last convolution but one.
     if side < 1:
-        raise UserError(
-            f"{where}: {list(size)} is too small for the discriminator. Lower its `num_layers_d` or set "
-            "adversarial_weight to 0."
-        )
+        hint = "Lower its `num_layers_d` or set adversarial_weight to 0."
+        raise UserError(f"{where}: {list(size)} is too small for the discriminator. {hint}")

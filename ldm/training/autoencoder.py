@@ -30,14 +30,8 @@ AMPLIFIED = 4  # as small differences are hard to see
 COMPARED = f"scan, reconstruction, difference x {AMPLIFIED}"
 
 # What the held-out loss depends on: where one of them differs, two losses do not compare.
-HELD_OUT_LOSS = (
-    "recon_loss",
-    "gradient_weight",
-    "perceptual_weight",
-    "perceptual_network",
-    "perceptual_slice_ratio",
-    "val_patch_size",
-)
+HELD_OUT_LOSS = ("recon_loss", "gradient_weight", "perceptual_weight")
+HELD_OUT_LOSS += ("perceptual_network", "perceptual_slice_ratio", "val_patch_size")
 
 
 class WithPosteriorDraw(WithDraws):
@@ -85,23 +79,20 @@ class AutoencoderLearner:
             "stepper": self.optimizer.state_dict(),
             "ema": self.ema_model.state_dict() if self.ema_model else None,
             "discriminator": self.discriminator.state_dict() if self.discriminator else None,
-            "discriminator_stepper": (
-                self.discriminator_optimizer.state_dict() if self.discriminator else None
-            ),
+            "discriminator_stepper": self.discriminator and self.discriminator_optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a checkpoint."""
+        """Load a checkpoint, whose `path` is among the entries."""
         where = str(state["path"])
         load_weights(self.autoencoder.network, state["model"], where)
         self.optimizer.load_state_dict(state["stepper"], where)
         if self.ema_model and state["ema"]:
             load_weights(self.ema_model, state["ema"], f"{where}: ema")
         if self.discriminator and state["discriminator"]:
-            load_weights(self.discriminator, state["discriminator"], f"{where}: discriminator")
-            self.discriminator_optimizer.load_state_dict(
-                state["discriminator_stepper"], f"{where}: discriminator"
-            )
+            where = f"{where}: discriminator"
+            load_weights(self.discriminator, state["discriminator"], where)
+            self.discriminator_optimizer.load_state_dict(state["discriminator_stepper"], where)
 
 
 def build_learner(
@@ -199,9 +190,8 @@ def best_loss(
     other terms or weights. So worse weights never replace them."""
     best, section = load_checkpoint(files.best), config["autoencoder_train"]
     recorded = best["config"].get("autoencoder_train", {})
-    if "loss" in best.get("validation", {}) and all(
-        recorded.get(key) == section[key] for key in HELD_OUT_LOSS
-    ):
+    same = all(recorded.get(key) == section[key] for key in HELD_OUT_LOSS)
+    if same and "loss" in best.get("validation", {}):
         return best["best"]
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, best["model"], str(files.best))
@@ -228,7 +218,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     """Do what takes memory in this stage, on tensors without values: a training step with all terms of the
     loss, and the validation of a volume. `sizes` are those of `configs.patch_sizes`."""
     patch_size, _, val_size = sizes
-    section, channels = config["autoencoder_train"], config["image_channels"]
+    section, channels, device = config["autoencoder_train"], config["image_channels"], run.device
     with meter:
         network = configs.define_network(config, "autoencoder_def")
         criterion = AutoencoderLoss(section, UNTRAINED)
@@ -238,10 +228,9 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         meter.hold_steppers(list(learner.optimizers.values()))
         slices, count = stream(config["seed"], "slices"), section["batch_size"]
         with meter.phase("training"):
-            images = torch.zeros(count, channels, *patch_size, device=run.device)
-            eps = torch.zeros(
-                count, *latent_shape_of(config, learner.autoencoder, patch_size), device=run.device
-            )
+            images = torch.zeros(count, channels, *patch_size, device=device)
+            shape = latent_shape_of(config, learner.autoencoder, patch_size)
+            eps = torch.zeros(count, *shape, device=device)
             with run.autocast():
                 reconstruction, mean, std = learner.model(images, eps)
             loss = criterion(images, reconstruction, mean, std, slices)["loss"]
@@ -255,6 +244,6 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
                 learner.discriminator_optimizer.backward(loss)
             take_steps(list(learner.optimizers.values()))
         with meter.phase("validation"):
-            image = torch.zeros(1, channels, *val_size, device=run.device)
+            image = torch.zeros(1, channels, *val_size, device=device)
             autoencoder = Autoencoder(learner.network).eval()
             compare_with_reconstruction(autoencoder, criterion, image, slices, run)

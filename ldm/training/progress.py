@@ -2,14 +2,12 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ldm.data.datasets import stream
 from ldm.system.checkpoints import DIVISION, save_checkpoint
@@ -25,16 +23,6 @@ from ldm.training.step import Stepper, learning_rate
 STATUS = Path("/proc/self/status")  # of Linux
 HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting, a hint is printed
 LOG_INTERVAL = 10  # steps between the numbers in TensorBoard
-
-
-class Learner(Protocol):
-    """What is trained: networks, optimisers and averaged weights, as a checkpoint holds them."""
-
-    def state_dict(self) -> dict:
-        """The entries of a checkpoint."""
-
-    def load_state_dict(self, state: dict) -> None:
-        """Load a checkpoint, whose `path` is among the entries."""
 
 
 class Clock:
@@ -69,6 +57,12 @@ class Clock:
         done = self.step / self.total_steps
         return min(max(done, seconds / self.limit) if self.limit else done, 1.0)
 
+    @property
+    def expected_steps(self) -> int:
+        """Steps of the whole training; an estimate where `max_minutes` will end it."""
+        done = self.progress(self.seconds)
+        return max(self.step, round(self.step / done)) if done > 0 else self.total_steps
+
 
 class EpochMeans:
     """Means of the terms of the loss in an epoch, over the finite batches of all ranks.
@@ -94,49 +88,8 @@ class EpochMeans:
         return {name: sum_over_ranks(pair.clone()) for name, pair in self.sums.items()}
 
 
-@dataclass
-class Pace:
-    """Where the time of the steps goes, by the clock of the main process: no device is waited for.
-
-    `waited` are the seconds in which the process waited for the loader: on a CPU without loader processes the
-    making of batches itself, on a GPU the most that it can have idled for want of data.
-    """
-
-    steps: int = 0
-    volumes: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def add(self, volumes: int, seconds: float, waited: float) -> None:
-        """Add a step of all ranks."""
-        self.steps, self.volumes = self.steps + 1, self.volumes + volumes
-        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
-
-    def numbers(self) -> dict[str, float]:
-        """What TensorBoard shows of it."""
-        return {
-            "time/seconds_per_step": self.seconds / self.steps,
-            "time/volumes_per_second": self.volumes / self.seconds,
-            "time/data_wait_share": self.waited / self.seconds,
-        }
-
-
 class Progress:
-    """Where a training is. The script holds the loop:
-
-        for epoch in progress.epochs():
-            for batch, last in progress.batches():
-                ...                                        # forward, loss, backward
-                progress.add(terms, batch)
-                if last:
-                    skip = progress.vote(optimizer.clip())
-                    optimizer.step(progress.learning_rate(), skip)
-                    progress.end_step(terms, optimizers)
-                    if progress.must_save():
-                        progress.save(learner)
-            progress.end_epoch(learner)
-            if progress.validates():
-                progress.keep_best(scores, weights)
+    """Where a training is. `main` of train_diffusion.py holds the loop, and shows the order of the calls.
 
     What happens next is a function of (seed, epoch, batch, rank) and of what is saved here. A run that was
     killed at any moment and one that never was write the same weights and the same log.
@@ -184,9 +137,11 @@ class Progress:
         self.bar = progress_bar(run, stage, self.clock.total_steps)
         self.bar.update(step)
         self.loss, self.cases = 0.0, []  # of the batches of the step under way
-        self.began = self.waited = 0.0  # when that step began, and its seconds of waiting for data
-        self.pace, self.first_pace = Pace(), Pace()  # since the last log; of the first steps, then None
-        self.first_epoch = self.epoch
+        # When that step began, and for how many seconds it waited for data: on a CPU without loader processes
+        # the making of batches itself, on a GPU the most that it can have idled for want of data.
+        self.began = self.waited = 0.0
+        # Sums over steps: since the last log; of the first steps, then None.
+        self.pace, self.first_pace, self.first_epoch = Counter(), Counter(), self.epoch
         self.copies = None  # numbers on their way from the device to the log, and their step
         self.interruption = Interruption()
 
@@ -265,36 +220,26 @@ class Progress:
         self.cases += [self.loader.dataset.cases[i].name for i in batch["index"]]
 
     def vote(self, *finite: torch.Tensor) -> torch.Tensor:
-        """Agree with the other ranks on this step; `finite` says of each optimiser's gradients whether they
-        are.
+        """Agree with the other ranks on this step: 1 where it is skipped, else 0, on the device.
 
-        Returns:
-            1 where the step is to be skipped, else 0, on the device: see `ldm.training.guard.Guard`.
-
-        Raises:
-            FloatingPointError: an earlier step was skipped, and no more are tolerated.
+        `finite` holds a flag for each optimiser: whether its gradients are. Raises as `Guard.read`.
         """
         signalled, save = self.interruption.signal is not None, self.run.is_main and self.clock.wants_save
-        gradients = torch.stack(finite).all()
-        clock = self.clock.seconds, self.clock.step
+        gradients, clock = torch.stack(finite).all(), (self.clock.seconds, self.clock.step)
         skip = self.guard.vote(self.loss, gradients, signalled, save, *clock, self.cases)
         self.guard.read()
         return skip
 
     def learning_rate(self) -> float:
-        """Of the step under way."""
+        """The learning rate of this step."""
         return learning_rate(self.section, self.run.world_size, self.share, self.clock.step, self.epoch)
 
     def end_step(self, terms: dict[str, torch.Tensor], optimizers: dict[str, Stepper]) -> None:
-        """Count a step, and log it every `LOG_INTERVAL` steps.
-
-        Args:
-            terms: of the loss of its last batch.
-            optimizers: by the name of what they train.
-        """
-        seconds = time.perf_counter() - self.began
-        pace = len(self.cases) * self.run.world_size, seconds, self.waited
-        self.pace.add(*pace)
+        """Count a step, and log it every `LOG_INTERVAL` steps: `terms` are those of its last batch, the
+        `optimizers` have the names of what they train."""
+        volumes, seconds = len(self.cases) * self.run.world_size, time.perf_counter() - self.began
+        pace = {"steps": 1, "volumes": volumes, "seconds": seconds, "waited": self.waited}
+        self.pace.update(pace)
         self._hint_at_slow_data(pace)
         self.loss, self.cases = 0.0, []
         self.batch += 1
@@ -305,24 +250,27 @@ class Progress:
             for name, optimizer in optimizers.items():
                 numbers[f"lr/{name}"] = optimizer.optimizer.param_groups[0]["lr"]
                 numbers[f"grad_norm/{name}"] = optimizer.norm
-            numbers |= self.pace.numbers()
-            self.pace = Pace()
+            pace, self.pace = self.pace, Counter()
+            numbers["time/seconds_per_step"] = pace["seconds"] / pace["steps"]
+            numbers["time/volumes_per_second"] = pace["volumes"] / pace["seconds"]
+            numbers["time/data_wait_share"] = pace["waited"] / pace["seconds"]
             copies = {
                 tag: value.to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for tag, value in numbers.items()
             }
             self.copies = copies, self.clock.step
-            fill_bar(self.bar, self.clock)
+            self.bar.total = self.clock.expected_steps
+            self.bar.update(self.clock.step - self.bar.n)
 
-    def _hint_at_slow_data(self, pace: tuple) -> None:
+    def _hint_at_slow_data(self, pace: dict) -> None:
         """After the first steps, print a hint where much of their time went into waiting for data."""
         data = self.config["data"]
         if self.first_pace is None or (data["cache_rate"] and self.epoch == self.first_epoch):
             return  # the first epoch fills the cache
-        self.first_pace.add(*pace)
-        if self.first_pace.steps < HINT_STEPS:
+        self.first_pace.update(pace)
+        if self.first_pace["steps"] < HINT_STEPS:
             return
-        share, self.first_pace = self.first_pace.waited / self.first_pace.seconds, None
+        share, self.first_pace = self.first_pace["waited"] / self.first_pace["seconds"], None
         if share > HINT_SHARE:
             cache = f" or data.cache_rate ({data['cache_rate']:g})" if data["cache_rate"] < 1 else ""
             self.run.say(
@@ -349,8 +297,9 @@ class Progress:
         alone = self.run.world_size == 1 and self.interruption.signal is not None  # no rank to agree with
         return self.guard.stop or self.guard.save or alone
 
-    def save(self, learner: Learner) -> None:
-        """Save what the training resumes from; leave, if a signal asked for it."""
+    def save(self, learner) -> None:
+        """Save what the training resumes from, the entries of `learner.state_dict()` included; leave, if a
+        signal asked for it."""
         self.guard.read(all_steps=True)
         sums, seconds = self.means.totals(self.run.sum), self.clock.seconds
 
@@ -368,13 +317,10 @@ class Progress:
 
     # ------------------------------------------------------------ the end of an epoch
 
-    def end_epoch(self, learner: Learner, rate: float) -> None:
-        """Save where it is time, then log the means of the epoch.
+    def end_epoch(self, learner, rate: float) -> None:
+        """Save where it is time, then log the means of the epoch and its last learning rate.
 
         What follows until the next epoch can be repeated from what is saved here.
-
-        Args:
-            rate: the last learning rate, for the log.
         """
         self.guard.read(all_steps=True)
         self.done = self.share >= 1 or self.epoch + 1 == self.section["max_epochs"]
@@ -386,10 +332,8 @@ class Progress:
         if self.log:
             self._log_copies()
             skipped = {"masked_steps": self.guard.skipped} if self.guard.skipped else {}
-            seconds = self.clock.seconds
-            self.log.record(
-                step=self.clock.step, epoch=self.epoch, seconds=seconds, lr=rate, **skipped, **means
-            )
+            numbers = {"seconds": self.clock.seconds, "lr": rate, **skipped, **means}
+            self.log.record(step=self.clock.step, epoch=self.epoch, **numbers)
 
     def validates(self) -> bool:
         """Whether this epoch, which has ended, is one to validate."""
@@ -400,15 +344,8 @@ class Progress:
         return self.best is None or loss < self.best
 
     def keep_best(self, scores: dict[str, float], network: torch.nn.Module) -> None:
-        """Log the validation of this epoch, and save the weights if their held-out loss is the lowest so far.
-
-        Args:
-            scores: "loss", by which the best is chosen, and whatever else was measured.
-            network: that was validated.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
+        """Log the validation of this epoch, and save the network's weights if `scores["loss"]` is the lowest
+        so far. A loss that is not finite raises FloatingPointError."""
         score = scores["loss"]
         if not math.isfinite(score):
             raise FloatingPointError(
@@ -432,13 +369,6 @@ class Progress:
         self.bar.close()
         if self.log:
             self.log.close()
-
-
-def fill_bar(bar: tqdm, clock: Clock) -> None:
-    """Advance the bar to the clock's step. Where `max_minutes` will end the run, its length is estimated."""
-    if clock.limit and (progress := clock.seconds / clock.limit) > clock.step / clock.total_steps:
-        bar.total = max(clock.step, round(clock.step / progress))
-    bar.update(clock.step - bar.n)
 
 
 def peak_memory_gb(device: torch.device) -> float:
