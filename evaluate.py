@@ -240,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     samplers = "; ".join(
         f"{one['volumes']} by {one['sampler']}, {one['steps']} steps, {one['precision']}, scale factor "
         f"{one['scale_factor']:.4g}"
+        + (f", {one['condition']}, guidance {one['guidance']:g}" if one["condition"] else "")
         for one in sampling
     )
     if len(sampling) > 1:

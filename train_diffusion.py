@@ -88,12 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = encode_data(config, train, val, autoencoder_file, resumed, run)
 
     # Step 2: the noise process, and the scale factor of the latents
-    process = NoiseProcess.from_config(scheduler, data.shape[1:])
-    if resumed and resumed.get("shift", scheduler.get("shift", 1.0)) != process.shift:
-        process.shift = resumed.get("shift", scheduler.get("shift", 1.0))
-        run.say(f"the times keep the shift of {process.shift:g} that this training began with")
-    if scheduler.get("clip_sample"):
-        run.say("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
+    process = utils.make_noise_process(scheduler, data.shape[1:], resumed, run)
     scale_factor = resumed["scale_factor"] if resumed else data.scale_factor(run)
     run.say(f"scale factor {scale_factor:.6f} over {len(data.train)} training volumes, latents {data.shape}")
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm import UserError, brief, configs
 from ldm.data.datasets import EpochSampler
 from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.diffusion.process import NoiseProcess
 from ldm.environment import check_environment, check_writable
 from ldm.system import ranks
 from ldm.system.checkpoints import SCALE_FACTOR, require_checkpoint

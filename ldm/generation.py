@@ -120,11 +120,11 @@ def load_networks(
             "Use a checkpoint of train_diffusion.py."
         )
     noise = config["NoiseScheduler"]
-    process = NoiseProcess.from_config(noise, shape[1:])
-    if "config" in second:  # trained here; older checkpoints do not hold their shift
-        process.shift = second.get("shift", noise.get("shift", 1.0))
+    if "config" in second:  # trained here
+        process = NoiseProcess.of_checkpoint(second, noise, shape[1:])
     else:
         check_scheduler(noise, "uniform")
+        process = NoiseProcess.from_config(noise, shape[1:])
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
         unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()

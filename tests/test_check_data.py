@@ -271,13 +271,13 @@ def test_a_good_data_set_passes_in_one_line(tmp_path, capsys):
 # ---- what a case is held against
 
 
-def test_4d_where_3d_is_due_is_what_most_cases_are_not(tmp_path):
+def test_4d_where_3d_is_expected_is_what_most_cases_are_not(tmp_path):
     threes, four = [Case(f"c{i}", (save(tmp_path / f"c{i}.nii.gz", noise(i)),)) for i in range(3)], []
     for i in range(2):
         four.append(Case(f"four{i}", (save(tmp_path / f"four{i}.nii.gz", noise(9 + i, (*SHAPE, 4))),)))
     assert [p.case for p in check_headers(threes + four)] == ["four0", "four1"]
     assert [p.case for p in check_headers(threes[:1] + four)] == ["c0"]
-    assert [p.case for p in check_headers(threes[:1] + four[:1])] == ["four0"]  # equally many: 3D is due
+    assert [p.case for p in check_headers(threes[:1] + four[:1])] == ["four0"]  # equally many: 3D is expected
     assert not check_headers(four) and not check_headers(four, channels=[3, 0])
 
 
@@ -467,13 +467,13 @@ def test_no_flipped_bit_is_taken_for_a_voxel(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, due", [(lambda p: cut(p, -1), 4191), (lambda p: p.open("ab").write(b"!"), 4193)]
+    "change, length", [(lambda p: cut(p, -1), 4191), (lambda p: p.open("ab").write(b"!"), 4193)]
 )
-def test_an_uncompressed_file_is_as_long_as_its_header_says(tmp_path, change, due):
+def test_an_uncompressed_file_is_as_long_as_its_header_says(tmp_path, change, length):
     path = save(tmp_path / "a.nii", noise(0))
     open_image(path)
     change(path)
-    with pytest.raises(UserError, match=f"{due} bytes where the header asks for 4192"):
+    with pytest.raises(UserError, match=f"{length} bytes where the header asks for 4192"):
         open_image(path)
 
 

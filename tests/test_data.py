@@ -460,11 +460,11 @@ def test_interrupted_write_leaves_nothing_to_be_read(cases, tmp_path, monkeypatc
 @pytest.mark.parametrize("left", [0, 100, -100], ids=["nothing", "half a header", "too few values"])
 def test_a_damaged_volume_in_the_cache_is_made_again(cases, tmp_path, capsys, left):
     dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), cache_dir=tmp_path / "cache", cache_rate=1.0)
-    due = np.array(dataset.volume(0))
+    expected = np.array(dataset.volume(0))
     (path,) = (tmp_path / "cache").iterdir()
     content = path.read_bytes()
     path.write_bytes(content[:left])
-    np.testing.assert_array_equal(dataset.volume(0), due)
+    np.testing.assert_array_equal(dataset.volume(0), expected)
     assert capsys.readouterr().out.count(f"warning: {path}: this cached volume is damaged (") == 1
     assert path.read_bytes() == content
     dataset.volume(0)
@@ -478,11 +478,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(cases, tmp_path, capsys,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     dataset = VolumeDataset(cases, PREPROCESSING, (8, 8, 8), cache_dir=tmp_path / "cache", cache_rate=1.0)
-    due = [np.array(PREPROCESSING(case.images)) for case in cases[:3]]
+    expected = [np.array(PREPROCESSING(case.images)) for case in cases[:3]]
     dataset.volume(0)
     monkeypatch.setattr(os, "fsync", full)
     for i in (0, 1, 2, 1):
-        np.testing.assert_array_equal(dataset.volume(i), due[i])
+        np.testing.assert_array_equal(dataset.volume(i), expected[i])
     assert capsys.readouterr().out == (
         f"warning: {tmp_path / 'cache'}: the cache cannot be written ({os.strerror(errno.ENOSPC)}). Volumes "
         "that are not in it are read from their files in each epoch, which is slower. Free space, choose "

@@ -1,4 +1,4 @@
-"""Fetching MSD Task01: a download is checked before it is unpacked and goes on where it broke off; unpacking
+"""Downloading MSD Task01: a download is checked before it is unpacked and resumes where it stopped; unpacking
 is safe and whole. A loopback server plays the network: it cuts, stalls, changes its mind and lies."""
 
 import hashlib

@@ -67,8 +67,8 @@ def test_entries_hold_mean_and_std_of_the_posterior(cached):
         assert entry.shape == (1, 2, 3, 8, 10, 6) and entry.dtype == np.float32
         with torch.no_grad():
             posterior = autoencoder.encode(cached.normalised(record["case"]))
-        for kept, due in zip(entry[0], posterior, strict=True):
-            np.testing.assert_allclose(kept, due[0].numpy(), atol=1e-5)
+        for kept, expected in zip(entry[0], posterior, strict=True):
+            np.testing.assert_allclose(kept, expected[0].numpy(), atol=1e-5)
     assert manifest["latent_shape"] == [3, 8, 10, 6]
     assert (
         "4 training volumes, 1 version(s) each, and of 2 held-out ones: 6 encoded, 0 found"
@@ -112,9 +112,9 @@ def test_versions_are_the_augmented_volumes_and_a_training_on_them_is_the_same(d
         image = done.normalised(record["case"])
         ways = [image, image.flip(2), image.flip(3), image.flip(2, 3)]
         with torch.no_grad():
-            due = [autoencoder.encode(way)[0][0].numpy() for way in ways]
+            expected = [autoencoder.encode(way)[0][0].numpy() for way in ways]
         for mean, _ in np.load(folder / record["entry"]):
-            close = [np.abs(mean - one).max() < 1e-5 for one in due]
+            close = [np.abs(mean - one).max() < 1e-5 for one in expected]
             assert sum(close) == 1
             flipped += not close[0]
     assert 0 < flipped < 12
@@ -194,7 +194,7 @@ def test_latents_in_memory_are_pickled_to_no_rank_and_no_loader_process(monkeypa
     assert posteriors.entries.nbytes > 1e6 and len(ForkingPickler.dumps(posteriors)) < 10_000
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
 def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):

@@ -75,9 +75,9 @@ def test_promise_15_no_checkpoint_can_run_code(done, tmp_path, kind):
     for script, arguments in (
         (train_autoencoder, ("--resume", evil)),
         (train_diffusion, ("--resume", evil)),
-        (train_diffusion, ("--fresh", "--autoencoder", evil)),
         (inference, ("--autoencoder", evil)),
         (inference, ("--unet", evil)),
+        (train_diffusion, ("--fresh", "--autoencoder", evil)),
     ):
         assert str(evil) in project.refused(script, *arguments)
         assert not marker.exists()

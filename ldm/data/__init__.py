@@ -14,6 +14,7 @@ splits         training and validation cases, free of leaks
 latents        posteriors as a loader serves them
 latent_cache   posteriors on disk
 prepare        all of this from a config and an environment file
+display        volumes for display, on a common grid
 download       MSD Task01
 simulation     simulated brains
 """

@@ -114,6 +114,14 @@ class NoiseProcess:
             self.log_squared_signals = {}  # by device: a copy at each step would have to be waited for
 
     @classmethod
+    def of_checkpoint(cls, checkpoint: dict, section: dict, size: Sequence[int]) -> "NoiseProcess":
+        """The process that a checkpoint of this project was trained with: `from_config`, with its own shift,
+        or that of the config where it is from before checkpoints held one."""
+        process = cls.from_config(section, size)
+        process.shift = checkpoint.get("shift", section.get("shift", 1.0))
+        return process
+
+    @classmethod
     def from_config(cls, section: dict, size: Sequence[int] | None = None) -> "NoiseProcess":
         """Build from the config's `NoiseScheduler`, with its defaults.
 

@@ -239,9 +239,14 @@ def check_one_model(folder: str, records: Iterable[dict]) -> None:
 
 
 def settings_of(records: Iterable[dict]) -> list[dict]:
-    """How samples were made: each combination of `REQUEST` with the number of its volumes, most first."""
-    counts = Counter(tuple(one[key] for key in REQUEST) for one in records)
-    return [dict(zip(REQUEST, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
+    """How samples were made: each combination of `REQUEST`, condition and guidance with the number of its
+    volumes, most first."""
+    keys = (*REQUEST, "condition", "guidance")
+    counts = Counter()
+    for one in records:
+        condition = ", ".join(f"{column}={value}" for column, value in one.get("condition", {}).items())
+        counts[(*(one[key] for key in REQUEST), condition, one.get("guidance", 1.0))] += 1
+    return [dict(zip(keys, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
 
 
 def missing(paths: dict[int, Path], request: dict) -> set[int]:
