@@ -288,6 +288,26 @@ def assert_weights_close(a: dict, b: dict, share: float = 1e-3) -> None:
     assert (apart > 1e-5).float().mean() < share and apart.max() < 4e-3
 
 
+class PowerCut(BaseException):
+    """Ends a run as a pulled plug does: nothing of the program sees it coming."""
+
+
+@contextlib.contextmanager
+def power_cut(monkeypatch, call: int):
+    """Raise in Adam's step of this number, and expect it."""
+    calls, real = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise PowerCut
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(torch.optim.Adam, "step", step)
+        yield
+
+
 def leave_after(work, *args) -> None:
     """Do the work of a rank, and leave with its exit code, as `utils.command` does and for its reason."""
     code = 0
