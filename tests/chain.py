@@ -233,6 +233,20 @@ def differences(a, b, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
+def assert_same_result(a: Project, b: Project, script, ignoring: tuple = ()) -> None:
+    """Two projects hold the same newest and best checkpoint and the same log of a script's stage, to the bit
+    but for the seconds and the keys to ignore."""
+    stage, name = {
+        train_autoencoder: ("autoencoder", "autoencoder"),
+        train_diffusion: ("diffusion", "diffusion_unet"),
+    }[script]
+    for role in ("", "_last"):
+        pair = (project.checkpoint(f"{name}{role}.pt") for project in (a, b))
+        one, other = ({k: v for k, v in content.items() if k not in ignoring} for content in pair)
+        assert not differences(one, other)
+    assert a.log(stage) and not differences(a.log(stage), b.log(stage))
+
+
 @torch.no_grad()
 def sample_by_hand(project: Project, seed: int, steps: int, scale: float | None = None) -> np.ndarray:
     """The volume (C, D, H, W) that `inference.py` should write for a rectified-flow model: Heun's method,

@@ -33,12 +33,6 @@ from ldm.training.step import Stepper, learning_rate
 ALL = {"images": 0, "scalars": 0}
 
 
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def encoded(done, tmp_path) -> Project:
     """Stage 1 is done."""
@@ -287,21 +281,6 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
         assert said.count("hint: ") == 1 and f"hint: {told}/TROUBLESHOOTING.md" in said
     else:
         assert "hint" not in said
-
-
-def test_a_slow_loader_is_waited_for(encoded, monkeypatch):
-    """By the true clock: 0.1 s an item, two items a step, whatever else the machine does."""
-    real = WithNoise.__getitem__
-
-    def late(self, key):
-        time.sleep(0.1)
-        return real(self, key)
-
-    monkeypatch.setattr(WithNoise, "__getitem__", late)
-    encoded.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=5")
-    events = events_of(encoded, "diffusion")
-    share, seconds = (scalars(events, f"time/{tag}")[10] for tag in ("data_wait_share", "seconds_per_step"))
-    assert share <= 1 and share * seconds >= 0.2
 
 
 def test_the_hint_names_the_cache_where_it_could_be_larger(encoded, monkeypatch):

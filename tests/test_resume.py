@@ -8,7 +8,7 @@ import weakref
 import chain
 import pytest
 import torch
-from chain import Project, copy_of, differences, fingerprint, power_cut
+from chain import Project, assert_same_result, copy_of, differences, fingerprint, power_cut
 from torch.utils._pytree import tree_leaves
 
 import train_autoencoder
@@ -43,17 +43,6 @@ def again(whole: Project, tmp_path) -> Project:
     return copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
 
 
-def equal(a: Project, b: Project, script, ignoring: tuple = ()) -> None:
-    """Two projects hold the same checkpoints and the same log of a stage, to the bit but for the seconds."""
-    for name in AUTOENCODER[:2] if script is train_autoencoder else UNET[:2]:
-        one, other = (project.checkpoint(name) for project in (a, b))
-        for key in ignoring:
-            one.pop(key), other.pop(key)
-        assert not differences(one, other)
-    stage = "autoencoder" if script is train_autoencoder else "diffusion"
-    assert a.log(stage) and not differences(a.log(stage), b.log(stage))
-
-
 # ---------------------------------------------------------------- promise 4: a resume is exact
 
 
@@ -75,7 +64,7 @@ def test_promise_4_a_resume_in_the_middle_of_an_epoch_is_exact(whole, tmp_path, 
         done_calls = sum(int(s["optimizer"]["state"][0]["step"]) for s in steppers(last))
     assert middles >= 2
     assert "resumed in epoch" in project.run(script, "--no-amp")
-    equal(project, whole, script, ignoring=("config",))  # the loader processes stand in it
+    assert_same_result(project, whole, script, ignoring=("config",))  # the loader processes stand in it
 
 
 @pytest.mark.parametrize("script", [train_autoencoder, train_diffusion])
@@ -248,7 +237,7 @@ def test_promise_2_the_one_before_is_used_where_the_newest_is_damaged(whole, tmp
         said = project.run(train_diffusion, "--no-amp")
         assert f"{before} is used" in said
         assert f"{newest.name}{' is missing;' if how == 'missing' else ': '}" in said
-        equal(project, whole, train_diffusion)
+        assert_same_result(project, whole, train_diffusion)
         load_checkpoint(before)  # a damaged file never takes the place of the good one before it
 
 
@@ -291,7 +280,7 @@ def test_resume_takes_the_checkpoint_that_is_named_and_keeps_copies(whole, tmp_p
     step = project.checkpoint(names[2])["step"]
     said = project.run(script, "--no-amp", "--resume", named)
     assert f"step {step}" in said and str(project.model_dir / "old-1") in said
-    equal(project, whole, script)
+    assert_same_result(project, whole, script)
     kept = fingerprint(project.model_dir / "old-1")
     assert kept and all(kept[name] == before[name] for name in (*names, "train_log.jsonl"))
 
@@ -313,7 +302,7 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
         )
         kept = fingerprint(project.model_dir / f"old-{n}")
         assert "train_log.jsonl" in kept and (n == 2 or all(kept[name] == before[name] for name in moved))
-    equal(project, whole, script)
+    assert_same_result(project, whole, script)
     rest = project.log("diffusion" if script is train_autoencoder else "autoencoder")
     assert bool(rest) == (script is train_diffusion)  # stage 2 leaves the log of stage 1 alone
     project.set_environment(resume_ckpt=False)  # flags win
@@ -336,7 +325,7 @@ def test_resume_ckpt_lets_the_first_run_of_a_stage_start(whole, tmp_path, flag):
     project.set_environment(**({} if flag is None else {"resume_ckpt": flag}))
     said = project.run(train_diffusion, "--no-amp")
     assert ("no checkpoint of this stage to resume from" in said) == (flag is True)
-    equal(project, whole, train_diffusion)
+    assert_same_result(project, whole, train_diffusion)
 
 
 FIXED = [  # what a checkpoint was trained with, and how it is told
