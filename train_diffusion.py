@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = utils.load_training_config(args, "diffusion_train")
     check_sources(config)
     section, seed, scheduler = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
-    sampling = check_scheduler(scheduler, section["timestep_sampling"])
+    section["timestep_sampling"] = check_scheduler(scheduler, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 z0 = (mean + std * eps) * scale_factor
 
                 # Noise and time
-                t = process.draw_times(uniform, sampling)
+                t = process.draw_times(uniform, section["timestep_sampling"])
                 zt = process.add_noise(z0, noise, t)
 
                 # Forward, loss, backward

@@ -226,6 +226,23 @@ def find_files(**named: Sequence[str | Path | None]) -> None:
                 raise UserError(f"--{option.replace('_', '-')} {path}: no such file. Check the path.")
 
 
+def make_noise_process(section: dict, size: Sequence[int], resumed: dict | None, run: Run) -> NoiseProcess:
+    """The noise process of the config's `NoiseScheduler`, or of the checkpoint that is resumed.
+
+    Args:
+        size: of the latents, (d, h, w).
+    """
+    process = NoiseProcess.from_config(section, size)
+    if section.get("clip_sample"):
+        run.say("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
+    if not resumed:
+        return process
+    trained = NoiseProcess.of_checkpoint(resumed, section, size)
+    if trained.shift != process.shift:
+        run.say(f"the times keep the shift of {trained.shift:g} that this training began with")
+    return trained
+
+
 def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool = True) -> Path:
     """The file of stage 1's weights: `--autoencoder`, or the one in `model_dir`.
 
@@ -246,9 +263,6 @@ def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], abou
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     device = f"{run.device} x {run.world_size}, {run.amp_dtype or torch.float32}"
     run.say(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
-
-
-# ---------------------------------------------------------------- dry runs
 
 
 def meant_for_gpu(args: argparse.Namespace) -> bool:
