@@ -105,7 +105,10 @@ def test_another_batch_size_begins_the_epoch_anew(whole, tmp_path, monkeypatch):
         project.run(train_diffusion, "--no-amp")
     assert project.checkpoint("diffusion_unet_last.pt")["epoch"] == 1
     said = project.run(train_diffusion, "--no-amp", "--set", "diffusion_train.batch_size=2")
-    assert "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now: epoch 1 begins anew" in said
+    assert (
+        "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now: epoch 1 starts from its first batch"
+        in said
+    )
     last = project.checkpoint("diffusion_unet_last.pt")
     assert [last[key] for key in ("epoch", "batch", "step")] == [3, 2, 8]
 
@@ -151,7 +154,7 @@ def test_a_finished_stage_goes_on_with_the_options_of_the_config(whole, tmp_path
     given = {"adam_betas": [0.5, 0.75], "max_epochs": 2 * epochs, "accumulate_steps": 2}
     project.change(diffusion_train=project.config["diffusion_train"] | given)
     said = project.run(train_diffusion, "--no-amp")
-    assert f"accumulate_steps 1 before, 2 now: epoch {epochs} begins anew" in said
+    assert f"accumulate_steps 1 before, 2 now: epoch {epochs} starts from its first batch" in said
     last = project.checkpoint("diffusion_unet_last.pt")
     assert last["step"] == 2 * epochs * 2 and last["epoch"] == 2 * epochs - 1
     state = last["stepper"]["optimizer"]

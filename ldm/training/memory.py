@@ -37,9 +37,8 @@ GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
 BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
 PARTS = ("weights", "gradients", "optimiser", "averaged weights", "activations", "workspace")
 
-# Workspace of a convolution, in copies of its input, weight and output: of cuDNN, which changes the memory
-# layout (an allowance, NOT measured on a GPU: benchmarks/memory.py), and of oneDNN.
-GPU_COPIES, CPU_COPIES = 1.0, 1.0
+# Their workspace is counted as one copy of input, weight and output, in oneDNN and in cuDNN, which changes
+# the memory layout (an allowance, NOT measured on a GPU: benchmarks/memory.py).
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 # Operators that autocast computes in float32 on CUDA, and in the type of its inputs on a CPU (torch's
@@ -131,7 +130,6 @@ class Meter(TorchDispatchMode):
     def __init__(self, like_gpu: bool, ranks: int = 1):
         super().__init__()
         self.like_gpu, self.ranks, self.peaks = like_gpu, ranks, {}
-        self.copies = GPU_COPIES if like_gpu else CPU_COPIES
         self.live = dict.fromkeys(PARTS, 0)
         self.storages = {}  # id: [part, bytes, weak reference]
         self.highest = None  # the peak so far of the phase that runs
@@ -192,12 +190,8 @@ class Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in filter(torch.is_tensor, tree_leaves(result)):
             self._count(tensor)
-        workspace = 0
-        if func in CONVOLUTIONS:
-            workspace = self.copies * sum(
-                x.nbytes for x in filter(torch.is_tensor, tree_leaves((args, result)))
-            )
-        self._note(int(workspace))
+        tensors = tree_leaves((args, result)) if func in CONVOLUTIONS else ()
+        self._note(sum(x.nbytes for x in filter(torch.is_tensor, tensors)))
         return result
 
     def _note(self, workspace: int = 0) -> None:
@@ -393,7 +387,7 @@ def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, ru
         try:
             peaks = forecast.peaks(config)
         except (ForecastError, UserError) as error:
-            # Also a UserError: without values a check may fail that passes with them. Else it comes again.
+            # Also a UserError: without values a check may fail that passes with them.
             run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
             return
         peak = highest(peaks)
