@@ -105,10 +105,8 @@ def test_another_batch_size_begins_the_epoch_anew(whole, tmp_path, monkeypatch):
         project.run(train_diffusion, "--no-amp")
     assert project.checkpoint("diffusion_unet_last.pt")["epoch"] == 1
     said = project.run(train_diffusion, "--no-amp", "--set", "diffusion_train.batch_size=2")
-    assert (
-        "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now: epoch 1 starts from its first batch"
-        in said
-    )
+    division = "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now"
+    assert f"{division}: epoch 1 starts from its first batch" in said
     last = project.checkpoint("diffusion_unet_last.pt")
     assert [last[key] for key in ("epoch", "batch", "step")] == [3, 2, 8]
 
