@@ -423,14 +423,20 @@ def test_a_scheduler_by_name_keeps_the_shift_that_the_training_began_with(whole,
 def test_promise_5_a_best_that_was_measured_otherwise_is_measured_again(whole, tmp_path, measure):
     """A PSNR, or a loss of other weights, is never compared with the loss; the better file stays."""
     project = again(whole, tmp_path)
-    due, more = project.checkpoint("autoencoder.pt"), {"max_epochs": 5, "lr": 1.0, "lr_schedule": "constant"}
+    expected, more = (
+        project.checkpoint("autoencoder.pt"),
+        {"max_epochs": 5, "lr": 1.0, "lr_schedule": "constant"},
+    )
     if measure == "PSNR":  # above any loss, so that any loss would replace it
-        old = due | {"best": due["validation"]["psnr"], "validation": {"psnr": due["validation"]["psnr"]}}
+        old = expected | {
+            "best": expected["validation"]["psnr"],
+            "validation": {"psnr": expected["validation"]["psnr"]},
+        }
         save_checkpoint(project.model_dir / "autoencoder.pt", old)
-        loss = due["best"]
+        loss = expected["best"]
     else:
         more["gradient_weight"] = 3.0
-        loss = due["validation"]["recon_loss"] + 3 * due["validation"]["gradient_loss"]
+        loss = expected["validation"]["recon_loss"] + 3 * expected["validation"]["gradient_loss"]
     project.change(autoencoder_train=project.config["autoencoder_train"] | more)
     before = fingerprint(project.model_dir)
     said = project.run(train_autoencoder, "--no-amp")
