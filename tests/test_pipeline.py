@@ -402,11 +402,7 @@ def test_a_file_that_an_option_names_is_looked_for_before_the_data(fresh, script
     [
         (train_diffusion, (), "autoencoder.pt: no such checkpoint. Run train_autoencoder.py first, or name"),
         (inference, (), "autoencoder.pt: no such checkpoint. Run train_autoencoder.py first, or name"),
-        (
-            train_diffusion,
-            ("--autoencoder", "{done}", "--resume", "x.pt"),
-            "--resume x.pt: no such checkpoint.",
-        ),
+        (train_diffusion, ("--autoencoder", "{done}", "--resume", "x.pt"), "x.pt: no such checkpoint. Name"),
         (inference, ("--autoencoder", "{done}"), "no such checkpoint. Run train_diffusion.py first"),
     ],
 )
@@ -498,8 +494,6 @@ def test_volumes_that_may_change_are_encoded_as_they_come(done, encoded, monkeyp
 @pytest.mark.parametrize(
     "shape, sizes, longest, expected",
     [
-        ((120, 100, 90), (1, 1, 1), 120, 1.0),
-        ((120, 100, 90), (1, 1, 1), 60, 2.0),
         ((120, 100, 90), (1, 1, 1), 41, 3.0),
         ((120, 100, 90), (1, 1, 1), 500, 1.0),  # never finer than the data
         ((60, 50, 90), (2, 2, 1), 30, 4.0),  # 120 mm; the finest voxel is 1 mm
