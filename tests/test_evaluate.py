@@ -525,3 +525,30 @@ def test_volumes_are_not_kept(scans):
         most = max(most, sum(ref() is not None for ref in seen))
     assert len(one) == 12 and most <= 3
     assert math.isfinite(np.sum(one.spectra))
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_prints_a_table_of_known_groups(done, tmp_path, capsys, monkeypatch):
+    """With the chain's model: copies are flagged, real scans are not, and the table has every row."""
+    from benchmarks import evaluation
+
+    monkeypatch.setattr(evaluation, "SAMPLES", 3)
+    monkeypatch.setattr(evaluate, "write_report", lambda *args, **more: None)
+    (tmp_path / "out" / "models").mkdir(parents=True)
+    for name in ("autoencoder.pt", "diffusion_unet.pt"):
+        shutil.copy(done.model_dir / name, tmp_path / "out" / "models")
+    argv = ["--data", chain.make_data(tmp_path / "data", cases=10), "--out", tmp_path / "out"]
+    argv = [*map(str, argv), "--config", str(done.config_file)]
+    evaluation.main(argv)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = ("real scans", "copies", "mirrored copies", "blurred copies", "noise", "samples")
+    assert rows[0].split("|")[3:-1] == [f" {name} " for name in names]
+    assert len(rows) == 2 + len(evaluation.ROWS)
+    (copies,) = [row for row in rows if row.startswith("| copies (%)")]
+    values = [float(cell) for cell in copies.split("|")[2:-1]]
+    assert values[2:4] == [100, 100] and values[0] == values[1] == values[5] == 0
+    first = (tmp_path / "out/evaluations/copies/metrics.json").stat().st_mtime_ns
+    evaluation.main(argv)
+    assert (tmp_path / "out/evaluations/copies/metrics.json").stat().st_mtime_ns == first  # not repeated
