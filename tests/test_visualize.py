@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image, ImageSequence
 
 import visualize_image
 from ldm import figures
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.samplers import SAMPLERS, sample_latents
 from ldm.figures import BELOW, GAP, MARGIN, PALETTE
 
 SHAPE, SPACING = (40, 30, 20), np.array([2.0, 3.0, 5.0])  # 80 x 90 x 100 mm
@@ -394,6 +397,29 @@ def test_denoising_ends_on_the_volume_that_inference_writes(done, tmp_path):
         expected = frame_by_hand(done, decode_by_hand(done, latents, checkpoint["scale_factor"])[0], 2, note)
         assert np.abs(frame - expected).max() <= 1
     assert all(np.abs(one - other).max() > 10 for one, other in zip(frames, frames[1:], strict=False))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_estimates_lead_to_what_a_sampler_returns(sampler):
+    """Of data with mean 2 and spread 0.5, for which the best prediction is known."""
+    flow = SAMPLERS[sampler].for_flow
+    kept_share = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    process = NoiseProcess(None, "velocity", 1000) if flow else NoiseProcess(kept_share, "epsilon", 1000)
+
+    def unet(x, timesteps):
+        a, s = (level.reshape(-1, 1, 1, 1, 1) for level in process.levels(timesteps))
+        z0 = 2 + a * 0.25 / (a**2 * 0.25 + s**2) * (x - a * 2)
+        return (z0 - (x - a * z0) / s if flow else (x - a * z0) / s).float()
+
+    networks = SimpleNamespace(unet=unet, process=process)
+    times = process.sampling_times(12, SAMPLERS[sampler].even)[:-1]
+    watched, kept = visualize_image.watching(networks, times[[0, 4, 11]])
+    result = sample_latents(lambda x, t: watched(x, timesteps=t), process, (2, 3, 3, 3), [5], 12, sampler)
+    assert sorted(kept) == [0, 1, 2, 3]
+    noise = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(kept[0][0], noise)
+    assert torch.allclose(kept[1], torch.full_like(kept[1], 2), atol=0.05)  # nothing is known yet: the mean
+    assert torch.allclose(kept[3], result, atol=1e-4)
 
 
 def test_denoise_is_refused(done, tmp_path):
