@@ -29,7 +29,7 @@ Nothing is overwritten without `--force`. Exit codes: 0 done, 1 the disk or the 
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ from ldm.data.display import (
 )
 from ldm.data.intensity import to_unit_range
 from ldm.data.reading import ras_geometry
-from ldm.diffusion.samplers import SAMPLERS, choose_sampler
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.figures import PALETTE, PLANES
 from ldm.metrics import reconstruction_metrics
@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(make, about: str, suffix: str, **more) -> argparse.ArgumentParser:
+    def command(make: Callable, about: str, suffix: str = ".png", **more) -> Callable:
         sub = commands.add_parser(make.__name__, help=about, description=about, **more)
         sub.set_defaults(make=make, suffix=suffix)
         sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"{suffix} to write")
@@ -85,53 +85,44 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("--channel", type=int, default=0, help="of a 4D image, from 0 (default: 0)")
         if make is not denoise:
             sub.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="black and white")
-        return sub
+        if make in (planes, overlay, compare):
+            through = "show the slices through this position, R A S"
+            sub.add_argument("--at", type=float, nargs=3, metavar="MM", help=through)
+        return sub.add_argument
 
-    at = {"type": float, "nargs": 3, "metavar": "MM", "help": "show the slices through this position, R A S"}
-    for make, text, suffix, count in (
-        (slices, "slices of one plane", ".png", 12),
-        (gif, "a GIF through a volume", ".gif", None),
+    for add, count in (
+        (command(slices, "slices of one plane"), 12),
+        (command(gif, "a GIF through a volume", ".gif"), None),
     ):
-        sub = command(make, text, suffix)
-        sub.add_argument("image", type=Path)
-        sub.add_argument("--plane", choices=PLANES, default="axial", help="default: axial")
-        sub.add_argument(
-            "--count", type=int, default=count, help=f"evenly spaced slices (default: {count or 'all'})"
-        )
-    sub = command(planes, "three planes of one volume or of many", ".png")
-    sub.add_argument("images", type=Path, nargs="+", metavar="image", help="volumes, and folders of them")
-    sub.add_argument("--columns", type=int, default=2, help="volumes beside each other (default: 2)")
-    sub.add_argument("--at", **at)
-    sub = command(overlay, "a mask over a volume", ".png")
-    sub.add_argument("image", type=Path)
-    sub.add_argument("--mask", type=Path, required=True, metavar="FILE", help="labels: whole numbers, 0 none")
-    sub.add_argument("--at", **at)
-    sub = command(compare, "two volumes and their difference", ".png")
-    sub.add_argument("image", type=Path)
-    sub.add_argument("other", type=Path)
-    sub.add_argument("--at", **at)
+        add("image", type=Path)
+        add("--plane", choices=PLANES, default="axial", help="default: axial")
+        add("--count", type=int, default=count, help=f"evenly spaced slices (default: {count or 'all'})")
+    add = command(planes, "three planes of one volume or of many")
+    add("images", type=Path, nargs="+", metavar="image", help="volumes, and folders of them")
+    add("--columns", type=int, default=2, help="volumes beside each other (default: 2)")
+    add = command(overlay, "a mask over a volume")
+    add("image", type=Path)
+    add("--mask", type=Path, required=True, metavar="FILE", help="labels: whole numbers, 0 none")
+    add = command(compare, "two volumes and their difference")
+    add("image", type=Path)
+    add("other", type=Path)
+    denoising = utils.script_parser("")
+    utils.add_max_memory(denoising, "decode")
     # "resolve", since both parsers define -h.
-    shared = {"parents": [utils.script_parser("")], "conflict_handler": "resolve"}
-    sub = command(denoise, "the denoising of one sample as a GIF", ".gif", **shared)
-    sub.add_argument("--seed", type=int, default=0, help="of the sample")
-    sub.add_argument("--frames", type=int, default=16, help="maximum number (default: 16)")
-    sub.add_argument("--steps", type=int, help="sampling steps; default: as inference.py")
-    sub.add_argument("--sampler", help="default: as inference.py")
-    sub.add_argument("--autoencoder", type=Path, help="default: model_dir/autoencoder.pt")
-    sub.add_argument("--unet", type=Path, help="default: model_dir/diffusion_unet.pt")
-    sub.add_argument("--scale-factor", type=float, help="for weights without one")
-    utils.add_max_memory(sub, "decode")
+    shared = {"parents": [denoising], "conflict_handler": "resolve"}
+    add = command(denoise, "the denoising of one sample as a GIF", ".gif", **shared)
+    add("--seed", type=int, default=0, help="of the sample")
+    add("--frames", type=int, default=16, help="maximum number (default: 16)")
+    add("--steps", type=int, help="sampling steps; default: as inference.py")
+    add("--sampler", help="default: as inference.py")
+    add("--autoencoder", type=Path, help="default: model_dir/autoencoder.pt")
+    add("--unet", type=Path, help="default: model_dir/diffusion_unet.pt")
+    add("--scale-factor", type=float, help="for weights without one")
     args = parser.parse_args(argv)
 
-    for name, least, most in (
-        ("pixels", 16, 4096),
-        ("channel", 0, 10**6),
-        ("count", 1, 10**6),
-        ("columns", 1, 100),
-        ("frames", 2, 1000),
-        ("steps", 1, records.MOST_STEPS),
-        ("seed", 0, records.LAST_SEED - 1),
-    ):
+    limits = {"pixels": (16, 4096), "channel": (0, 10**6), "count": (1, 10**6), "columns": (1, 100)}
+    limits |= {"frames": (2, 1000), "steps": (1, records.MOST_STEPS), "seed": (0, records.LAST_SEED - 1)}
+    for name, (least, most) in limits.items():
         if (value := getattr(args, name, None)) is not None and not least <= value <= most:
             raise UserError(f"--{name} {value}: expected a number from {least} to {most}.")
     window, at = getattr(args, "window", None), getattr(args, "at", None)
@@ -173,19 +164,13 @@ def voxel_to_show(args: argparse.Namespace, path: Path, image: nib.Nifti1Image) 
     return voxel_at(path, image, args.at) if args.at else figures.middle(image.shape)
 
 
-def spread(first: int, last: int, count: int | None) -> list[int]:
-    """Integers from first to last: all, or `count` of them, evenly spaced."""
-    everything = last - first + 1
-    if count is None or count >= everything:
-        return list(range(first, last + 1))
-    middles = (np.arange(count) + 0.5) * everything / count
-    return [first + int(place) for place in middles]
-
-
 def shown_slices(grey: np.ndarray, axis: int, count: int | None) -> list[int]:
-    """Indices of slices without the black ones at both ends: all, or `count` of them."""
+    """Indices of slices without the black ones at both ends: all, or `count` of them, evenly spaced."""
     lit = np.flatnonzero(grey.any(axis=tuple({0, 1, 2} - {axis})))
-    return spread(lit[0], lit[-1], count) if lit.size else spread(0, grey.shape[axis] - 1, count)
+    first, last = (int(lit[0]), int(lit[-1])) if lit.size else (0, grey.shape[axis] - 1)
+    number = last - first + 1
+    count = min(count or number, number)
+    return [first + int((i + 0.5) * number / count) for i in range(count)]
 
 
 # ---------------------------------------------------------------- the pictures
@@ -201,12 +186,8 @@ def slices(args: argparse.Namespace) -> None:
 def gif(args: argparse.Namespace) -> None:
     """The same slices, one per frame."""
     panels, note, pixel = panels_of_one_plane(args)
-    figures.animate([in_grey(figures.titled(one, args.image.name, note, pixel)) for one in panels], args.out)
-
-
-def in_grey(image: Image.Image) -> np.ndarray:
-    """(rows, columns) in [0, 1]."""
-    return np.asarray(image.convert("L")) / 255
+    frames = [figures.titled(one, args.image.name, note, pixel) for one in panels]
+    figures.animate([np.asarray(one.convert("L")) / 255 for one in frames], args.out)
 
 
 def panels_of_one_plane(args: argparse.Namespace) -> tuple[list[Image.Image], str, float]:
@@ -248,10 +229,8 @@ def volumes_in(folder: Path) -> list[Path]:
 def overlay(args: argparse.Namespace) -> None:
     """Three planes without and with the mask."""
     image, mask = read(args.image, args.channel), read_mask(args.mask)
-    if on_one_grid(image, mask):
-        labels = voxels_in(mask)
-    else:
-        labels = np.nan_to_num(resampled(args.mask, mask, image, nearest=True))
+    same = on_one_grid(image, mask)
+    labels = voxels_in(mask) if same else np.nan_to_num(resampled(args.mask, mask, image, nearest=True))
     if not labels.any():
         print(f"{args.mask}: no labelled voxel within the scan")
     window, pixel = window_of(voxels_in(image), args.window), mm_per_pixel(args, args.image)
@@ -359,21 +338,18 @@ def denoise(args: argparse.Namespace) -> None:
     )
     if args.channel >= (count := len(networks.geometry["limits"])):
         raise UserError(f"--channel {args.channel}: the model makes {count} channel(s), from 0 on.")
-    sampler = choose_sampler(args.sampler, networks.process)
-    steps = args.steps or SAMPLERS[sampler].steps or networks.process.num_train_timesteps
+    sampler, steps = networks.sampling(args.sampler, args.steps)
 
     # Step 1: sample, and keep the noise and the estimates at some steps
     times = networks.process.sampling_times(steps, SAMPLERS[sampler].even)[:-1]
     kept = sorted({round(place) for place in np.linspace(0, steps - 1, args.frames - 1)})
     watched, latents = watching(networks, times[kept])
-    volume = generation.draw(
-        replace(networks, unet=watched),
-        [args.seed],
-        sampler,
-        steps,
-        run,
-        lambda pairs: progress_bar(run, f"sample ({steps} steps)", items=pairs),
-    )[0]
+    networks = replace(networks, unet=watched)
+
+    def bar(pairs: Sequence) -> Iterable:
+        return progress_bar(run, f"sample ({steps} steps)", items=pairs)
+
+    volume = generation.draw(networks, [args.seed], sampler, steps, run, bar)[0]
 
     # Step 2: decode all but the last frame, which is the sample itself
     levels = networks.process.levels(times)[1].tolist()
@@ -381,9 +357,8 @@ def denoise(args: argparse.Namespace) -> None:
     volumes = []
     for i in progress_bar(run, "decode", items=range(len(kept)), unit="frame"):
         with run.autocast():
-            volumes.append(
-                networks.autoencoder.decode(latents[i].to(run.device) / networks.scale_factor).cpu()[0]
-            )
+            clean = networks.autoencoder.decode(latents[i].to(run.device) / networks.scale_factor)
+        volumes.append(clean.cpu()[0])
 
     # Step 3: one frame each
     spacing, window = networks.geometry["spacing"], networks.geometry["limits"][args.channel]
@@ -391,7 +366,8 @@ def denoise(args: argparse.Namespace) -> None:
     for one, note in zip([*volumes, volume], notes, strict=True):
         grey = shade(generation.in_typical_units(one, networks, args.seed)[args.channel], window)
         picture = figures.three_panels(figures.cut(grey, spacing, pixel))
-        frames.append(in_grey(figures.titled(picture, f"seed {args.seed}", note, pixel)))
+        titled = figures.titled(picture, f"seed {args.seed}", note, pixel)
+        frames.append(np.asarray(titled.convert("L")) / 255)
     figures.animate(frames, args.out, 0.25)
 
 

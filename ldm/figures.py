@@ -89,10 +89,9 @@ def three_planes(volume: torch.Tensor, spacing: Sequence[float] = (1, 1, 1)) -> 
     voxels = volume.detach().float().cpu().numpy()
     slices = [np.clip(one, 0, 1) for one in cut(voxels, spacing, min(spacing))]
     rows = max(one.shape[0] for one in slices)
-    padded = [
-        np.pad(one, (((rows - one.shape[0]) // 2, -((one.shape[0] - rows) // 2)), (1, 1))) for one in slices
-    ]
-    return np.concatenate(padded, axis=1)
+    missing = [rows - one.shape[0] for one in slices]
+    sides = [((n // 2, n - n // 2), (1, 1)) for n in missing]
+    return np.concatenate([np.pad(*pair) for pair in zip(slices, sides, strict=True)], axis=1)
 
 
 # ---------------------------------------------------------------- colours
@@ -131,18 +130,16 @@ def panel(picture: np.ndarray, plane: str, caption: str = "") -> Image.Image:
     its left corner."""
     pixels = np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)
     inner = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-    width = max(inner.width + 2 * MARGIN, NARROWEST)
-    height = inner.height + 2 * MARGIN
-    image = Image.new("RGB", (width, height))
-    left = (width - inner.width) // 2
+    width, height = max(inner.width + 2 * MARGIN, NARROWEST), inner.height + 2 * MARGIN
+    image, left, half = Image.new("RGB", (width, height)), (width - inner.width) // 2, MARGIN // 2
     image.paste(inner, (left, MARGIN))
-    draw = ImageDraw.Draw(image)
-    places = [
-        (left - MARGIN // 2, height // 2),
-        (left + inner.width + MARGIN // 2, height // 2),
-        (width // 2, MARGIN // 2),
-        (width // 2, height - MARGIN // 2),
-    ]
+    draw, right = ImageDraw.Draw(image), left + inner.width
+    places = (
+        (left - half, height // 2),
+        (right + half, height // 2),
+        (width // 2, half),
+        (width // 2, height - half),
+    )
     for letter, place in zip(EDGES[plane], places, strict=True):
         draw.text(place, letter, GREY, _font(12), anchor="mm")
     draw.text((2, MARGIN // 2), caption, WHITE, _font(12), anchor="lm")
@@ -217,20 +214,18 @@ def _scale_bar(width: int, pixel: float) -> Image.Image:
 
 def legend(entries: Sequence[tuple[str, str]], width: int) -> Image.Image:
     """A legend of colours in lines of `width` pixels."""
-    font, lines, left = _font(12), [[]], 0
-    for colour, text in entries:
-        size = 16 + round(font.getlength(text)) + 16
+    font, places, left, top = _font(12), [], 0, 0
+    for _, text in entries:
+        size = 32 + round(font.getlength(text))
         if left and left + size > width:
-            lines.append([])
-            left = 0
-        lines[-1].append((left, colour, text))
+            left, top = 0, top + 18
+        places.append((left, top))
         left += size
-    strip = Image.new("RGB", (width, 18 * len(lines)))
+    strip = Image.new("RGB", (width, top + 18))
     draw = ImageDraw.Draw(strip)
-    for i, line in enumerate(lines):
-        for left, colour, text in line:
-            draw.rectangle((left + 2, 18 * i + 3, left + 13, 18 * i + 14), _rgb(colour))
-            draw.text((left + 18, 18 * i + 9), text, WHITE, font, anchor="lm")
+    for (left, top), (colour, text) in zip(places, entries, strict=True):
+        draw.rectangle((left + 2, top + 3, left + 13, top + 14), _rgb(colour))
+        draw.text((left + 18, top + 9), text, WHITE, font, anchor="lm")
     return strip
 
 
@@ -319,14 +314,12 @@ def loss_figure(records: Sequence[dict]) -> Figure:
     figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (stage, keys, title, logarithmic) in zip(axes, panels, strict=True):
+        entries = [entry for entry in records if entry["stage"] == stage]
         for key in keys:
-            points = [
-                (entry["step"], entry[key]) for entry in records if entry["stage"] == stage and key in entry
-            ]
+            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
             if points:
                 label = QUARTERS.get(key, "held out" if key.startswith("val") else "training")
-                marker = "o" * (len(points) == 1)
-                axis.plot(*zip(*points, strict=True), marker or "-", label=label)
+                axis.plot(*zip(*points, strict=True), "o" if len(points) == 1 else "-", label=label)
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)

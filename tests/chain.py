@@ -233,6 +233,20 @@ def differences(a, b, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
+def assert_same_result(a: Project, b: Project, script, ignoring: tuple = ()) -> None:
+    """Two projects hold the same newest and best checkpoint and the same log of a script's stage, to the bit
+    but for the seconds and the keys to ignore."""
+    stage, name = {
+        train_autoencoder: ("autoencoder", "autoencoder"),
+        train_diffusion: ("diffusion", "diffusion_unet"),
+    }[script]
+    for role in ("", "_last"):
+        pair = (project.checkpoint(f"{name}{role}.pt") for project in (a, b))
+        one, other = ({k: v for k, v in content.items() if k not in ignoring} for content in pair)
+        assert not differences(one, other)
+    assert a.log(stage) and not differences(a.log(stage), b.log(stage))
+
+
 @torch.no_grad()
 def sample_by_hand(project: Project, seed: int, steps: int, scale: float | None = None) -> np.ndarray:
     """The volume (C, D, H, W) that `inference.py` should write for a rectified-flow model: Heun's method,
@@ -286,6 +300,26 @@ def assert_weights_close(a: dict, b: dict, share: float = 1e-3) -> None:
     assert a.keys() == b.keys()
     apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
     assert (apart > 1e-5).float().mean() < share and apart.max() < 4e-3
+
+
+class PowerCut(BaseException):
+    """Ends a run as a pulled plug does: nothing of the program sees it coming."""
+
+
+@contextlib.contextmanager
+def power_cut(monkeypatch, call: int):
+    """Raise in Adam's step of this number, and expect it."""
+    calls, real = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise PowerCut
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(torch.optim.Adam, "step", step)
+        yield
 
 
 def leave_after(work, *args) -> None:

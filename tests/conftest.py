@@ -43,6 +43,14 @@ def signals_end_pytest(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """The finished chain, a `chain.Project`. Look, but do not touch."""
+    import chain  # noqa: PLC0415 - tests that run no script need not load it
+
+    return chain.trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real volumes beside the checkout."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -11,7 +11,7 @@ from chain import Project, make_data
 from torch import nn
 
 import utils
-from benchmarks import benchmark, measure, project, reference, scaling
+from benchmarks import benchmark, measure, project, reference
 from ldm import configs
 from ldm.data.cases import Case
 from ldm.diffusion.objective import diffusion_loss
@@ -215,19 +215,7 @@ def test_what_is_refused(setting, argv, message):
     assert stop.value.code == 2 and message in err.getvalue() and "Traceback" not in err.getvalue()
 
 
-# ---------------------------------------------------------------- how cost grows
-
-
-def test_arithmetic_is_counted_by_hand_and_grows_with_the_volume(setting, capsys):
+def test_attention_is_counted():
     q = torch.zeros(1, 2, 6, 4)  # two heads, six voxels, four channels
     products = 2 * 2 * (2 * 6 * 6 * 4)  # of queries and keys, and of weights and values
     assert measure.count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == products
-
-    setting.config["diffusion_def"]["attention_levels"] = [False, False]
-    setting.change()
-    scaling.main(["-c", str(setting.config_file), "--sizes", "16", "32"])
-    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    small, large = ([float(cell) for cell in row] for row in rows)
-    for a, b in zip(small[:4], large[:4], strict=True):
-        assert b / a == pytest.approx(8, rel=0.1)  # the UNet attends in its middle, which grows faster
-    assert large[4] > 4 * small[4] and large[5] > small[5]

@@ -10,8 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from chain import Project, make_data
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import check_data
 import train_autoencoder
@@ -24,7 +22,7 @@ from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.masks import masks_among
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.reading import LARGEST_VIEW, LARGEST_VOXEL, SMALLEST_VOXEL, open_image, read_image
+from ldm.data.reading import open_image, read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "config" / "config_demo.json")
@@ -119,24 +117,12 @@ def flip_a_voxel(image, label):
 
 BAD = {  # what is done to a good case (image, label), and the reason that is given for it
     "cut_short": (lambda i, _: cut(i, 1000), r"voxels cannot be read \(Compressed file ended"),
-    "cut_in_the_checksum": (lambda i, _: cut(i, -3), r"voxels cannot be read \(Compressed file ended"),
     "flipped_voxel": (flip_a_voxel, r"voxels cannot be read \(CRC check failed"),
-    "flipped_checksum": (lambda i, _: flipped(i, -6), r"voxels cannot be read \(CRC check failed"),
-    "flipped_length": (lambda i, _: flipped(i, -2), r"voxels cannot be read \(Incorrect length"),
-    "goes_on": (
-        lambda i, _: i.write_bytes(i.read_bytes() + b"what is this"),
-        r"voxels cannot be read \(Not a gzipped file",
-    ),
     "empty_file": (lambda i, _: i.write_bytes(b""), r"cannot be read as an image \(Empty file"),
     "text": (lambda i, _: i.write_bytes(b"no image\n"), "cannot be read as an image"),
     "fewer_voxels": (
         lambda i, _: i.write_bytes(gzip.compress(gzip.decompress(i.read_bytes())[:-4])),
         r"voxels cannot be read \(4188 bytes where the header asks for 4192",
-    ),
-    "smaller_type": (lambda i, _: changed(i, 70, struct.pack("<hh", 4, 16)), "4192 bytes where .* for 2272"),
-    "shape_in_header": (
-        lambda i, lab: (changed(i, 42, struct.pack("<h", 9)), save(lab, np.zeros((9, 12, 8), np.uint8))),
-        "4192 bytes where the header asks for 3808",
     ),
     "nan": (lambda i, _: save(i, np.where(noise(1) < 0.1, np.nan, noise(1))), r"has \d+ NaN voxels. Set "),
     "infinite": (
@@ -148,17 +134,12 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
     "constant": (lambda i, _: save(i, np.full(SHAPE, 7.0)), "constant: every voxel is 7"),
     "nearly_empty": (lambda i, _: save(i, spots(5, 9)), "constant between its percentiles 0 and 99.5"),
     "scaling": (lambda i, _: changed(i, 112, struct.pack("<f", np.inf)), "intensity scaling is infinite"),
-    "offset": (
-        lambda i, _: changed(i, 112, struct.pack("<ff", 1, np.nan)),
-        "cannot be read as an image .*intercept nan",
-    ),
     "complex": (lambda i, _: save(i, noise(1).astype(np.complex64)), "voxels are of type complex64"),
     "colour": (
         lambda i, _: save(i, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])),
         "voxels are colours",
     ),
     "two_d": (lambda i, _: save(i, noise(1, (9, 9))), r"shape \(9, 9\); expected a 3D image"),
-    "five_d": (lambda i, _: save(i, noise(1, (9, 9, 2, 2, 2))), r"shape \(9, 9, 2, 2, 2\); expected a 3D"),
     "four_d": (lambda i, _: save(i, noise(1, (*SHAPE, 3))), r"has 3 channel\(s\), .*: 4D, expected 3D"),
     "channels_first": (lambda i, _: save(i, noise(1, (1, *SHAPE))), "channels first"),
     "single_slice": (
@@ -166,7 +147,6 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
         r"shape \(10, 12, 1\): a single slice; expected a volume",
     ),
     "singular": (lambda i, _: changed(i, 280, bytes(48)), "affine is not invertible"),
-    "affine_nan": (lambda i, _: changed(i, 280, struct.pack("<f", np.nan)), "affine is not invertible"),
     "microscope": (lambda i, _: save(i, noise(1), np.diag([1, 1, 5e-5, 1])), "voxels are 1 x 1 x 5e-05 mm"),
     "giant_voxels": (lambda i, _: save(i, noise(1), np.diag([150, 1, 1, 1])), "voxels are 150 x 1 x 1 mm"),
     "giant": (lambda i, _: save(i, noise(1, (2, 2, 60)), np.diag([1, 1, 90, 1])), "covers .* x 5.4 m"),
@@ -184,14 +164,7 @@ BAD = {  # what is done to a good case (image, label), and the reason that is gi
         lambda _, lab: save(lab, spots(1, 3, 3)),
         r"dataset.json does not name: 3 \(2 voxels\)",
     ),
-    "label_fraction": (
-        lambda _, lab: save(lab, spots(1, 0.5, dtype=np.float32)),
-        "label has 1 voxels that are no whole",
-    ),
-    "label_nan": (lambda _, lab: save(lab, spots(1, np.nan, dtype=np.float32)), "label has 1 NaN"),
     "label_negative": (lambda _, lab: save(lab, spots(-1, dtype=np.int16)), "values from -1 to 0;"),
-    "label_large": (lambda _, lab: save(lab, spots(1, 256, dtype=np.int16)), "values from 0 to 256;"),
-    "label_damaged": (lambda _, lab: flipped(lab, -6), r"voxels cannot be read \(CRC"),
 }
 
 
@@ -223,9 +196,8 @@ def test_one_run_lists_every_bad_case_with_its_reason(bad_data, capsys):
 
 
 OF_IMAGES = {name for name in BAD if not name.startswith("label_")}
-OF_HEADERS = {"empty_file", "text", "scaling", "offset", "complex", "colour", "two_d", "five_d", "four_d"}
-OF_HEADERS |= {"channels_first", "single_slice"}
-OF_HEADERS |= {"singular", "affine_nan", "microscope", "giant_voxels", "giant"}
+OF_HEADERS = {"empty_file", "text", "scaling", "complex", "colour", "two_d", "four_d", "channels_first"}
+OF_HEADERS |= {"single_slice", "singular", "microscope", "giant_voxels", "giant"}
 OF_HEADERS |= {"label_shape", "label_shifted", "label_flipped", "label_4d"}
 
 
@@ -245,26 +217,16 @@ def test_without_labels_no_label_is_read(bad_data):
 
 def test_a_good_data_set_passes_in_one_line(tmp_path, capsys):
     folder = decathlon(tmp_path, ["a", "b", "c"])
-    save(
-        folder / "imagesTr/b.nii.gz",
-        100 * noise(5, (8, 10, 12)) - 7,
-        np.diag([-2, 1.5, 3, 1])[:, [2, 0, 1, 3]],
-    )
-    save(
-        folder / "labelsTr/b.nii.gz",
-        np.zeros((8, 10, 12), np.uint8),
-        np.diag([-2, 1.5, 3, 1])[:, [2, 0, 1, 3]],
-    )
+    turned = np.diag([-2, 1.5, 3, 1])[:, [2, 0, 1, 3]]
+    save(folder / "imagesTr/b.nii.gz", 100 * noise(5, (8, 10, 12)) - 7, turned)
+    save(folder / "labelsTr/b.nii.gz", np.zeros((8, 10, 12), np.uint8), turned)
     code, lines = run(capsys, folder)
     assert code == 0 and len(lines) == 1
     volumes = [nib.load(folder / f"imagesTr/{name}.nii.gz").get_fdata() for name in "abc"]
-    low, high = (
-        [f"{f(one):.4g}" for f in (min, max)]
-        for one in ([v.min() for v in volumes], [v.max() for v in volumes])
-    )
+    minima, maxima = [v.min() for v in volumes], [v.max() for v in volumes]
     assert lines == [
-        "all good: 3 cases of 10 x 12 x 8 voxels of 2 x 1.5 x 3 mm, "
-        f"minima {low[0]} to {low[1]}, maxima {high[0]} to {high[1]}"
+        "all good: 3 cases of 10 x 12 x 8 voxels of 2 x 1.5 x 3 mm, minima "
+        f"{min(minima):.4g} to {max(minima):.4g}, maxima {min(maxima):.4g} to {max(maxima):.4g}"
     ]
 
 
@@ -466,17 +428,6 @@ def test_no_flipped_bit_is_taken_for_a_voxel(tmp_path):
         assert refused > 0.9 * len(whole)
 
 
-@pytest.mark.parametrize(
-    "change, length", [(lambda p: cut(p, -1), 4191), (lambda p: p.open("ab").write(b"!"), 4193)]
-)
-def test_an_uncompressed_file_is_as_long_as_its_header_says(tmp_path, change, length):
-    path = save(tmp_path / "a.nii", noise(0))
-    open_image(path)
-    change(path)
-    with pytest.raises(UserError, match=f"{length} bytes where the header asks for 4192"):
-        open_image(path)
-
-
 def test_a_channel_of_many_is_read_once(tmp_path, monkeypatch):
     path, opened = save(tmp_path / "a.nii.gz", noise(0, (*SHAPE, 3))), []
     monkeypatch.setattr(
@@ -501,30 +452,6 @@ def test_only_nifti_and_mgh_are_read(tmp_path):
         with pytest.raises(UserError, match="convert it to NIfTI in one file"):
             open_image(tmp_path / name)
     assert read_image(tmp_path / "c.nii.gz").shape == SHAPE
-
-
-def test_a_mutated_header_is_refused_or_describes_a_scan(tmp_path_factory):
-    path = save(tmp_path_factory.mktemp("mutated") / "a.nii", noise(0))
-    whole = path.read_bytes()
-
-    @settings(max_examples=150, deadline=None)
-    @given(st.lists(st.tuples(st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=4))
-    def mutate(changes):
-        content = bytearray(whole)
-        for place, value in changes:
-            content[place] = value
-        path.write_bytes(content)
-        try:
-            image = read_image(path)
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            return
-        sizes = nib.affines.voxel_sizes(image.affine)
-        assert np.prod(image.shape) <= len(whole)
-        assert (sizes >= SMALLEST_VOXEL).all() and (sizes <= LARGEST_VOXEL).all()
-        assert (sizes * image.shape[:3]).max() <= LARGEST_VIEW
-
-    mutate()
 
 
 # ---- real volumes

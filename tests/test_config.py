@@ -1,6 +1,5 @@
 """Configs are data: the tutorial's own run here, wrong ones are refused with the key named."""
 
-import copy
 import errno
 import importlib.util
 import json
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train_autoencoder
 import utils
@@ -22,7 +19,7 @@ from ldm.data.prepare import patch_sizes
 from ldm.diffusion.process import NoiseProcess
 from ldm.environment import FOLDERS, check_writable
 from ldm.losses import AutoencoderLoss
-from ldm.models.definitions import NETWORKS, SCHEDULERS, named_class, resolve_references
+from ldm.models.definitions import resolve_references
 from ldm.system.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +105,17 @@ def refused(load, config, message, *overrides):
         load(config, *overrides)
 
 
+def changed(path: str, value) -> dict:
+    """The tutorial's config with another value at this path."""
+    config = tutorial()
+    *sections, last = path.split(".")
+    section = config
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return config
+
+
 # ---- configs that are right
 
 
@@ -138,16 +146,6 @@ def test_what_the_tutorial_leaves_out_is_the_references(load):
     assert config["seed"] == 0
 
 
-def test_older_and_newer_name_of_the_epochs(load):
-    config = tutorial()
-    config["autoencoder_train"]["n_epochs"] = 7
-    config["diffusion_train"] = {"n_epochs": 8}
-    loaded = load(config)
-    assert loaded["autoencoder_train"]["max_epochs"] == 1200 and loaded["diffusion_train"]["max_epochs"] == 8
-    assert "n_epochs" not in loaded["diffusion_train"]
-    assert load(config, "diffusion_train.max_epochs=3")["diffusion_train"]["max_epochs"] == 3
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_is_whole(path):
     config = utils.load_config(path)
@@ -160,15 +158,6 @@ def test_shipped_config_is_whole(path):
         assert patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     NoiseProcess.from_config(config["NoiseScheduler"])
     assert utils.load_config(path) == config  # reading changes nothing
-
-
-def test_shipped_configs_are_all_here():
-    assert {path.stem.removeprefix("config_") for path in SHIPPED} >= {
-        "demo",
-        "train_16g",
-        "train_32g",
-        "train_multigpu",
-    }
 
 
 def test_resolved_config_reads_back_as_itself(load, tmp_path):
@@ -227,21 +216,18 @@ def test_documentation_is_generated_from_the_schema():
 def test_override_wins_over_file_and_file_over_default(load):
     config = tutorial()
     assert load(config)["autoencoder_train"]["lr"] == 1e-5
-    section = load(config, "autoencoder_train.lr=8e-5", "autoencoder_train.recon_loss=l2")[
-        "autoencoder_train"
-    ]
-    assert section["lr"] == 8e-5 and section["recon_loss"] == "l2"
+    loaded = load(config, "autoencoder_train.lr=8e-5", "autoencoder_train.recon_loss=l2", "latent_channels=4")
+    assert loaded["autoencoder_train"]["lr"] == 8e-5 and loaded["autoencoder_train"]["recon_loss"] == "l2"
+    assert loaded["autoencoder_def"]["latent_channels"] == loaded["diffusion_def"]["in_channels"] == 4
     del config["autoencoder_train"]["val_interval"], config["diffusion_train"]
+    config["autoencoder_train"]["n_epochs"], config["diffusion_train"] = 7, {"n_epochs": 8}  # the older name
     loaded = load(config, "diffusion_train.augment.flip_axes=[0, 2]", "seed=5", "seed=6")
+    assert loaded["autoencoder_train"]["max_epochs"] == 1200 and loaded["diffusion_train"]["max_epochs"] == 8
+    assert load(config, "diffusion_train.max_epochs=3")["diffusion_train"]["max_epochs"] == 3
     assert loaded["autoencoder_train"]["val_interval"] == 10
     assert loaded["diffusion_train"]["augment"]["flip_axes"] == [0, 2]
     assert loaded["diffusion_train"]["augment"]["flip_prob"] == 0.5
     assert loaded["seed"] == 6  # the last one
-
-
-def test_override_reaches_what_refers_to_it(load):
-    config = load(tutorial(), "latent_channels=4")
-    assert config["autoencoder_def"]["latent_channels"] == config["diffusion_def"]["in_channels"] == 4
 
 
 @pytest.mark.parametrize(
@@ -262,16 +248,6 @@ def test_override_that_is_wrong(load, override, message):
 # ---- configs that are wrong
 
 
-def changed(path: str, value) -> dict:
-    config = tutorial()
-    *sections, last = path.split(".")
-    section = config
-    for name in sections:
-        section = section.setdefault(name, {})
-    section[last] = value
-    return config
-
-
 @pytest.mark.parametrize(
     "path, value, message",
     [
@@ -283,19 +259,8 @@ def changed(path: str, value) -> dict:
         ("difusion_train", {}, "unknown key difusion_train. Did you mean diffusion_train"),
         ("autoencoder_train.augment.flip_axis", [0], "augment.flip_axis. Did you mean flip_axes"),
         ("zzz", 1, r"unknown key zzz. docs/config\.md lists the keys"),
-        (
-            "NoiseScheduler.beta_strat",
-            0.001,
-            "unknown key NoiseScheduler.beta_strat. Did you mean beta_start",
-        ),
         ("autoencoder_train.lr", "1e-5", 'autoencoder_train.lr: expected a number above 0, found "1e-5".'),
-        ("autoencoder_train.lr", 0, "autoencoder_train.lr: expected a number above 0, found 0."),
         ("autoencoder_train.batch_size", 1.5, "expected a whole number from 1 to 65536, found 1.5"),
-        (
-            "autoencoder_train.batch_size",
-            2.0,
-            "batch_size: expected a whole number from 1 to 65536, found 2.0",
-        ),
         ("autoencoder_train.batch_size", True, "batch_size: expected .*, found true"),
         ("autoencoder_train.patch_size", [64, 64], "patch_size: expected a list of 3 .* or null, found"),
         ("autoencoder_train.recon_loss", "l3", 'recon_loss: expected "l1" or "l2", found "l3".'),
@@ -319,9 +284,6 @@ def changed(path: str, value) -> dict:
         ("intensity", {"window": [1, 0]}, r"intensity.window: expected \[low, high\]"),
         ("intensity", {"window": [0, [1, 2]]}, r"intensity.window: expected \[low, high\]"),
         ("intensity", {"window": [[0, 1], [0, 1]]}, r"intensity.window: 2 pair\(s\) for 1 channel"),
-        ("intensity.window", [], "intensity.window"),
-        ("autoencoder_train.lr", float("nan"), "autoencoder_train.lr"),
-        ("autoencoder_train.lr", float("inf"), "autoencoder_train.lr"),
     ],
 )
 def test_wrong_key_or_value_is_named(load, path, value, message):
@@ -357,37 +319,14 @@ def test_expression_or_reference_that_is_wrong(load, value, message):
 
 
 def test_references():
-    config = {
-        "a": {"b": {"c": 3}},
-        "nested": "@a::b::c",
-        "hash": "@a#b#c",
-        "dollar": "$@a::b",
-        "chain": "@nested",
-        "list": ["@nested", {"x": "@nested"}],
-        "text": "a@b$c",
-    }
-    resolved = resolve_references(config, config, "config")
-    assert resolved == {
-        "a": {"b": {"c": 3}},
-        "nested": 3,
-        "hash": 3,
-        "dollar": {"c": 3},
-        "chain": 3,
-        "list": [3, {"x": 3}],
-        "text": "a@b$c",
-    }
+    config = {"a": {"b": {"c": 3}}, "nested": "@a::b::c", "hash": "@a#b#c", "dollar": "$@a::b"}
+    config |= {"chain": "@nested", "list": ["@nested", {"x": "@nested"}], "text": "a@b$c"}
+    resolved = {"a": {"b": {"c": 3}}, "nested": 3, "hash": 3, "dollar": {"c": 3}}
+    resolved |= {"chain": 3, "list": [3, {"x": 3}], "text": "a@b$c"}
+    assert resolve_references(config, config, "config") == resolved
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"a": "@a"},
-        {"a": "@b", "b": "@c", "c": "@a"},
-        {"a": {"b": "@a"}},
-        {"a": ["@a"]},
-        {"a": {"b": ["@c"]}, "c": "@a"},
-    ],
-)
+@pytest.mark.parametrize("config", [{"a": "@b", "b": "@c", "c": "@a"}, {"a": {"b": ["@c"]}, "c": "@a"}])
 def test_reference_cycle(config):
     with pytest.raises(UserError, match="leads back to itself"):
         resolve_references(config, config, "config")
@@ -401,14 +340,11 @@ FOREIGN = [
     "monai.networks.nets.resnet.torch",
     "monai.networks.nets.autoencoderkl.nn.Linear",
     "monai.networks.nets.resnet.get_pretrained_resnet_medicalnet",
-    "monai.networks.nets.resnet10",
     "monai.networks.nets",
     "monai.networks.netsx.AutoencoderKL",
-    "monai.networks.nets.",
     "generative.networks.nets.nowhere.AutoencoderKL",
     "AutoencoderKL",
     "",
-    ".",
 ]
 
 
@@ -419,11 +355,9 @@ def test_foreign_target_is_refused(load, section, target):
 
 
 def test_target_of_another_kind_or_misspelt(load):
-    refused(
-        load, changed("autoencoder_def._target_", "monai.networks.schedulers.DDPMScheduler"), "not allowed"
-    )
+    scheduler = "monai.networks.schedulers.DDPMScheduler"
+    refused(load, changed("autoencoder_def._target_", scheduler), "not allowed")
     refused(load, changed("NoiseScheduler._target_", "monai.networks.nets.AutoencoderKL"), "not allowed")
-    refused(load, changed("autoencoder_def._target_", "monai.networks.netsx.AutoencoderKL"), "not allowed")
     near = "Did you mean monai.networks.nets.AutoencoderKL"
     refused(load, changed("autoencoder_def._target_", "monai.networks.nets.AutoEncoderKL"), near)
     refused(
@@ -431,25 +365,8 @@ def test_target_of_another_kind_or_misspelt(load):
         changed("autoencoder_def.num_chanels", [8, 16]),
         r"autoencoder_def\.num_chanels: AutoencoderKL has no such argument\. Did you mean",
     )
-
-
-@pytest.mark.parametrize(
-    "target, packages",
-    [
-        ("monai.networks.nets.AutoencoderKL", NETWORKS),
-        ("monai.networks.nets.autoencoderkl.AutoencoderKL", NETWORKS),
-        ("monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi", NETWORKS),
-        ("monai.networks.schedulers.RFlowScheduler", SCHEDULERS),
-        ("generative.networks.schedulers.DDIMScheduler", SCHEDULERS),
-    ],
-)
-def test_allowed_target(target, packages):
-    assert named_class(target, packages, "here").__name__ == target.rpartition(".")[2]
-
-
-def test_arguments_that_the_network_refuses(load):
-    with pytest.raises(UserError, match="autoencoder_def: AutoencoderKL refuses these arguments"):
-        load(changed("autoencoder_def.norm_num_groups", 48))
+    arguments = "autoencoder_def: AutoencoderKL refuses these arguments"
+    refused(load, changed("autoencoder_def.norm_num_groups", 48), arguments)
 
 
 @pytest.mark.parametrize(
@@ -511,12 +428,8 @@ def test_environment_of_the_tutorial(tmp_path):
     [
         ({"model_dri": "m"}, "unknown key model_dri. Did you mean model_dir"),
         ({"model_dir": 3}, "model_dir: expected a path of names of up to 255 printable characters, found 3"),
-        ({"model_dir": ["m"]}, "model_dir: expected a path"),
-        ({"model_dir": None}, "model_dir: expected a path .*, found null"),
         ({"resume_ckpt": "true"}, 'resume_ckpt: expected true or false, found "true"'),
-        ({"resume_ckpt": 1}, "resume_ckpt: expected true or false, found 1"),
         ({"data_base_dir": {}}, "data_base_dir: expected a folder or a list of folders, found {}"),
-        ({"data_base_dir": [1]}, "data_base_dir"),
         ({"data_base_dir": []}, "data_base_dir"),
         ({"perceptual_weights": True}, "perceptual_weights: expected .*, found true"),
     ],
@@ -524,12 +437,9 @@ def test_environment_of_the_tutorial(tmp_path):
 def test_environment_that_is_wrong(tmp_path, change, message):
     with pytest.raises(UserError, match=rf"environment\.json: {message}"):
         environment(tmp_path, ENVIRONMENT | change)
-
-
-@pytest.mark.parametrize("key", ["data_base_dir", "model_dir", "tfevent_path", "output_dir"])
-def test_environment_with_a_key_missing(tmp_path, key):
-    with pytest.raises(UserError, match=f"{key} is missing"):
-        environment(tmp_path, {k: v for k, v in ENVIRONMENT.items() if k != key})
+    for key in ("data_base_dir", "model_dir", "tfevent_path", "output_dir"):
+        with pytest.raises(UserError, match=f"{key} is missing"):
+            environment(tmp_path, {k: v for k, v in ENVIRONMENT.items() if k != key})
 
 
 @pytest.mark.parametrize("key", FOLDERS)
@@ -573,85 +483,6 @@ def test_script_ends_with_one_line_and_code_2(tmp_path, capsys, monkeypatch):
         train_autoencoder.main(["-c", "config.json", "-e", "environment.json"])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith("error: config.json: unknown key autoencoder_train.batchsize")
-        and error.count("\n") == 1
-    )
+    assert error.startswith("error: config.json: unknown key autoencoder_train.batchsize")
+    assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "environment.json"}  # nothing begun
-
-
-# ---- any config at all
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 2000)
-    | st.floats()
-    | st.sampled_from(["", "@", "$", "@seed", "$@seed", "@autoencoder_def", "$1", "@a::b", "l1", *FOREIGN])
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=4,
-)
-
-
-def places(section, path=()):
-    """Paths of all keys of a config."""
-    for key, value in section.items():
-        yield (*path, key)
-        if isinstance(value, dict):
-            yield from places(value, (*path, key))
-
-
-def within(section: dict, path) -> dict:
-    for key in path:
-        section = section[key]
-    return section
-
-
-@st.composite
-def mutated(draw, config: dict) -> dict:
-    """A config with one to three keys deleted, renamed or given another value."""
-    config = copy.deepcopy(config)
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(sorted(places(config)) or [()]))
-        if not path:
-            break
-        section, key = within(config, path[:-1]), path[-1]
-        match draw(st.sampled_from(["delete", "replace", "rename"])):
-            case "delete":
-                del section[key]
-            case "replace":
-                section[key] = draw(json_values)
-            case "rename":
-                section[draw(st.text(max_size=5)) + key] = section.pop(key)
-    return config
-
-
-def read_or_refused(read, path: Path, content: dict):
-    path.write_text(json.dumps(content), encoding="utf-8")
-    try:
-        assert isinstance(read(path), dict)
-    except UserError as error:
-        assert str(error)
-
-
-def test_any_config_is_read_or_refused(tmp_path_factory):
-    path = tmp_path_factory.mktemp("any") / "config.json"
-
-    @settings(max_examples=30, deadline=None)
-    @given(mutated(tutorial()))
-    def check(config):
-        read_or_refused(utils.load_config, path, config)
-
-    check()
-
-
-def test_any_environment_is_read_or_refused(tmp_path_factory):
-    path = tmp_path_factory.mktemp("any") / "environment.json"
-
-    @settings(max_examples=100, deadline=None)
-    @given(mutated(ENVIRONMENT | {"perceptual_weights": "w.pth", "cache_dir": None, "download_brats": False}))
-    def check(content):
-        read_or_refused(utils.load_environment, path, content)
-
-    check()

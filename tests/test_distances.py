@@ -45,7 +45,7 @@ def test_pooled_means_and_deviations_of_cells():
     activation[..., 2:, 2:, 3] = 2.0  # half of the last cell
     expected = [3, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     assert features._pooled(activation)[0].tolist() == pytest.approx(expected, abs=1e-3)
-    groups = features.rows_of(AutoencoderFeatures(Autoencoder(Identity())), activation)
+    groups = rows_of(AutoencoderFeatures(Autoencoder(Identity())), activation)
     assert [group[0].tolist() for group in groups] == [pytest.approx(expected, abs=1e-3)] * 2
 
 
@@ -57,17 +57,32 @@ def test_distance_by_hand():
     assert KernelDistance(first, second).value == pytest.approx(expected)
 
 
-def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew():
-    first, second = numbers(40, 5).double(), numbers(40, 5, seed=1).double() + 0.5
-    drawn = KernelDistance(first, second).bootstrap(2000)
-    assert drawn.mean() == pytest.approx(KernelDistance(first, second).value, abs=0.1 * drawn.std())
-    fresh = [
-        KernelDistance(numbers(40, 5, seed=i).double(), numbers(40, 5, seed=i + 1).double() + 0.5).value
-        for i in range(100, 500, 2)
-    ]
-    assert drawn.std() == pytest.approx(statistics.stdev(fresh), rel=0.5)
-    low, high = interval(KernelDistance(first, second).bootstrap())
-    assert low < KernelDistance(first, second).value < high
+def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return KernelDistance(first, second).value
+
+
+def drawn_kernel(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    return KernelDistance(first, second).bootstrap(2000)
+
+
+def drawn_frechet(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    return distances.bootstrap(frechet_distance, first, second=second)[0]
+
+
+@pytest.mark.parametrize(
+    "distance, draw", [(kernel_distance, drawn_kernel), (frechet_distance, drawn_frechet)]
+)
+def test_a_bootstrap_has_no_bias_and_the_spread_of_sets_drawn_anew(distance, draw):
+    def sets(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return numbers(40, 5, seed=seed).double(), numbers(40, 5, seed=seed + 1).double() + 0.5
+
+    drawn, value = draw(*sets(0)), distance(*sets(0))
+    assert drawn.mean() == pytest.approx(value, abs=0.1 * drawn.std())
+    assert drawn.std() == pytest.approx(
+        statistics.stdev(distance(*sets(i)) for i in range(100, 500, 2)), rel=0.5
+    )
+    low, high = interval(drawn)
+    assert low < value < high
 
 
 def test_a_permutation_test_by_all_splits():
@@ -158,54 +173,32 @@ def test_frechet_distance_by_hand():
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_is_monais():
-    first, second = (
-        numbers(60, 6) * torch.arange(1.0, 7),
-        numbers(50, 6, seed=1) @ numbers(6, 6, seed=2) + 0.3,
-    )
-    expected = FIDMetric()(first.double(), second.double())
-    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-6)
+def test_frechet_distance_is_monais_and_that_of_moments():
+    first = numbers(60, 6) * torch.arange(1.0, 7)
+    second = numbers(50, 6, seed=1) @ numbers(6, 6, seed=2) + 0.3
+    expected = float(FIDMetric()(first.double(), second.double()))
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+    parts = [distances.Moments() for _ in range(2)]
+    for part, rows in zip(parts, (first, second), strict=True):
+        part.add(rows[:7])
+        part.add(rows[7:])
+    assert distances.frechet_of_moments(*parts) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet_of_moments(parts[1], parts[1]) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_of_fewer_rows_than_features():
     """Rows in a plane of a larger space: what it is there."""
     first, second = numbers(10, 2), 2 * numbers(9, 2, seed=1) + 1
     basis = torch.linalg.qr(numbers(40, 2, seed=2)).Q.T
-    assert frechet_distance(first @ basis, second @ basis) == pytest.approx(
-        frechet_distance(first, second), rel=1e-5
-    )
-
-
-def test_frechet_bootstrap_lies_about_the_distance():
-    first, second = numbers(80, 3), numbers(80, 3, seed=1) + 1
-    (drawn,) = distances.bootstrap(frechet_distance, first, second=second)
     expected = frechet_distance(first, second)
-    assert drawn.mean() == pytest.approx(expected, rel=1e-6)
-    fresh = [
-        frechet_distance(numbers(80, 3, seed=i), numbers(80, 3, seed=i + 1) + 1) for i in range(100, 400, 2)
-    ]
-    assert drawn.std() == pytest.approx(statistics.stdev(fresh), rel=0.4)
-
-
-def test_frechet_distance_of_moments_is_that_of_the_rows():
-    first = numbers(60, 6) * torch.arange(1.0, 7)
-    second = numbers(50, 6, seed=1) @ numbers(6, 6, seed=2) + 0.3
-    parts = [distances.Moments() for _ in range(2)]
-    for part, rows in zip(parts, (first, second), strict=True):
-        part.add(rows[:7])
-        part.add(rows[7:])
-    expected = frechet_distance(first, second)
-    assert distances.frechet_of_moments(*parts) == pytest.approx(expected, rel=1e-6)
-    assert distances.frechet_of_moments(parts[1], parts[1]) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first @ basis, second @ basis) == pytest.approx(expected, rel=1e-5)
 
 
 def test_principal_axes_hold_what_varies_most():
     rows = numbers(50, 5) * torch.tensor([0.1, 3.0, 0.1, 2.0, 0.1]) + 7
     axes = distances.PrincipalAxes(rows, 2)
-    assert axes(rows).shape == (50, 2)
-    assert axes(rows).mean(0).abs().max() < 1e-4
-    kept = axes(rows).square().sum() / (rows - rows.mean(0)).square().sum()
-    assert kept > 0.97
+    assert axes(rows).shape == (50, 2) and axes(rows).mean(0).abs().max() < 1e-4
+    assert axes(rows).square().sum() / (rows - rows.mean(0)).square().sum() > 0.97
     assert axes(rows + torch.tensor([0, 1.0, 0, 0, 0]))[:, 0].sub(axes(rows)[:, 0]).abs().min() > 0.98
 
 
@@ -240,9 +233,8 @@ def test_inception_score():
     assert distances.inception_score(torch.full((7, 4), 0.25)) == pytest.approx(1)
     assert distances.inception_score(sure[:1].repeat(9, 1)) == pytest.approx(1)
     half = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
-    assert distances.inception_score(half) == pytest.approx(
-        math.exp(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    )
+    expected = math.exp(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert distances.inception_score(half) == pytest.approx(expected)
 
 
 def test_bootstrap_of_a_mean():
@@ -274,9 +266,8 @@ def test_medicalnet_has_the_strides_and_dilations_it_was_trained_with(tmp_path):
     with torch.no_grad():
         assert perceptual.trunk(network, torch.zeros(1, 1, 40, 32, 24)).shape == (1, 512, 5, 4, 3)
     for layer, dilation in ((network.layer1, 1), (network.layer3, 2), (network.layer4, 4)):
-        assert {m.dilation for m in layer.modules() if getattr(m, "kernel_size", 0) == (3, 3, 3)} == {
-            (dilation,) * 3
-        }
+        convolutions = [m for m in layer.modules() if getattr(m, "kernel_size", 0) == (3, 3, 3)]
+        assert {m.dilation for m in convolutions} == {(dilation,) * 3}
     path = tmp_path / "resnet_10_23dataset.pth"
     saved(network, path, "module.")
     state, digest = perceptual.read_weights(path, None)

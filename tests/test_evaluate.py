@@ -1,5 +1,7 @@
 """evaluate.py: metrics and conclusions for groups of volumes that are known, and bad input."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -83,11 +85,9 @@ def named(
     real: Path, generated: Path, train: Path | None = None, project: Project | None = None
 ) -> list[str]:
     """The arguments that name the groups and, of a project, the autoencoder."""
-    argv = ["--real", real, "--generated", generated, *(["--train", train] if train else [])]
-    return [
-        *map(str, argv),
-        *(["--autoencoder", str(project.model_dir / "autoencoder.pt")] if project else []),
-    ]
+    given = {"real": real, "generated": generated, "train": train}
+    given["autoencoder"] = project and project.model_dir / "autoencoder.pt"
+    return [word for key, path in given.items() if path for word in (f"--{key}", str(path))]
 
 
 def evaluated(out: Path, *argv) -> dict:
@@ -101,13 +101,13 @@ def evaluated(out: Path, *argv) -> dict:
 
 def refused(*argv) -> str:
     """The message of a run that ends on the user's error."""
-
-    class Plain:
-        main = staticmethod(evaluate.main)
-
-    project = Project.__new__(Project)
-    project.argv = lambda *more: [str(one) for one in more]
-    return Project.refused(project, Plain, *argv, "--device", "cpu")
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
+        evaluate.main([*map(str, argv), "--device", "cpu"])
+    text = err.getvalue()
+    assert stop.value.code == 2 and "Traceback" not in text and text.count("error: ") == 1, text
+    message = text[text.index("error: ") :].strip()
+    assert message.count("\n") < 3, text
+    return message
 
 
 # ---------------------------------------------------------------- a run
@@ -116,9 +116,8 @@ def refused(*argv) -> str:
 @pytest.fixture(scope="module")
 def of_the_run(done, tmp_path_factory) -> dict:
     """The chain's run: 2 held-out and 4 training scans, 3 samples, the last with other settings."""
-    project = copy_of(
-        done, tmp_path_factory.mktemp("run") / "p", "autoencoder.pt", "diffusion_unet.pt", "split.json"
-    )
+    names = "autoencoder.pt", "diffusion_unet.pt", "split.json"
+    project = copy_of(done, tmp_path_factory.mktemp("run") / "p", *names)
     shutil.copy(done.model_dir / "train_log.jsonl", project.model_dir)
     project.run(inference, "--num", "2", "--steps", "2", "--no-amp")
     project.run(inference, "--seed", "2", "--steps", "3", "--no-amp")
@@ -128,21 +127,16 @@ def of_the_run(done, tmp_path_factory) -> dict:
 
 
 def test_a_run_is_evaluated_on_its_split(of_the_run, done):
-    counts = {name: one["volumes"] for name, one in of_the_run["sets"].items()}
     split = done.split()
-    assert counts == {
-        "held-out": len(split["validation"]),
-        "generated": 3,
-        "training": len(split["training"]),
-    }
+    counts = {"held-out": len(split["validation"]), "generated": 3, "training": len(split["training"])}
+    assert {name: one["volumes"] for name, one in of_the_run["sets"].items()} == counts
     assert of_the_run["settings"]["grid"].startswith("16 x 20 x 12 voxels of 2 x 1.5 x 3 mm")
     record = json.loads((of_the_run["project"].output_dir / "sample_000000.json").read_text())
     assert of_the_run["unet_sha256"] == record["unet"]["sha256"]
     common = {key: record[key] for key in ("sampler", "scale_factor", "precision")}
-    assert of_the_run["sampling"] == [
-        {**common, "steps": 2, "volumes": 2},
-        {**common, "steps": 3, "volumes": 1},
-    ]
+    common |= {"condition": "", "guidance": 1.0}
+    steps = {"steps": 2, "volumes": 2}, {"steps": 3, "volumes": 1}
+    assert of_the_run["sampling"] == [{**common, **one} for one in steps]
     (note,) = [note for note in of_the_run["notes"] if "different settings" in note]
     assert "2 by heun, 2 steps, float32, scale factor" in note and "1 by heun, 3 steps" in note
     assert of_the_run["settings"]["precision"] == "all networks compute in float32"
@@ -164,15 +158,12 @@ def test_a_sample_comes_back_in_the_units_of_the_autoencoder(of_the_run):
     """By the limits in its record, not by its own percentiles; clipped as scans are."""
     project = of_the_run["project"]
     path = project.output_dir / "sample_000001.nii.gz"
-    (case,) = [
-        case for case in find_cases(project.output_dir, "sample_*.nii.gz")[0] if case.name.endswith("1")
-    ]
+    (case,) = [one for one in find_cases(path.parent, "sample_*.nii.gz")[0] if one.name.endswith("1")]
     read = Reader(Preprocessing((0,), SPACING), SHAPE, torch.device("cpu"))
     low, high = records.limits_of(path)[0]
     stored = np.asarray(nib.load(path).dataobj)
     assert read(case)[0, 0].numpy() == pytest.approx(np.clip((stored - low) / (high - low), 0, 1), abs=1e-5)
-    project_limits = project.checkpoint("diffusion_unet.pt")["geometry"]["limits"]
-    assert [[low, high]] == project_limits
+    assert [[low, high]] == project.checkpoint("diffusion_unet.pt")["geometry"]["limits"]
 
 
 def test_nan_in_a_sample_is_no_background(of_the_run, tmp_path):
@@ -204,16 +195,11 @@ def test_groups_that_are_named_replace_those_of_the_run(of_the_run, scans, tmp_p
     open_spacing = ("--set", "spacing=null", "--set", "longest_side=20")
     project.run(evaluate, *sets, *open_spacing, "--out", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert {name: one["volumes"] for name, one in content["sets"].items()} == {
-        "held-out": 10,
-        "generated": 3,
-        "training": 12,
-    }
+    counts = {"held-out": 10, "generated": 3, "training": 12}
+    assert {name: one["volumes"] for name, one in content["sets"].items()} == counts
     assert content["settings"]["grid"].endswith("of 2 x 1.5 x 3 mm")
-
-
-def test_a_second_evaluation_does_not_replace_the_first(of_the_run):
-    assert "metrics.json exists." in of_the_run["project"].refused(evaluate)
+    # A second evaluation does not replace the first.
+    assert "metrics.json exists." in project.refused(evaluate)
 
 
 def rewritten(path: Path, **changes) -> None:
@@ -263,18 +249,15 @@ def test_a_run_whose_samples_are_of_a_model_before_is_told_so(of_the_run, tmp_pa
     project = of_the_run["project"]
     unet = project.model_dir / "diffusion_unet.pt"
     before = unet.read_bytes()
-    torch.save({**project.checkpoint(unet.name), "epoch": 99}, unet)  # trained further
     try:
+        torch.save({**project.checkpoint(unet.name), "epoch": 99}, unet)  # trained further
         message = project.refused(evaluate, "--out", tmp_path / "out")
+        unet.unlink()
+        assert f"{unet}: no such checkpoint" in project.refused(evaluate, "--out", tmp_path / "out")
     finally:
         unet.write_bytes(before)
     assert f"found no samples of {unet} (left out: 3 from before diffusion_unet.pt changed (" in message
     assert message.endswith("Run inference.py, or name the samples by --generated.")
-    unet.rename(unet.with_name("away.pt"))
-    try:
-        assert f"{unet}: no such checkpoint" in project.refused(evaluate, "--out", tmp_path / "out")
-    finally:
-        unet.with_name("away.pt").rename(unet)
 
 
 def test_samples_that_are_named_are_of_one_model(of_the_run, scans, tmp_path):
@@ -357,9 +340,8 @@ def test_own_feature_metrics_are_those_of_the_rows(of_more, scans, done):
     assert metric["p_value"] == distances.KernelDistance(both[:8], both[8:]).p_value()
     rows = chosen
     precise, recalled = (x.mean() for x in distances.precision_recall(rows["held"], rows["more"]))
-    assert [of_more["by_key"][key]["value"] for key in ("precision", "recall")] == pytest.approx(
-        [precise, recalled]
-    )
+    shares = [of_more["by_key"][key]["value"] for key in ("precision", "recall")]
+    assert shares == pytest.approx([precise, recalled])
 
 
 def test_distances_of_blurred_scans_grow_with_the_blur(of_more):
@@ -402,15 +384,6 @@ def test_scans_that_were_trained_on_and_are_held_out_are_leaks(scans, tmp_path):
     assert "3 of 13 held-out scans copy training scans" in found["verdicts"][0]["text"]
 
 
-def test_without_a_training_set_the_floor_is_between_halves(scans, done, tmp_path):
-    found = evaluated(tmp_path / "out", *named(scans["held"], scans["more"], project=done))
-    metric = found["by_key"]["mmd_own"]
-    assert metric["floor_interval"][0] < 0.3 and metric["value"] is not None
-    assert found["by_key"]["frechet_own"]["missing"] and "halves" in found["by_key"]["frechet_own"]["missing"]
-    assert "no training scans" in found["by_key"]["copies"]["missing"]
-    assert found["verdicts"][0]["tone"] == "none" and "not searched for" in found["verdicts"][0]["text"]
-
-
 class FirstVoxels:
     """In place of RadImageNet's ResNet-50, which tests/test_distances.py tests."""
 
@@ -450,6 +423,8 @@ def test_published_networks_and_a_classifier(scans, tmp_path, monkeypatch):
         assert metric["counts"].startswith("2 on each side"), key  # as in the halves of 4 scans
     assert 1 <= found["by_key"]["inception_score"]["value"] <= 3
     assert digest in found["settings"]["MedicalNet"]
+    assert "no training scans" in found["by_key"]["copies"]["missing"]
+    assert found["verdicts"][0]["tone"] == "none" and "not searched for" in found["verdicts"][0]["text"]
     assert "MedicalNet's features" in found["verdicts"][1]["text"]  # without an autoencoder
     assert "SHA-256 is" in refused(*argv[:4], "--medicalnet", medicalnet, "0" * 64, "--out", tmp_path / "b")
     wrong = refused(*argv[:4], "--medicalnet", radimagenet, "--out", tmp_path / "b")
@@ -476,9 +451,8 @@ def test_volumes_that_cannot_be_used_are_left_out_and_listed(scans, tmp_path):
     made = shutil.copytree(scans["more"], tmp_path / "made")
     rng, affine = np.random.default_rng(1), np.diag([*SPACING, 1])
     nib.save(nib.Nifti1Image(np.full(SHAPE, 7, np.float32), affine), made / "constant.nii.gz")
-    nib.save(
-        nib.Nifti1Image(np.where(blob(rng) > 0.5, np.nan, 1).astype(np.float32), affine), made / "nan.nii.gz"
-    )
+    holes = np.where(blob(rng) > 0.5, np.nan, 1).astype(np.float32)
+    nib.save(nib.Nifti1Image(holes, affine), made / "nan.nii.gz")
     whole = (made / "scan_00.nii.gz").read_bytes()
     (made / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
     found = evaluated(tmp_path / "out", *named(scans["held"], made))
@@ -515,34 +489,27 @@ def test_channels_are_chosen_and_are_there(scans, tmp_path):
     assert "no held-out volume can be used" in message and "channel" in message
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ("", "give the run by -c and -e"),
-        ("--real {held} --generated {more}", "give the run by -c and -e"),
-        ("-c config.json", "-c and -e"),
-        ("--real {held} --generated nowhere --out {x}", "nowhere: no such data folder"),
-        ("--real {held} --generated {empty} --out {x}", "no image"),
-        ("--real {held} --generated {more} --out {x} --set seed=1", "--set"),
-        (
-            "--real {held} --generated {more} --out {x} --autoencoder no.pt",
-            "--autoencoder no.pt: no such file",
-        ),
-        ("--real {held} --generated {more} --out {x} --medicalnet no.pt", "--medicalnet no.pt: no such file"),
-        ("--real {held} --generated {more} --out {x} --medicalnet a b c", "--medicalnet: expected a file"),
-    ],
-)
-def test_wrong_arguments_are_refused(scans, tmp_path, argv, message):
+WRONG_GROUPS = {
+    "nowhere": "nowhere: no such data folder",
+    "{empty}": "no image",
+    "{more} --set seed=1": "--set",
+    "{more} --autoencoder no.pt": "--autoencoder no.pt: no such file",
+    "{more} --autoencoder {bare}": "weights alone",
+    "{more} --medicalnet no.pt": "--medicalnet no.pt: no such file",
+    "{more} --medicalnet a b c": "--medicalnet: expected a file",
+}
+
+
+def test_wrong_arguments_are_refused(scans, done, tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [word.format(empty=tmp_path / "empty", x=tmp_path / "x", **scans) for word in argv.split()]
-    assert message in refused(*words)
-    assert not (tmp_path / "x").exists()
-
-
-def test_an_autoencoder_of_weights_alone_is_not_enough(scans, done, tmp_path):
     torch.save(done.checkpoint("autoencoder.pt")["model"], tmp_path / "bare.pt")
-    argv = named(scans["held"], scans["more"])
-    assert "weights alone" in refused(*argv, "--out", tmp_path / "x", "--autoencoder", tmp_path / "bare.pt")
+    real, out = ("--real", scans["held"], "--generated"), ("--out", tmp_path / "x")
+    for words in ([], [*real, scans["more"]], ["-c", "config.json"]):
+        assert "-c and -e" in refused(*words), words
+    for words, message in WRONG_GROUPS.items():
+        given = words.format(empty=tmp_path / "empty", bare=tmp_path / "bare.pt", **scans).split()
+        assert message in refused(*real, *given, *out), words
+    assert not (tmp_path / "x").exists()
 
 
 def test_volumes_are_not_kept(scans):

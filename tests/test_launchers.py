@@ -238,12 +238,8 @@ def test_demo_on_own_data(project):
     data.mkdir(parents=True)
     done, calls = project.demo("--data", f"../elsewhere/{data.name}", folder=project.bin)
     assert done.returncode == 0, done.stderr
-    assert scripts_of(calls) == [
-        "train_autoencoder.py",
-        "train_diffusion.py",
-        "inference.py",
-        "evaluate.py",
-    ]
+    stages = ["train_autoencoder.py", "train_diffusion.py", "inference.py", "evaluate.py"]
+    assert scripts_of(calls) == stages
     out = project.folder / "outputs" / f"demo-{data.name}"
     places = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     assert places["data_base_dir"] == str(data)
@@ -252,9 +248,8 @@ def test_demo_on_own_data(project):
 
     done, calls = project.demo("--data", data, "--out", "my out", folder=project.home)
     assert done.returncode == 0, done.stderr
-    assert json.loads((project.home / "my out" / "environment.json").read_text(encoding="utf-8"))[
-        "model_dir"
-    ] == str(project.home / "my out" / "models")
+    places = json.loads((project.home / "my out" / "environment.json").read_text(encoding="utf-8"))
+    assert places["model_dir"] == str(project.home / "my out" / "models")
     assert list(data.iterdir()) == []
 
 
@@ -294,18 +289,8 @@ def test_demo_stops_at_the_step_that_fails(project):
 
 @needs_bash
 def test_test_sh_lints_then_ends_with_pytest(project):
-    lpips = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--retries",
-        "1",
-        "--no-deps",
-        "-c",
-        "constraints.txt",
-        "lpips",
-    ]
+    lpips = ["-m", "pip", "install", "--quiet", "--retries", "1", "--no-deps"]
+    lpips += ["-c", "constraints.txt", "lpips"]
     pytest_ = ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     done, calls = project.run(project.folder / "test.sh", "-k", "two words", STUB_FAIL="-m pytest")
     assert done.returncode == 3, "pytest's exit code"
@@ -429,9 +414,8 @@ def test_multigpu_batch_starts_its_own_script_with_options_that_it_has(stage):
     assert options == {"-c", "-e", "-g", "--set"} and (ROOT / f"train_{stage}.py").exists()
     keys = re.findall(r"--set %STAGE%_train\.(\w+)=", command)
     schema = json.loads((ROOT / "config" / "schema.json").read_text())
-    assert keys == ["amp", "compile"] and set(keys) <= set(
-        schema["properties"][f"{stage}_train"]["properties"]
-    )
+    assert keys == ["amp", "compile"]
+    assert set(keys) <= set(schema["properties"][f"{stage}_train"]["properties"])
 
 
 # --- the files themselves -------------------------------------------------------------------------
@@ -480,10 +464,3 @@ def test_every_requirement_has_a_tested_version_in_its_range():
     assert all(str(version).startswith("==") for version in tested.values())
     for name, wanted in {**read("requirements.txt"), **read("requirements-test.txt")}.items():
         assert str(tested[name])[2:] in wanted, name
-
-
-def test_environment_example_has_the_known_keys_and_relative_paths():
-    example = json.loads((ROOT / "config" / "environment.json.example").read_text())
-    paths = {key: example.pop(key) for key in ("data_base_dir", "model_dir", "tfevent_path", "output_dir")}
-    assert all(path.startswith("./") for path in paths.values()) and len(set(paths.values())) == 4
-    assert example == {"resume_ckpt": True, "download_brats": False, "perceptual_weights": None}

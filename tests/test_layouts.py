@@ -68,7 +68,6 @@ FREESURFER = (
     "wm.seg,wmparc"
 )
 ISLES = "sub-*/ses-0001/{dwi/sub-*_ses-0001_dwi,dwi/sub-*_ses-0001_adc,anat/sub-*_ses-0001_FLAIR}.nii.gz"
-VERSE = "dataset-verse19training/"
 LAYOUTS = {
     "TotalSegmentator": Layout(
         "s0000 s0001",
@@ -228,13 +227,6 @@ LAYOUTS = {
         refused="T1w_acpc_dc_restore, T1w_acpc_dc_restore_brain, T2w_acpc_dc_restore",
         keys={"pattern": "**/T1w_acpc_dc_restore_brain.*"},
     ),
-    "FeTA": Layout(
-        "sub-001 sub-002",
-        "*/anat/*_rec-mial_{T2w,dseg}.nii.gz",
-        "*/anat/*_rec-mial_T2w.nii.gz",
-        "*",
-        "*/anat/*_rec-mial_dseg.nii.gz",
-    ),
     "MM-WHS": Layout(
         "ct mr",
         "*_train/*_train_100{1,2}_{image,label}.nii.gz",
@@ -278,13 +270,6 @@ LAYOUTS = {
         "2 files that data.pattern leaves out",
         "_4d, _frame01, _frame12",
         {"pattern": "**/*_frame[0-9][0-9].nii.gz"},
-    ),
-    "VerSe": Layout(
-        "sub-verse004",
-        f"{VERSE}rawdata/*/*_ct.nii.gz | {VERSE}derivatives/*/*_seg-vert_msk.nii.gz",
-        f"{VERSE}rawdata/*/*_ct.nii.gz",
-        "*",
-        passed="1 file under derivatives",
     ),
 }
 
@@ -401,15 +386,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 
 def test_what_the_run_wrote_is_no_data(tmp_path):
-    root = make(
-        tmp_path, "a.nii.gz", "runs/models/b.nii.gz", "runs/out/c.nii.gz", "shown/sample_000001.nii.gz"
-    )
+    made = ("runs/models/b.nii.gz", "runs/out/c.nii.gz", "shown/sample_000001.nii.gz")
+    root = make(tmp_path, "a.nii.gz", *made)
     record = {"format": 1, "seed": 1, "sampler": "ddim", "volume": {}}
     (root / "shown" / "sample_000001.json").write_text(json.dumps(record))
     (root / "a.json").write_text('{"MagneticFieldStrength": 3}')  # as BIDS has beside each scan
-    images, _, passed = found(
-        root, outputs=[root / "runs" / "models", root / "runs" / "out", root], generated=False
-    )
+    outputs = [root / "runs" / "models", root / "runs" / "out", root]
+    images, _, passed = found(root, outputs=outputs, generated=False)
     assert images == ["a.nii.gz"]
     assert passed == (
         f"2 folders of this run (such as {root / 'runs' / 'models'}), "
@@ -441,11 +424,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
 @pytest.mark.parametrize(
     "files, kinds, patients",
     [
-        (
-            ["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"],
-            "_t1, _t2",
-            1,
-        ),  # of one patient: known names
+        (["P001/P001_t1.nii.gz", "P001/P001_t2.nii.gz"], "_t1, _t2", 1),
         (["p1_pre.nii.gz", "p1_post.nii.gz", "p2_pre.nii.gz", "p2_post.nii.gz"], "_post, _pre", 2),
         (["p1/pre.nii.gz", "p1/post.nii.gz", "p2/pre.nii.gz", "p2/post.nii.gz"], "post, pre", 2),
         (["T1/p1.nii.gz", "T2/p1.nii.gz"], "T1, T2", 1),
@@ -453,11 +432,7 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
         (["p1/ct.nii", "p1/o/liver.nii", "p1/o/skin.nii", "p2/ct.nii", "p2/o/liver.nii"], "ct, liver", 2),
         (["p1.nii.gz", "p1_brain.nii.gz"], "no ending, _brain", 1),
         (["p1.nii", "mp1.nii", "p2.nii", "mp2.nii"], "no beginning, m", 2),  # SPM
-        (
-            ["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"],
-            "_0000, _0001",
-            2,
-        ),  # nnU-Net
+        (["p1_0000.nii", "p1_0001.nii", "p2_0000.nii", "p2_0001.nii"], "_0000, _0001", 2),  # nnU-Net
     ],
 )
 def test_several_images_of_a_patient_are_refused_or_stay_on_one_side(tmp_path, files, kinds, patients):

@@ -2,7 +2,7 @@
 
 `MALFORMED` has some rows for each reader, which run in process. Plainly wrong values are tested beside their
 reader (test_config.py, test_check_data.py, test_download.py, test_provenance.py); here are those that nobody
-expects. Scripts run where only they can refuse an input, and on random changes of a good config.
+expects, and random changes of good files. Scripts run where only they can refuse an input.
 """
 
 import copy
@@ -13,12 +13,10 @@ import math
 import pickle
 import random
 import re
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import chain
 import nibabel as nib
 import numpy as np
 import pytest
@@ -208,12 +206,6 @@ PAIR = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
 WHOLE = described([PAIR])
 
 
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture(scope="module")
 def good(done) -> dict:
     """A good content of each kind, but for the manifest of a cache."""
@@ -251,21 +243,13 @@ def place(tmp_path, write_image) -> Callable[[str], Path]:
 TEXT = json.dumps(QUICK).encode()
 NO_JSON = [
     b"",
-    b" \n\t",
     b"[]",
-    b'"config"',
-    b"null",
     b"NaN",
     TEXT[:-1],
-    TEXT[:-1] + b",}",
     b"// mine\n" + TEXT,
-    TEXT.replace(b'"', b"'"),
     TEXT * 2,
-    TEXT + b"\0",
     TEXT.decode().encode("utf-16"),
     b'{"s\xe9ed": 1}',
-    bytes(range(256)),
-    b"channel: 0\n",
     b"[" * 100_000,
     b'{"a":' * 100_000,
     b'{"channel": 1, "channel": 0}',
@@ -307,16 +291,13 @@ def in_networks(*keys: str, **values) -> list:
 
 CONFIGS = [
     ({"channel": int("1" * 4000)}, "channel"),
-    ({"channel": INF}, "channel"),
     ({"channel": "\ud800"}, "channel"),
     ({"channel": []}, "channel"),
     ({"channel": "@spacing::0"}, "@spacing::0"),
     ({"channel": "%other.json::channel"}, "channel"),
-    ({"channel": "@seed", "seed": "@channel"}, "@"),
     ({"channel": "@data"}, "channel"),
     ({"spacing": [1] * 100_000}, "spacing"),
     ({"k" * 100_000: 1}, "config.json"),
-    ({"chan\0nel": 1}, "config.json"),
     ({"a\n\n\n\nb": 1}, "config.json"),
     ({"\ud800": 1}, "config.json"),
     ({"$import os": 1}, "import os"),
@@ -327,25 +308,16 @@ CONFIGS = [
     ({"autoencoder_def._disabled_": True}, "_disabled_"),
     ({"autoencoder_def.in_channels": {"_target_": "os.getcwd"}}, "autoencoder_def"),
     ({"autoencoder_def": QUICK["diffusion_def"]}, "autoencoder_def"),
-    (
-        {"autoencoder_def": {"_target_": "monai.networks.nets.TorchVisionFCModel", "channels": [8]}},
-        "autoencoder_def",
-    ),
     # numbers that no machine can hold or finish
     ({"image_channels": 10**9}, "channel"),
     ({"latent_channels": 10**12}, "latent_channels"),
     ({"longest_side": 10**9, "spacing": ABSENT}, "longest_side"),
-    ({"seed": HUGE}, "seed"),
-    ({"data.num_workers": 10**6}, "num_workers"),
     ({"autoencoder_train.batch_size": 10**9}, "batch_size"),
-    ({"autoencoder_train.accumulate_steps": HUGE}, "accumulate_steps"),
-    ({"autoencoder_train.initial_posterior_std": HUGE}, "initial_posterior_std"),
     ({"autoencoder_train.discriminator.channels": 10**10}, "discriminator"),
     ({"diffusion_train.val_times": 10**12}, "val_times"),
     ({"NoiseScheduler.num_train_timesteps": HUGE}, "num_train_timesteps"),
     *in_networks("autoencoder_def", "diffusion_def", num_res_blocks=[10**9, "ab", [1, -1]]),
-    *in_networks("autoencoder_def", "diffusion_def", channels=[[8] * 64, [10**9] * 2, [0, 0], [-8, 16], []]),
-    *in_networks("autoencoder_def", "diffusion_def", channels=[[8], "ab", [8.0, 16.0]]),
+    *in_networks("autoencoder_def", "diffusion_def", channels=[[8] * 64, [10**9] * 2, [0, 0], [], "ab"]),
     *in_networks("autoencoder_def", "diffusion_def", spatial_dims=[2, -1, 10**9], norm_num_groups=[0, 0.5]),
     *in_networks("autoencoder_def", in_channels=[0, 2], out_channels=[2], latent_channels=[0, 4]),
     *in_networks("autoencoder_def", norm_eps=["small"], with_encoder_nonlocal_attn=["false"]),
@@ -384,10 +356,7 @@ LISTS = [
 
 OF_NNUNET = [
     *(({"training": ABSENT, "channel_names": value}, "channel") for value in (None, [], "x", 3, {})),
-    *(
-        ({"training": ABSENT, "channel_names": {"0": "T1"}, "file_ending": value}, "file_ending")
-        for value in ([".nii"], ".png", None, "")
-    ),
+    ({"training": ABSENT, "channel_names": {"0": "T1"}, "file_ending": ".png"}, "file_ending"),
 ]
 
 PARTICIPANTS = [
@@ -452,10 +421,7 @@ ANY_CHECKPOINT = [
     ({"model": weight(torch.Tensor.to_sparse)}, "model"),
 ]
 AUTOENCODERS = [
-    *(
-        (content, "autoencoder.pt")
-        for content in (b"", b"no checkpoint", b"<html>", b"PK\x05\x06" + bytes(18))
-    ),
+    *((content, "autoencoder.pt") for content in (b"", b"<html>", b"PK\x05\x06" + bytes(18))),
     (pickle.dumps({"model": 3}), "autoencoder.pt"),
     *((saved(overwritten(share)), "autoencoder.pt") for share in (0, 0.2, 0.5, 0.8, 1)),
     *((saved(lambda c, n=n: c[:n]), "autoencoder.pt") for n in (4, 1000, -1)),
@@ -494,10 +460,7 @@ ARCHIVES = [
     (archive({**WHOLE, "dataset.json": b"[" * 10**5}), "dataset.json"),
     (archive({**WHOLE, "imagesTr/a.nii.gz/x": b"a"}), "tar|imagesTr"),
     *((archive(described(value)), "dataset.json") for value in (None, "x", {}, [None], [[]], ["a"])),
-    *(
-        (archive(described([{**PAIR, "image": value}])), "dataset.json")
-        for value in (None, [], "", "../outside", "a\0b", "long" * 100)
-    ),
+    *((archive(described([{**PAIR, "image": x}])), "dataset.json") for x in (None, "", "../outside", "a\0b")),
     *((archive(described([PAIR], test=value)), "dataset.json") for value in (None, [3], [{}], ["x"])),
 ]
 
@@ -545,7 +508,6 @@ HEADERS = [
 PLAIN_FILES = [
     *((PLAIN[:n], UNREAD) for n in (0, 1, 347, 348, 352, 4000, -1)),
     *((content, UNREAD) for content in (PLAIN + b"more", PLAIN * 2, PACKED)),
-    (b"\x89PNG\r\n\x1a\n" + bytes(500), UNREAD),
     (bytes(128) + b"DICM" + bytes(500), UNREAD),
 ]
 PACKED_FILES = [
@@ -751,16 +713,13 @@ def trained_well(project: Project, stage: str) -> None:
     "path, value",
     [
         ("autoencoder_train.patch_size", [10**6] * 3),
-        ("autoencoder_train.patch_size", [HUGE] * 3),
         ("autoencoder_train.patch_size", [1, 1, 1]),
         ("autoencoder_train.val_patch_size", [3, 5, 7]),
         ("autoencoder_train.gradient_weight", HUGE),
         ("autoencoder_train.lr", 1e300),
         ("autoencoder_def.norm_eps", NAN),
         ("spacing", [1e-9] * 3),
-        ("spacing", [HUGE] * 3),
         ("diffusion_train.patch_size", [4 * 10**6] * 3),
-        ("diffusion_train.patch_size", [6, 8, 10]),
         ("NoiseScheduler", {"schedule": "linear_beta", "beta_start": 0.9, "beta_end": 0.9}),
         ("NoiseScheduler", {"schedule": "cosine", "prediction_type": "velocity"}),
     ],
@@ -790,31 +749,23 @@ MOMENTS = "stepper.optimizer.state.0"
         (RESUME_1, {"model": weight(lambda w: w[:1])}),
         (RESUME_1, {f"{MOMENTS}.exp_avg": lambda t: t * NAN}),
         (RESUME_1, {f"{MOMENTS}.exp_avg_sq": lambda t: -1 - t}),
-        (RESUME_2, {"model": weight(lambda w: w + INF)}),
-        (RESUME_2, {"model.more": torch.ones(1)}),
         (RESUME_2, {f"{MOMENTS}.exp_avg_sq": torch.zeros(2, 2)}),
-        (RESUME_2, {f"{MOMENTS}.step": torch.zeros(2, 2)}),
         (LEARN, {"model": weight(lambda w: w * NAN)}),
         (LEARN, {"config.autoencoder_def": {}}),
-        (SAMPLE, {"model": weight(lambda w: w[:1])}),
         (SAMPLE, {"model": weight(torch.Tensor.int)}),
         (SAMPLE, {"model": weight(lambda w: w.to(torch.complex64))}),
         (DRAW, {"model": weight(lambda w: w * NAN)}),
         (DRAW, {"model.more": torch.ones(1)}),
         (DRAW, {"scale_factor": ABSENT}),
         (DRAW, {"latent_shape": [4, 8, 10, 6]}),
-        (DRAW, {"latent_shape": [3, 7, 9, 5]}),
         (DRAW, {"latent_shape": [3, 10**4, 10**4, 10**4]}),
     ],
 )
 def test_a_checkpoint_that_only_its_use_shows_to_be_wrong(done, good, tmp_path, how, change):
     """Its name is told, or that numbers are not finite; no checkpoint changes and no volume is written."""
     script, option, kind = how
-    project, bad = (
-        copy_of(done, tmp_path / "p", *(READERS[one][0] for one in OF_TENSORS)),
-        tmp_path / "bad.pt",
-    )
-    shutil.copy(done.model_dir / "split.json", project.model_dir)
+    project = copy_of(done, tmp_path / "p", *(READERS[one][0] for one in OF_TENSORS), "split.json")
+    bad = tmp_path / "bad.pt"
     write(bad, good[kind], change)
     before = fingerprint(project.model_dir)
     more = ["--steps", "1"] if script is inference else ["--no-amp"]
@@ -869,43 +820,3 @@ def test_any_change_of_a_file_is_read_or_refused(good, place, kind):
         write(path, mutated(good[kind], rng), {})
         refused += refusal(read, path) is not None
     assert refused
-
-
-@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion, inference])
-def test_any_config_that_is_read_ends_well_or_in_an_error(done, tmp_path, script):
-    """Three of each script. A sample is that of the model, whatever the config says."""
-    stage = {train_autoencoder: "autoencoder", train_diffusion: "diffusion"}.get(script)
-    names = [READERS[kind][0] for kind in OF_TENSORS] + ["split.json"]
-    names = {train_autoencoder: (), train_diffusion: ("autoencoder.pt", "split.json")}.get(script, names)
-    rng, well = random.Random(script.__name__), 0
-    for number in range(3):
-        config = None
-        while config is None or not is_quick(config) or refusal(configs.check_config, config, "config.json"):
-            config = json.loads(json.dumps(mutated(QUICK, rng)))
-        project = copy_of(done, tmp_path / str(number), *names)
-        project.config_file.write_text(json.dumps(config))
-        more = ("--no-amp",) if stage else ("--steps", "4", "--seed", "1")
-        try:
-            project.run(script, *more)
-        except SystemExit as stop:
-            assert stop.code in (1, 2)
-            continue
-        well += 1
-        if stage:
-            trained_well(project, stage)
-        else:
-            ours, first = (
-                nib.load(p.output_dir / "sample_000001.nii.gz").get_fdata() for p in (project, done)
-            )
-            np.testing.assert_allclose(ours, first, atol=1e-4 * np.ptp(first))
-    assert well
-
-
-def is_quick(config: dict) -> bool:
-    """Whether what it asks for is done in a second: the defaults are not."""
-    sections = [config.get(key) for key in ("autoencoder_train", "diffusion_train", "data")]
-    if not all(isinstance(section, dict) for section in sections):
-        return False
-    epochs = [section.get("max_epochs") for section in sections[:2]]
-    compiled = [section.get("compile") for section in sections[:2]]
-    return epochs == [1, 1] and True not in compiled and sections[2].get("num_workers") == 0

@@ -1,6 +1,5 @@
 """A training that is stopped, killed, damaged or started again: promises 1 to 5 of docs/RELIABILITY.md."""
 
-import contextlib
 import copy
 import gc
 import re
@@ -9,7 +8,7 @@ import weakref
 import chain
 import pytest
 import torch
-from chain import Project, copy_of, differences, fingerprint
+from chain import Project, assert_same_result, copy_of, differences, fingerprint, power_cut
 from torch.utils._pytree import tree_leaves
 
 import train_autoencoder
@@ -20,38 +19,11 @@ from ldm.generation import load_networks
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.ranks import Run
 from ldm.training.progress import Progress
-from ldm.training.run_folder import StageFiles
 from ldm.training.step import Stepper
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
 STAGES = [(train_autoencoder, AUTOENCODER), (train_diffusion, UNET)]
-
-
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
-class PowerCut(BaseException):
-    """Ends a run as a pulled plug does: nothing of the program sees it coming."""
-
-
-@contextlib.contextmanager
-def power_cut(monkeypatch, call: int):
-    """Raise in Adam's step of this number, and expect it."""
-    calls, real = [], torch.optim.Adam.step
-
-    def step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise PowerCut
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(torch.optim.Adam, "step", step)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -66,15 +38,9 @@ def whole(done, tmp_path_factory) -> Project:
     return project
 
 
-def equal(a: Project, b: Project, script, ignoring: tuple = ()) -> None:
-    """Two projects hold the same checkpoints and the same log of a stage, to the bit but for the seconds."""
-    for name in AUTOENCODER[:2] if script is train_autoencoder else UNET[:2]:
-        one, other = (project.checkpoint(name) for project in (a, b))
-        for key in ignoring:
-            one.pop(key), other.pop(key)
-        assert not differences(one, other)
-    stage = "autoencoder" if script is train_autoencoder else "diffusion"
-    assert a.log(stage) and not differences(a.log(stage), b.log(stage))
+def again(whole: Project, tmp_path) -> Project:
+    """A copy of the finished run."""
+    return copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
 
 
 # ---------------------------------------------------------------- promise 4: a resume is exact
@@ -98,15 +64,14 @@ def test_promise_4_a_resume_in_the_middle_of_an_epoch_is_exact(whole, tmp_path, 
         done_calls = sum(int(s["optimizer"]["state"][0]["step"]) for s in steppers(last))
     assert middles >= 2
     assert "resumed in epoch" in project.run(script, "--no-amp")
-    equal(project, whole, script, ignoring=("config",))  # the loader processes stand in it
+    assert_same_result(project, whole, script, ignoring=("config",))  # the loader processes stand in it
 
 
-@pytest.mark.parametrize("script, names", STAGES)
-def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypatch, script, names):
+@pytest.mark.parametrize("script", [train_autoencoder, train_diffusion])
+def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypatch, script):
     """Neither of the one that is resumed nor of the best nor of stage 1's: each would be one more copy of
     weights, average and moments in main memory until the end. Sums and counters are taken up as they are."""
-    log = ("split.json", "train_log.jsonl", "autoencoder.pt")
-    project = copy_of(whole, tmp_path / "again", *dict.fromkeys([*names, *log]))
+    project = again(whole, tmp_path)
     stage = "autoencoder_train" if script is train_autoencoder else "diffusion_train"
     read, alive, longer = [], [], ("--set", f"{stage}.max_epochs=5")
 
@@ -140,27 +105,15 @@ def test_another_batch_size_begins_the_epoch_anew(whole, tmp_path, monkeypatch):
         project.run(train_diffusion, "--no-amp")
     assert project.checkpoint("diffusion_unet_last.pt")["epoch"] == 1
     said = project.run(train_diffusion, "--no-amp", "--set", "diffusion_train.batch_size=2")
-    assert "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now: epoch 1 begins anew" in said
+    division = "batches_per_epoch 4 before, 2 now, cases_per_batch 1 before, 2 now"
+    assert f"{division}: epoch 1 starts from its first batch" in said
     last = project.checkpoint("diffusion_unet_last.pt")
     assert [last[key] for key in ("epoch", "batch", "step")] == [3, 2, 8]
 
 
-def test_other_accumulation_begins_the_epoch_anew(whole, tmp_path):
-    """A finished run, twice as long and with half as many steps an epoch, has half of them before it."""
-    project = copy_of(whole, tmp_path / "again", "autoencoder.pt", *UNET, "split.json", "train_log.jsonl")
-    epochs = whole.checkpoint("diffusion_unet_last.pt")["epoch"] + 1
-    longer = {"max_epochs": 2 * epochs, "accumulate_steps": 2}
-    project.change(diffusion_train=project.config["diffusion_train"] | longer)
-    said = project.run(train_diffusion, "--no-amp")
-    assert f"accumulate_steps 1 before, 2 now: epoch {epochs} begins anew" in said
-    last = project.checkpoint("diffusion_unet_last.pt")
-    assert last["step"] == 2 * epochs * 2 and last["epoch"] == 2 * epochs - 1
-
-
 def test_going_on_with_stage_1_keeps_the_pair_that_belongs_together(whole, tmp_path):
     """The diffusion model would be of no use without the autoencoder that it was trained on."""
-    names = (*AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    project = copy_of(whole, tmp_path / "again", *names)
+    project = again(whole, tmp_path)
     old, epochs = project.model_dir / "old-1", whole.checkpoint("autoencoder_last.pt")["epoch"] + 1
     longer = ("--set", f"autoencoder_train.max_epochs={epochs + 1}")
     save_checkpoint(project.model_dir / "autoencoder.pt", whole.checkpoint("autoencoder.pt") | {"best": -9.0})
@@ -177,8 +130,7 @@ def test_going_on_with_stage_1_keeps_the_pair_that_belongs_together(whole, tmp_p
 
 def test_promise_5_a_best_that_cannot_be_read_is_not_replaced(whole, tmp_path):
     """Its score is not known, so no other is known to be better."""
-    names = (*AUTOENCODER, "split.json", "train_log.jsonl")
-    project = copy_of(whole, tmp_path / "again", *names)
+    project = again(whole, tmp_path)
     best = project.model_dir / "autoencoder.pt"
     content = bytearray(best.read_bytes())
     content[len(content) // 2] ^= 1
@@ -188,24 +140,24 @@ def test_promise_5_a_best_that_cannot_be_read_is_not_replaced(whole, tmp_path):
     assert best.read_bytes() == content
 
 
-@pytest.mark.parametrize("script, names", STAGES[1:])  # the code is that of both stages
-def test_fewer_epochs_than_were_trained_leave_nothing_to_do(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    stage = "autoencoder" if script is train_autoencoder else "diffusion"
-    said = project.run(script, "--no-amp", "--set", f"{stage}_train.max_epochs=1")
-    assert "trained to the end already" in said
-    for name in names[:2]:
+def test_a_finished_stage_goes_on_with_the_options_of_the_config(whole, tmp_path):
+    """With fewer epochs there is nothing to do. With more, and half as many steps an epoch, the epochs that
+    are done count half the steps; the checkpoint brings the moments, and no option of the optimiser."""
+    project, epochs = again(whole, tmp_path), 4
+    assert "trained to the end already" in project.run(
+        train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=1"
+    )
+    for name in UNET[:2]:
         assert not differences(project.checkpoint(name)["model"], whole.checkpoint(name)["model"])
-
-
-def test_the_options_of_the_optimiser_are_those_of_the_config(whole, tmp_path):
-    """As are learning rate and clipping: the checkpoint brings the moments, and no more."""
-    project = copy_of(whole, tmp_path / "again", "autoencoder.pt", *UNET, "split.json", "train_log.jsonl")
-    given = {"adam_betas": [0.5, 0.75], "max_epochs": 5}
+    given = {"adam_betas": [0.5, 0.75], "max_epochs": 2 * epochs, "accumulate_steps": 2}
     project.change(diffusion_train=project.config["diffusion_train"] | given)
-    project.run(train_diffusion, "--no-amp")
-    state = project.checkpoint("diffusion_unet_last.pt")["stepper"]["optimizer"]
-    assert state["param_groups"][0]["betas"] == (0.5, 0.75) and state["state"][0]["step"] == 20
+    said = project.run(train_diffusion, "--no-amp")
+    assert f"accumulate_steps 1 before, 2 now: epoch {epochs} starts from its first batch" in said
+    last = project.checkpoint("diffusion_unet_last.pt")
+    assert last["step"] == 2 * epochs * 2 and last["epoch"] == 2 * epochs - 1
+    state = last["stepper"]["optimizer"]
+    assert state["param_groups"][0]["betas"] == (0.5, 0.75)
+    assert state["state"][0]["step"] == 4 * epochs + 2 * epochs
 
 
 def test_the_state_of_an_optimiser_fits_its_parameters():
@@ -275,31 +227,24 @@ def test_moments_are_laid_out_in_memory_as_the_parameters_are():
 # ---------------------------------------------------------------- what a start begins from
 
 
-@pytest.mark.parametrize("script, names", STAGES[1:])  # the code is that of both stages
-def test_promise_2_the_one_before_is_used_where_the_newest_is_damaged(whole, tmp_path, script, names):
-    """64 bytes overwritten, or a truncated file: not used; a line says so; the end is the same."""
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    assert project.checkpoint(names[2])["step"] < project.checkpoint(names[1])["step"] == 16
-    for how in ("overwritten", "truncated"):
-        chain.damage(project.model_dir / names[1], how)
-        said = project.run(script, "--no-amp")
-        assert f"{names[1]}: " in said and f"{names[2]} is used" in said
-        equal(project, whole, script)
-        # A damaged file never takes the place of the good one before it.
-        load_checkpoint(project.model_dir / names[2])
-
-
-@pytest.mark.parametrize("script, names", STAGES[1:])  # the code is that of both stages
-def test_between_the_two_renames_of_a_save_the_one_before_is_used(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    (project.model_dir / names[1]).unlink()
-    assert f"{names[1]} is missing; {project.model_dir / names[2]} is used" in project.run(script, "--no-amp")
-    equal(project, whole, script)
+def test_promise_2_the_one_before_is_used_where_the_newest_is_damaged(whole, tmp_path):
+    """64 bytes overwritten, a truncated file, or none, as between the two renames of a save: not used; a line
+    says so; the end is the same. The code is that of both stages."""
+    project = again(whole, tmp_path)
+    newest, before = (project.model_dir / name for name in UNET[1:])
+    assert load_checkpoint(before)["step"] < load_checkpoint(newest)["step"] == 16
+    for how in ("overwritten", "truncated", "missing"):
+        newest.unlink() if how == "missing" else chain.damage(newest, how)
+        said = project.run(train_diffusion, "--no-amp")
+        assert f"{before} is used" in said
+        assert f"{newest.name}{' is missing;' if how == 'missing' else ': '}" in said
+        assert_same_result(project, whole, train_diffusion)
+        load_checkpoint(before)  # a damaged file never takes the place of the good one before it
 
 
 @pytest.mark.parametrize("script, names", STAGES)
 def test_promise_3_where_no_checkpoint_is_good_nothing_starts(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     for name in names[1:]:
         chain.damage(project.model_dir / name, "overwritten")
     before = fingerprint(project.folder)
@@ -316,7 +261,7 @@ def test_promise_3_where_no_checkpoint_is_good_nothing_starts(whole, tmp_path, s
 @pytest.mark.parametrize("script, names", STAGES)
 @pytest.mark.parametrize("fault", ["missing", "truncated", "overwritten", "weights only"])
 def test_promise_3_an_asked_for_resume_never_starts_afresh(whole, tmp_path, script, names, fault):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     named = tmp_path / "named.pt"
     if fault == "weights only":
         save_checkpoint(named, project.checkpoint(names[0]))
@@ -330,13 +275,13 @@ def test_promise_3_an_asked_for_resume_never_starts_afresh(whole, tmp_path, scri
 
 @pytest.mark.parametrize("script, names", STAGES)
 def test_resume_takes_the_checkpoint_that_is_named_and_keeps_copies(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     before = fingerprint(project.model_dir)
     named = project.model_dir / names[2]
     step = project.checkpoint(names[2])["step"]
     said = project.run(script, "--no-amp", "--resume", named)
     assert f"step {step}" in said and str(project.model_dir / "old-1") in said
-    equal(project, whole, script)
+    assert_same_result(project, whole, script)
     kept = fingerprint(project.model_dir / "old-1")
     assert kept and all(kept[name] == before[name] for name in (*names, "train_log.jsonl"))
 
@@ -344,7 +289,7 @@ def test_resume_takes_the_checkpoint_that_is_named_and_keeps_copies(whole, tmp_p
 @pytest.mark.parametrize("script, names, how", [(*STAGES[0], "resume_ckpt"), (*STAGES[1], "--fresh")])
 def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, names, how):
     """Twice: old-1, then old-2. Starting stage 1 over takes its diffusion model along."""
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     if how == "resume_ckpt":
         project.set_environment(resume_ckpt=False)
     arguments = ("--fresh",) if how == "--fresh" else ()
@@ -358,7 +303,7 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
         )
         kept = fingerprint(project.model_dir / f"old-{n}")
         assert "train_log.jsonl" in kept and (n == 2 or all(kept[name] == before[name] for name in moved))
-    equal(project, whole, script)
+    assert_same_result(project, whole, script)
     rest = project.log("diffusion" if script is train_autoencoder else "autoencoder")
     assert bool(rest) == (script is train_diffusion)  # stage 2 leaves the log of stage 1 alone
     project.set_environment(resume_ckpt=False)  # flags win
@@ -367,17 +312,11 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
 
 @pytest.mark.parametrize("script, names", STAGES)
 def test_fresh_moves_nothing_where_there_are_no_data(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *dict.fromkeys([*AUTOENCODER, *names]), "train_log.jsonl")
+    project = again(whole, tmp_path)
     before = fingerprint(project.model_dir)
     project.set_environment(data_base_dir=str(tmp_path / "mistyped"))
     assert f"{tmp_path / 'mistyped'}: no such data folder" in project.refused(script, "--fresh")
     assert fingerprint(project.model_dir) == before
-
-
-def test_fresh_and_resume_exclude_each_other(whole, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train_autoencoder.main(whole.argv("--fresh", "--resume", str(tmp_path / "x.pt")))
-    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [True, None])
@@ -387,7 +326,7 @@ def test_resume_ckpt_lets_the_first_run_of_a_stage_start(whole, tmp_path, flag):
     project.set_environment(**({} if flag is None else {"resume_ckpt": flag}))
     said = project.run(train_diffusion, "--no-amp")
     assert ("no checkpoint of this stage to resume from" in said) == (flag is True)
-    equal(project, whole, train_diffusion)
+    assert_same_result(project, whole, train_diffusion)
 
 
 FIXED = [  # what a checkpoint was trained with, and how it is told
@@ -403,7 +342,7 @@ FIXED = [  # what a checkpoint was trained with, and how it is told
 def test_promise_23_a_resumed_run_is_the_run_that_was_begun(whole, tmp_path, script, names, how):
     """Whatever the weights mean nothing without is refused, and nothing is written; a spacing that the data
     decide is known once they are found."""
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     named = project.model_dir / names[2]
     before = fingerprint(project.folder)
     own = [("NoiseScheduler.shift=2", "NoiseScheduler.shift 1.0")] if script is train_diffusion else []
@@ -416,23 +355,21 @@ def test_promise_23_a_resumed_run_is_the_run_that_was_begun(whole, tmp_path, scr
         assert keys.startswith("spacing=null") or before == after  # then the copy that --resume makes
 
 
-@pytest.mark.parametrize("script, names", STAGES[1:])  # the code is that of both stages
-def test_promise_23_every_other_change_is_said(whole, tmp_path, script, names):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
-    section = "autoencoder_train" if script is train_autoencoder else "diffusion_train"
-    changed = ("--set", f"{section}.lr=1e-5", "--set", "spacing=null")
+def test_promise_23_every_other_change_is_said(whole, tmp_path):
+    project = again(whole, tmp_path)
+    changed = ("--set", "diffusion_train.lr=1e-5", "--set", "spacing=null")
     changed = (*changed, "--set", "autoencoder_def.use_checkpoint=true")  # of its memory, not its results
-    said = project.run(script, "--no-amp", *changed)
+    said = project.run(train_diffusion, "--no-amp", *changed)
     (line,) = [one for one in said.splitlines() if one.startswith("differs from the checkpoint's config: ")]
     told = line.partition(": ")[2].split("; ")
     checkpointing = "autoencoder_def.use_checkpoint true, was not given"
-    assert sorted(told) == sorted([f"{section}.lr 1e-05, was 0.002", checkpointing])
-    assert "differs from" not in project.run(script, "--no-amp")
+    assert sorted(told) == sorted(["diffusion_train.lr 1e-05, was 0.002", checkpointing])
+    assert "differs from" not in project.run(train_diffusion, "--no-amp")
 
 
 def test_stage_2_does_not_go_on_with_another_autoencoder(whole, tmp_path):
     """The latents of one mean nothing to the diffusion model of another."""
-    project = copy_of(whole, tmp_path / "other", *AUTOENCODER, *UNET, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     other = project.checkpoint("autoencoder.pt")
     next(iter(other["model"].values())).mul_(1.01)
     save_checkpoint(tmp_path / "other.pt", other)
@@ -447,7 +384,7 @@ def test_stage_2_does_not_go_on_with_another_autoencoder(whole, tmp_path):
 
 def test_promise_5_the_best_is_kept_though_an_older_checkpoint_is_gone_on_from(whole, tmp_path):
     """The best file knows its own score: a resume from before it was found does not lower the bar."""
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     best = project.checkpoint("autoencoder.pt") | {"best": -9.0}
     save_checkpoint(project.model_dir / "autoencoder.pt", best)
     project.run(train_autoencoder, "--no-amp", "--resume", project.model_dir / "autoencoder_prev.pt")
@@ -485,15 +422,21 @@ def test_a_scheduler_by_name_keeps_the_shift_that_the_training_began_with(whole,
 @pytest.mark.parametrize("measure", ["PSNR", "another weight"])
 def test_promise_5_a_best_that_was_measured_otherwise_is_measured_again(whole, tmp_path, measure):
     """A PSNR, or a loss of other weights, is never compared with the loss; the better file stays."""
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
-    due, more = project.checkpoint("autoencoder.pt"), {"max_epochs": 5, "lr": 1.0, "lr_schedule": "constant"}
+    project = again(whole, tmp_path)
+    expected, more = (
+        project.checkpoint("autoencoder.pt"),
+        {"max_epochs": 5, "lr": 1.0, "lr_schedule": "constant"},
+    )
     if measure == "PSNR":  # above any loss, so that any loss would replace it
-        old = due | {"best": due["validation"]["psnr"], "validation": {"psnr": due["validation"]["psnr"]}}
+        old = expected | {
+            "best": expected["validation"]["psnr"],
+            "validation": {"psnr": expected["validation"]["psnr"]},
+        }
         save_checkpoint(project.model_dir / "autoencoder.pt", old)
-        loss = due["best"]
+        loss = expected["best"]
     else:
         more["gradient_weight"] = 3.0
-        loss = due["validation"]["recon_loss"] + 3 * due["validation"]["gradient_loss"]
+        loss = expected["validation"]["recon_loss"] + 3 * expected["validation"]["gradient_loss"]
     project.change(autoencoder_train=project.config["autoencoder_train"] | more)
     before = fingerprint(project.model_dir)
     said = project.run(train_autoencoder, "--no-amp")
@@ -514,23 +457,13 @@ def test_the_hash_of_weights_is_of_names_types_shapes_and_values():
         {**weights, "c": torch.tensor(1.0000001)},
         {**weights, "c": torch.tensor(1)},
         {"a": weights["a"], "b": weights["b"], "d": weights["c"]},
-        {**weights, "a": weights["a"].T.contiguous().T + 0},
-    )[:4]:
+    ):
         assert weights_hash(other) != weights_hash(weights)
     assert weights_hash({**weights, "a": weights["a"].T.contiguous().T}) == weights_hash(weights)
 
 
-def test_a_save_keeps_the_one_before_and_leaves_no_part(tmp_path):
-    files = StageFiles(tmp_path, "autoencoder")
-    config = dict.fromkeys(("autoencoder_def", "channel", "spacing", "intensity"))
-    for step in (1, 2, 3):
-        files.save_last({"step": step, "model": {"weight": torch.zeros(1)}, "config": config})
-    assert load_checkpoint(files.last)["step"] == 3 and load_checkpoint(files.prev)["step"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder_last.pt", "autoencoder_prev.pt"]
-
-
 def test_the_log_has_neither_gaps_nor_repeats_where_a_kill_cut_a_line(whole, tmp_path):
-    project = copy_of(whole, tmp_path / "again", *AUTOENCODER, "split.json", "train_log.jsonl")
+    project = again(whole, tmp_path)
     path = project.model_dir / "train_log.jsonl"
     text = path.read_text()
     path.write_text(text + text.splitlines()[0] + '\n{"stage": "autoencoder", "st')

@@ -3,24 +3,23 @@
 `fetch_task01` is the entry point. During the work, and after a failure, these lie beside the data set's
 folder, and none after a success:
 
-    Task01_BrainTumour.tar.part        the bytes received so far; a later call resumes at its end
-    Task01_BrainTumour.tar.part.json   address, length and validator (ETag or date) of the whole file
-    Task01_BrainTumour.unpacking/      what is being unpacked; a later call starts it again
+    Task01_BrainTumour.tar.part    the bytes received so far; a later call resumes at its end
+    Task01_BrainTumour.unpacking/  what is being unpacked; a later call starts it again
 
 Call it from one process at a time: under torchrun, on one rank while the others wait.
 """
 
+import contextlib
 import errno
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
 import tarfile
 import time
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from urllib.error import HTTPError, URLError
+from pathlib import Path, PurePosixPath
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from monai.apps import DecathlonDataset
@@ -36,13 +35,12 @@ TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 GB = 1e9
 
-# Errors of the operating system for names in an archive that it cannot take; others are the disk's.
+# Errors of the operating system for what an archive holds, not for the disk.
 NAME_ERRORS = (errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class DownloadError(OSError):
-    """The network or the server failed: a run-time failure. The bytes received are kept; a later call
-    resumes."""
+    """The network or the server failed. The bytes received are kept; a later call resumes."""
 
 
 class RefusedArchive(UserError):
@@ -95,9 +93,9 @@ def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | N
         return folder
 
     part = folder.with_name(TASK + ".tar.part")
+    download(url, part)
+    print(f"Checking the MD5 of {part.name}")
     try:
-        download(url, part)
-        print(f"Checking the MD5 of {part.name}")
         if (found := file_md5(part)) != md5:
             raise RefusedArchive(
                 f"{url} gave a wrong file: its MD5 is {found}, expected {md5}. It is deleted, nothing was "
@@ -105,9 +103,9 @@ def fetch_task01(data_base_dir: str | Path, url: str | None = None, md5: str | N
             )
         unpack(part, folder)
     except RefusedArchive:
-        _discard(part)
+        part.unlink()
         raise
-    _discard(part)
+    part.unlink()
     return folder
 
 
@@ -143,15 +141,11 @@ def file_md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-# ---------------------------------------------------------------- download
-
-
 def download(url: str, part: Path) -> None:
-    """Download `url` into the file `part`, resuming an earlier call, in up to `ATTEMPTS` attempts.
+    """Download `url` into the file `part`, in up to `ATTEMPTS` attempts, each from the end of `part` on.
 
-    Bytes of an earlier call are kept only if they came from the same address and the server still has the
-    same file (by length and ETag, or else date of change) and answers a range request (RFC 9110, section 14);
-    else the download starts again. No request is made if `part` is complete. The content is not verified.
+    A server that ignores range requests (RFC 9110, section 14) sends the whole file again. Whether all bytes
+    are of one file is for the MD5 to show.
 
     Raises:
         UserError: not an address; too little disk space for the archive and its content.
@@ -174,109 +168,73 @@ def download(url: str, part: Path) -> None:
 
 def _attempt(url: str, part: Path) -> None:
     """One attempt: append to `part` from its end to the end of the file, or write it anew."""
-    notes = part.with_name(part.name + ".json")
-    try:
-        known = json.loads(notes.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # the latter: cut off by a kill
-        known = {}
-    resumable = part.exists() and known.get("url") == url and known.get("length") is not None
-    offset = part.stat().st_size if resumable else 0
-    if resumable and offset == known["length"]:
-        return
-
-    with _request(url, part, offset) as response:
-        stated = response.headers.get("Content-Length", "")
-        length = int(stated) if stated.isdigit() else None
-        validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if offset and response.status == http.client.PARTIAL_CONTENT:
-            # Compared here: not every server heeds an If-Range header.
-            rest = f"bytes {offset}-{known['length'] - 1}/{known['length']}"
-            if response.headers.get("Content-Range") != rest or validator != known["validator"]:
-                _discard(part)
-                raise _AttemptFailed("the file on the server has changed")
-            length = known["length"]
-        else:
+    offset = part.stat().st_size if part.exists() else 0
+    with _network_errors(url):
+        try:
+            response = urlopen(
+                Request(url, headers={"Range": f"bytes={offset}-"} if offset else {}), timeout=TIMEOUT
+            )
+        except HTTPError as error:
+            if offset and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # all was received before
+            raise
+    with response:
+        if response.status != http.client.PARTIAL_CONTENT:
             offset = 0
-            part.write_bytes(b"")
-            content = {"url": url, "length": length, "validator": validator}
-            notes.write_text(json.dumps(content), encoding="utf-8")
-
-        if length is not None:
-            # The archive is not compressed (its NIfTI files are): it unpacks to about its own size.
-            _require_space(part.parent, length - offset, length)
+        stated = response.headers.get("Content-Length", "")
+        length = offset + int(stated) if stated.isdigit() else None
+        # The archive is not compressed (its NIfTI files are): it unpacks to about its own size.
+        needed, free = 2 * (length or 0) - offset, shutil.disk_usage(part.parent).free
+        if free < needed:
+            raise UserError(
+                f"too little disk space in {part.parent}: {needed / GB:.2f} GB are needed for the archive "
+                f"and its content, {free / GB:.2f} GB are free. Make room or name another folder."
+            )
         bar = tqdm(total=length, initial=offset, unit="B", unit_scale=True, desc="Downloading")
-        with bar, part.open("ab") as file:
-            while chunk := _read(response):
+        with bar, part.open("ab" if offset else "wb") as file:
+            while chunk := _read(response, url):
                 file.write(chunk)
                 bar.update(len(chunk))
     if length is not None and part.stat().st_size < length:
         raise _AttemptFailed("the connection was cut")
 
 
-def _request(url: str, part: Path, offset: int):
-    """Ask for `url` from byte `offset` on; a failure becomes the error that decides on another attempt."""
+def _read(response, url: str) -> bytes:
+    """The next bytes; none at the end."""
+    with _network_errors(url):
+        return response.read1(CHUNK)
+
+
+@contextlib.contextmanager
+def _network_errors(url: str):
+    """Turn a failure of the network or the server into the error that decides on another attempt."""
     try:
-        return urlopen(Request(url, headers={"Range": f"bytes={offset}-"} if offset else {}), timeout=TIMEOUT)
+        yield
     except HTTPError as error:
         error.close()
         answer = f"the server answered HTTP {error.code} {error.reason}"
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            _discard(part)
-            raise _AttemptFailed("the file on the server has changed") from error
         if error.code in (408, 429) or error.code >= 500:
             raise _AttemptFailed(answer) from error
         raise DownloadError(f"cannot download {url}: {answer}. Check the address.") from error
     except (ValueError, http.client.InvalidURL) as error:
         raise UserError(f"cannot download {url}: {error}. Check the address.") from error
     except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
         if url.startswith("file:"):
-            raise UserError(f"cannot read {url}: {_reason(error)}. Check the path.") from error
-        raise _AttemptFailed(f"the network failed ({_reason(error)})") from error
-
-
-def _read(response) -> bytes:
-    """The next bytes; none at the end. An OSError here is the network's, not the disk's."""
-    try:
-        return response.read1(CHUNK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _AttemptFailed(f"the network failed ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    cause = error.reason if isinstance(error, URLError) else error
-    return str(cause) or type(cause).__name__
-
-
-def _discard(part: Path) -> None:
-    part.with_name(part.name + ".json").unlink(missing_ok=True)
-    part.unlink(missing_ok=True)
-
-
-def _require_space(folder: Path, archive: int, unpacked: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for so many bytes more."""
-    free = shutil.disk_usage(folder).free
-    if free < archive + unpacked:
-        raise UserError(
-            f"too little disk space in {folder}: {(archive + unpacked) / GB:.2f} GB are needed "
-            f"({archive / GB:.2f} to download, {unpacked / GB:.2f} to unpack), {free / GB:.2f} GB are free. "
-            "Make room or name another folder."
-        )
-
-
-# ---------------------------------------------------------------- unpack
+            raise UserError(f"cannot read {url}: {reason}. Check the path.") from error
+        raise _AttemptFailed(f"the network failed ({reason})") from error
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack `Task01_BrainTumour/` of a tar to `folder`, which must be missing or empty: all or nothing.
 
-    All members are checked before the first is written: only files and folders, none of them outside. They
-    go to `folder` + ".unpacking", which becomes `folder` once `dataset.json` and all files that it names are
-    complete. "._" files, which macOS adds, and files beside `Task01_BrainTumour/` are left out.
+    Files go to `folder` + ".unpacking", which becomes `folder` once `dataset.json` and all files that it
+    names are complete. Links are refused, and by tarfile's `data` filter every path that leads outside. "._"
+    files, which macOS adds, and files beside `Task01_BrainTumour/` are left out.
 
     Raises:
         RefusedArchive: not a tar, damaged, unsafe or incomplete.
-        UserError: too little disk space.
-        OSError: the disk failed.
+        OSError: the disk failed, or is full.
     """
     scratch = folder.with_name(folder.name + ".unpacking")
     if scratch.exists():
@@ -284,34 +242,23 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive, "r:") as tar:
             members = tar.getmembers()
-            for member in members:
-                if fault := _fault(member):
-                    name = brief(repr(member.name))
-                    raise RefusedArchive(f"{archive.name} is refused: {name} {fault}. Nothing was unpacked.")
+            if link := next((m for m in members if not (m.isfile() or m.isdir())), None):
+                raise tarfile.TarError(f"{brief(repr(link.name))} is neither a file nor a folder")
+            if outside := next((m for m in members if m.name.startswith(("/", "\\"))), None):
+                raise tarfile.TarError(f"{brief(repr(outside.name))} is an absolute path")
             members = [m for m in members if not any(p.startswith("._") for p in PurePosixPath(m.name).parts)]
-            _require_space(folder.parent, 0, sum(member.size for member in members))
             tar.extractall(scratch, members=tqdm(members, desc="Unpacking", unit="file"), filter="data")
         if gap := find_gap(scratch / TASK):
             raise RefusedArchive(f"{archive.name} is refused: in its {TASK}, {gap}. Nothing was unpacked.")
         if folder.exists():
             folder.rmdir()  # an empty one: Windows renames to a free name only
         (scratch / TASK).rename(folder)
-    except (tarfile.TarError, OSError) as error:
+    except RefusedArchive:
+        raise
+    except (tarfile.TarError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
             raise
         reason = brief(error)
         raise RefusedArchive(f"{archive.name} is refused: not a whole, safe tar ({reason}).") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _fault(member: tarfile.TarInfo) -> str | None:
-    """What makes a member unsafe on any system, or None."""
-    # PureWindowsPath recognises both kinds of slash, drive letters and network shares. tarfile's "data"
-    # filter alone would strip a leading slash, and would accept links within the folder.
-    path = PureWindowsPath(member.name)
-    if path.drive or path.root or ".." in path.parts or "\0" in member.name:
-        return "leads outside the data set's folder"
-    if not (member.isfile() or member.isdir()):
-        return "is a link or a device, neither a file nor a folder"
-    return None

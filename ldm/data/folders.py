@@ -68,18 +68,13 @@ class Search:
         known = PATIENT.search(name) or PATIENT.search(path)
         return known[1] if known else name
 
-    def subject_of_file(
-        self, name: str, file: File, folders: dict[File, str], others: dict[File, str] | None = None
-    ) -> str:
-        """As `subject_of`; where that gives only the scan's own name, the patient by `folders` (of
-        `patients_of`), else by `others`."""
+    def subject_of_file(self, name: str, file: File, patients: dict[File, str]) -> str:
+        """As `subject_of`; where that gives only the scan's own name, the patient by `patients`, if any."""
         subject = self.subject_of(name, file.name)
-        if self.subject is not None or subject != name:
-            return subject
-        if file in folders:
-            self.folder_each = self.folder_each or folders[file]
-            return folders[file]
-        return (others or {}).get(file, name)
+        if self.subject is None and subject == name and file in patients:
+            subject = patients[file]
+            self.folder_each = self.folder_each or subject
+        return subject
 
 
 def in_words(passed: dict[str, list[str]]) -> str:
@@ -218,8 +213,6 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
 
 def _each_once(files: list[File], search: Search) -> list[File]:
     """The files, without links to another of them."""
-    if not any(file.is_link for file in files):
-        return files
     seen, once = set(), []
     for file in sorted(files, key=lambda file: file.is_link):
         real = os.path.realpath(file.path)
@@ -238,14 +231,13 @@ def _one_case_a_file(root: Path, images: list[File], labels: dict, search: Searc
     names = [file.stem for file in images]
     if len(set(names)) < len(names):  # the same file name in a folder a subject
         names = [stem_of("_".join(file.parts)) for file in images]
-    folders, others = patients_of(images), kinds.patients if kinds else {}
-    claims = Counter(one for file in images if (one := mask_of(file, labels, True)))
+    patients = (kinds.patients if kinds else {}) | patients_of(images)
+    shared = [mask_of(file, labels, True) for file in images]
+    claims = Counter(shared)
     cases = []
-    for name, file in zip(names, images, strict=True):
-        label = mask_of(file, labels, False)
-        if label is None and claims[replaced := mask_of(file, labels, True)] == 1:
-            label = replaced
-        subject = search.subject_of_file(name, file, folders, others)
+    for name, file, mask in zip(names, images, shared, strict=True):
+        label = mask_of(file, labels, False) or (mask if claims[mask] == 1 else None)
+        subject = search.subject_of_file(name, file, patients)
         cases.append(Case(name, (file.path,), label, subject))
     return cases
 
@@ -286,7 +278,7 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
     names = {unit: rest.strip("_-") for unit, rest in rests.items()}
     if len(set(names.values())) < len(names) or not all(names.values()):
         names = {unit: unit.strip("_-/").replace("/", "_") for unit in units}
-    folders = patients_of([next(iter(files.values())) for files in units.values()])
+    patients = patients_of([next(iter(files.values())) for files in units.values()])
     cases = []
     for unit, files in units.items():
         rest, (ending, first) = rests[unit], next(iter(files.items()))
@@ -299,5 +291,5 @@ def _by_contrast(root: Path, images: list[File], labels: dict, search: Search) -
         keys = [(file.folder, mask) for file in files.values() for mask in masks]
         label = next((labels[key] for key in keys if key in labels), None)
         name = names[unit] or root.name
-        cases.append(Case(name, tuple(paths), label, search.subject_of_file(name, first, folders)))
+        cases.append(Case(name, tuple(paths), label, search.subject_of_file(name, first, patients)))
     return cases

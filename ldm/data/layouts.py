@@ -59,7 +59,8 @@ def find_cases(
 
     `ldm.data.checks` checks whether all files exist and can be read.
     """
-    regex, searches, cases, validation = _subject_pattern(subject), [], [], []
+    regex = None if subject is None else _subject_pattern(subject)
+    searches, cases, validation = [], [], []
     alone = isinstance(source, (str, Path))
     roots = [Path(one) for one in ([source] if alone else source)]
     for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
@@ -101,9 +102,7 @@ def _line(cases: list[Case], validation: list[Case], searches: list[Search]) -> 
     return f"{line}; passed over: {in_words(passed)}" if any(passed.values()) else line
 
 
-def _subject_pattern(subject: str | None) -> re.Pattern | None:
-    if subject is None:
-        return None
+def _subject_pattern(subject: str) -> re.Pattern:
     try:
         pattern = re.compile(subject)
     except re.error as error:

@@ -33,7 +33,7 @@ FIRST_MASK_WORD = re.compile(r"(mask|seg|segmentation|label|gt|msk)s?\d*")
 INNER_MASK_WORDS = {"aparc", "aseg", "wmparc", "brainmask"}  # aparc.DKTatlas, aseg.auto, brainmask_fs.2
 FREESURFER_MASKS = {"wm", "filled", "ctrl_pts", "entowm"}  # in .mgz
 MASK_FOLDER = re.compile(
-    r"(masks?|labels?(tr|ts|va|val)?|segmentations?|seg|segs|annotations?|groundtruth|gt|rois?|parcellations?|silver)"
+    r"(masks?|labels?(tr|ts|va|val)?|segmentations?|seg|segs|annotations?|(ground)?truth|gt|rois?|parcellations?|silver)"
 )
 
 TEMPLATE = re.compile(r"(mni152|avg152|icbm152|colin27|sri24|template|tpl-)", re.IGNORECASE)
@@ -150,7 +150,6 @@ def is_mask(file: File) -> bool:
         or INNER_MASK_WORDS & set(named)
         or (suffix_of(file.parts[-1]).lower() == ".mgz" and file.stem.removeprefix("lh.") in FREESURFER_MASKS)
         or any(MASK_FOLDER.fullmatch(word) for part in file.folder for word in words_of(part))
-        or any(part.lower() == "ground_truth" for part in file.folder)
     )
 
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from ldm import UserError
 
@@ -256,11 +257,10 @@ def draw_pose(rng, atlas, displacement):
     The template is larger than most brains; the mean volume here is an adult's, 1.4 to 1.5 litres.
     """
     size = np.clip(rng.normal(0, 0.025), -0.06, 0.06) + np.clip(rng.normal(0, 0.02, 3), -0.05, 0.05)
-    pitch, roll, yaw = np.deg2rad(np.clip(rng.normal(0, (6, 2, 2)), (-14, -5, -5), (14, 5, 5)))
+    angles = np.clip(rng.normal(0, (6, 2, 2)), (-14, -5, -5), (14, 5, 5))  # pitch, roll, yaw
     jitter = rng.uniform(-1, 1, 3)
-    forward = (
-        rotation(0, pitch) @ rotation(1, roll) @ rotation(2, yaw) @ np.diag(np.exp(size) * (0.94, 0.92, 0.90))
-    )
+    turn = Rotation.from_euler("XYZ", angles, degrees=True).as_matrix()
+    forward = turn @ np.diag(np.exp(size) * (0.94, 0.92, 0.90))
 
     surface = atlas.surface  # where it comes to lie: fixed-point inverse of the deformation, then the affine
     for _ in range(3):
@@ -273,16 +273,6 @@ def draw_pose(rng, atlas, displacement):
     shift = -shrink * (low + high) / 2 + jitter * np.minimum(3, (room - shrink * (high - low)) / 2)
     linear = np.linalg.inv(shrink * forward)
     return linear, -linear @ shift
-
-
-def rotation(axis, angle):
-    """Rotation (3, 3) by `angle` radians about a coordinate axis."""
-    matrix = np.eye(3)
-    a, b = (axis + 1) % 3, (axis + 2) % 3
-    matrix[a, a] = matrix[b, b] = np.cos(angle)
-    matrix[b, a] = np.sin(angle)
-    matrix[a, b] = -matrix[b, a]
-    return matrix
 
 
 # ---- cortex

@@ -186,10 +186,9 @@ def _cells(row: dict) -> str:
     if row["value"] is None:
         reason = escape(row["missing"] or "Not computed.")
         return f'{head}<td class="missing" colspan="4">{reason}</td>{counts}'
-    value, floor = _with_interval(row, "value", "interval"), _with_interval(row, "floor", "floor_interval")
     return (
-        f'{head}<td class="number" data-label="Samples">{value}</td>'
-        f'<td class="number" data-label="Real vs real">{floor}</td>'
+        f'{head}<td class="number" data-label="Samples">{_with_interval(row, "value", "interval")}</td>'
+        f'<td class="number" data-label="Real vs real">{_with_interval(row, "floor", "floor_interval")}</td>'
         f'<td data-label="Both">{_drawing(row)}</td>'
         f'<td class="better" data-label="Better">{BETTER[row["better"]]}</td>{counts}'
     )
@@ -197,12 +196,12 @@ def _cells(row: dict) -> str:
 
 def _with_interval(row: dict, value: str, interval: str) -> str:
     unit = f" {escape(row['unit'])}" if row["unit"] and row[value] is not None else ""
-    text = f"<span><b>{_number(row[value])}</b>{unit}"
+    text = f"<b>{_number(row[value])}</b>{unit}"
     if row[interval] is not None:
         text += f"<small>{_interval(row[interval])}</small>"
     if value == "value" and row.get("p_value") is not None:
         text += f"<small>p = {_number(row['p_value'])}</small>"
-    return text + "</span>"
+    return f"<span>{text}</span>"
 
 
 def _interval(interval: Sequence[float]) -> str:
@@ -212,11 +211,9 @@ def _interval(interval: Sequence[float]) -> str:
 def _drawing(row: dict) -> str:
     """A value and its baseline on one axis from zero, their ratio and their difference."""
     value, floor = row["value"], row["floor"]
-    if floor is None:
-        return ""
-    numbers = [0, value, floor, *(row["interval"] or ()), *(row["floor_interval"] or ())]
+    numbers = [0, value, floor or 0, *(row["interval"] or ()), *(row["floor_interval"] or ())]
     low, high = min(numbers), max(numbers)
-    if low == high:
+    if floor is None or low == high:
         return ""
 
     def x(number: float) -> float:
@@ -269,11 +266,12 @@ def _planes(volume: np.ndarray, spacing: Sequence[float], name: str) -> str:
 def _side_by_side(examples: dict, spacing: Sequence[float]) -> str:
     kinds = [kind for kind, named in examples.items() if named]
     cells = []
-    for row in zip_longest(*(examples[kind] for kind in kinds), fillvalue=("", None)):
-        for kind, (name, volume) in zip(kinds, row, strict=True):
-            if volume is None:
+    for row in zip_longest(*(examples[kind] for kind in kinds)):
+        for kind, example in zip(kinds, row, strict=True):
+            if example is None:
                 cells.append("<div></div>")
                 continue
+            name, volume = example
             caption = f"<figcaption>{_name(kind)}: {escape(name)}</figcaption>"
             cells.append(f"<figure>{_planes(volume, spacing, f'{kind}: {name}')}{caption}</figure>")
     return (
@@ -318,32 +316,28 @@ def _viewer_volumes(examples: dict, spacing: Sequence[float]) -> tuple[dict, str
     named = [(kind, name, volume) for kind, one in examples.items() for name, volume in one]
     full = named[0][2].shape
 
-    def blocks(side: int) -> list[int]:
-        return [-(-n // side) for n in full]
-
-    def grid(side: int) -> list[int]:
-        return [-(-n // block) for n, block in zip(full, blocks(side), strict=True)]
-
-    side = next(
-        side for side in range(SIDE, 0, -1) if side == 1 or len(named) * math.prod(grid(side)) <= VOXELS
-    )
+    for side in range(SIDE, 0, -1):
+        blocks = [-(-n // side) for n in full]
+        grid = [-(-n // block) for n, block in zip(full, blocks, strict=True)]
+        if len(named) * math.prod(grid) <= VOXELS:
+            break
     volumes = []
     for kind, name, volume in named:
         voxels = torch.as_tensor(np.clip(volume, 0, 1), dtype=torch.float32)[None, None]
-        voxels = F.avg_pool3d(voxels, blocks(side), ceil_mode=True)[0, 0].mul(255).round().byte()
+        voxels = F.avg_pool3d(voxels, blocks, ceil_mode=True)[0, 0].mul(255).round().byte()
         packed = zlib.compress(voxels.numpy().tobytes(), 9)
         volumes.append({"set": kind, "name": name, "data": base64.b64encode(packed).decode()})
-    millimetres = [float(mm) * block for mm, block in zip(spacing, blocks(side), strict=True)]
+    millimetres = [float(mm) * block for mm, block in zip(spacing, blocks, strict=True)]
     text = (
         "Two volumes side by side, which scroll together, in radiological convention. Positions are relative "
         "to the centre of the grid. Intensities are rounded to 256 steps."
     )
-    if blocks(side) != [1, 1, 1]:
+    if max(blocks) > 1:
         text += (
-            f" <strong>Shown are means of {_times(blocks(side))} voxels</strong>, {_times(grid(side))} of "
+            f" <strong>Shown are means of {_times(blocks)} voxels</strong>, {_times(grid)} of "
             f"{_times(millimetres)} mm; all metrics use the full resolution of {_times(full)}."
         )
-    return {"shape": grid(side), "spacing": millimetres, "volumes": volumes}, text
+    return {"shape": grid, "spacing": millimetres, "volumes": volumes}, text
 
 
 # ---------------------------------------------------------------- charts
@@ -360,9 +354,8 @@ def _svg(figure: Figure, title: str) -> str:
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "report"}):
         figure.savefig(file, format="svg", metadata={"Date": None}, dpi=200)
     data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<figure class="chart"><img src="data:image/svg+xml;base64,{data}" alt="{escape(title)}"></figure>'
-    )
+    source = f"data:image/svg+xml;base64,{data}"
+    return f'<figure class="chart"><img src="{source}" alt="{escape(title)}"></figure>'
 
 
 def _charts(draw: Callable[[dict], str], charts: Sequence[dict]) -> str:
@@ -401,15 +394,9 @@ def _distribution(chart: dict) -> str:
     draws = np.random.default_rng(0)
     for row, (kind, numbers) in enumerate(groups.items()):
         colour = COLOURS.get(kind, OTHERS[0])
-        axis.scatter(
-            numbers,
-            row + draws.uniform(-0.28, 0.28, len(numbers)),
-            s=11,
-            color=colour,
-            alpha=0.45,
-            lw=0,
-            rasterized=len(numbers) > 300,  # one image instead of many elements
-        )
+        # Many points are one image instead of as many elements.
+        look = {"s": 11, "color": colour, "alpha": 0.45, "lw": 0, "rasterized": len(numbers) > 300}
+        axis.scatter(numbers, row + draws.uniform(-0.28, 0.28, len(numbers)), **look)
         if len(numbers):
             low, median, high = np.quantile(numbers, (0.25, 0.5, 0.75))
             axis.barh(row, high - low, left=low, height=0.62, fill=False, edgecolor=colour, lw=1.4)

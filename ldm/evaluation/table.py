@@ -11,24 +11,9 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from ldm import counted
+from ldm.evaluation import distances
 from ldm.evaluation.copies import IDENTICAL, TrainingVolumes, find_copies
-from ldm.evaluation.distances import (
-    DRAWS,
-    LEVEL,
-    KernelDistance,
-    PrincipalAxes,
-    bootstrap,
-    bootstrap_mean,
-    detectable_shift,
-    frechet_distance,
-    frechet_of_moments,
-    inception_score,
-    interval,
-    precision_recall,
-    share_difference,
-    share_interval,
-    t_interval,
-)
+from ldm.evaluation.distances import DRAWS, LEVEL, KernelDistance
 from ldm.evaluation.features import MEDICALNET, OWN, PLANES, RADIMAGENET, FeatureSpace, stacked
 from ldm.evaluation.groups import GENERATED, HELD_OUT, MAX_VOLUMES, Comparison, subset
 from ldm.metrics import histogram_distance, spectrum_distance
@@ -87,17 +72,43 @@ class Metric:
             content["missing"] = "not finite for these volumes"
         return content
 
+    def fill(
+        self, value: float, floor: float, draws: np.ndarray, baseline_draws: np.ndarray, count: int
+    ) -> "Metric":
+        """Fill in a value, its baseline and the intervals, from their bootstrap draws; `count` volumes on
+        each side. Returns the metric."""
+        self.value, self.floor = value, floor
+        self.interval, self.floor_interval = distances.interval(draws), distances.interval(baseline_draws)
+        self.difference = distances.t_interval(draws - baseline_draws, value - floor, count)
+        return self
+
+    def fill_shares(self, found: np.ndarray, baseline: np.ndarray, scale: float = 1) -> "Metric":
+        """The same for proportions, from values 0 or 1 of single volumes, times `scale`."""
+        self.value, self.floor = scale * float(found.mean()), scale * float(baseline.mean())
+        limits = (
+            distances.share_interval(found),
+            distances.share_interval(baseline),
+            distances.share_difference(found, baseline),
+        )
+        self.interval, self.floor_interval, self.difference = ([scale * x for x in one] for one in limits)
+        return self
+
     def compare(
         self, statistic: Callable, samples: np.ndarray, held_out: np.ndarray, reference: np.ndarray
     ) -> "Metric":
-        """Fill in a statistic of samples and of the reference against held-out scans, rows (N, ...) each,
-        and their difference; returns the metric."""
-        values, baselines = bootstrap(statistic, samples, reference, second=held_out)
-        self.value, self.floor = statistic(samples, held_out), statistic(reference, held_out)
-        self.interval, self.floor_interval = (interval(np.maximum(0, one)) for one in (values, baselines))
-        self.difference = t_interval(values - baselines, self.value - self.floor, len(samples))
+        """The same for a statistic, not below 0, of samples and of the reference against held-out scans, rows
+        (N, ...) each."""
+        draws = distances.bootstrap(statistic, samples, reference, second=held_out)
+        self.fill(statistic(samples, held_out), statistic(reference, held_out), *draws, len(samples))
+        self.interval, self.floor_interval = (distances.interval(np.maximum(0, one)) for one in draws)
         self.counts = f"{len(samples)} on each side"
         return self
+
+
+def _without_value(metrics: list[Metric], why: str) -> list[Metric]:
+    for metric in metrics:
+        metric.missing = why
+    return metrics
 
 
 def all_metrics(groups: Comparison, nearest: dict | None) -> list[Metric]:
@@ -126,14 +137,10 @@ NETWORK_NAMES = {OWN: "own features", MEDICALNET: "MedicalNet"}
 def feature_metrics(groups: Comparison) -> list[Metric]:
     """Kernel and Fréchet distances, precision and recall, in each network's features."""
     networks, metrics = groups.held_out.networks, []
-    for network in groups.held_out.features:
+    for network in dict.fromkeys((*groups.held_out.features, OWN)):
         metrics += kernel_metrics(groups, network)
     if OWN in networks:
         metrics += [own_frechet_metric(groups), *precision_metrics(groups)]
-    else:
-        about = "Needs the features of an autoencoder trained on such scans."
-        metrics.append(Metric("mmd_own", DISTANCE, "Kernel distance (MMD²), own features", about))
-        metrics[-1].missing = NO_AUTOENCODER
     if MEDICALNET in networks:
         metrics.append(medicalnet_metric(groups))
     if RADIMAGENET in networks:
@@ -151,22 +158,19 @@ def kernel_metrics(groups: Comparison, network: str) -> list[Metric]:
     """The kernel distance of the samples, with the permutation test, and of degraded scans."""
     metric = Metric(f"mmd_{network}", DISTANCE, f"Kernel distance (MMD²), {NETWORK_NAMES[network]}")
     metric.about = "Unbiased: about 0 for volumes of one distribution, whatever their number."
-    if missing := groups.too_few(2):
-        metric.missing, metric.counts = missing, groups.counts
-        return [metric]
+    missing = groups.too_few(2) if network in groups.held_out.networks else NO_AUTOENCODER
+    if missing:
+        return _without_value([metric], missing)
     space, (samples, held_out, reference) = standardised_rows(groups, network)
     distance, baseline = KernelDistance(samples, held_out), KernelDistance(reference, held_out)
-    draws, baseline_draws = distance.bootstrap(), baseline.bootstrap()
-    metric.value, metric.interval = distance.value, interval(draws)
-    metric.floor, metric.floor_interval = baseline.value, interval(baseline_draws)
-    metric.difference = t_interval(draws - baseline_draws, metric.value - metric.floor, groups.size)
+    metric.fill(distance.value, baseline.value, distance.bootstrap(), baseline.bootstrap(), groups.size)
     metric.p_value, metric.sees, tested = permutation_test(groups, network)
     metric.counts = f"{groups.size} on each side; in the test {tested}"
     metrics = [metric]
     for name, features in groups.degraded.features.items():
         degraded = KernelDistance(space(stacked(features[network])), held_out)
         row = Metric(f"mmd_{network}: {name}", DISTANCE, f"... of {name}", "For comparison.", better="")
-        row.value, row.interval = degraded.value, interval(degraded.bootstrap())
+        row.value, row.interval = degraded.value, distances.interval(degraded.bootstrap())
         row.counts = f"{len(features[network])} real, {len(held_out)} held-out"
         metrics.append(row)
     return metrics
@@ -197,11 +201,11 @@ def permutation_test(groups: Comparison, network: str) -> tuple[float | None, fl
     if groups.training:
         training = groups.training.rows(network, groups.training.one_per_subject)
         real = [torch.cat(layer) for layer in zip(held_out, training, strict=True)]
-    return p_value, detectable_shift(FeatureSpace(real)(real), n, m), counts
+    return p_value, distances.detectable_shift(FeatureSpace(real)(real), n, m), counts
 
 
 def _frechet(first: np.ndarray, second: np.ndarray) -> float:
-    return frechet_distance(torch.from_numpy(first), torch.from_numpy(second))
+    return distances.frechet_distance(torch.from_numpy(first), torch.from_numpy(second))
 
 
 def own_frechet_metric(groups: Comparison) -> Metric:
@@ -217,7 +221,7 @@ def own_frechet_metric(groups: Comparison) -> Metric:
     )
     _, sides = standardised_rows(groups, OWN)
     # Axes of all three sides: those of the two real ones alone would favour the baseline.
-    project = PrincipalAxes(torch.cat(sides), axes)
+    project = distances.PrincipalAxes(torch.cat(sides), axes)
     samples, held_out, reference = map(project, sides)
     real = torch.cat([reference, held_out])
     scale = (real - real.mean(0)).square().sum(1).mean().sqrt()
@@ -226,27 +230,23 @@ def own_frechet_metric(groups: Comparison) -> Metric:
 
 def medicalnet_metric(groups: Comparison) -> Metric:
     """The published 3D Fréchet distance."""
-    metric = Metric("fid_3d", DISTANCE, "3D FID (MedicalNet)")
-    metric.about = "As published, in all features. It falls with the number of volumes: see the baseline."
-    if missing := groups.too_few(2):
-        metric.missing = missing
+    about = "As published, in all features. It falls with the number of volumes: see the baseline."
+    metric = Metric("fid_3d", DISTANCE, "3D FID (MedicalNet)", about, missing=groups.too_few(2))
+    if metric.missing:
         return metric
     return metric.compare(_frechet, *(rows[0].numpy() for rows in groups.rows(MEDICALNET)))
 
 
 def radimagenet_metric(groups: Comparison) -> Metric:
     """The published 2.5D Fréchet distance: the mean over three planes."""
-    metric = Metric("fid_2.5d", DISTANCE, "2.5D FID (RadImageNet)")
-    metric.about = "As published: the mean over sagittal, coronal and axial slices."
-    metric.counts = f"{groups.size} on each side"
-    if missing := groups.too_few(2):
-        metric.missing = missing
+    about = "As published: the mean over sagittal, coronal and axial slices."
+    metric = Metric("fid_2.5d", DISTANCE, "2.5D FID (RadImageNet)", about, missing=groups.too_few(2))
+    if metric.missing:
         return metric
+    metric.counts = f"{groups.size} on each side"
+    held_out = groups.slices["held_out"]
     per_plane, baselines = (
-        [
-            frechet_of_moments(*pair)
-            for pair in zip(groups.slices[side], groups.slices["held_out"], strict=True)
-        ]
+        [distances.frechet_of_moments(*pair) for pair in zip(groups.slices[side], held_out, strict=True)]
         for side in ("samples", "reference")
     )
     planes = ", ".join(f"{plane} {value:.4g}" for plane, value in zip(PLANES, per_plane, strict=True))
@@ -265,16 +265,13 @@ def precision_metrics(groups: Comparison) -> list[Metric]:
         )
     ]
     if missing := groups.too_few(NEIGHBOURS + 1):
-        for metric in metrics:
-            metric.missing = missing
-        return metrics
+        return _without_value(metrics, missing)
     _, (samples, held_out, reference) = standardised_rows(groups, OWN)
-    values, baselines = (precision_recall(held_out, rows, NEIGHBOURS) for rows in (samples, reference))
-    for metric, found, baseline in zip(metrics, values, baselines, strict=True):
-        metric.value, metric.interval = float(found.mean()), share_interval(found)
-        metric.floor, metric.floor_interval = float(baseline.mean()), share_interval(baseline)
-        metric.difference = share_difference(found, baseline)
-        metric.counts = f"{groups.size} on each side"
+    found, baselines = (
+        distances.precision_recall(held_out, rows, NEIGHBOURS) for rows in (samples, reference)
+    )
+    for metric, *shares in zip(metrics, found, baselines, strict=True):
+        metric.fill_shares(*shares).counts = f"{groups.size} on each side"
     return metrics
 
 
@@ -296,10 +293,8 @@ def similarity_metrics(groups: Comparison) -> list[Metric]:
         metric.missing = f"needs 2 volumes of each, large enough for its window; there are {groups.counts}"
         return [metric]
     samples, real = (np.array(one)[subset(len(one), count, side)] for side, one in enumerate(pairs))
-    draws, baseline_draws = bootstrap_mean(samples), bootstrap_mean(real, seed=1)
-    metric.value, metric.interval = float(samples.mean()), interval(draws)
-    metric.floor, metric.floor_interval = float(real.mean()), interval(baseline_draws)
-    metric.difference = t_interval(draws - baseline_draws, metric.value - metric.floor, count)
+    means = float(samples.mean()), float(real.mean())
+    metric.fill(*means, distances.bootstrap_mean(samples), distances.bootstrap_mean(real, seed=1), count)
     metric.counts = f"{counted(count, 'pair{s}')} of each"
     return [metric]
 
@@ -315,9 +310,7 @@ def appearance_metrics(groups: Comparison) -> list[Metric]:
     histogram.about = "Wasserstein distance of the intensities, as a share of the intensity range."
     metrics = [spectrum, sharpness, histogram]
     if missing := groups.too_few(1):
-        for metric in metrics:
-            metric.missing = missing
-        return metrics
+        return _without_value(metrics, missing)
     high = groups.held_out.spectrum.frequencies >= HIGH_FREQUENCY
 
     def power_ratio(a: np.ndarray, b: np.ndarray) -> float:
@@ -379,17 +372,16 @@ def reconstruction_metrics(groups: Comparison) -> list[Metric]:
         ("ssim", "SSIM", "", "higher"),
         ("l1", "Mean absolute error", "", "lower"),
     )
-    scores = np.array(groups.held_out.reconstructions).reshape(-1, len(kinds))
     about = "Held-out scans, encoded and decoded; all voxels, data range 1."
-    metrics = []
-    for column, (key, name, unit, better) in zip(scores.T, kinds, strict=True):
-        metric = Metric(f"reconstruction_{key}", "Reconstruction", name, about, unit=unit, better=better)
-        metrics.append(metric)
-        if not len(column):
-            metric.missing = NO_AUTOENCODER
-            continue
+    metrics = [
+        Metric(f"reconstruction_{key}", "Reconstruction", name, about, unit=unit, better=better)
+        for key, name, unit, better in kinds
+    ]
+    if not groups.held_out.reconstructions:
+        return _without_value(metrics, NO_AUTOENCODER)
+    for metric, column in zip(metrics, np.transpose(groups.held_out.reconstructions), strict=True):
         metric.value = float(column.mean())
-        metric.interval = t_interval(bootstrap_mean(column), metric.value, len(column))
+        metric.interval = distances.t_interval(distances.bootstrap_mean(column), metric.value, len(column))
         metric.counts = f"{len(column)} held-out"
     return metrics
 
@@ -402,14 +394,14 @@ def classifier_metrics(groups: Comparison) -> list[Metric]:
     metric.about = (
         "From 1 (all samples of one class) to the number of classes (all of them, each clearly one)."
     )
-    metric.counts = groups.counts
     if missing := groups.too_few(1):
-        metric.missing = missing
-        return [metric]
+        return _without_value([metric], missing)
     samples, held_out, _ = (torch.stack(rows).numpy() for rows in groups.values("probabilities"))
-    return [
-        metric.compare(lambda rows, _: inception_score(torch.from_numpy(rows)), samples, held_out, held_out)
-    ]
+
+    def score(rows: np.ndarray, _: np.ndarray) -> float:
+        return distances.inception_score(torch.from_numpy(rows))
+
+    return [metric.compare(score, samples, held_out, held_out)]
 
 
 # ---------------------------------------------------------------- copies
@@ -454,35 +446,23 @@ def copy_metrics(groups: Comparison, nearest: dict | None) -> list[Metric]:
     )
     metrics = [copies, median, closer]
     if nearest is None:
-        for metric in metrics:
-            metric.missing = NO_TRAINING
-        return metrics
-    found, samples, held_out = (
-        nearest["found"],
-        *(distances_of(nearest[key]) for key in (GENERATED, HELD_OUT)),
-    )
+        return _without_value(metrics, NO_TRAINING)
+    found = nearest["found"]
+    samples, held_out = (distances_of(nearest[key]) for key in (GENERATED, HELD_OUT))
     copies.about = (
         f"Closer to a training scan than {found.threshold:.3g}: half the held-out scans' median distance, or "
         f"{IDENTICAL:g} where that is larger."
     )
-    flags = found.copies, found.leaks
-    copies.value, copies.floor = (100 * float(np.mean(one)) for one in flags)
-    copies.interval, copies.floor_interval = ([100 * limit for limit in share_interval(one)] for one in flags)
-    copies.difference = [100 * limit for limit in share_difference(*flags)]
+    copies.fill_shares(found.copies, found.leaks, 100)
     rng, size = np.random.default_rng(0), min(len(samples), len(held_out))
     picked, picked_held_out = (rng.integers(len(one), size=(DRAWS, len(one))) for one in (samples, held_out))
-    draws, baseline_draws = (
-        np.median(samples[picked], axis=1),
-        np.median(held_out[picked_held_out], axis=1),
-    )
-    median.value, median.floor = float(np.median(samples)), float(np.median(held_out))
-    median.interval, median.floor_interval = interval(draws), interval(baseline_draws)
-    median.difference = t_interval(draws - baseline_draws, median.value - median.floor, size)
+    draws = np.median(samples[picked], axis=1), np.median(held_out[picked_held_out], axis=1)
+    median.fill(float(np.median(samples)), float(np.median(held_out)), *draws, size)
     closer.value, closer.floor = 100 * found.closer, 50.0
     order = np.sign(held_out - samples[:, None])  # 1 where the sample is closer
     draws = np.array([order[np.ix_(i, j)].mean() for i, j in zip(picked, picked_held_out, strict=True)])
-    closer.interval = interval(50 + 50 * draws)
-    closer.difference = t_interval(50 * draws, closer.value - closer.floor, size)
+    closer.interval = distances.interval(50 + 50 * draws)
+    closer.difference = distances.t_interval(50 * draws, closer.value - closer.floor, size)
     for metric in metrics:
         metric.counts = groups.counts
     return metrics

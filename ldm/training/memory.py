@@ -13,7 +13,6 @@ adversarial step does.
 """
 
 import contextlib
-import copy
 import json
 import os
 import warnings
@@ -24,13 +23,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -44,9 +37,8 @@ GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
 BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
 PARTS = ("weights", "gradients", "optimiser", "averaged weights", "activations", "workspace")
 
-# Workspace of a convolution, in copies of its input, weight and output: of cuDNN, which changes the memory
-# layout (an allowance, NOT measured on a GPU: benchmarks/memory.py), and of oneDNN.
-GPU_COPIES, CPU_COPIES = 1.0, 1.0
+# Their workspace is counted as one copy of input, weight and output, in oneDNN and in cuDNN, which changes
+# the memory layout (an allowance, NOT measured on a GPU: benchmarks/memory.py).
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 # Operators that autocast computes in float32 on CUDA, and in the type of its inputs on a CPU (torch's
@@ -58,13 +50,6 @@ FLOAT32_ON_CUDA = (
     "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d",
 )  # fmt: skip
 
-NO_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-
 
 class ForecastError(Failure):
     """The memory of a computation cannot be estimated. It may run nevertheless."""
@@ -74,23 +59,17 @@ class ForecastError(Failure):
 def forecasting() -> Iterator[None]:
     """Turn every exception of a rehearsal but a `UserError` into a `ForecastError`.
 
-    A network's code runs here on tensors without values and may raise anything: `NO_VALUES` where it needs
-    one, RuntimeError ("Cannot access data pointer"), NotImplementedError of an operator without a meta
-    kernel, AssertionError and TypeError of torch's fake kernels. None of it shows that the real computation
-    would fail.
+    A network's code runs here on tensors without values and may raise anything where it needs one. None of
+    it shows that the real computation would fail.
     """
     try:
         yield
-    except UserError as error:
-        if isinstance(error.__context__, NO_VALUES):  # a network that cannot be built without values
-            raise _forecast_error(error.__context__) from None
-        raise
     except Exception as error:
-        raise _forecast_error(error) from None
-
-
-def _forecast_error(error: Exception) -> ForecastError:
-    return ForecastError(f"the memory cannot be estimated ({type(error).__name__}: {brief(error)})")
+        cause = error.__context__ if isinstance(error, UserError) else error
+        if cause is not error and type(cause).__module__ != FakeTensorMode.__module__:
+            raise  # the user's error; else a network that cannot be built without values
+        reason = f"{type(cause).__name__}: {brief(cause)}"
+        raise ForecastError(f"the memory cannot be estimated ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -99,16 +78,15 @@ def cuda_autocast_rules() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     for name in FLOAT32_ON_CUDA:
         base, _, overload = name.partition(".")
-        library.impl(
-            name, _widened(getattr(getattr(torch.ops.aten, base), overload or "default")), "AutocastCPU"
-        )
+        op = getattr(getattr(torch.ops.aten, base), overload or "default")
+        library.impl(name, _in_float32(op), "AutocastCPU")
     try:
         yield
     finally:
         library._destroy()
 
 
-def _widened(op: Callable) -> Callable:
+def _in_float32(op: Callable) -> Callable:
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def widen(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,22 +118,18 @@ class Peak:
 
 
 class Meter(TorchDispatchMode):
-    """Within, tensors have no values, and the memory that they would take is counted by part. Networks have
-    to be built within.
+    """Within, tensors have no values; the memory that they would take is counted in `peaks`, {phase: Peak}.
+    Networks have to be built within.
 
     Args:
         like_gpu: count with autocast's rules, the allocator's blocks and the workspace of a GPU; else of this
             CPU. The tensors' device is the CPU in both cases.
         ranks: with more than one, DDP keeps the gradients from step to step.
-
-    Attributes:
-        peaks: {phase: Peak}.
     """
 
     def __init__(self, like_gpu: bool, ranks: int = 1):
         super().__init__()
         self.like_gpu, self.ranks, self.peaks = like_gpu, ranks, {}
-        self.copies = GPU_COPIES if like_gpu else CPU_COPIES
         self.live = dict.fromkeys(PARTS, 0)
         self.storages = {}  # id: [part, bytes, weak reference]
         self.highest = None  # the peak so far of the phase that runs
@@ -214,14 +188,10 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # which optimisers ask thousands of times
             return torch.device("cpu")
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
-        workspace = 0
-        if func in CONVOLUTIONS:
-            tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
-            workspace = int(self.copies * sum(x.nbytes for x in tensors))
-        self._note(workspace)
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            self._count(tensor)
+        tensors = tree_leaves((args, result)) if func in CONVOLUTIONS else ()
+        self._note(sum(x.nbytes for x in filter(torch.is_tensor, tensors)))
         return result
 
     def _note(self, workspace: int = 0) -> None:
@@ -328,8 +298,7 @@ class Forecast:
         """{`key=value ...`: bytes of the peak with it}, the lowest first, of changes that lower the peak."""
         found, now = {}, highest(peaks).total
         for change in self._changes(config, max(peaks, key=lambda name: peaks[name].total)):
-            changed = copy.deepcopy(config)
-            changed[self.stage] |= change
+            changed = config | {self.stage: config[self.stage] | change}
             words = [f"{self.stage}.{key}={json.dumps(value)}" for key, value in change.items()]
             with contextlib.suppress(UserError, ForecastError):  # too small for a network
                 found[" ".join(words).replace(", ", ",")] = highest(self.peaks(changed)).total
@@ -340,24 +309,21 @@ class Forecast:
         """Keys that may lower the peak of this phase."""
         section, (patch, volume, shown) = config[self.stage], self.sizes
         batch, steps, divisor = section["batch_size"], section["accumulate_steps"], network_divisor(config)
-        first, found = self.stage == "autoencoder_train", []
-        if not section["amp"] and self.half:
-            found.append({"amp": True})
-        if phase == "training" and not section["gradient_checkpointing"]:
-            found.append({"gradient_checkpointing": True})
-        if batch > 1 and (phase == "training" or phase == "validation" and not first):
-            found.append({"batch_size": 1, "accumulate_steps": batch * steps})
-        if section["ema_decay"] and phase != "encoding":
-            found.append({"ema_decay": 0})
-        if phase == "sampling":
-            found.append({"sample_interval": 0})
-        if first and phase == "validation" and list(shown) != list(patch):
-            found.append({"val_patch_size": list(patch)})
+        first = self.stage == "autoencoder_train"
         if first:
             volume, divisor = patch, downsampling_factor(config["autoencoder_def"])
         smaller = [max(n, side * 3 // 4 // n * n) for side, n in zip(volume, divisor, strict=True)]
-        found.append({"patch_size": smaller})
-        return found
+        batched = phase == "training" or (phase == "validation" and not first)
+        options = [
+            (not section["amp"] and self.half, {"amp": True}),
+            (phase == "training" and not section["gradient_checkpointing"], {"gradient_checkpointing": True}),
+            (batch > 1 and batched, {"batch_size": 1, "accumulate_steps": batch * steps}),
+            (section["ema_decay"] and phase != "encoding", {"ema_decay": 0}),
+            (phase == "sampling", {"sample_interval": 0}),
+            (first and phase == "validation" and list(shown) != list(patch), {"val_patch_size": list(patch)}),
+            (True, {"patch_size": smaller}),
+        ]
+        return [change for helps, change in options if helps]
 
 
 def listed(lower: dict[str, int]) -> str:
@@ -371,15 +337,14 @@ def report(
     gpu: bool,
     half: torch.dtype | None,
     batch: int,
-    size: Sequence[int],
+    size: Sequence,
 ) -> str:
     """The text of a dry run: the conditions, the table, and what would lower the peak."""
     where, size = "a GPU" if gpu else "this CPU", " x ".join(map(str, size))
-    lines = [
-        f"estimated for {where}: batch size {batch}, {size} voxels, {half or torch.float32}",
-        table(peaks),
-    ]
-    return "\n".join(lines + [f"to lower it: {listed(lower)}"] * bool(lower))
+    text = (
+        f"estimated for {where}: batch size {batch}, {size} voxels, {half or torch.float32}\n{table(peaks)}"
+    )
+    return text + f"\nto lower it: {listed(lower)}" * bool(lower)
 
 
 def training_report(
@@ -390,16 +355,16 @@ def training_report(
     Raises:
         ForecastError: the peaks cannot be estimated.
     """
-    config, notes = copy.deepcopy(config), []
-    section = config[stage]
+    section, note = config[stage], ""
     if section.get("perceptual_weight") and (missing := missing_package(section["perceptual_network"])):
-        notes.append(f"not counted: the perceptual network. {missing}\n")
-        section["perceptual_weight"] = 0.0
+        note = f"not counted: the perceptual network. {missing}\n"
+        section = section | {"perceptual_weight": 0.0}
+        config = config | {stage: section}
     forecast = Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), world_size)
     peaks = forecast.peaks(config)
     half, size = forecast.half if section["amp"] else None, sizes[stage == "diffusion_train"]
     lower = forecast.savings(config, peaks)
-    return "".join(notes) + report(peaks, lower, gpu, half, section["batch_size"], size)
+    return note + report(peaks, lower, gpu, half, section["batch_size"], size)
 
 
 def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, run: Run) -> None:
@@ -422,7 +387,7 @@ def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, ru
         try:
             peaks = forecast.peaks(config)
         except (ForecastError, UserError) as error:
-            # Also a UserError: without values a check may fail that passes with them. Else it comes again.
+            # Also a UserError: without values a check may fail that passes with them.
             run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
             return
         peak = highest(peaks)
@@ -430,13 +395,9 @@ def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, ru
             return
         lower = listed(forecast.savings(config, peaks)) or "smaller networks"
         needs = f"{stage}: expected peak {peak.total / GB:.1f} GB"
+        total = f"{everything / GB:.1f} GB"
         if peak.tensors > everything and not config[stage]["compile"] and os.name != "nt":
-            raise UserError(
-                f"{needs}, but the GPU has {everything / GB:.1f} GB in all.\nTo lower it: {lower}"
-            )
-        run.say(
-            f"warning: {needs}. Of the GPU's {everything / GB:.1f} GB {free / GB:.1f} are free now.\n"
-            f"To lower it: {lower}"
-        )
+            raise UserError(f"{needs}, but the GPU has {total} in all.\nTo lower it: {lower}")
+        run.say(f"warning: {needs}. Of the GPU's {total} {free / GB:.1f} are free now.\nTo lower it: {lower}")
 
     run.from_main(check)
