@@ -185,7 +185,7 @@ class AutoencoderLoss(nn.Module):
 
     def __init__(self, section: dict, perceptual_weights: str | None):
         super().__init__()
-        self.recon, self.kl_weight = RECON_LOSSES[section["recon_loss"]], section["kl_weight"]
+        self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
         weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
         self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
         self.perceptual = None
@@ -196,18 +196,19 @@ class AutoencoderLoss(nn.Module):
 
     def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
         """Terms by name, unweighted, and their weighted sum as "loss"."""
-        return self._terms(images, reconstruction, generator, {"kl_loss": kl_divergence(mean, std)})
+        return self._terms(images, reconstruction, generator, kl_divergence(mean, std))
 
     def held_out(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
         """The same without KL, which does not compare reconstructions with images."""
-        return self._terms(images, reconstruction, generator, {})
+        return self._terms(images, reconstruction, generator, None)
 
-    def _terms(self, images, reconstruction, generator, kl: dict) -> dict[str, torch.Tensor]:
-        reconstruction = reconstruction.float()
-        terms = {"recon_loss": self.recon(reconstruction, images), **kl}
+    def _terms(self, images, reconstruction, generator, kl: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        reconstruction, weights = reconstruction.float(), dict(self.weights)
+        terms = {"recon_loss": self.recon(reconstruction, images)}
+        if kl is not None:
+            terms["kl_loss"], weights["kl_loss"] = kl, self.section["kl_weight"]
         if "gradient_loss" in self.weights:
             terms["gradient_loss"] = gradient_difference(reconstruction, images)
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
-        weights = {**self.weights, "kl_loss": self.kl_weight}
         return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}

@@ -119,9 +119,8 @@ class Progress:
         self.means, self.done = EpochMeans(sums), False
         seconds, skipped = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
         if resumed:
-            run.say(
-                f"resumed in epoch {self.epoch} after {self.batch} of its {len(loader)} batches, step {step}"
-            )
+            where = f"epoch {self.epoch} after {self.batch} of its {len(loader)} batches"
+            run.say(f"resumed in {where}, step {step}")
         self.best = run.from_main(files.best_score)
         self.clock = Clock(self.section, len(loader) // self.section["accumulate_steps"], step, seconds)
         allowed = self.section["max_nonfinite_steps"]
@@ -254,11 +253,8 @@ class Progress:
             numbers["time/seconds_per_step"] = pace["seconds"] / pace["steps"]
             numbers["time/volumes_per_second"] = pace["volumes"] / pace["seconds"]
             numbers["time/data_wait_share"] = pace["waited"] / pace["seconds"]
-            copies = {
-                tag: value.to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for tag, value in numbers.items()
-            }
-            self.copies = copies, self.clock.step
+            copied = {k: v.to("cpu", non_blocking=True) for k, v in numbers.items() if torch.is_tensor(v)}
+            self.copies = {**numbers, **copied}, self.clock.step
             self.bar.total = self.clock.expected_steps
             self.bar.update(self.clock.step - self.bar.n)
 
