@@ -170,7 +170,7 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         count = count if "WORLD_SIZE" in os.environ else "this is one process"
         raise UserError(f"-g {args.gpus}, but {count}. Start it as:\n  {line}")
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = ranks.find_device(kind, local_rank, local_world)
+    device = ranks.find_device(kind, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
     training = section is not None
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -144,7 +144,7 @@ def test_a_finished_stage_goes_on_with_the_options_of_the_config(whole, tmp_path
     """With fewer epochs there is nothing to do. With more, and half as many steps an epoch, the epochs that
     are done count half the steps; the checkpoint brings the moments, and no option of the optimiser."""
     project, epochs = again(whole, tmp_path), 4
-    assert "trained to the end already" in project.run(
+    assert "already trained to its end" in project.run(
         train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=1"
     )
     for name in UNET[:2]:
@@ -307,7 +307,7 @@ def test_fresh_starts_over_and_moves_what_was_there(whole, tmp_path, script, nam
     rest = project.log("diffusion" if script is train_autoencoder else "autoencoder")
     assert bool(rest) == (script is train_diffusion)  # stage 2 leaves the log of stage 1 alone
     project.set_environment(resume_ckpt=False)  # flags win
-    assert "trained to the end already" in project.run(script, "--resume", project.model_dir / names[1])
+    assert "already trained to its end" in project.run(script, "--resume", project.model_dir / names[1])
 
 
 @pytest.mark.parametrize("script, names", STAGES)
