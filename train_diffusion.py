@@ -4,11 +4,11 @@
     torchrun --standalone --nproc_per_node=8 train_diffusion.py -c config/config_train_multigpu.json \\
         -e config/environment.json -g 8
 
-Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume is encoded once, and each of its
-augmented versions where `augment.versions` says how many there are. Each step draws latents from the
-posteriors, which are kept in memory; with `latent_cache` they are read from the disk, where cache_latents.py
-has written them. The scale factor, 1 / std of the latents of the whole training set, is measured once and
-stored with the weights.
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Without augmentation each volume is encoded once,
+with `augment.versions` = N N times; each step draws latents from these posteriors, which are kept in memory.
+With augmentation and without `versions`, each step encodes its own augmented images. With `latent_cache` the
+posteriors are read from the disk, where cache_latents.py has written them. The scale factor, 1 / std of the
+latents of the whole training set, is measured once and stored with the weights.
 
 Written to `model_dir`:
     diffusion_unet.pt           the lowest loss on held-out volumes so far, with averaged weights

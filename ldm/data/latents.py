@@ -90,7 +90,8 @@ def encode(
 
 
 def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: int, what: str) -> Posteriors:
-    """Encode each volume once, each rank its share, and give every rank all posteriors."""
+    """Encode all versions of each volume, each rank its share of the volumes; every rank gets all
+    posteriors."""
     mine = range(run.rank, len(volumes), run.world_size)
     entries = None
     for i, entry in encode(encoder, volumes, mine, run, workers, what):
@@ -100,5 +101,5 @@ def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: 
     shape = next(filter(None, run.gather(None if entries is None else [*entries.shape])))
     if entries is None:  # more ranks than volumes
         entries = torch.empty(shape)
-    run.share(entries)
+    run.broadcast_rows(entries)
     return Posteriors(volumes.cases, entries, volumes.seed)

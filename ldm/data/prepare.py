@@ -87,7 +87,11 @@ def prepare_data(
     if environment["download_brats"] and write:
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
-        run.from_main(lambda: fetch_task01(base) and None)
+
+        def download() -> None:
+            fetch_task01(base)
+
+        run.from_main(download)
     found = find_data(config, environment, run.say)
 
     def divide() -> splits.Sides:
@@ -128,7 +132,7 @@ def volumes_to_encode(
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
     warn_of_padding(train, config["spacing"], size, run.say)
     return (
-        VolumeDataset(train, preprocessing, size, False, augment, **common),
+        VolumeDataset(train, preprocessing, size, augment=augment, **common),
         VolumeDataset(val, preprocessing, size, **common),
     )
 
@@ -141,13 +145,13 @@ def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[in
         UserError: a size that the networks cannot take; the nearest that they can are named.
     """
     first, second = config["autoencoder_train"], config["diffusion_train"]
-    patch, volume, shown = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    patch, volume, val_patch = first["patch_size"], second["patch_size"], first["val_patch_size"]
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
         check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")
         patch, volume = patch or whole, volume or whole
-    shown, factor = shown or volume, downsampling_factor(config["autoencoder_def"])
+    val_patch, factor = val_patch or volume, downsampling_factor(config["autoencoder_def"])
     check_size(volume, network_divisor(config), "diffusion_train.patch_size")
     check_size(patch, factor, "autoencoder_train.patch_size")
-    check_size(shown, factor, "autoencoder_train.val_patch_size")
-    return patch, volume, shown
+    check_size(val_patch, factor, "autoencoder_train.val_patch_size")
+    return patch, volume, val_patch

@@ -1,6 +1,6 @@
 """From an image file to a normalised volume, and back to the units of a scanner.
 
-    file -> chosen channels -> orient RAS -> low-pass and resample -> intensity by percentiles of the whole
+    file -> chosen channels -> low-pass -> orient RAS -> resample -> intensity by percentiles of the whole
     volume, or by a fixed window
 
 The whole volume is mapped before any crop, so that a crop has the intensities of its volume. Training,

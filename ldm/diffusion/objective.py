@@ -44,6 +44,8 @@ def validate(
 ) -> dict[str, float]:
     """Losses over the held-out volumes at fixed noise and evenly spread times, each rank its share.
 
+    Unweighted, of the posterior means, at uniform times: not comparable with the training loss.
+
     Args:
         dataset: its items hold a posterior's `mean`.
         section: `diffusion_train` of the config.

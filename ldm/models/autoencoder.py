@@ -104,7 +104,8 @@ class Autoencoder(nn.Module):
 
 
 def set_posterior_std(network: nn.Module, std: float) -> None:
-    """Start training with posteriors of this standard deviation, by the bias of the log-variance layer.
+    """Start training with posteriors of about this standard deviation: set the bias of the log-variance layer,
+    and scale its weights by 0.1, so that the standard deviation varies little between voxels.
 
     Raises:
         UserError: the network has no such layer.
@@ -121,7 +122,8 @@ def set_posterior_std(network: nn.Module, std: float) -> None:
 
 
 class LatentMoments:
-    """The scale factor of latents: 1 / std over all voxels and channels (Rombach et al., 2022, appendix D.1).
+    """Sums over posteriors that give the scale factor, 1 / std over all voxels and channels (Rombach et al.,
+    2022, appendix D.1).
 
     Latents are drawn as mean + std * eps, so their variance is E[mean^2] + E[std^2] - E[mean]^2. No draw is
     needed, and the sums of all ranks can be added.

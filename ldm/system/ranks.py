@@ -48,7 +48,7 @@ class Run:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, on the CPU; other ranks may be late."""
-        tensor = tensor.cpu()
+        tensor = tensor.detach().cpu().clone()
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.slow_group)
         return tensor
@@ -60,7 +60,7 @@ class Run:
             dist.all_gather_object(values, value, group=self.slow_group)
         return values
 
-    def share(self, rows: torch.Tensor) -> None:
+    def broadcast_rows(self, rows: torch.Tensor) -> None:
         """Fill in the rows of a tensor on the CPU that other ranks have computed: row i is that of rank i
         modulo the number of ranks. Sends the values themselves; `gather` would pickle them."""
         if self.world_size > 1:

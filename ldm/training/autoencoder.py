@@ -216,7 +216,7 @@ def side_by_side(scan: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequ
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """Do what takes memory in this stage, on tensors without values: a training step with all terms of the
-    loss, and the validation of a volume. `sizes` are those of `configs.patch_sizes`."""
+    loss, and the validation of a volume. `sizes` are those of `prepare.patch_sizes`."""
     patch_size, _, val_size = sizes
     section, channels, device = config["autoencoder_train"], config["image_channels"], run.device
     with meter:

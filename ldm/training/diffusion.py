@@ -126,7 +126,7 @@ def save_pictures(
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """Do what takes memory in this stage, on tensors without values: encoding a volume (not with a cache), a
     training step, the validation of a volume, drawing a sample. `sizes` are those of
-    `configs.patch_sizes`."""
+    `prepare.patch_sizes`."""
     section, size, count = config["diffusion_train"], sizes[1], config["diffusion_train"]["batch_size"]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
 

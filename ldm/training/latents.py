@@ -76,7 +76,7 @@ class Latents:
 
     def scale_factor(self, run: Run) -> float:
         """1 / std of the latents of the whole training set, the same on every rank (Rombach et al., 2022,
-        section 4.3.2). Where volumes change from epoch to epoch, those of epoch 0 are measured."""
+        appendix D.1). Where volumes change from epoch to epoch, those of epoch 0 are measured."""
         moments = LatentMoments()
         for i in range(run.rank, len(self.train), run.world_size):
             moments.add(*self.posterior(one_of(self.train, i), run))

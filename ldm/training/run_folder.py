@@ -150,7 +150,8 @@ def resume_or_start(
 
     It is `resume`, where one is named; none, where `fresh` or `resume_ckpt` is false; else the newest good
     one. What a start finds there is moved to `model_dir/old-N`. Config keys that differ from the checkpoint's
-    are printed. From here on `model_dir/log.txt` is written.
+    are printed. Messages are collected from here on for
+    `model_dir/log.txt`, which `Progress` creates.
 
     Args:
         stage: `autoencoder` or `diffusion`.
