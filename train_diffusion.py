@@ -35,7 +35,7 @@ from ldm.data.prepare import prepare_data, volumes_to_encode
 from ldm.data.splits import subjects_of
 from ldm.diffusion.conditioning import Conditions, check_sources
 from ldm.diffusion.objective import diffusion_loss, validate
-from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import build_learner, draw_samples, rehearse, save_pictures
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = utils.load_training_config(args, "diffusion_train")
     check_sources(config)
     section, seed, scheduler = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
-    section["timestep_sampling"] = check_scheduler(scheduler, section["timestep_sampling"])
+    section["timestep_sampling"] = resolve_timestep_sampling(scheduler, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
@@ -69,47 +69,48 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: latents
     if section["latent_cache"]:
-        data = read_cache(config, environment, autoencoder_file, resumed, run)
-        config = configs.with_spacing(config, data.geometry["spacing"], resumed)
-        cases, size = [*data.train.cases, *data.val.cases], data.geometry["size"]
+        latents = read_cache(config, environment, autoencoder_file, resumed, run)
+        config = configs.with_spacing(config, latents.geometry["spacing"], resumed)
+        cases, size = [*latents.train.cases, *latents.val.cases], latents.geometry["size"]
     else:
-        train, val, spacing = prepare_data(
+        train_cases, val_cases, spacing = prepare_data(
             config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file
         )
         config = configs.with_spacing(config, spacing, resumed)
-        cases = [*train, *val]
-        train, val = volumes_to_encode(config, environment, train, val, run)
-        size = list(train.size)
+        cases = [*train_cases, *val_cases]
+        train_volumes, val_volumes = volumes_to_encode(config, environment, train_cases, val_cases, run)
+        size = list(train_volumes.size)
     conditions = Conditions.of_training(config, cases, resumed)
     if conditions:
         run.say(conditions.summary(cases))
     check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:
-        data = encode_data(config, train, val, autoencoder_file, resumed, run)
+        latents = encode_data(config, train_volumes, val_volumes, autoencoder_file, resumed, run)
 
     # Step 2: the noise process, and the scale factor of the latents
-    process = utils.make_noise_process(scheduler, data.shape[1:], resumed, run)
-    scale_factor = resumed["scale_factor"] if resumed else data.scale_factor(run)
-    run.say(f"scale factor {scale_factor:.6f} over {len(data.train)} training volumes, latents {data.shape}")
+    process = utils.make_noise_process(scheduler, latents.shape[1:], resumed, run)
+    scale_factor = resumed["scale_factor"] if resumed else latents.scale_factor(run)
+    count = len(latents.train)
+    run.say(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
 
     # Step 3: the diffusion network
     torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
     learner = build_learner(config, section["compile"], run)
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
     # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
-    workers = 0 if data.in_memory and run.device.type == "cpu" else None
+    workers = 0 if latents.in_memory and run.device.type == "cpu" else None
     loader = utils.make_loader(
-        WithNoise(data.train, data.shape, seed, conditions), section, config, run, workers
+        WithNoise(latents.train, latents.shape, seed, conditions), section, config, run, workers
     )
-    facts = {  # what the weights mean nothing without
+    facts = {  # saved beside the weights in each checkpoint: sampling needs them
         "scale_factor": scale_factor,
-        "autoencoder": data.weights,
-        "latent_shape": data.shape,
-        "geometry": data.geometry,
+        "autoencoder": latents.autoencoder_hash,
+        "latent_shape": latents.shape,
+        "geometry": latents.geometry,
         "shift": process.shift,
         **({"conditions": conditions.state()} if conditions else {}),
         "config": config,
-        "subjects": subjects_of(data.train.cases, data.val.cases),
+        "subjects": subjects_of(latents.train.cases, latents.val.cases),
     }
     if resumed:
         learner.load_state_dict(resumed)
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 eps, noise, uniform = (
                     batch[key].to(run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
                 )
-                mean, std = data.posterior(batch, run)
+                mean, std = latents.posterior(batch, run)
                 z0 = (mean + std * eps) * scale_factor
 
                 # Noise and time
@@ -166,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Save, draw samples, validate
             progress.end_epoch(learner, optimizer.rate)
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):
-                decoder = data.autoencoder or load_autoencoder(autoencoder_file, config, run)
+                decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 steps = section["sample_steps"]
                 samples = draw_samples(
-                    learner.network, decoder, scale_factor, process, data.shape, steps, run, conditions
+                    learner.network, decoder, scale_factor, process, latents.shape, steps, run, conditions
                 )
                 save_pictures([volume[0] for volume in samples.values()], config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     progress.log.image(f"samples/{name}", picture, progress.clock.step)
             if progress.validates():
                 scores = validate(
-                    learner.network, data.val, scale_factor, process, section, seed, run, conditions
+                    learner.network, latents.val, scale_factor, process, section, seed, run, conditions
                 )
                 progress.keep_best(scores, learner.network)
                 progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")

@@ -14,7 +14,7 @@ import torch
 from ldm import UserError, configs
 from ldm.data.intensity import Intensity, from_unit_range
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
-from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
@@ -123,7 +123,7 @@ def load_networks(
     if "config" in second:  # trained here
         process = NoiseProcess.of_checkpoint(second, noise, shape[1:])
     else:
-        check_scheduler(noise, "uniform")
+        resolve_timestep_sampling(noise, "uniform")
         process = NoiseProcess.from_config(noise, shape[1:])
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.

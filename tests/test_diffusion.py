@@ -19,7 +19,7 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from monai.networks.schedulers.rectified_flow import timestep_transform
 
 from ldm import UserError
-from ldm.diffusion.process import NoiseProcess, check_scheduler
+from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 
 MEAN, VARIANCE = 0.3, 0.5**2
@@ -605,19 +605,19 @@ def test_an_option_of_a_scheduler_that_would_change_nothing_is_refused(scheduler
     section = {"_target_": f"monai.networks.schedulers.{scheduler}Scheduler"}
     key = next(iter(option))
     with pytest.raises(UserError, match=rf"^NoiseScheduler\.{key}: .* would change nothing: .* leave it out"):
-        check_scheduler(section | option, "uniform")
-    assert check_scheduler(section, "uniform") == "uniform"
+        resolve_timestep_sampling(section | option, "uniform")
+    assert resolve_timestep_sampling(section, "uniform") == "uniform"
 
 
 def test_an_option_of_a_scheduler_that_is_followed_is_taken():
     """NV-Generate's own, in which `scale` means nothing; and values of what is done anyway."""
     maisi = {"use_discrete_timesteps": False, "use_timestep_transform": True, "sample_method": "uniform"}
-    assert check_scheduler(RFLOW | maisi | {"scale": 1.4}, "uniform") == "uniform"
-    assert check_scheduler(RFLOW | {"sample_method": "logit-normal"}, "uniform") == "logit_normal"
+    assert resolve_timestep_sampling(RFLOW | maisi | {"scale": 1.4}, "uniform") == "uniform"
+    assert resolve_timestep_sampling(RFLOW | {"sample_method": "logit-normal"}, "uniform") == "logit_normal"
     ddim = {"_target_": "monai.networks.schedulers.DDIMScheduler", "set_alpha_to_one": True}
     for clip in (True, False):
-        assert check_scheduler(ddim | {"clip_sample": clip}, "logit_normal") == "logit_normal"
+        assert resolve_timestep_sampling(ddim | {"clip_sample": clip}, "logit_normal") == "logit_normal"
     with pytest.raises(UserError, match=r"sample_method is uniform, diffusion_train\.timestep_sampling"):
-        check_scheduler(RFLOW | maisi, "logit_normal")
+        resolve_timestep_sampling(RFLOW | maisi, "logit_normal")
     with pytest.raises(UserError, match=r"base_img_size_numel: a number of voxels is above 0"):
-        check_scheduler(RFLOW | maisi | {"base_img_size_numel": 0}, "uniform")
+        resolve_timestep_sampling(RFLOW | maisi | {"base_img_size_numel": 0}, "uniform")

@@ -45,11 +45,11 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
         steps.append(RandShiftIntensity(section["intensity_shift"], prob=section["intensity_prob"]))
     if not steps and not random_crop:
         return None
-    return RandomPart(tuple(size), random_crop, section.get("foreground_prob", 0.0), Compose(steps))
+    return RandomCropAndAugment(tuple(size), random_crop, section.get("foreground_prob", 0.0), Compose(steps))
 
 
 @dataclass
-class RandomPart:
+class RandomCropAndAugment:
     """See `augmentation`. A class, so that loader processes on Windows can pickle it."""
 
     size: tuple[int, ...]

@@ -42,8 +42,8 @@ FIXED_FOR = {  # those that matter only beside another one
 }
 
 
-def check_scheduler(section: dict, sampling: str) -> str:
-    """Whether the options of the config's `NoiseScheduler` are followed, where `_target_` names a scheduler.
+def resolve_timestep_sampling(section: dict, sampling: str) -> str:
+    """How training times are sampled; refuses options of a scheduler by `_target_` that have no effect.
 
     MONAI's `clip_sample` is the exception: it may stand there, as it does in published configs, and is not
     followed, since it cuts latents of unit variance at 1.

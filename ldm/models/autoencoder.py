@@ -104,8 +104,8 @@ class Autoencoder(nn.Module):
 
 
 def set_posterior_std(network: nn.Module, std: float) -> None:
-    """Start training with posteriors of about this standard deviation: set the bias of the log-variance layer,
-    and scale its weights by 0.1, so that the standard deviation varies little between voxels.
+    """Start training with posteriors of about this standard deviation: sets the bias of the log-variance
+    layer, and scales its weights by 0.1, so that the standard deviation varies little between voxels.
 
     Raises:
         UserError: the network has no such layer.

@@ -47,16 +47,18 @@ class WithNoise(WithDraws):
 class Latents:
     """What the diffusion model learns from.
 
-    `train` and `val` serve posteriors, `train` images where each epoch has versions of its own.
-    `autoencoder` is None where the posteriors come from a cache. `weights` is the hash of the autoencoder's
-    weights, `shape` that of the latents, (c, d, h, w); `geometry` holds spacing, size and intensity limits of
-    the volumes.
+    Attributes:
+        train, val: posteriors; `train` serves images where each epoch has its own augmented versions.
+        autoencoder: None where the posteriors come from a cache.
+        autoencoder_hash: of its weights.
+        shape: of the latents, (c, d, h, w).
+        geometry: spacing, size and intensity limits of the volumes.
     """
 
     train: Posteriors | VolumeDataset
     val: Posteriors
     autoencoder: Autoencoder | None
-    weights: str
+    autoencoder_hash: str
     shape: list[int]
     geometry: dict
 
