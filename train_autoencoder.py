@@ -75,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
     resumed = resume_or_start(files, "autoencoder", config, environment, run, args.resume, args.fresh)
-    torch.manual_seed(seed)  # the same initial weights on every rank
 
     # Step 1: data
     train_cases, val_cases, spacing = prepare_data(config, environment, run, args.skip_bad, resumed=resumed)
@@ -91,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: networks
     check_fits(rehearse, config, "autoencoder_train", sizes, run)
+    torch.manual_seed(seed)  # the same initial weights on every rank
     network = configs.define_network(config, "autoencoder_def")
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
         start_as_block_transform(network, torch.stack([first[(0, i)]["image"] for i in range(len(first))]))
-    if section["initial_posterior_std"]:
+    if section["initial_posterior_std"] and resumed is None:
         set_posterior_std(network, section["initial_posterior_std"])
     learner = build_learner(config, network, patch_size, val_size, criterion, section["compile"], run)
     autoencoder, model, optimizer = learner.autoencoder, learner.model, learner.optimizer
@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for epoch in progress.epochs():
             autoencoder.train()
             adversarial = discriminator is not None and epoch >= section["adversarial_warmup_epochs"]
-            optimizers = dict(list(learner.optimizers.items())[: 1 + adversarial])
+            optimizers = {"autoencoder": optimizer}
+            if adversarial:
+                optimizers["discriminator"] = learner.discriminator_optimizer
             for batch, last in progress.batches():  # `last` of the batches that one step accumulates
                 # Batch: images, the posterior draw, and the slices that a 2D perceptual network compares
                 images, eps = (batch[key].to(run.device, non_blocking=True) for key in ("image", "eps"))
@@ -145,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     terms["discriminator_loss"] = loss
                 progress.add(terms, batch)
                 if not last:
+                    progress.end_batch()
                     continue
 
                 # Clip, step, average; `skip` is 1 where loss or gradients are not finite on any rank
-                skip = progress.vote(*(one.clip() for one in optimizers.values()))
+                skip = progress.agree_to_skip(*(one.clip() for one in optimizers.values()))
                 for one in optimizers.values():
                     one.step(progress.learning_rate(), skip)
                 if ema_model:

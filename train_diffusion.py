@@ -147,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     optimizer.backward(loss)
                 progress.add({"loss": loss}, batch)
                 if not last:
+                    progress.end_batch()
                     continue
 
                 # Clip, step, average; `skip` is 1 where loss or gradients are not finite on any rank
-                skip = progress.vote(optimizer.clip())
+                skip = progress.agree_to_skip(optimizer.clip())
                 optimizer.step(progress.learning_rate(), skip)
                 if ema_model:
                     ema_model.update(unet, skip)

@@ -57,7 +57,7 @@ class MeasuringMeter:
     def hold(self, part, *modules):
         pass
 
-    def hold_steppers(self, steppers):
+    def hold_optimizers(self, steppers):
         for stepper in steppers:
             for parameter in stepper.parameters:
                 parameter.grad = torch.zeros_like(parameter)

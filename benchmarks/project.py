@@ -21,7 +21,7 @@ from ldm.training import autoencoder as stage1
 from ldm.training import diffusion as stage2
 from ldm.training.latents import Latents, WithNoise, one_of
 from ldm.training.progress import Clock
-from ldm.training.step import Stepper, learning_rate
+from ldm.training.step import Optimizer, learning_rate
 
 
 def run_of(section: dict, run: Run) -> Run:
@@ -29,7 +29,7 @@ def run_of(section: dict, run: Run) -> Run:
     return dataclasses.replace(run, amp_dtype=run.amp_dtype if section["amp"] else None)
 
 
-def optimise(optimizers: Sequence[Stepper], section: dict, clock: Clock, epoch: int) -> torch.Tensor:
+def optimise(optimizers: Sequence[Optimizer], section: dict, clock: Clock, epoch: int) -> torch.Tensor:
     """From gradients to the next weights: clip, rate, step. Returns whether the step was skipped."""
     skip = (~torch.stack([optimizer.clip() for optimizer in optimizers]).all()).double()
     rate = learning_rate(section, 1, clock.progress(clock.seconds), clock.step, epoch)

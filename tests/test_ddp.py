@@ -30,7 +30,7 @@ from ldm.models.denoiser import predict
 from ldm.training.autoencoder import WithPosteriorDraw
 from ldm.training.diffusion import build_learner
 from ldm.training.latents import WithNoise
-from ldm.training.step import Stepper
+from ldm.training.step import Optimizer
 from ldm.training.wrapping import wrap_network
 
 pytestmark = [
@@ -104,7 +104,7 @@ def one_step(config_file: Path, data: Path) -> dict:
         torch.manual_seed(0)
         encoder = Autoencoder(configs.define_network(config, "autoencoder_def"))
         network = wrap_network(encoder, section, run, False)
-        stepper = Stepper(network, section, None)
+        stepper = Optimizer(network, section, None)
         loss = AutoencoderLoss(section, None)
         first, second = (
             utils.make_loader(kind(dataset, [3, 8, 10, 6], seed=0), section, config, run)

@@ -174,7 +174,7 @@ def test_promise_9_signal_after_signal(whole, tmp_path):
                 stopped_by(number, project, train_diffusion, torch.optim.Adam, "step", 1),
                 pytest.MonkeyPatch.context() as patch,
             ):
-                before_call(patch, Progress, "vote", 1, partial(signal.raise_signal, number))
+                before_call(patch, Progress, "agree_to_skip", 1, partial(signal.raise_signal, number))
                 project.run(train_diffusion, "--no-amp")
         except pytest.fail.Exception:  # the run came to its end
             break
@@ -221,7 +221,7 @@ def worker(undisturbed: list[str], disturbed: list[str]) -> None:
         while not asked and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    before_call(pytest.MonkeyPatch(), Progress, "vote", 8, wait)
+    before_call(pytest.MonkeyPatch(), Progress, "agree_to_skip", 8, wait)
     train_autoencoder.main(disturbed)
 
 

@@ -28,7 +28,7 @@ from ldm.system.ranks import Run
 from ldm.training import autoencoder, logs, progress
 from ldm.training.latents import WithNoise
 from ldm.training.logs import TrainLog
-from ldm.training.step import Stepper, learning_rate
+from ldm.training.step import Optimizer, learning_rate
 
 ALL = {"images": 0, "scalars": 0}
 
@@ -68,7 +68,7 @@ def watched(done, tmp_path_factory):
     project = copy_of(done, tmp_path_factory.mktemp("watched") / "run", "split.json")
     short = {"max_epochs": 5, "val_interval": 1, "adversarial_warmup_epochs": 0, "lr_warmup_steps": 3}
     project.change(autoencoder_train=project.config["autoencoder_train"] | short)
-    norms, real = [], Stepper.clip
+    norms, real = [], Optimizer.clip
 
     def clip(self):
         squares = [float(p.grad.double().square().sum()) for p in self.parameters if p.grad is not None]
@@ -76,7 +76,7 @@ def watched(done, tmp_path_factory):
         return real(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stepper, "clip", clip)
+        patch.setattr(Optimizer, "clip", clip)
         project.printed["said"] = project.run(train_autoencoder, "--no-amp")
     return project, norms
 
@@ -254,7 +254,7 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
         monkeypatch.setattr(owner, name, timed)
 
     takes(WithNoise, "__getitem__", delay)
-    takes(progress.Progress, "vote", 0.1)
+    takes(progress.Progress, "agree_to_skip", 0.1)
     takes(train_diffusion, "validate", 100.0)
     clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic)
     monkeypatch.setattr(progress, "time", clock)

@@ -24,7 +24,7 @@ from ldm import UserError, configs
 from ldm.system.ranks import Run
 from ldm.training import autoencoder, diffusion, memory
 from ldm.training.memory import Forecast, Meter, highest
-from ldm.training.step import Stepper, make_ema
+from ldm.training.step import Optimizer, make_ema
 
 SECTION = {
     "lr": 1e-3,
@@ -41,10 +41,10 @@ def metered(build, step, section=SECTION, like_gpu=False, ranks=1):
     """The peak of one training step of a network."""
     with Meter(like_gpu, ranks) as meter:
         network = build()
-        stepper, ema = Stepper(network, section, None), make_ema(network, section["ema_decay"])
+        stepper, ema = Optimizer(network, section, None), make_ema(network, section["ema_decay"])
         meter.hold("weights", network)
         meter.hold("averaged weights", ema)
-        meter.hold_steppers([stepper])
+        meter.hold_optimizers([stepper])
         with meter.phase("training"):
             step(network).backward()
     return meter.peaks["training"]

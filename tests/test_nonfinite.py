@@ -22,7 +22,7 @@ from ldm.losses import AutoencoderLoss
 from ldm.training import autoencoder, diffusion
 from ldm.training.guard import Guard
 from ldm.training.progress import EpochMeans, Progress
-from ldm.training.step import EMA, Stepper
+from ldm.training.step import EMA, Optimizer
 
 NAN = math.nan
 SECTION = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
@@ -102,7 +102,7 @@ def planted(script, source: str, *numbers: int):
             def _(real, *args):
                 return real(*args) * (NAN if now("discriminator's loss") else 1)
 
-        @wrap(Stepper, "backward")
+        @wrap(Optimizer, "backward")
         def _(real, self, loss):
             # One number of one parameter; in stage 1 the discriminator's backward has one of its own.
             spoil = lambda g: torch.where(g == g.max(), NAN, g) if now("gradient") else g  # noqa: E731
@@ -110,11 +110,11 @@ def planted(script, source: str, *numbers: int):
             real(self, loss)
             hook.remove()
 
-        @wrap(Stepper, "step")
+        @wrap(Optimizer, "step")
         def _(real, self, rate, masked):
-            before = copy.deepcopy((list(self.parameters), self.optimizer.state_dict()["state"]))
+            before = copy.deepcopy((list(self.parameters), self.adam.state_dict()["state"]))
             real(self, rate, masked)
-            after = (list(self.parameters), self.optimizer.state_dict()["state"])
+            after = (list(self.parameters), self.adam.state_dict()["state"])
             seen["steps"].append((bool(masked), differences(before, after)))
             seen["averages"].append([copy.deepcopy(average.state_dict()) for average in averages])
 
@@ -179,13 +179,13 @@ def test_promise_10_steps_may_be_passed_over_up_to_a_number(project, tmp_path, s
     assert said.count("warning: ") == 2
 
     # By hand: leave out the same steps of optimisers and averages, with all numbers finite.
-    real_step, real_average = Stepper.step, EMA.update
+    real_step, real_average = Optimizer.step, EMA.update
     calls, averaged, steppers = itertools.count(), itertools.count(), 1 + (script is train_autoencoder)
 
     def step(self, rate, masked):
         if next(calls) // steppers in (0, 2):
-            self.optimizer.param_groups[0]["lr"] = rate
-            return self.optimizer.zero_grad()
+            self.adam.param_groups[0]["lr"] = rate
+            return self.adam.zero_grad()
         return real_step(self, rate, masked)
 
     def update(self, *args):
@@ -193,7 +193,7 @@ def test_promise_10_steps_may_be_passed_over_up_to_a_number(project, tmp_path, s
             real_average(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stepper, "step", step)
+        patch.setattr(Optimizer, "step", step)
         patch.setattr(EMA, "update", update)
         other.run(script, "--no-amp")
     a, b = (one.checkpoint(LAST[script]) for one in (project, other))
@@ -290,7 +290,7 @@ def test_promise_10_an_epoch_without_a_finite_step(project):
 
 def test_the_decision_is_read_a_step_later(project, monkeypatch):
     """At each step: reduce, read the one before, step, average. After the last: read it."""
-    order, methods = [], [(Guard, Guard.vote), (Guard, Guard.read), (Stepper, Stepper.step)]
+    order, methods = [], [(Guard, Guard.vote), (Guard, Guard.read), (Optimizer, Optimizer.step)]
     for owner, real in (*methods, (EMA, EMA.update), (Progress, Progress.end_epoch)):
 
         def noted(self, *args, real=real, **kwargs):
@@ -319,7 +319,7 @@ def test_nothing_on_the_device_is_waited_for():
     """On tensors without values whoever asks for one is found out; three steps pass, the reading does not."""
     with FakeTensorMode():
         network = nn.Linear(3, 3)
-        stepper = Stepper(network, SECTION | {"clip_grad_norm": 1.0}, None)
+        stepper = Optimizer(network, SECTION | {"clip_grad_norm": 1.0}, None)
         watched, means = guard(), EpochMeans({})
         for number in range(3):
             loss = network(torch.randn(2, 3)).square().mean()
@@ -352,7 +352,7 @@ def test_a_guard_reads_all_but_the_newest():
 def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
     """It skips the step, here and there alike, and halves the scale, 16 times from 65536 to 1."""
     network = nn.Linear(2, 1, bias=False)
-    stepper = Stepper(network, SECTION, torch.float16)
+    stepper = Optimizer(network, SECTION, torch.float16)
     weights = copy.deepcopy(network.state_dict())
     zero, watched = torch.zeros(()), guard()
 
@@ -390,7 +390,7 @@ def test_promise_10_an_fp16_overflow_is_no_fault_until_the_scale_is_1():
 def test_promise_10_an_fp16_loss_that_is_not_finite_is_a_fault_at_once():
     """No scale mends the forward pass."""
     network = nn.Linear(2, 1)
-    stepper, watched = Stepper(network, SECTION, torch.float16), guard()
+    stepper, watched = Optimizer(network, SECTION, torch.float16), guard()
     before = copy.deepcopy(network.state_dict())
     loss = network(torch.ones(1, 2)).mean() * NAN
     stepper.backward(loss)
@@ -398,7 +398,7 @@ def test_promise_10_an_fp16_loss_that_is_not_finite_is_a_fault_at_once():
     stepper.step(1e-2, masked)
     assert masked == 1
     assert not differences(before, network.state_dict())
-    moments = stepper.optimizer.state_dict()["state"]  # made by the first step, and still empty
+    moments = stepper.adam.state_dict()["state"]  # made by the first step, and still empty
     assert not any(value.any() for one in moments.values() for value in one.values())
 
 
@@ -406,13 +406,13 @@ def test_the_mask_alone_holds_back_a_finite_step():
     """As on the ranks whose own numbers are finite, and for the optimiser whose network is not the guilty
     one."""
     network = nn.Linear(2, 1)
-    stepper = Stepper(network, SECTION, None)
+    stepper = Optimizer(network, SECTION, None)
     for masked in (0.0, 1.0, 0.0):
-        before = copy.deepcopy((network.state_dict(), stepper.optimizer.state_dict()["state"]))
+        before = copy.deepcopy((network.state_dict(), stepper.adam.state_dict()["state"]))
         stepper.backward(network(torch.ones(1, 2)).square().mean())
         assert stepper.clip()
         stepper.step(1e-2, torch.tensor(masked, dtype=torch.float64))
-        after = network.state_dict(), stepper.optimizer.state_dict()["state"]
+        after = network.state_dict(), stepper.adam.state_dict()["state"]
         assert bool(differences(before, after)) != masked
         assert all(parameter.grad is None for parameter in network.parameters())
 

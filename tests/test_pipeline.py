@@ -31,7 +31,7 @@ from ldm.evaluation.reading import samples_of_model
 from ldm.system.checkpoints import save_checkpoint
 from ldm.system.files import sha256_of
 from ldm.training.progress import Clock
-from ldm.training.step import Stepper, learning_rate, make_ema
+from ldm.training.step import Optimizer, learning_rate, make_ema
 from ldm.training.wrapping import wrap_network
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt")
@@ -271,7 +271,7 @@ def test_clipping_bounds_the_accumulated_gradient():
     section = {"lr": 0.1, "adam_betas": [0.9, 0.999], "accumulate_steps": 2, "clip_grad_norm": 1.5}
     for limit, expected in ((1.5, [0.9, 1.2]), (None, [4.5, 6.0]), (100, [4.5, 6.0])):
         layer = torch.nn.Linear(2, 1, bias=False)
-        stepper = Stepper(layer, {**section, "clip_grad_norm": limit}, None)
+        stepper = Optimizer(layer, {**section, "clip_grad_norm": limit}, None)
         for times in (1, 2):
             stepper.backward(layer(torch.tensor([[3.0, 4.0]])).sum() * times)
         before = layer.weight.detach().clone()

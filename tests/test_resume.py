@@ -19,7 +19,7 @@ from ldm.generation import load_networks
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.ranks import Run
 from ldm.training.progress import Progress
-from ldm.training.step import Stepper
+from ldm.training.step import Optimizer
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
@@ -164,8 +164,8 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     """A parameter that no loss depends on has none, and is no fault."""
     section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
 
-    def stepper(*sides: int) -> Stepper:
-        return Stepper(torch.nn.ParameterList(torch.ones(side) for side in sides), section, None)
+    def stepper(*sides: int) -> Optimizer:
+        return Optimizer(torch.nn.ParameterList(torch.ones(side) for side in sides), section, None)
 
     one = stepper(2, 3, 4)
     one.backward(one.parameters[0].sum() + one.parameters[2].sum())
@@ -174,7 +174,7 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     state = one.state_dict()
     frozen = stepper(2, 3, 4).network.requires_grad_(True)
     frozen[1].requires_grad_(False)  # as networks are built today; the state is from when it was not
-    frozen = Stepper(frozen, section, None)
+    frozen = Optimizer(frozen, section, None)
     frozen.load_state_dict(copy.deepcopy(state), "last.pt")
     assert len(frozen.parameters) == 2 and sorted(frozen.state_dict()["optimizer"]["state"]) == [0, 2]
     assert not differences(frozen.state_dict()["optimizer"]["state"], state["optimizer"]["state"])
@@ -209,7 +209,8 @@ def test_moments_are_laid_out_in_memory_as_the_parameters_are():
             state = weight = None
             for step, layout in enumerate((first, second)):
                 weight = start if weight is None else weight
-                stepper = Stepper(torch.nn.ParameterList([weight.clone(memory_format=layout)]), section, None)
+                network = torch.nn.ParameterList([weight.clone(memory_format=layout)])
+                stepper = Optimizer(network, section, None)
                 if state is not None:
                     stepper.load_state_dict(state, "last.pt")
                 (weight,) = stepper.parameters

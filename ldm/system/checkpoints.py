@@ -76,7 +76,7 @@ def _array(items: dict, count: int) -> dict:
 
 
 def _stepper(state: dict, **more) -> dict:
-    """The state of a `Stepper`, which checks itself that it fits the parameters."""
+    """The state of a `Optimizer`, which checks itself that it fits the parameters."""
     adam = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS)
     optimizer = fields(
         state={"type": "object", "additionalProperties": adam, **state},

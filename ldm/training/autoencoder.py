@@ -22,7 +22,7 @@ from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
 from ldm.training.memory import Meter, take_steps
 from ldm.training.run_folder import StageFiles
-from ldm.training.step import EMA, Stepper, make_ema
+from ldm.training.step import EMA, Optimizer, make_ema
 from ldm.training.wrapping import prepare_network, wrap_network
 
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
@@ -53,12 +53,12 @@ class AutoencoderLearner:
 
     autoencoder: Autoencoder
     model: nn.Module
-    optimizer: Stepper
+    optimizer: Optimizer
     ema_model: EMA | None
     criterion: AutoencoderLoss
     discriminator: nn.Module | None = None
     wrapped_discriminator: nn.Module | None = None
-    discriminator_optimizer: Stepper | None = None
+    discriminator_optimizer: Optimizer | None = None
     frozen: list[str] = field(default_factory=list)
 
     @property
@@ -67,7 +67,7 @@ class AutoencoderLearner:
         return (self.ema_model.module if self.ema_model else self.autoencoder).network
 
     @property
-    def optimizers(self) -> dict[str, Stepper]:
+    def optimizers(self) -> dict[str, Optimizer]:
         """By what they train."""
         both = {"autoencoder": self.optimizer, "discriminator": self.discriminator_optimizer}
         return {name: optimizer for name, optimizer in both.items() if optimizer}
@@ -117,7 +117,8 @@ def build_learner(
     frozen = freeze_unreached(autoencoder, small_input(config, "autoencoder_def"), 0.0)
     autoencoder = Autoencoder(prepare_network(network, section, run))
     model = wrap_network(autoencoder, section, run, compiled)
-    optimizer, ema_model = Stepper(model, section, run.amp_dtype), make_ema(autoencoder, section["ema_decay"])
+    optimizer = Optimizer(model, section, run.amp_dtype)
+    ema_model = make_ema(autoencoder, section["ema_decay"])
     learner = AutoencoderLearner(autoencoder, model, optimizer, ema_model, criterion, frozen=frozen)
     if section["adversarial_weight"]:
         discriminator = PatchDiscriminator(
@@ -127,7 +128,7 @@ def build_learner(
         discriminator = prepare_network(discriminator, {**section, "gradient_checkpointing": False}, run)
         learner.discriminator = discriminator
         learner.wrapped_discriminator = wrap_network(discriminator, section, run, compiled)
-        learner.discriminator_optimizer = Stepper(learner.wrapped_discriminator, section, run.amp_dtype)
+        learner.discriminator_optimizer = Optimizer(learner.wrapped_discriminator, section, run.amp_dtype)
     return learner
 
 
@@ -225,7 +226,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         learner = build_learner(config, network, patch_size, val_size, criterion, False, run)
         meter.hold("weights", learner.autoencoder, learner.criterion, learner.discriminator)
         meter.hold("averaged weights", learner.ema_model)
-        meter.hold_steppers(list(learner.optimizers.values()))
+        meter.hold_optimizers(list(learner.optimizers.values()))
         slices, count = stream(config["seed"], "slices"), section["batch_size"]
         with meter.phase("training"):
             images = torch.zeros(count, channels, *patch_size, device=device)

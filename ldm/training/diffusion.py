@@ -20,7 +20,7 @@ from ldm.models.layers import freeze_unreached
 from ldm.models.weights import load_weights
 from ldm.system.ranks import Run
 from ldm.training.memory import Meter, take_steps
-from ldm.training.step import EMA, Stepper, make_ema
+from ldm.training.step import EMA, Optimizer, make_ema
 from ldm.training.wrapping import prepare_network, wrap_network
 
 SAMPLE_SEEDS, MOST_SAMPLES = (0, 1, 2, 3), 8
@@ -33,7 +33,7 @@ class DiffusionLearner:
 
     unet: nn.Module
     model: nn.Module
-    optimizer: Stepper
+    optimizer: Optimizer
     ema_model: EMA | None
     frozen: list[str] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ def build_learner(config: dict, compiled: bool, run: Run) -> DiffusionLearner:
         frozen = freeze_unreached(unet, inputs, timesteps=torch.zeros(1), **cond)
     unet = prepare_network(unet, section, run)
     model = wrap_network(unet, section, run, compiled)
-    optimizer, ema_model = Stepper(model, section, run.amp_dtype), make_ema(unet, section["ema_decay"])
+    optimizer, ema_model = Optimizer(model, section, run.amp_dtype), make_ema(unet, section["ema_decay"])
     return DiffusionLearner(unet, model, optimizer, ema_model, frozen)
 
 
@@ -147,7 +147,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         learner = build_learner(config, False, run)
         meter.hold("weights", learner.unet)
         meter.hold("averaged weights", learner.ema_model)
-        meter.hold_steppers([learner.optimizer])
+        meter.hold_optimizers([learner.optimizer])
         cond = example_cond(config["diffusion_def"], count, latent)
         endless = section["augment"]["versions"] is None
         encodes = autoencoder and endless and augmentation(section["augment"], tuple(size), False)

@@ -31,7 +31,7 @@ from ldm import Failure, UserError, brief
 from ldm.losses import missing_package
 from ldm.models.definitions import downsampling_factor, network_divisor
 from ldm.system.ranks import Run, amp_dtype
-from ldm.training.step import Stepper
+from ldm.training.step import Optimizer
 
 GB = 1e9  # bytes: a card sold as 16 GB has 17.2e9 less what its driver takes
 BLOCK = 512  # bytes, to which the allocator of a GPU rounds up
@@ -159,21 +159,21 @@ class Meter(TorchDispatchMode):
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._count(tensor, part)
 
-    def hold_steppers(self, steppers: Sequence[Stepper]) -> None:
+    def hold_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Take a first step, after which the optimisers have their state; count state and gradients."""
-        for stepper in steppers:
-            for parameter in stepper.parameters:
+        for optimizer in optimizers:
+            for parameter in optimizer.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p: self._count(p.grad, "gradients"))
-            self._fill_gradients(stepper)
-            stepper.scaler.scale(stepper.norm)  # the first call makes the scale, in fp16
-            take_steps([stepper])
-            for tensor in tree_leaves([dict(state) for state in stepper.optimizer.state.values()]):
+            self._fill_gradients(optimizer)
+            optimizer.scaler.scale(optimizer.norm)  # the first call makes the scale, in fp16
+            take_steps([optimizer])
+            for tensor in tree_leaves([dict(state) for state in optimizer.adam.state.values()]):
                 self._count(tensor, "optimiser")
-            if self.ranks > 1 or stepper.section["accumulate_steps"] > 1:
-                self._fill_gradients(stepper)  # of the batches before the last
+            if self.ranks > 1 or optimizer.section["accumulate_steps"] > 1:
+                self._fill_gradients(optimizer)  # of the batches before the last
 
-    def _fill_gradients(self, stepper: Stepper) -> None:
-        for parameter in stepper.parameters:
+    def _fill_gradients(self, optimizer: Optimizer) -> None:
+        for parameter in optimizer.parameters:
             parameter.grad = torch.zeros_like(parameter)
             self._count(parameter.grad, "gradients")
 
@@ -235,11 +235,11 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
     return free + torch.cuda.memory_reserved(device), everything
 
 
-def take_steps(steppers: Sequence[Stepper]) -> None:
+def take_steps(optimizers: Sequence[Optimizer]) -> None:
     """Step with the present gradients at a learning rate of 0, and clear them."""
-    for stepper in steppers:
-        stepper.clip()
-        stepper.step(0.0, torch.zeros((), device=stepper.norm.device))
+    for optimizer in optimizers:
+        optimizer.clip()
+        optimizer.step(0.0, torch.zeros((), device=optimizer.norm.device))
 
 
 def table(peaks: dict[str, Peak]) -> str:

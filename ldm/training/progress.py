@@ -18,7 +18,7 @@ from ldm.system.signals import Interruption, signals_held_back
 from ldm.training.guard import Guard
 from ldm.training.logs import TrainLog
 from ldm.training.run_folder import StageFiles
-from ldm.training.step import Stepper, learning_rate
+from ldm.training.step import Optimizer, learning_rate
 
 STATUS = Path("/proc/self/status")  # of Linux
 HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting, a hint is printed
@@ -94,6 +94,8 @@ class Progress:
     What happens next is a function of (seed, epoch, batch, rank) and of what is saved here. A run that was
     killed at any moment and one that never was write the same weights and the same log.
 
+    Making one opens the log and the TensorBoard files, writes the resolved config, and listens for signals.
+
     Args:
         stage: `autoencoder` or `diffusion`; its section of the config is `stage`_train.
         loader: of `make_loader`.
@@ -125,7 +127,7 @@ class Progress:
         self.clock = Clock(self.section, len(loader) // self.section["accumulate_steps"], step, seconds)
         allowed = self.section["max_nonfinite_steps"]
         self.guard = Guard(run.world_size, run.gather, allowed, seconds, skipped, run.say)
-        if self.share >= 1:
+        if self.fraction_done >= 1:
             run.say(f"{stage}: already trained to its end; raise max_epochs or max_minutes to train further.")
         self.log = None
         if run.is_main:
@@ -135,7 +137,7 @@ class Progress:
             path.with_name("log.txt").touch()  # `ldm.training.logs.TextLog` writes where it exists
         self.bar = progress_bar(run, stage, self.clock.total_steps)
         self.bar.update(step)
-        self.loss, self.cases = 0.0, []  # of the batches of the step under way
+        self.loss_probe, self.cases = 0.0, []  # of the batches of the step under way
         # When that step began, and for how many seconds it waited for data: on a CPU without loader processes
         # the making of batches itself, on a GPU the most that it can have idled for want of data.
         self.began = self.waited = 0.0
@@ -168,8 +170,8 @@ class Progress:
         return dict(zip(DIVISION, values, strict=True))
 
     @property
-    def share(self) -> float:
-        """Share of the training that is done, equal on all ranks."""
+    def fraction_done(self) -> float:
+        """Fraction of the training that is done, equal on all ranks."""
         return self.clock.progress(self.guard.seconds)
 
     # ------------------------------------------------------------ epochs and batches
@@ -185,11 +187,14 @@ class Progress:
             self.batch, self.means = 0, EpochMeans({})
 
     def batches(self) -> Iterator[tuple[dict, bool]]:
-        """The batches that are left of the epoch, and whether each is the last of those of one step."""
+        """The batches that are left of the epoch, and whether each is the last of those of one step.
+
+        Seeds torch's own generator for each batch, since layers with dropout draw from it.
+        """
         with signals_held_back():  # until the loader processes know what to do with them
             loading = iter(self.loader)
         try:
-            while self.share < 1:
+            while self.fraction_done < 1:
                 begin = time.perf_counter()
                 if (batch := next(loading, None)) is None:
                     return
@@ -197,12 +202,10 @@ class Progress:
                     self.began, self.waited = begin, 0.0
                 self.waited += time.perf_counter() - begin
                 self.interruption.unsaved = True
-                # For networks with dropout, which draw from torch's own generator.
                 where = self.epoch, self.batch, self.run.rank
                 torch.manual_seed(stream(self.seed, "dropout", *where).initial_seed())
                 last = (self.batch + 1) % self.section["accumulate_steps"] == 0
                 yield batch, last
-                self.batch += not last
         except BaseException:
             # An error of the loader processes holds the iterator in a cycle. Collecting that closes their
             # queues before they are told to end, and the script would wait for them.
@@ -213,41 +216,48 @@ class Progress:
     # ------------------------------------------------------------ one step
 
     def add(self, terms: dict[str, torch.Tensor], batch: dict) -> None:
-        """Add the losses of a batch to the means of the epoch and to the loss of the step."""
+        """Add the losses of a batch to the means of the epoch."""
         self.means.add(terms)
-        self.loss = self.loss + torch.stack([v.detach().float() for v in terms.values()]).sum()
+        # Not finite if any term of the step is not: what the ranks vote on.
+        self.loss_probe = self.loss_probe + torch.stack([v.detach().float() for v in terms.values()]).sum()
         self.cases += [self.loader.dataset.cases[i].name for i in batch["index"]]
 
-    def vote(self, *finite: torch.Tensor) -> torch.Tensor:
+    def end_batch(self) -> None:
+        """Count a batch."""
+        self.batch += 1
+
+    def agree_to_skip(self, *finite: torch.Tensor) -> torch.Tensor:
         """Agree with the other ranks on this step: 1 where it is skipped, else 0, on the device.
 
         `finite` holds a flag for each optimiser: whether its gradients are. Raises as `Guard.read`.
         """
         signalled, save = self.interruption.signal is not None, self.run.is_main and self.clock.wants_save
         gradients, clock = torch.stack(finite).all(), (self.clock.seconds, self.clock.step)
-        skip = self.guard.vote(self.loss, gradients, signalled, save, *clock, self.cases)
+        skip = self.guard.vote(self.loss_probe, gradients, signalled, save, *clock, self.cases)
         self.guard.read()
         return skip
 
     def learning_rate(self) -> float:
         """The learning rate of this step."""
-        return learning_rate(self.section, self.run.world_size, self.share, self.clock.step, self.epoch)
+        return learning_rate(
+            self.section, self.run.world_size, self.fraction_done, self.clock.step, self.epoch
+        )
 
-    def end_step(self, terms: dict[str, torch.Tensor], optimizers: dict[str, Stepper]) -> None:
+    def end_step(self, terms: dict, optimizers: dict[str, Optimizer]) -> None:
         """Count a step, and log it every `LOG_INTERVAL` steps: `terms` are those of its last batch, the
         `optimizers` have the names of what they train."""
         volumes, seconds = len(self.cases) * self.run.world_size, time.perf_counter() - self.began
         pace = {"steps": 1, "volumes": volumes, "seconds": seconds, "waited": self.waited}
         self.pace.update(pace)
         self._hint_at_slow_data(pace)
-        self.loss, self.cases = 0.0, []
-        self.batch += 1
+        self.loss_probe, self.cases = 0.0, []
+        self.end_batch()
         self.clock.step += 1
         if self.log and self.clock.step % LOG_INTERVAL == 0:
             self._log_copies()
             numbers = {f"loss/{name}": value.detach() for name, value in terms.items()}
             for name, optimizer in optimizers.items():
-                numbers[f"lr/{name}"] = optimizer.optimizer.param_groups[0]["lr"]
+                numbers[f"lr/{name}"] = optimizer.rate
                 numbers[f"grad_norm/{name}"] = optimizer.norm
             pace, self.pace = self.pace, Counter()
             numbers["time/seconds_per_step"] = pace["seconds"] / pace["steps"]
@@ -288,7 +298,7 @@ class Progress:
     def must_save(self) -> bool:
         """Whether to save after this step: `save_minutes` have passed, or a signal asks to stop. After the
         last step of an epoch, `end_epoch` saves."""
-        if self.share >= 1 or self.batch == len(self.loader):
+        if self.fraction_done >= 1 or self.batch == len(self.loader):
             return False
         alone = self.run.world_size == 1 and self.interruption.signal is not None  # no rank to agree with
         return self.guard.stop or self.guard.save or alone
@@ -319,7 +329,7 @@ class Progress:
         What follows until the next epoch can be repeated from what is saved here.
         """
         self.guard.read(all_steps=True)
-        self.done = self.share >= 1 or self.epoch + 1 == self.section["max_epochs"]
+        self.done = self.fraction_done >= 1 or self.epoch + 1 == self.section["max_epochs"]
         self.batch = len(self.loader)  # `max_minutes` may have ended it early
         if self.interruption.unsaved and (self.validates() or self.guard.stop or self.guard.save):
             self.save(learner)

@@ -21,7 +21,7 @@ def learning_rate(section: dict, world_size: int, progress: float, step: int, ep
     return rate * min(1.0, (step + 1) / (section["lr_warmup_steps"] + 1))
 
 
-class Stepper:
+class Optimizer:
     """One optimiser: scaled backward, accumulation, clipping, and a step that can be skipped.
 
     Args:
@@ -36,9 +36,7 @@ class Stepper:
         self.places = [i for i, p in self.everything.items() if p.requires_grad]
         self.parameters = [self.everything[i] for i in self.places]
         # The fused kernels, on a CPU too, heed `found_inf` on the device: no one waits to know it.
-        self.optimizer = torch.optim.Adam(
-            self.parameters, section["lr"], tuple(section["adam_betas"]), fused=True
-        )
+        self.adam = torch.optim.Adam(self.parameters, section["lr"], tuple(section["adam_betas"]), fused=True)
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.norm = torch.zeros((), device=device)
@@ -46,7 +44,7 @@ class Stepper:
     @property
     def rate(self) -> float:
         """The learning rate of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self.adam.param_groups[0]["lr"]
 
     def accumulating(self, last: bool):
         """Context of a forward and backward pass; ranks exchange gradients only on the last batch of a
@@ -63,7 +61,7 @@ class Stepper:
 
         With fp16 an overflow is no fault as long as the scaler has a scale to lower.
         """
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.adam)
         limit = self.section["clip_grad_norm"]
         self.norm = nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
         scale = self.scaler.scale(torch.ones_like(self.norm))
@@ -72,17 +70,17 @@ class Stepper:
     def step(self, rate: float, skip: torch.Tensor) -> None:
         """Step at this learning rate unless `skip` (0 or 1, on the device) or an overflow forbids it; clear
         the gradients."""
-        for group in self.optimizer.param_groups:
+        for group in self.adam.param_groups:
             group["lr"] = rate
-        self.optimizer.found_inf = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
-        self.optimizer.grad_scale = None
-        self.optimizer.step()
+        self.adam.found_inf = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
+        self.adam.grad_scale = None
+        self.adam.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
         """State of optimiser and scaler."""
-        state = self.optimizer.state_dict()
+        state = self.adam.state_dict()
         moments = {self.places[i]: adam for i, adam in state["state"].items()}
         groups = [{**group, "params": list(self.places)} for group in state["param_groups"]]
         return {
@@ -104,7 +102,7 @@ class Stepper:
                 f"{where}: the state of its optimiser does not fit the network in the config. Resume with "
                 "the config that it was trained with, or start over with --fresh."
             )
-        (options,) = self.optimizer.state_dict()["param_groups"]
+        (options,) = self.adam.state_dict()["param_groups"]
         # The fused kernels walk through parameter and moments as they lie in memory, and do not ask whether
         # they lie alike.
         # Checkpoints of DDP may hold zeros for parameters that were not frozen yet and are now.
@@ -113,7 +111,7 @@ class Stepper:
             for i, (place, parameter) in enumerate(zip(self.places, self.parameters, strict=True))
             if place in moments
         }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
+        self.adam.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -136,8 +134,8 @@ def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor
 
 
 class EMA(AveragedModel):
-    """Exponential moving average of the weights; the decay rises with the steps, (1 + n) / (10 + n), up to
-    `decay`. Buffers are those of the network.
+    """Exponential moving average of the weights. The first step copies them; then the decay rises with the
+    steps, (1 + n) / (10 + n), up to `decay`. Buffers are those of the network.
 
     The count of steps lies on the device: a step that is skipped is not averaged, and no one waits to know.
     """
