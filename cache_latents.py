@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     size = run.from_main(finish)
     count, made = len(training) + len(validation), made + made_too
-    run.say(
+    run.print(
         f"latents of {len(training)} training volumes, {train.versions} version(s) each, and of "
         f"{len(validation)} held-out ones: {made} encoded, {count - made} found, {size / 1e9:.2f} GB\n"
         f"  {folder}"

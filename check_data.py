@@ -60,7 +60,7 @@ def main(argv=None):
         raise UserError("--set overrides keys of a config: give -c CONFIG_FILE too.")
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: give 1 or more.")
-    source, where, how = args.folders, {"generated": False, "say": print}, {}
+    source, where, how = args.folders, {"generated": False, "log": print}, {}
     if args.environment_file:
         environment = utils.load_environment(args.environment_file)
         source, where["outputs"] = environment["data_base_dir"], own_folders(environment)

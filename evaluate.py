@@ -157,7 +157,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     unet = environment["model_dir"] / "diffusion_unet.pt" if environment else None
     for name, folder in ((HELD_OUT, args.real), (GENERATED, args.generated), (TRAINING, args.train)):
         if folder:
-            training, held_out = find_cases(folder, say=run.say)
+            training, held_out = find_cases(folder, log=run.print)
             sources[name] = Source(name, str(folder), [*training, *held_out])
         elif name == GENERATED:
             sources[name], found, others = reading.samples_of_model(
@@ -285,10 +285,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_json(inputs.out / "metrics.json", results)
     for line in lines:
-        run.say(f"{TONES[line['tone']]:>7}  {line['text']}")
+        run.print(f"{TONES[line['tone']]:>7}  {line['text']}")
     for note in notes:
-        run.say(f"   note  {note}")
-    run.say(f"evaluation: {inputs.out / 'metrics.json'}\n  {inputs.out / 'report.html'}")
+        run.print(f"   note  {note}")
+    run.print(f"evaluation: {inputs.out / 'metrics.json'}\n  {inputs.out / 'report.html'}")
 
 
 if __name__ == "__main__":

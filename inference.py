@@ -252,14 +252,14 @@ def reproduce(args: argparse.Namespace) -> None:
     # Step 3: compare
     expected = record["volume"]["sha256"]
     if hashlib.sha256(content).hexdigest() == expected:
-        run.say(f"reproduced: {path}\n  byte-identical to the recorded volume")
+        run.print(f"reproduced: {path}\n  byte-identical to the recorded volume")
         return
     before = {**record["versions"], "hardware": record["hardware"]}
     now = {**versions.versions(), "hardware": hardware(run)}
     changed = [f"{key} {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]]
     changed = ", ".join(changed) or "same versions and hardware"
     if not original.exists() or records.sha256_of(original) != expected:
-        run.say(
+        run.print(
             f"reproduced: {path}\n  not byte-identical to the recorded volume ({changed}), and "
             f"{original.name} is missing or was changed, so they cannot be compared"
         )
@@ -268,7 +268,7 @@ def reproduce(args: argparse.Namespace) -> None:
     result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
     if not apart <= TOLERANCE:
         raise FloatingPointError(f"{result}.\nMore than {TOLERANCE} is not rounding: not reproduced.")
-    run.say(f"reproduced: {result}: equal up to rounding")
+    run.print(f"reproduced: {result}: equal up to rounding")
 
 
 def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
@@ -318,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     guidance = 1.0 if args.guidance is None else args.guidance
     if networks.conditions and not condition:
         values = few(networks.conditions.values, 8)
-        run.say(f"inference: no --condition, so {networks.conditions.column} is unknown (it may be {values})")
+        run.print(
+            f"inference: no --condition, so {networks.conditions.column} is unknown (it may be {values})"
+        )
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -342,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
     missing = run.from_main(lambda: records.missing(paths, request))  # before any rank writes
     if len(missing) < len(seeds):
-        run.say(f"inference: {len(seeds) - len(missing)} of {len(seeds)} volumes already exist")
+        run.print(f"inference: {len(seeds) - len(missing)} of {len(seeds)} volumes already exist")
 
     # Step 3: sample, decode, write; each rank its share of the batches. A batch that exists in part is
     # sampled whole: in a smaller one its volumes would be rounded otherwise.
@@ -377,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
-        run.say(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
+        run.print(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
 
 
 def show_samples(networks: Networks, paths: Sequence[Path], seeds: Sequence[int], folder: Path) -> Path:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
     )
     val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
-    warn_of_padding(train_cases, spacing, patch_size, run.say)
+    warn_of_padding(train_cases, spacing, patch_size, run.print)
 
     # Step 2: networks
     check_fits(rehearse, config, "autoencoder_train", sizes, run)
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sweep = figures.axial_sweep([scans[0], reconstructions[0]], ("held-out scan", "reconstruction"))
         figures.animate(sweep, model_dir / "reconstruction.gif")
-    run.say(
+    run.print(
         f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
         f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, "
         f"{scores['power_share']:.2f} of the high-frequency power retained, "

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = list(train_volumes.size)
     conditions = Conditions.of_training(config, cases, resumed)
     if conditions:
-        run.say(conditions.summary(cases))
+        run.print(conditions.summary(cases))
     check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
     if not section["latent_cache"]:
         latents = encode_data(config, train_volumes, val_volumes, autoencoder_file, resumed, run)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = utils.make_noise_process(scheduler, latents.shape[1:], resumed, run)
     scale_factor = resumed["scale_factor"] if resumed else latents.scale_factor(run)
     count = len(latents.train)
-    run.say(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
+    run.print(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
 
     # Step 3: the diffusion network
     torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     utils.describe_network("diffusion", unet, learner.frozen, f"predicts {process.prediction}", run)
     sample_interval = section["sample_interval"]
     if sample_interval and not autoencoder_file.is_file():
-        run.say(f"{autoencoder_file} is missing: no samples are drawn during training")
+        run.print(f"{autoencoder_file} is missing: no samples are drawn during training")
         sample_interval = 0
 
     # Step 4: train
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 5: what was reached
     progress.close()
-    run.say(
+    run.print(
         f"diffusion: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
         f"{progress.clock.step} steps in {progress.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {model_dir / 'losses.png'}"

@@ -234,12 +234,12 @@ def make_noise_process(section: dict, size: Sequence[int], resumed: dict | None,
     """
     process = NoiseProcess.from_config(section, size)
     if section.get("clip_sample"):
-        run.say("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
+        run.print("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
     if not resumed:
         return process
     trained = NoiseProcess.of_checkpoint(resumed, section, size)
     if trained.shift != process.shift:
-        run.say(f"the times keep the shift of {trained.shift:g} that this training began with")
+        run.print(f"the times keep the shift of {trained.shift:g} that this training began with")
     return trained
 
 
@@ -259,10 +259,10 @@ def autoencoder_path(args: argparse.Namespace, environment: dict, needed: bool =
 def describe_network(stage: str, network: nn.Module, frozen: Sequence[str], about: str, run: Run) -> None:
     """Print the size of the network that is trained, and on what it is trained."""
     if frozen:
-        run.say(f"{stage}: {len(frozen)} parameters that no loss reaches are frozen, such as {frozen[0]}")
+        run.print(f"{stage}: {len(frozen)} parameters that no loss reaches are frozen, such as {frozen[0]}")
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     device = f"{run.device} x {run.world_size}, {run.amp_dtype or torch.float32}"
-    run.say(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
+    run.print(f"{stage}: {millions:.1f} M parameters, {about}, {device}")
 
 
 def meant_for_gpu(args: argparse.Namespace) -> bool:

@@ -96,7 +96,7 @@ def find_data(args: argparse.Namespace, config: dict, folder: Path, count: int, 
     if data is None:
         data = folder / "simulated"
         spacing = [min(max(side, 2.0), 10.0) for side in config["spacing"] or [4.0]]
-        run.say(f"no --data: simulating {count} brains")
+        run.print(f"no --data: simulating {count} brains")
         options = ["--num", str(count), "--spacing", *map(str, spacing)]
         simulate_brains.main(["--out", str(data), *options])
     places = {key: folder / key for key in FOLDERS}
@@ -261,7 +261,7 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
         flags,
     )
     batch = [config[section]["batch_size"] for section in ("autoencoder_train", "diffusion_train")]
-    run.say(
+    run.print(
         f"autoencoder: batch {batch[0]} of {patch}; diffusion: batch {batch[1]} of {size}; reference in "
         f"{'fp32, diffusion fp16 autocast' if run.device.type == 'cuda' else 'fp32'}, ours trains in "
         f"{run.amp_dtype or torch.float32} and samples in fp32; no perceptual term on either side; "
@@ -271,7 +271,7 @@ def measure_speed(args: argparse.Namespace, config: dict, folder: Path, flags: d
     for part in PARTS:
         if part in args.parts:
             rows.append(measure_part(bench, part, args.rounds, "memory" in args.parts))
-            run.say(f"{PARTS[part]}: ratio {rows[-1]['ratio']:.2f}")
+            run.print(f"{PARTS[part]}: ratio {rows[-1]['ratio']:.2f}")
     return rows
 
 
@@ -312,8 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "config": args.config_file,
             "machine": measure.machine(run.device),
         }
-        run.say(f"command: {report['command']}\nconfig: {report['config']}")
-        run.say(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+        run.print(f"command: {report['command']}\nconfig: {report['config']}")
+        run.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
         with tempfile.TemporaryDirectory() as folder:
             report["rows"] = measure_speed(args, config, Path(folder), flags, run)
         print(f"\n{table(report['rows'])}\n")

@@ -168,7 +168,7 @@ def check_request(
         instead = f": give {OPTIONS[key]}" if key in OPTIONS else ""
         if key == "seed":
             raise UserError(f"--set {key}: has no effect here{instead}.")
-        run.say(f"note: --set {key} has no effect here{instead}")
+        run.print(f"note: --set {key} has no effect here{instead}")
 
 
 def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:

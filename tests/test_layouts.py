@@ -289,7 +289,7 @@ def test_a_public_data_set_is_read_as_its_authors_mean_it(tmp_path, name):
         alone, _ = find_cases(root, **advised)
         assert len({(case.subject, case.images[0].parent) for case in alone}) == len(alone)
     lines = []
-    cases, validation = find_cases(root, **layout.keys, say=lines.append)
+    cases, validation = find_cases(root, **layout.keys, log=lines.append)
 
     def below(paths):
         return sorted(path.relative_to(root).as_posix() for path in paths)
@@ -308,7 +308,7 @@ def test_a_public_data_set_is_read_as_its_authors_mean_it(tmp_path, name):
 def found(root: Path, **keys) -> tuple[list[str], dict[str, str], str]:
     """Names of the images below a folder, subjects by case, and what the line says was passed over."""
     said = []
-    cases, validation = find_cases(root, **keys, say=said.append)
+    cases, validation = find_cases(root, **keys, log=said.append)
     images = [path.relative_to(root).as_posix() for case in [*cases, *validation] for path in case.images]
     return images, {case.name: case.subject for case in cases}, said[0].partition("; passed over: ")[2]
 
@@ -406,13 +406,13 @@ def test_lists_of_a_dataset_json_that_are_not_used_are_counted(tmp_path):
     listed(root, {"training": ["imagesTr/a.nii.gz"], "test": ["imagesTs/c.nii.gz"]})
     (tmp_path / "siteB").mkdir()
     line = []
-    cases, validation = find_cases(tmp_path, say=line.append)
+    cases, validation = find_cases(tmp_path, log=line.append)
     assert len(cases) == 1 and not validation
     assert line == [
         f"found: 1 image, 0 labels, 1 subject in {root}; passed over: 1 folder beside it (siteB), "
         "1 test scan of the list (imagesTs/c.nii.gz), 1 file that dataset.json does not name (b.nii.gz)"
     ]
-    find_cases(root, "*.nii.gz", say=line.append)
+    find_cases(root, "*.nii.gz", log=line.append)
     assert f"in {root} (data.pattern is for plain folders, and not used); passed over" in line[1]
     with pytest.raises(UserError, match=r"data\.contrasts is for plain folders"):
         find_cases(root, contrasts=["_t1"])
@@ -510,7 +510,7 @@ def test_visits_below_a_patient_stay_together(tmp_path):
         for v in ("bl", "m12", "m24")[:many]
     ]
     said = []
-    cases, _ = find_cases(make(tmp_path, *visits), say=said.append)
+    cases, _ = find_cases(make(tmp_path, *visits), log=said.append)
     assert [case.subject for case in cases] == ["anna"] * 2 + ["bob"] + ["eve"] * 3
     assert "3 subjects (a folder or name each, such as anna) in" in said[0]
     dates = [f"s/{p}/{d}.nii.gz" for p in ("anna", "bob", "eve") for d in ("2001-01-01", "2003-01-01")]

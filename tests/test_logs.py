@@ -412,10 +412,10 @@ def test_lines_of_log_txt_wait_for_a_disk_that_comes_back(tmp_path):
     log = logs.TextLog(path)
     try:
         log.begin({"a": 1})
-        logs.SAID.info("b")
+        logs.LOGGER.info("b")
         path.rmdir()
-        logs.SAID.info("c")
+        logs.LOGGER.info("c")
     finally:
-        logs.CLEAN_UP.close()
-    logs.SAID.info("d")
+        logs.EXIT_STACK.close()
+    logs.LOGGER.info("d")
     assert [line.partition("  ")[2] for line in path.read_text().splitlines()] == ["", "a: 1", "b", "c"]

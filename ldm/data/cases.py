@@ -60,12 +60,12 @@ def size_at(shape: np.ndarray, sizes: np.ndarray, spacing: Sequence[float]) -> n
 
 
 def warn_of_padding(
-    cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], say: Callable
+    cases: Sequence[Case], spacing: Sequence[float], size: Sequence[int], log: Callable
 ) -> None:
     """Print one line on volumes that are smaller than the patch, and so are padded."""
     small = [case.name for case in cases if any(np.less(volume_size([case], spacing, 1), size))]
     if small:
-        say(
+        log(
             f"data: {len(small)} of {len(cases)} volumes are smaller than {list(size)} and are padded "
             f"with background ({small[0]}, ...)"
         )

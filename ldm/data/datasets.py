@@ -13,7 +13,7 @@ from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
 from ldm.data.preprocessing import Preprocessing, fit
 from ldm.system.files import write_array
-from ldm.system.messages import tell
+from ldm.system.messages import print_and_log
 
 LEFT_BEHIND = 24 * 3600  # seconds without a change, after which a partial file is of a killed process
 
@@ -103,7 +103,7 @@ class VolumeDataset(Dataset):
             try:
                 return np.load(path, mmap_mode="c")  # torch wants it writable; it is never written
             except (OSError, ValueError, EOFError) as error:
-                tell(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
+                print_and_log(f"warning: {path}: this cached volume is damaged ({error}) and is made again")
         volume = make(case)
         if self.cache_is_writable:
             self.cache_dir.mkdir(parents=True, exist_ok=True)  # a file in its place is an error
@@ -112,7 +112,7 @@ class VolumeDataset(Dataset):
             except OSError as error:
                 self.cache_is_writable = False
                 reason = error.__context__ or error
-                tell(
+                print_and_log(
                     f"warning: {self.cache_dir}: the cache cannot be written ({reason.strerror or reason}). "
                     "Volumes that are not in it are read from their files in each epoch, which is slower. "
                     "Free space, choose another cache_dir, or set data.cache_rate to 0"

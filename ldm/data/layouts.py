@@ -36,7 +36,7 @@ def find_cases(
     subject: str | None = None,
     outputs: Sequence[Path] = (),
     generated: bool = True,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[list[Case], list[Case]]:
     """List the cases of a data set, sorted by name.
 
@@ -48,7 +48,7 @@ def find_cases(
             folder.
         outputs: folders that the run writes to, passed over where they lie below `source`.
         generated: whether volumes with a record of inference.py beside them are cases.
-        say: prints a line; one on what was found and what was passed over.
+        log: prints a line; one on what was found and what was passed over.
 
     Returns:
         (cases, validation): `validation` is empty unless the data set itself names validation cases.
@@ -74,8 +74,8 @@ def find_cases(
     if twice := next((name for name, count in names.items() if count > 1), None):
         where = ", ".join(map(str, roots))
         raise UserError(f"{where}: the case '{twice}' is there twice. Every case needs a name of its own.")
-    if say:
-        say(_line(cases, validation, searches))
+    if log:
+        log(_line(cases, validation, searches))
     return cases, validation
 
 

@@ -36,7 +36,7 @@ def data_folders(environment: dict) -> list[Path]:
 
 
 def find_data(
-    config: dict, environment: dict, say: Callable[[str], None] | None = None
+    config: dict, environment: dict, log: Callable[[str], None] | None = None
 ) -> tuple[list[Case], list[Case]]:
     """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
     without volumes that this run or inference.py wrote."""
@@ -48,7 +48,7 @@ def find_data(
         subject=data["subject"],
         outputs=own_folders(environment),
         generated=False,
-        say=say,
+        log=log,
     )
 
 
@@ -92,7 +92,7 @@ def prepare_data(
             fetch_task01(base)
 
         run.from_main(download)
-    found = find_data(config, environment, run.say)
+    found = find_data(config, environment, run.print)
 
     def divide() -> splits.Sides:
         subjects = known
@@ -101,7 +101,7 @@ def prepare_data(
         stages = (config["autoencoder_train"], config["diffusion_train"])
         labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
         where = ", ".join(map(str, data_folders(environment)))
-        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, write, run.say)
+        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, write, run.print)
         sides = splitter.without_bad(
             *splitter.select(*found),
             configs.channels_of(config),
@@ -114,11 +114,11 @@ def prepare_data(
 
     train, val = run.from_main(divide)
     if splits.is_single_subject(train, val):
-        run.say(
+        run.print(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
         )
     spacing = config["spacing"] or choose_spacing(train, config["longest_side"])
-    run.say(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
+    run.print(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
     return train, val, spacing
 
 
@@ -130,7 +130,7 @@ def volumes_to_encode(
     preprocessing, augment = Preprocessing.from_config(config), config["diffusion_train"]["augment"]
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    warn_of_padding(train, config["spacing"], size, run.say)
+    warn_of_padding(train, config["spacing"], size, run.print)
     return (
         VolumeDataset(train, preprocessing, size, augment=augment, **common),
         VolumeDataset(val, preprocessing, size, **common),

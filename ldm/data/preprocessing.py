@@ -31,7 +31,7 @@ from ldm.configs import channels_of
 from ldm.data.intensity import Intensity, to_unit_range
 from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
-from ldm.system.messages import tell
+from ldm.system.messages import print_and_log
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its corrections of headers; see `header_notes`
 
@@ -139,7 +139,7 @@ class Preprocessing:
 @functools.cache
 def _tell_once(text: str) -> None:
     """Print once, not in every epoch where volumes are not cached."""
-    tell(text)
+    print_and_log(text)
 
 
 def _resample(

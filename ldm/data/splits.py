@@ -72,13 +72,13 @@ class Splitter:
         where: the data folders, for messages.
         strict: for a training, which ends where a case of split.json is missing, bad or on the other side,
             and which writes a new split. Else such cases are left out, and nothing is written.
-        say: prints a line.
+        log: prints a line.
     """
 
     path: Path
     where: str
     strict: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def select(self, cases: list[Case], validation: list[Case]) -> Sides:
         """The cases that split.json names. Others are left out and named; without a split.json, none are.
@@ -105,15 +105,15 @@ class Splitter:
         if empty := [part for part, side in zip(PARTS, sides, strict=True) if not side]:
             raise UserError(f"{what}, and no {empty[0]} case is left: {few(missing)}. Put them back.")
         if missing:
-            self.say(f"warning: {what}, and left out: {few(missing)}")
+            self.log(f"warning: {what}, and left out: {few(missing)}")
         if others := [case for case in by_name.values() if case.name not in known]:
             remedy = ". Another model_dir would take them in" if self.strict else ""
-            self.say(f"data: {left_out(others, self.where, self.path)}{remedy}")
+            self.log(f"data: {left_out(others, self.where, self.path)}{remedy}")
         if moved := sorted({case.name for case in validation} & {case.name for case in sides[0]}):
             what = f"{self.where}: has {few(moved)} under validation, {self.path} has under training."
             if self.strict:
                 raise UserError(f"{what} Choose another model_dir, where a new split is made.")
-            self.say(f"warning: {what} The model was trained on them")
+            self.log(f"warning: {what} The model was trained on them")
         return sides
 
     def without_bad(
@@ -142,9 +142,9 @@ class Splitter:
             problems = check_headers(every, channels, labels)
         notes, problems = note_lines(problems), [problem for problem in problems if not problem.note]
         for line in notes[:NOTES_PRINTED]:
-            self.say(line)
+            self.log(line)
         if (more := len(notes) - NOTES_PRINTED) > 0:
-            self.say(f"note: {more} more notes; check_data.py lists all")
+            self.log(f"note: {more} more notes; check_data.py lists all")
         bad = {problem.case for problem in problems}
         if bad and (self.strict if kept else not skip):
             first, of = problems[0], f" of {self.path}" if kept else ""
@@ -161,7 +161,7 @@ class Splitter:
             write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
         if bad:
             which = f": {few(sorted(bad))}" if kept else f", listed in {skipped}"
-            self.say(f"data: {len(bad)} bad case(s) left out{which}")
+            self.log(f"data: {len(bad)} bad case(s) left out{which}")
         train, val = ([case for case in some if case.name not in bad] for some in (cases, validation))
         if not train or validation and not val:
             part = "validation" if train else "training"
@@ -196,7 +196,7 @@ class Splitter:
             if before and (alike := split_alike(cases, before)):
                 cases, validation = alike
                 of = (resumed or {}).get("path", autoencoder)
-                self.say(f"data: no {path} yet: held out is what {of} held out")
+                self.log(f"data: no {path} yet: held out is what {of} held out")
             else:
                 cases, validation = split_cases(cases, val_fraction, seed)
         if validation:
@@ -217,7 +217,7 @@ class Splitter:
             what = f"{autoencoder}: was trained on {of_all} ({few([case.name for case in seen])})"
             if self.strict and autoencoder.parent.resolve() == path.parent.resolve():
                 raise UserError(f"{what}: {path} has changed since. Restore it, or choose another model_dir.")
-            self.say(f"warning: {what}: figures on them are better than on new scans")
+            self.log(f"warning: {what}: figures on them are better than on new scans")
         if self.strict and not kept:
             write_split(path, *([case.name for case in some] for some in (cases, validation)))
         return cases, validation

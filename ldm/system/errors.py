@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ldm import Failure, UserError, brief
 from ldm.system.files import NO_SPACE
-from ldm.system.messages import CLEAN_UP, SAID
+from ldm.system.messages import EXIT_STACK, LOGGER
 
 NO_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|ArrayMemoryError", re.IGNORECASE
@@ -45,8 +45,8 @@ def command(main: Callable) -> Callable:
                 raise
         finally:
             if sys.exception() or message:
-                SAID.error(f"error: {message or 'unexpected'}", exc_info=sys.exception())
-            CLEAN_UP.close()
+                LOGGER.error(f"error: {message or 'unexpected'}", exc_info=sys.exception())
+            EXIT_STACK.close()
         if message and int(os.environ.get("LOCAL_RANK", 0)):
             # Where all ranks fail alike, torchrun ends this one before it prints the message again. Until
             # then it stays in its group: the others would report a lost connection before the reason.

@@ -5,17 +5,17 @@ import logging
 
 from tqdm import tqdm
 
-CLEAN_UP = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
+EXIT_STACK = contextlib.ExitStack()  # closed when a script ends: locks, signal handlers, bars
 # Messages of the main process, for `ldm.training.logs.TextLog`; it prints nothing.
-SAID = logging.getLogger("ldm")
-SAID.setLevel(logging.INFO)
-SAID.propagate = False
-SAID.addHandler(logging.NullHandler())
+LOGGER = logging.getLogger("ldm")
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(logging.NullHandler())
 
 
-def tell(text: str) -> None:
+def print_and_log(text: str) -> None:
     """Print above a progress bar, and write to `log.txt`; on the main process."""
-    SAID.info(text)
+    LOGGER.info(text)
     tqdm.write(text)
 
 
@@ -24,5 +24,5 @@ def progress_bar(run, what: str, total: int | None = None, items=None, unit: str
     bar = tqdm(
         items, total=total, desc=what, unit=unit, disable=not run.is_main, dynamic_ncols=True, mininterval=0.5
     )
-    CLEAN_UP.callback(bar.close)
+    EXIT_STACK.callback(bar.close)
     return bar

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ldm import UserError, counted
-from ldm.system.messages import tell
+from ldm.system.messages import print_and_log
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Run:
         """Mixed precision, or nothing where it is off."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print on the main process, above a progress bar, and write to `log.txt`."""
         if self.is_main:
-            tell(text)
+            print_and_log(text)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, on the CPU; other ranks may be late."""

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from ldm.system.messages import CLEAN_UP, SAID
+from ldm.system.messages import EXIT_STACK, LOGGER
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,7 +40,7 @@ class Interruption:
     def __init__(self):
         self.signal, self.unsaved, self.process = None, False, os.getpid()
         for number in STOPPING:
-            CLEAN_UP.callback(signal.signal, number, signal.signal(number, self._note))
+            EXIT_STACK.callback(signal.signal, number, signal.signal(number, self._note))
 
     def _note(self, number: int, frame) -> None:
         if os.getpid() != self.process:  # a loader process, forked with this handler
@@ -54,6 +54,6 @@ class Interruption:
         name = self.signal.name if self.signal else "a signal to another process"
         if int(os.environ.get("RANK", 0)) == 0:
             message = f"stopped by {name}; everything is saved. Run the same command to resume."
-            SAID.info(message)
+            LOGGER.info(message)
             print(message, file=sys.stderr)
         raise SystemExit(128 + (self.signal or signal.SIGTERM))

@@ -197,7 +197,7 @@ def best_loss(
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, best["model"], str(files.best))
     scores, _ = validate(Autoencoder(on_device(network, run.device)), criterion, dataset, run)
-    run.say(
+    run.print(
         f"{files.best} was chosen by another measure. Its held-out loss by this config is "
         f"{scores['loss']:.4g}, which the next best has to beat."
     )

@@ -20,7 +20,7 @@ class Guard:
         allowed: skipped steps that are tolerated; one more raises.
         seconds: of training before a resume.
         skipped: skipped steps before a resume.
-        say: prints a warning.
+        log: prints a warning.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Guard:
         allowed: int,
         seconds: float,
         skipped: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.world_size, self.gather, self.allowed = world_size, gather, allowed
-        self.seconds, self.skipped, self.say = seconds, skipped, say
+        self.seconds, self.skipped, self.log = seconds, skipped, log
         self.stop = self.save = False
         self.pending = deque()
 
@@ -93,4 +93,4 @@ class Guard:
         what = f"step {step + 1}: the {'loss' if origin else 'gradient'} is not finite ({where})"
         if self.skipped > self.allowed:
             raise FloatingPointError(f"{what}. No weight was changed. What to do: docs/NaN_FIX_GUIDE.md")
-        self.say(f"warning: {what}; the step is skipped ({self.skipped} of {self.allowed})")
+        self.log(f"warning: {what}; the step is skipped ({self.skipped} of {self.allowed})")

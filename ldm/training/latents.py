@@ -146,12 +146,12 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
         folders = data_folders(environment)
         where = ", ".join(map(str, folders))
         if all(one.exists() for one in folders):
-            train, val = find_data(config, environment, run.say)
+            train, val = find_data(config, environment, run.print)
             column = config["conditions"]["class_labels"]
             if others := latent_cache.check_data(folder, manifest, [*train, *val], column):
-                run.say(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
+                run.print(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
-            run.say(f"data: {where} does not exist; training uses the latents in {folder} alone")
+            run.print(f"data: {where} does not exist; training uses the latents in {folder} alone")
         latent_cache.check_split(folder, manifest, environment["model_dir"] / SPLIT)
 
     run.from_main(check)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm import figures
 from ldm.system.files import written_whole
-from ldm.system.messages import CLEAN_UP, SAID, tell
+from ldm.system.messages import EXIT_STACK, LOGGER, print_and_log
 
 WRITERS = "tensorboard.summary.writer.event_file_writer"  # whose thread writes to the disk
 DRAW_INTERVAL = 30.0  # seconds between drawings of the curves, which take about half a second
@@ -36,7 +36,7 @@ class TrainLog:
 
     def __init__(self, stage: str, path: Path, events: Path, step: int, lines: int):
         self.stage, self.path, self.lines, self.events = stage, path, lines, events
-        CLEAN_UP.callback(setattr, threading, "excepthook", threading.excepthook)
+        EXIT_STACK.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = _without_tensorboard(threading.excepthook)
         try:
             self.writer = SummaryWriter(str(events), purge_step=step + 1)
@@ -67,7 +67,7 @@ class TrainLog:
             getattr(self.writer, method)(*args)
         except OSError as error:
             self.writer = None
-            tell(
+            print_and_log(
                 f"warning: {self.events}: TensorBoard's files could not be written "
                 f"({error.strerror or error}). The training continues without them; {self.path} has the "
                 "numbers"
@@ -108,7 +108,7 @@ class TrainLog:
         try:
             self.draw()
         except OSError as error:
-            tell(f"warning: {error}")
+            print_and_log(f"warning: {error}")
         self.drawn_at = time.monotonic()
 
     def close(self) -> None:
@@ -141,15 +141,15 @@ class TextLog(logging.Handler):
         self.path, self.waiting = path, []
         self.begun = self.writing = self.failed = False
         self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-        SAID.addHandler(self)
-        CLEAN_UP.callback(SAID.removeHandler, self)
-        CLEAN_UP.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        LOGGER.addHandler(self)
+        EXIT_STACK.callback(LOGGER.removeHandler, self)
+        EXIT_STACK.callback(setattr, warnings, "showwarning", warnings.showwarning)
         warnings.showwarning = self._with_note(warnings.showwarning)
 
     @staticmethod
     def _with_note(show):
         def noted(message, category, filename, lineno, *more):
-            SAID.warning(warnings.formatwarning(message, category, filename, lineno).strip())
+            LOGGER.warning(warnings.formatwarning(message, category, filename, lineno).strip())
             show(message, category, filename, lineno, *more)
 
         return noted
@@ -158,7 +158,7 @@ class TextLog(logging.Handler):
         """Write a line for each fact, then the messages collected so far."""
         collected, self.waiting = self.waiting, [""] if self.path.exists() else []
         for name, value in facts.items():
-            SAID.info(f"{name}: {value}")
+            LOGGER.info(f"{name}: {value}")
         self.waiting += collected
         self.begun = True
         self._write()

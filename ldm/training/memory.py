@@ -388,7 +388,7 @@ def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, ru
             peaks = forecast.peaks(config)
         except (ForecastError, UserError) as error:
             # Also a UserError: without values a check may fail that passes with them.
-            run.say(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
+            run.print(f"warning: no memory forecast: {brief(error)}. The training continues without it.")
             return
         peak = highest(peaks)
         if peak.total <= free:
@@ -398,6 +398,8 @@ def check_fits(rehearse: Callable, config: dict, stage: str, sizes: Sequence, ru
         total = f"{everything / GB:.1f} GB"
         if peak.tensors > everything and not config[stage]["compile"] and os.name != "nt":
             raise UserError(f"{needs}, but the GPU has {total} in all.\nTo lower it: {lower}")
-        run.say(f"warning: {needs}. Of the GPU's {total} {free / GB:.1f} are free now.\nTo lower it: {lower}")
+        run.print(
+            f"warning: {needs}. Of the GPU's {total} {free / GB:.1f} are free now.\nTo lower it: {lower}"
+        )
 
     run.from_main(check)

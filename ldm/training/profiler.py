@@ -39,4 +39,4 @@ def profiled(enabled: bool, folder: Path, run: Run) -> Iterator[Callable[[], boo
             f"--profile: only {profile.step_num} steps were left, expected {wait + warmup + active}. Raise "
             "max_epochs."
         )
-    run.say(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")
+    run.print(f"profile: {path} (open in chrome://tracing or ui.perfetto.dev)")

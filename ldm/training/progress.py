@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ldm.data.datasets import stream
 from ldm.system.checkpoints import DIVISION, save_checkpoint
 from ldm.system.files import write_json
-from ldm.system.messages import SAID, progress_bar
+from ldm.system.messages import LOGGER, progress_bar
 from ldm.system.ranks import Run
 from ldm.system.signals import Interruption, signals_held_back
 from ldm.training.guard import Guard
@@ -122,13 +122,15 @@ class Progress:
         seconds, skipped = (resumed["seconds"], resumed["masked"]) if resumed else (0.0, 0)
         if resumed:
             where = f"epoch {self.epoch} after {self.batch} of its {len(loader)} batches"
-            run.say(f"resumed in {where}, step {step}")
+            run.print(f"resumed in {where}, step {step}")
         self.best = run.from_main(files.best_score)
         self.clock = Clock(self.section, len(loader) // self.section["accumulate_steps"], step, seconds)
         allowed = self.section["max_nonfinite_steps"]
-        self.guard = Guard(run.world_size, run.gather, allowed, seconds, skipped, run.say)
+        self.guard = Guard(run.world_size, run.gather, allowed, seconds, skipped, run.print)
         if self.fraction_done >= 1:
-            run.say(f"{stage}: already trained to its end; raise max_epochs or max_minutes to train further.")
+            run.print(
+                f"{stage}: already trained to its end; raise max_epochs or max_minutes to train further."
+            )
         self.log = None
         if run.is_main:
             write_json(environment["model_dir"] / f"config_{stage}.json", self.config)
@@ -157,7 +159,7 @@ class Progress:
             batch, step, sums = 0, epoch * (now["batches_per_epoch"] // now["accumulate_steps"]), {}
             changed = [key for key in DIVISION if before[key] != now[key]]
             changes = ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed)
-            self.run.say(f"{changes}: epoch {epoch} starts from its first batch")
+            self.run.print(f"{changes}: epoch {epoch} starts from its first batch")
         if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
             epoch, batch = self.section["max_epochs"] - 1, now["batches_per_epoch"]
         # The sums are those of all ranks: the main one resumes with them.
@@ -279,7 +281,7 @@ class Progress:
         share, self.first_pace = self.first_pace["waited"] / self.first_pace["seconds"], None
         if share > HINT_SHARE:
             cache = f" or data.cache_rate ({data['cache_rate']:g})" if data["cache_rate"] < 1 else ""
-            self.run.say(
+            self.run.print(
                 f"hint: {share:.0%} of the time of {HINT_STEPS} steps was spent waiting for data. Raise "
                 f"data.num_workers ({self.loader.num_workers} now){cache}: docs/TROUBLESHOOTING.md"
             )
@@ -361,7 +363,7 @@ class Progress:
             named = {f"val_{key}": value for key, value in scores.items()}
             self.log.record(step=self.clock.step, epoch=self.epoch, **named)
             printed = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            SAID.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {printed}")
+            LOGGER.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {printed}")
             self.log.draw_at_intervals()
         if self.is_best(score):
             self.best = score

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from ldm import UserError, configs
 from ldm.data.prepare import find_data
 from ldm.system.checkpoints import COUNTS, load_checkpoint, save_checkpoint, weights_hash
-from ldm.system.messages import CLEAN_UP
+from ldm.system.messages import EXIT_STACK
 from ldm.system.ranks import Run
 from ldm.system.versions import versions
 from ldm.training.logs import TextLog, read_log, write_log
@@ -40,7 +40,7 @@ class StageFiles:
         """The files that exist."""
         return [path for path in (self.best, self.last, self.prev) if path.exists()]
 
-    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict]:
+    def newest(self, log: Callable[[str], None]) -> tuple[Path, dict]:
         """The newest good checkpoint to resume from and its content, where one is `present`.
 
         Raises:
@@ -57,7 +57,7 @@ class StageFiles:
                 self.last_is_good = False
                 continue
             if path == self.prev:
-                say(f"warning: {faults[0] if faults else f'{self.last} is missing'}; {path} is used")
+                log(f"warning: {faults[0] if faults else f'{self.last} is missing'}; {path} is used")
             return path, content
         if faults:
             raise UserError(
@@ -130,7 +130,7 @@ def lock_run_folder(folder: Path, run: Run) -> None:
             raise UserError(
                 f"{folder}: another run is writing there. Wait for its end, or choose another model_dir."
             ) from None
-        CLEAN_UP.callback(lock.release)
+        EXIT_STACK.callback(lock.release)
         for part in folder.glob(".*.part"):  # of a save that was killed
             part.unlink()
 
@@ -175,20 +175,22 @@ def resume_or_start(
         if resume:
             check(load_training_checkpoint(resume, files.name))
             if files.present() and resume.resolve() != files.last.resolve():
-                run.say(f"the files in {model_dir} are copied to {set_aside(environment, stage, copy=True)}")
+                run.print(
+                    f"the files in {model_dir} are copied to {set_aside(environment, stage, copy=True)}"
+                )
             return resume
         if not files.present():
             if environment["resume_ckpt"]:
-                run.say(f"{model_dir}: no checkpoint of this stage to resume from; the training starts.")
+                run.print(f"{model_dir}: no checkpoint of this stage to resume from; the training starts.")
             return None
         if fresh or environment["resume_ckpt"] is False:
             from_cache = stage == "diffusion" and config["diffusion_train"]["latent_cache"]
             if not from_cache and not environment["download_brats"]:
                 find_data(config, environment)  # fails before anything is moved
             why = "" if fresh else " (resume_ckpt is false; remove it to resume instead)"
-            run.say(f"starting over{why}: earlier files are now in {set_aside(environment, stage)}")
+            run.print(f"starting over{why}: earlier files are now in {set_aside(environment, stage)}")
             return None
-        path, content = files.newest(run.say)
+        path, content = files.newest(run.print)
         check(content)
         return path
 
@@ -206,7 +208,7 @@ def resume_or_start(
         return None
     content = found["content"] if run.is_main else load_training_checkpoint(path, files.name)
     if changes := configs.changes(content["config"], config):
-        run.say(f"differs from the checkpoint's config: {changes}")
+        run.print(f"differs from the checkpoint's config: {changes}")
     return content
 
 
@@ -220,7 +222,7 @@ def keep_pair(environment: dict, best: Path, run: Run) -> None:
             return
         if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
             old = set_aside(environment, "autoencoder", copy=True)
-            run.say(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
+            run.print(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
 
     run.from_main(copy)
 
