@@ -316,7 +316,7 @@ def test_a_missing_file_is_a_row(tmp_path):
     case = Case("a", (here, tmp_path / "gone.nii.gz"), tmp_path / "gone_too.nii.gz")
     problems, count = check_header(case)
     assert [p.file.name for p in problems] == ["gone.nii.gz", "gone_too.nii.gz"] and count == 0
-    assert all("it is not there. Is the data set unpacked whole?" in p.reason for p in problems)
+    assert all("no such file. Is the data set unpacked whole?" in p.reason for p in problems)
     assert len(check_header(case, labels=False)[0]) == 1
     assert check_cases([case])[0] == problems  # told once, by headers and voxels
 

@@ -280,8 +280,10 @@ def test_the_error_falls_at_the_order_of_the_solver(name, order):
         else:
             times = torch.linspace(*((1000, 100) if process.is_flow else (999, 50)), steps + 1).double()
         (a, s), (b, r) = levels(times[0].item()), levels(times[-1].item())
-        due = b * MEAN + ((b * b * VARIANCE + r * r) / (a * a * VARIANCE + s * s)) ** 0.5 * (1 - a * MEAN)
-        errors.append(abs(image_of(name, process, times)[1] - due))
+        expected = b * MEAN + ((b * b * VARIANCE + r * r) / (a * a * VARIANCE + s * s)) ** 0.5 * (
+            1 - a * MEAN
+        )
+        errors.append(abs(image_of(name, process, times)[1] - expected))
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
     assert rates == pytest.approx([order, order], abs=0.15), (errors, rates)
 
@@ -506,8 +508,8 @@ def test_cosine_schedule_is_the_published_one():
 def test_shifted_times_of_rectified_flow():
     """Noise level s becomes k s / (1 + (k - 1) s), in sampling and in training; the ends stay."""
     process, share = flow(shift=3.0), np.linspace(1, 0, 9)
-    due = 1000 * 3 * share / (1 + 2 * share)
-    assert process.sampling_times(8).numpy() == pytest.approx(due) and due[4] == 750
+    expected = 1000 * 3 * share / (1 + 2 * share)
+    assert process.sampling_times(8).numpy() == pytest.approx(expected) and expected[4] == 750
     uniform = torch.tensor([0.0, 0.25, 0.5])
     assert process.draw_times(uniform).tolist() == pytest.approx([1000, 900, 750])
     zero, one = image_of("heun", process, process.sampling_times(100))
@@ -523,8 +525,8 @@ def test_zero_terminal_snr(prediction):
     assert s[0].item() == pytest.approx(1)
     # Lin et al., 2024: a is moved and stretched.
     signal = plain.alphas_cumprod.sqrt()
-    due = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1]))[:-1]
-    assert (process.alphas_cumprod.sqrt()[:-1] - due).abs().max() < 1e-12
+    expected = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1]))[:-1]
+    assert (process.alphas_cumprod.sqrt()[:-1] - expected).abs().max() < 1e-12
     for name in ("ddim", "dpmpp_2m", "unipc"):
         times = process.sampling_times(200, SAMPLERS[name].even)
         own = lambda t: [float(level) for level in process.levels(torch.tensor([t]).double())]  # noqa: E731
@@ -542,9 +544,9 @@ def test_min_snr_weighs_the_error_of_the_clean_latents(prediction):
     wrong_z0, wrong_noise = z0 + 0.1, noise - 0.1 * a / s  # the same z_t
     error = targets(z0 - wrong_z0, noise - wrong_noise, a, s)[prediction]
     loss = process.min_snr_weight(t, 5.0) * error.square()[:, 0]
-    due = 0.01 * ((a / s) ** 2).clamp(max=5.0)[:, 0]
-    assert loss.tolist() == pytest.approx(due.tolist(), rel=1e-5)
-    assert due[0] == pytest.approx(0.05) and due[-1] < 0.05  # above and below gamma
+    expected = 0.01 * ((a / s) ** 2).clamp(max=5.0)[:, 0]
+    assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert expected[0] == pytest.approx(0.05) and expected[-1] < 0.05  # above and below gamma
 
 
 STRAIGHT = {"schedule": "rectified_flow", "prediction_type": None}
@@ -578,12 +580,12 @@ def test_the_shift_of_rflow_is_monais():
     even = torch.linspace(1000, 0, 31, dtype=torch.float64)
     torch.testing.assert_close(process.sampling_times(30), timestep_transform(even, **given))
     uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    due = timestep_transform(1000 * (1 - uniform), **given)
-    torch.testing.assert_close(process.draw_times(uniform).double(), due, rtol=1e-6, atol=1e-3)
+    expected = timestep_transform(1000 * (1 - uniform), **given)
+    torch.testing.assert_close(process.draw_times(uniform).double(), expected, rtol=1e-6, atol=1e-3)
     scheduler = RFlowScheduler(**transform)
     scheduler.set_timesteps(30, input_img_size_numel=24 * 32 * 16)  # to float16 there
-    due = scheduler.timesteps.double()
-    torch.testing.assert_close(process.sampling_times(30)[:-1], due, rtol=1e-3, atol=0)
+    expected = scheduler.timesteps.double()
+    torch.testing.assert_close(process.sampling_times(30)[:-1], expected, rtol=1e-3, atol=0)
     assert process.shift > 1.9 and NoiseProcess.from_config(RFLOW, [24, 32, 16]).shift == 1
     assert NoiseProcess.from_config(RFLOW | transform).shift == 1  # as this project once trained under it
 

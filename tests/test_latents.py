@@ -355,5 +355,5 @@ def test_a_manifest_that_is_none_is_refused(cached, tmp_path, key, value):
         section = section[part]
     section[key[-1]] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json: .* Make the cache anew"):
+    with pytest.raises(UserError, match=r"manifest\.json: .* Make the cache again"):
         latent_cache.open_cache(tmp_path, {}, tmp_path / "gone.pt", Run(0, 1, torch.device("cpu")))

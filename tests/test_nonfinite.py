@@ -54,7 +54,7 @@ def begun(tmp_path_factory) -> Project:
 
 @pytest.fixture
 def project(begun, tmp_path) -> Project:
-    """A copy of it, to be gone on with: steps 5 to 8 are due."""
+    """A copy of it, to resume from: steps 5 to 8 are left."""
     names = [path.name for path in begun.model_dir.iterdir() if path.suffix in (".pt", ".json", ".jsonl")]
     return copy_of(begun, tmp_path / "run", *names)
 
@@ -141,7 +141,7 @@ def checkpoints(project: Project) -> dict[str, str]:
 
 @pytest.mark.parametrize("script, source", SOURCES)
 def test_promise_10_nothing_changes_and_the_run_ends(project, script, source):
-    """At the second of the four steps that are due."""
+    """At the second of the four steps that are left."""
     before = checkpoints(project)
     with planted(script, source, 2) as seen:
         message = project.refused(script, "--no-amp", code=1)
@@ -497,15 +497,15 @@ def test_promise_10_nan_on_rank_1_only(begun, tmp_path):
     assert process.returncode == 1, printed
     first, second = (torch.load(tmp_path / f"held_{rank}.pt", weights_only=True) for rank in (0, 1))
     # Stage 1: 2 steps an epoch, the third of four masked, for both optimisers, on both ranks.
-    due = [[False, True]] * 4 + [[True, False]] * 2 + [[False, True]] * 2
-    assert first["train_autoencoder"]["steps"] == second["train_autoencoder"]["steps"] == due
+    expected = [[False, True]] * 4 + [[True, False]] * 2 + [[False, True]] * 2
+    assert first["train_autoencoder"]["steps"] == second["train_autoencoder"]["steps"] == expected
     of_rank_0, of_rank_1 = (held["train_autoencoder"]["cases"][2][0] for held in (first, second))
     warning = f"step 3: the gradient is not finite (rank 0: {of_rank_0}; rank 1: {of_rank_1})"
     assert f"{warning}; the step is skipped (1 of 1)" in printed
     assert not differences(first["autoencoder"], second["autoencoder"])
     # Stage 2: the third step ends it.
-    due = [[False, True]] * 2 + [[True, False]]
-    assert first["train_diffusion"]["steps"] == second["train_diffusion"]["steps"] == due
+    expected = [[False, True]] * 2 + [[True, False]]
+    assert first["train_diffusion"]["steps"] == second["train_diffusion"]["steps"] == expected
     assert not differences(first["diffusion"], second["diffusion"])
     case = second["train_diffusion"]["cases"][2][0]
     message = f"error: step 3: the loss is not finite (rank 1: {case}). No weight was changed."

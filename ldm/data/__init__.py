@@ -4,7 +4,7 @@ reading        headers and voxels of NIfTI and MGH files
 intensity      intensities to [0, 1] and back
 preprocessing  orientation, spacing, intensity: from a file to a volume
 cases          what a case is; spacing and size of cases by their headers
-names          what file names tell: masks, contrasts, patients
+names          what file names mean: masks, contrasts, patients
 folders        the cases of a plain or BIDS-like folder
 layouts        the cases of any data set: `find_cases`
 masks, checks  what is wrong with a data set

@@ -167,7 +167,7 @@ def download(url: str, part: Path) -> None:
 
 
 def _attempt(url: str, part: Path) -> None:
-    """One attempt: append to `part` from its end to the end of the file, or write it anew."""
+    """One attempt: append to `part` from its end to the end of the file, or write it from the start."""
     offset = part.stat().st_size if part.exists() else 0
     with _network_errors(url):
         try:

@@ -164,7 +164,7 @@ def open_cache(folder: Path, about: dict, autoencoder: Path, run: Run) -> dict:
 def _manifest(folder: Path) -> dict:
     manifest = read_json(folder / MANIFEST, "manifest")
     if what := fault(COMPLETE if "training" in manifest else BEGUN, manifest):
-        raise UserError(f"{folder / MANIFEST}: {what}. Make the cache anew by cache_latents.py --fresh.")
+        raise UserError(f"{folder / MANIFEST}: {what}. Make the cache again by cache_latents.py --fresh.")
     return manifest
 
 

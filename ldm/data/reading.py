@@ -38,7 +38,7 @@ def open_image(path: Path) -> nib.spatialimages.SpatialImage:
             compressed) another length than the header describes.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: cannot be read: it is not there. Is the data set unpacked whole?")
+        raise UserError(f"{path}: cannot be read: no such file. Is the data set unpacked whole?")
     try:
         image = nib.load(path)
         with nib.openers.ImageOpener(path) as file:  # `image.header` is corrected, and has no scaling

@@ -65,7 +65,7 @@ def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Splitter:
-    """Splits the cases of a data set as split.json says, or anew.
+    """Splits the cases of a data set as split.json says, or makes a new split.
 
     Args:
         path: of the split.json.

@@ -1,1 +1,7 @@
-"""The noise process and its samplers."""
+"""The diffusion model.
+
+process       noise schedules, targets, times
+samplers      from noise to latents
+objective     the loss, and the held-out loss
+conditioning  classes, their dropout, classifier-free guidance
+"""

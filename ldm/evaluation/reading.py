@@ -62,7 +62,7 @@ def samples_of_model(folder: Path, autoencoder: Path, unet: Path) -> tuple[Sourc
             f"{unet}: no such checkpoint. Run train_diffusion.py, or name the samples by --generated."
         )
     samples, others = records.samples_of(folder, {"autoencoder": autoencoder, "unet": unet})
-    left_out = f"left out: {records.told(others)}" if others else ""
+    left_out = f"left out: {records.listed(others)}" if others else ""
     if not samples:
         raise UserError(
             f"{folder}: found no samples of {unet}{f' ({left_out})' * bool(others)}.\n"

@@ -1,1 +1,8 @@
-"""What leaves the project."""
+"""What leaves the project.
+
+records     the JSON beside each sample, and making a sample again from it
+formats     safetensors and TorchScript
+bundle      a MONAI bundle
+model_card  the model card
+usage       its code examples
+"""

@@ -1,5 +1,5 @@
 """Records of generated volumes: a JSON beside each, which with the checkpoints suffices to make the volume
-again, and by which samples are told from other volumes."""
+again, and which tells samples from other volumes."""
 
 import hashlib
 import json
@@ -216,7 +216,7 @@ def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tu
     return record, ""
 
 
-def told(others: dict[str, list[str]]) -> str:
+def listed(others: dict[str, list[str]]) -> str:
     """One line on volumes by reason: `96 in data/; 2 of another unet (sample_000000, sample_000001)`."""
     return "; ".join(
         f"{len(names)} {reason}" + ("" if reason.endswith("/") else f" ({few(names, 3)})")

@@ -1,1 +1,10 @@
-"""Networks: built from a config, checked, loaded, behind one interface."""
+"""Networks.
+
+definitions     from a config section to a network, checked
+autoencoder     one interface for every autoencoder
+denoiser        one call for every diffusion network and its conditions
+layers          checkpointing, fused attention, group norm, frozen parameters
+weights         state dicts of any origin
+perceptual      the frozen networks of perceptual losses and of evaluation
+initialisation  an autoencoder that starts as a block transform
+"""

@@ -189,6 +189,6 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_log(path: Path, entries: Sequence[dict]) -> None:
-    """Write a `train_log.jsonl` anew, whole or not at all."""
+    """Rewrite a `train_log.jsonl`, whole or not at all."""
     with written_whole(path) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())

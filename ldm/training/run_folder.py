@@ -252,7 +252,7 @@ def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
             shutil.copytree(path, old / path.name)
         elif path.exists():
             (shutil.copy2 if copy else shutil.move)(path, old / path.name)
-    if text.is_file():  # of both stages: it goes on
+    if text.is_file():  # of both stages: the run continues to write it
         shutil.copy2(text, old / text.name)
     if log.is_file():
         shutil.copy2(log, old / log.name)
