@@ -42,7 +42,7 @@ from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 from ldm.training.autoencoder import (
-    COMPARED,
+    COMPARISON_TAG,
     WithPosteriorDraw,
     best_loss,
     build_learner,
@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     preprocessing = Preprocessing.from_config(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
     train_set = VolumeDataset(
-        train_cases, preprocessing, patch_size, bool(section["patch_size"]), section["augment"], **common
+        train_cases,
+        preprocessing,
+        patch_size,
+        random_crop=bool(section["patch_size"]),
+        augment=section["augment"],
+        **common,
     )
     val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
     warn_of_padding(train_cases, spacing, patch_size, run.print)
@@ -179,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run.is_main:
                 for case, (scan, reconstruction) in pairs.items():
                     picture = side_by_side(scan[0], reconstruction[0], spacing)
-                    progress.log.image(f"{COMPARED}/{case}", picture, progress.clock.step)
+                    progress.log.image(f"{COMPARISON_TAG}/{case}", picture, progress.clock.step)
 
     # Step 4: pictures, and what was reached
     progress.close()

@@ -276,7 +276,7 @@ def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], li
     if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
         environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
         skip = getattr(args, "skip_bad", False)
-        train, val, spacing = prepare_data(config, environment, run, skip, write=False)
+        train, val, spacing = prepare_data(config, environment, run, skip, for_training=False)
         config, cases = configs.with_spacing(config, spacing), [*train, *val]
     return patch_sizes(config, cases)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ldm import configs, generation
-from ldm.data import latents
+from ldm.data import posteriors
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler
@@ -105,7 +105,7 @@ class Diffusion:
     ):
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
-        kept = latents.encode_all(encoder, volumes, run, 0, "encode")
+        kept = posteriors.encode_all(encoder, volumes, run, 0, "encode")
         self.data = Latents(kept, kept, encoder, "", [], {})
         self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
         self.scale_factor = self.data.scale_factor(run)

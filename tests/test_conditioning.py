@@ -22,8 +22,8 @@ import train_diffusion
 from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.datasets import stream
-from ldm.data.latents import Posteriors
 from ldm.data.layouts import find_cases
+from ldm.data.posteriors import Posteriors
 from ldm.diffusion.conditioning import Conditions, check_sources, guided
 from ldm.system.ranks import Run
 from ldm.training.latents import WithNoise

@@ -280,9 +280,8 @@ def test_the_error_falls_at_the_order_of_the_solver(name, order):
         else:
             times = torch.linspace(*((1000, 100) if process.is_flow else (999, 50)), steps + 1).double()
         (a, s), (b, r) = levels(times[0].item()), levels(times[-1].item())
-        expected = b * MEAN + ((b * b * VARIANCE + r * r) / (a * a * VARIANCE + s * s)) ** 0.5 * (
-            1 - a * MEAN
-        )
+        ratio = (b * b * VARIANCE + r * r) / (a * a * VARIANCE + s * s)
+        expected = b * MEAN + ratio**0.5 * (1 - a * MEAN)
         errors.append(abs(image_of(name, process, times)[1] - expected))
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
     assert rates == pytest.approx([order, order], abs=0.15), (errors, rates)

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 import cache_latents
 import train_diffusion
 from ldm import UserError
-from ldm.data import latent_cache, latents
+from ldm.data import latent_cache, posteriors
 from ldm.data.cases import Case
-from ldm.data.latents import Posteriors
+from ldm.data.posteriors import Posteriors
 from ldm.system.checkpoints import save_checkpoint
 from ldm.system.ranks import Run
 
@@ -127,12 +127,12 @@ def test_each_version_has_its_turn(tmp_path):
     np.save(tmp_path / "entry.npy", entry.numpy())
     cases = [Case("a", ()), Case("b", ())]
     for entries in ([entry, entry], [tmp_path / "entry.npy"] * 2):
-        posteriors = Posteriors(cases, entries, seed=0)
+        dataset = Posteriors(cases, entries, seed=0)
         for i in range(2):
-            seen = [posteriors[(epoch, i)]["mean"].unique().item() for epoch in range(6)]
+            seen = [dataset[(epoch, i)]["mean"].unique().item() for epoch in range(6)]
             assert seen[:3] == seen[3:] and sorted(seen[:3]) == [0, 1, 2]
         keys = [[(epoch, 0), (epoch, 1)] for epoch in range(3)]
-        loaded = [list(DataLoader(posteriors, batch_sampler=keys, num_workers=n)) for n in (0, 1)]
+        loaded = [list(DataLoader(dataset, batch_sampler=keys, num_workers=n)) for n in (0, 1)]
         for a, b in zip(*loaded, strict=True):
             assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["std"], b["std"])
 
@@ -177,7 +177,7 @@ def tf32():
 def test_what_is_kept_is_encoded_in_float32_whatever_the_training_has():
     half, full = (Run(0, 1, torch.device("cpu"), amp) for amp in (torch.bfloat16, None))
     encoder = Encoder()
-    a, b = (latents.encode_all(encoder, Volumes(), run, 0, "encode") for run in (half, full))
+    a, b = (posteriors.encode_all(encoder, Volumes(), run, 0, "encode") for run in (half, full))
     assert torch.equal(a.entries, b.entries) and a.entries.shape == (3, 2, 2, 1, 64, 64, 32)
     assert not any(encoder.tf32) and torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
     with torch.no_grad():
@@ -189,9 +189,9 @@ def test_latents_in_memory_are_pickled_to_no_rank_and_no_loader_process(monkeypa
     """A loader process that is spawned, as on Windows, is told where they lie."""
     gathered = []
     monkeypatch.setattr(Run, "gather", lambda self, value: gathered.append(value) or [value])
-    posteriors = latents.encode_all(Encoder(), Volumes(), Run(0, 1, torch.device("cpu")), 0, "encode")
+    encoded = posteriors.encode_all(Encoder(), Volumes(), Run(0, 1, torch.device("cpu")), 0, "encode")
     assert not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(gathered))
-    assert posteriors.entries.nbytes > 1e6 and len(ForkingPickler.dumps(posteriors)) < 10_000
+    assert encoded.entries.nbytes > 1e6 and len(ForkingPickler.dumps(encoded)) < 10_000
 
 
 # ---------------------------------------------------------------- resuming
@@ -199,7 +199,7 @@ def test_latents_in_memory_are_pickled_to_no_rank_and_no_loader_process(monkeypa
 
 def test_an_interrupted_cache_goes_on(cached, own, monkeypatch):
     shutil.rmtree(folder_of(own))
-    real = latents.encode
+    real = posteriors.encode
 
     def until_the_third(*args):
         for k, one in enumerate(real(*args)):

@@ -20,7 +20,7 @@ import train_autoencoder
 import train_diffusion
 from ldm import figures
 from ldm.data.cases import Case
-from ldm.data.latents import Posteriors
+from ldm.data.posteriors import Posteriors
 from ldm.diffusion import objective
 from ldm.diffusion.process import NoiseProcess
 from ldm.losses import AutoencoderLoss
@@ -109,11 +109,11 @@ def test_the_same_scans_are_shown_at_each_validation(watched):
     project, _ = watched
     events = events_of(project, "autoencoder")
     names = project.split()["validation"]
-    assert events.Tags()["images"] == [f"{autoencoder.COMPARED}/{name}" for name in names]
+    assert events.Tags()["images"] == [f"{autoencoder.COMPARISON_TAG}/{name}" for name in names]
     assert len(names) == 2
     scans = []
     for name in names:
-        found = pictures(events, f"{autoencoder.COMPARED}/{name}")
+        found = pictures(events, f"{autoencoder.COMPARISON_TAG}/{name}")
         assert sorted(found) == [2, 4, 6, 8, 10]
         parts = [np.split(picture, 3) for picture in found.values()]
         scans.append(parts[0][0])

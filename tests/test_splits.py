@@ -93,7 +93,7 @@ def test_the_cases_of_a_split_are_the_runs(scans, tmp_path, capsys):
     assert len(sides[1]) == 1 and "left out" not in capsys.readouterr().out
     scans("new.nii", "new_2.nii")
     (root / "new_3.nii").write_bytes(b"not an image")  # no business of the run
-    assert prepare(root, model_dir) == sides == prepare(root, model_dir, write=False)
+    assert prepare(root, model_dir) == sides == prepare(root, model_dir, for_training=False)
     said = capsys.readouterr().out
     told = f"3 scans in {root} are not in {model_dir / 'split.json'} and are left out: new, new_2, new_3"
     assert said.count(told) == 2
@@ -102,14 +102,14 @@ def test_the_cases_of_a_split_are_the_runs(scans, tmp_path, capsys):
     (root / f"{gone}.nii").unlink()
     with pytest.raises(UserError, match=rf"1 case of .*split\.json not found in .*: {gone}\. Put them back"):
         prepare(root, model_dir)
-    assert prepare(root, model_dir, write=False) == (sides[0][1:], sides[1])
+    assert prepare(root, model_dir, for_training=False) == (sides[0][1:], sides[1])
     assert f"left out: {gone}" in capsys.readouterr().out
     bad = sides[0][1]
     (root / f"{bad}.nii").write_bytes(b"not an image")
-    assert prepare(root, model_dir, write=False) == (sides[0][2:], sides[1])
+    assert prepare(root, model_dir, for_training=False) == (sides[0][2:], sides[1])
     (root / f"{sides[1][0]}.nii").unlink()
     with pytest.raises(UserError, match="no validation case is left"):
-        prepare(root, model_dir, write=False)
+        prepare(root, model_dir, for_training=False)
 
 
 def test_what_skip_bad_left_out_stops_nothing_later(scans, tmp_path):
@@ -118,7 +118,7 @@ def test_what_skip_bad_left_out_stops_nothing_later(scans, tmp_path):
     sides = prepare(root, model_dir, skip_bad=True)
     skipped = (model_dir / "skipped.json").read_text()
     assert sorted(sum(sides, [])) == ["a", "b", "d", "e"] and '"c"' in skipped
-    assert prepare(root, model_dir) == sides == prepare(root, model_dir, write=False)
+    assert prepare(root, model_dir) == sides == prepare(root, model_dir, for_training=False)
     assert prepare(root, model_dir, skip_bad=True) == sides
     assert (model_dir / "skipped.json").read_text() == skipped
     (root / f"{sides[0][0]}.nii").write_bytes(b"not an image")
@@ -217,7 +217,7 @@ def test_a_list_that_moved_a_case_does_not_move_it_in_a_model(scans, tmp_path, c
     listed(path, [*FIVE[1:]], [FIVE[0]])
     with pytest.raises(UserError, match=r"has a under validation.*Choose another model_dir"):
         prepare(path, tmp_path / "models")
-    assert prepare(path, tmp_path / "models", write=False) == sides
+    assert prepare(path, tmp_path / "models", for_training=False) == sides
     assert "has a under validation" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ import torch
 from ldm import UserError
 from ldm.data.augmentation import augmentation
 from ldm.data.intensity import Intensity, from_unit_range, to_unit_range
-from ldm.data.preprocessing import CODE, Preprocessing, fit
+from ldm.data.preprocessing import CODE, Preprocessing, crop_or_pad
 from ldm.data.reading import CHUNK, MGH_TAGS, header_notes, open_image, ras_geometry, read_image
 
 ORIENTATIONS = [
@@ -246,7 +246,7 @@ def with_stray(volume: np.ndarray, *values: float) -> np.ndarray:
     ],
 )
 def test_what_squeezes_the_intensities_is_told(volume, way, message):
-    found = way.squeezed(volume, way.limits(volume[None])[0])
+    found = way.low_contrast_reason(volume, way.limits(volume[None])[0])
     assert found is None if message is None else re.search(message, found), found
 
 
@@ -409,10 +409,10 @@ def test_no_more_is_unpacked_than_the_header_tells_of(tmp_path, write_image, mon
 
 def test_fit_crops_and_pads_about_the_centre():
     volume = np.arange(6, dtype=np.float32).reshape(1, 6, 1, 1)
-    assert fit(volume, (4, 1, 1)).ravel().tolist() == [1, 2, 3, 4]
-    assert fit(volume, (8, 1, 1)).ravel().tolist() == [0, 0, 1, 2, 3, 4, 5, 0]
-    assert isinstance(fit(volume, (4, 1, 1)), np.ndarray)
-    assert torch.equal(fit(torch.from_numpy(volume), (4, 1, 1)).ravel(), torch.arange(1.0, 5.0))
+    assert crop_or_pad(volume, (4, 1, 1)).ravel().tolist() == [1, 2, 3, 4]
+    assert crop_or_pad(volume, (8, 1, 1)).ravel().tolist() == [0, 0, 1, 2, 3, 4, 5, 0]
+    assert isinstance(crop_or_pad(volume, (4, 1, 1)), np.ndarray)
+    assert torch.equal(crop_or_pad(torch.from_numpy(volume), (4, 1, 1)).ravel(), torch.arange(1.0, 5.0))
 
 
 def test_nothing_random_is_no_augmentation():

@@ -11,7 +11,7 @@ masks, checks  what is wrong with a data set
 augmentation   random crops, flips, affine and intensity changes
 datasets       volumes as a loader serves them; the order of cases
 splits         training and validation cases, free of leaks
-latents        posteriors as a loader serves them
+posteriors     posteriors as a loader serves them; encoding them
 latent_cache   posteriors on disk
 prepare        all of this from a config and an environment file
 display        volumes for display, on a common grid

@@ -14,7 +14,7 @@ from monai.transforms import (
     RandShiftIntensity,
 )
 
-from ldm.data.preprocessing import fit
+from ldm.data.preprocessing import crop_or_pad
 
 
 def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Callable | None:
@@ -61,7 +61,7 @@ class RandomCropAndAugment:
         self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState
     ) -> torch.Tensor:
         volume = self._crop(volume, label, rng) if self.random_crop else volume
-        image = torch.from_numpy(np.array(fit(volume, self.size), np.float32))
+        image = torch.from_numpy(np.array(crop_or_pad(volume, self.size), np.float32))
         # Every step has its own seed, so that the numbers one draws do not shift those of the next.
         for step in self.steps.transforms:
             image = step.set_random_state(seed=int(rng.randint(2**31)))(image)

@@ -294,12 +294,12 @@ def check_voxels(
 
 def _voxel_fault(voxels: np.ndarray, intensity: Intensity) -> tuple[str | None, str | None]:
     """(Why a channel cannot be trained on, or None; else a note on it, or None)."""
-    if fault := intensity.unknown(voxels):
+    if fault := intensity.nonfinite_reason(voxels):
         return fault, None
     voxels = intensity.without_nan(voxels)
     limits = intensity.limits(voxels[None])[0]
-    fault = intensity.unmappable(voxels, limits)
-    return fault, None if fault else intensity.squeezed(voxels, limits)
+    fault = intensity.constant_reason(voxels, limits)
+    return fault, None if fault else intensity.low_contrast_reason(voxels, limits)
 
 
 def _wrapped(voxels: np.ndarray) -> str | None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
-from ldm.data.preprocessing import Preprocessing, fit
+from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.system.files import write_array
 from ldm.system.messages import print_and_log
 
@@ -128,7 +128,7 @@ class VolumeDataset(Dataset):
         """A version of case `i`, (C, *size) float32."""
         volume = self.volume(i)
         if self.augmentation is None:
-            return torch.from_numpy(np.array(fit(volume, self.size)))
+            return torch.from_numpy(np.array(crop_or_pad(volume, self.size)))
         rng = np.random.RandomState(
             stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
         )

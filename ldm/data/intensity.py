@@ -56,7 +56,7 @@ class Intensity:
             return np.array(self.window)
         return np.percentile(volume.reshape(len(volume), -1), [self.lower, self.upper], axis=1).T
 
-    def unknown(self, voxels: np.ndarray) -> str | None:
+    def nonfinite_reason(self, voxels: np.ndarray) -> str | None:
         """Why voxels of a channel, as stored, cannot be mapped (NaN, infinite), or None."""
         nan, infinite = np.count_nonzero(np.isnan(voxels)), np.count_nonzero(np.abs(voxels) > LARGEST_VALUE)
         if infinite:
@@ -77,7 +77,7 @@ class Intensity:
         low = self.window[0][0] if self.window else np.nanmin(voxels)
         return np.where(np.isnan(voxels), np.float32(low), voxels)
 
-    def unmappable(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+    def constant_reason(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
         """Why a channel shows nothing once its `limits` (2,) are mapped to 0 and 1, or None."""
         low, high = voxels.min(), voxels.max()
         if low == high:
@@ -94,7 +94,7 @@ class Intensity:
             )
         return None
 
-    def squeezed(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
+    def low_contrast_reason(self, voxels: np.ndarray, limits: np.ndarray) -> str | None:
         """Why most of a channel takes up little of the range from 0 to 1, or None.
 
         The file is good, the mapping is not: a stray voxel, or padding below all tissue, becomes 0.

@@ -17,7 +17,7 @@ import numpy as np
 from ldm import UserError, brief, counted, few
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
-from ldm.data.latents import Posteriors, encode
+from ldm.data.posteriors import Posteriors, encode
 from ldm.data.preprocessing import CODE
 from ldm.data.splits import PARTS, read_split, write_split
 from ldm.models.autoencoder import Autoencoder

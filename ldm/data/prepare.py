@@ -57,12 +57,12 @@ def prepare_data(
     environment: dict,
     run: Run,
     skip_bad: bool = False,
-    write: bool = True,
+    for_training: bool = True,
     resumed: dict | None = None,
     autoencoder: Path | None = None,
     known: dict | None = None,
 ) -> tuple[list[Case], list[Case], list[float]]:
-    """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
+    """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and for_training it.
 
     With a `split.json`, its cases are those of the run: others are left out and named. A training ends where
     one of its cases is missing or bad; else that case is left out and named, too.
@@ -70,7 +70,7 @@ def prepare_data(
     Args:
         skip_bad: read every voxel first. Where the split is made, leave out bad cases and list them in
             `model_dir/skipped.json`. Without it only headers are read, and a bad one ends the training.
-        write: for a training; if False, nothing is written or downloaded.
+        for_training: if False, nothing is written or downloaded.
         resumed: the checkpoint that is resumed.
         autoencoder: the file of stage 1's weights. Where the split is made, cases that the autoencoder was
             not trained on are held out.
@@ -84,7 +84,7 @@ def prepare_data(
         UserError: no data, bad data, or a held-out case that was trained on.
     """
     base = environment["data_base_dir"]
-    if environment["download_brats"] and write:
+    if environment["download_brats"] and for_training:
         if isinstance(base, list):
             raise UserError("download_brats: data_base_dir should be one folder, not a list.")
 
@@ -101,7 +101,7 @@ def prepare_data(
         stages = (config["autoencoder_train"], config["diffusion_train"])
         labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
         where = ", ".join(map(str, data_folders(environment)))
-        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, write, run.print)
+        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, for_training, run.print)
         sides = splitter.without_bad(
             *splitter.select(*found),
             configs.channels_of(config),

@@ -39,7 +39,7 @@ RESAMPLING = 1  # raised with each change of `_resample` or of the intensities, 
 CODE = f"{RESAMPLING} MONAI {monai.__version__}"  # version of all that makes a volume from a file
 
 
-def fit(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.ndarray | torch.Tensor:
+def crop_or_pad(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.ndarray | torch.Tensor:
     """Crop or zero-pad about the centre: (C, D, H, W) -> (C, *size)."""
     fitted = ResizeWithPadOrCrop(tuple(size))(volume)
     fitted = fitted.as_tensor() if isinstance(fitted, MetaTensor) else fitted
@@ -68,14 +68,16 @@ class Preprocessing:
     @property
     def key(self) -> str:
         """What the result depends on besides the files."""
-        way = self.intensity
+        intensity = self.intensity
         late = [
-            f"{key}={getattr(way, key)!r}" for key in ("window", "nan_is_background") if getattr(way, key)
+            f"{key}={getattr(intensity, key)!r}"
+            for key in ("window", "nan_is_background")
+            if getattr(intensity, key)
         ]
         # The same text as before these keys existed, so that volumes cached then are still found.
         return (
-            f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={way.lower!r}, "
-            f"upper={way.upper!r}, clip={way.clip!r}) {' '.join([CODE, *late])}"
+            f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={intensity.lower!r}, "
+            f"upper={intensity.upper!r}, clip={intensity.clip!r}) {' '.join([CODE, *late])}"
         )
 
     def read(self, images: Sequence[Path]) -> np.ndarray:
@@ -111,10 +113,10 @@ class Preprocessing:
         for i, c in enumerate(self.channels):
             where = str(images[c] if len(images) > 1 else images[0])
             where += f": channel {c}" if len(images) == 1 and len(self.channels) > 1 else ""
-            way = self.intensity.of_channel(i)
-            if fault := way.unmappable(volume[i], limits[i]):
+            intensity = self.intensity.of_channel(i)
+            if fault := intensity.constant_reason(volume[i], limits[i]):
                 raise UserError(f"{where}: {fault}.")
-            if what := way.squeezed(volume[i], limits[i]):
+            if what := intensity.low_contrast_reason(volume[i], limits[i]):
                 _tell_once(f"warning: {where}: {what}.")
         return to_unit_range(volume, limits, self.intensity.clip)
 
@@ -152,7 +154,7 @@ def _resample(
     """A channel in RAS at `spacing`; without `intensity` it is a label, resampled to the nearest voxel."""
     voxels, nearest = voxels_of(path, image, channel), intensity is None
     if intensity:
-        if fault := intensity.unknown(voxels):
+        if fault := intensity.nonfinite_reason(voxels):
             raise UserError(f"{path}: {f'channel {channel} ' * (channel_count(image) > 1)}{fault}.")
         voxels = intensity.without_nan(voxels)  # before a filter that would spread NaN
     sizes = nib.affines.voxel_sizes(image.affine)

@@ -70,14 +70,14 @@ class Splitter:
     Args:
         path: of the split.json.
         where: the data folders, for messages.
-        strict: for a training, which ends where a case of split.json is missing, bad or on the other side,
+        for_training: the split is for a training, which ends where a case of split.json is missing, bad or on the other side,
             and which writes a new split. Else such cases are left out, and nothing is written.
         log: prints a line.
     """
 
     path: Path
     where: str
-    strict: bool
+    for_training: bool
     log: Callable[[str], None]
 
     def select(self, cases: list[Case], validation: list[Case]) -> Sides:
@@ -87,7 +87,7 @@ class Splitter:
             cases, validation: all cases, as the data set divides them.
 
         Raises:
-            UserError: as `strict` says; or no case of a side is left.
+            UserError: as `for_training` says; or no case of a side is left.
         """
         if not self.path.is_file():
             return cases, validation
@@ -96,7 +96,7 @@ class Splitter:
         known = {name for part in names for name in part}
         missing = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
         what = f"{counted(len(missing), 'case{s}')} of {self.path} not found in {self.where}"
-        if missing and self.strict:
+        if missing and self.for_training:
             raise UserError(
                 f"{what}: {few(missing)}. Put them back, or choose another model_dir, where a new split is "
                 "made."
@@ -107,11 +107,11 @@ class Splitter:
         if missing:
             self.log(f"warning: {what}, and left out: {few(missing)}")
         if others := [case for case in by_name.values() if case.name not in known]:
-            remedy = ". Another model_dir would take them in" if self.strict else ""
+            remedy = ". Another model_dir would take them in" if self.for_training else ""
             self.log(f"data: {left_out(others, self.where, self.path)}{remedy}")
         if moved := sorted({case.name for case in validation} & {case.name for case in sides[0]}):
             what = f"{self.where}: has {few(moved)} under validation, {self.path} has under training."
-            if self.strict:
+            if self.for_training:
                 raise UserError(f"{what} Choose another model_dir, where a new split is made.")
             self.log(f"warning: {what} The model was trained on them")
         return sides
@@ -146,7 +146,7 @@ class Splitter:
         if (more := len(notes) - NOTES_PRINTED) > 0:
             self.log(f"note: {more} more notes; check_data.py lists all")
         bad = {problem.case for problem in problems}
-        if bad and (self.strict if kept else not skip):
+        if bad and (self.for_training if kept else not skip):
             first, of = problems[0], f" of {self.path}" if kept else ""
             remedy = (
                 "Put good copies in their place, or leave them out by --skip-bad in another model_dir."
@@ -157,7 +157,7 @@ class Splitter:
                 f"{first.file}: {first.reason}. {len(bad)} of {len(every)} cases{of} are bad.\n{remedy}"
             )
         skipped = self.path.with_name("skipped.json")
-        if skip and self.strict and not kept:
+        if skip and self.for_training and not kept:
             write_json(skipped, [{"case": p.case, "file": str(p.file), "reason": p.reason} for p in problems])
         if bad:
             which = f": {few(sorted(bad))}" if kept else f", listed in {skipped}"
@@ -215,10 +215,10 @@ class Splitter:
         if known and (seen := on_side(validation, known, "training")):
             of_all = f"{len(seen)} of {counted(len(validation), 'validation case{s}')}"
             what = f"{autoencoder}: was trained on {of_all} ({few([case.name for case in seen])})"
-            if self.strict and autoencoder.parent.resolve() == path.parent.resolve():
+            if self.for_training and autoencoder.parent.resolve() == path.parent.resolve():
                 raise UserError(f"{what}: {path} has changed since. Restore it, or choose another model_dir.")
             self.log(f"warning: {what}: figures on them are better than on new scans")
-        if self.strict and not kept:
+        if self.for_training and not kept:
             write_split(path, *([case.name for case in some] for some in (cases, validation)))
         return cases, validation
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ldm.data.datasets import stream
-from ldm.data.latents import Posteriors
+from ldm.data.posteriors import Posteriors
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.denoiser import predict
@@ -63,11 +63,11 @@ def validate(
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
         one, errors = conditions.of(dataset.cases[i]), []
-        for eps, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
-            cond = {name: value.to(run.device).expand(len(at)) for name, value in one.items()}
+        for some, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
+            cond = {key: value.to(run.device).expand(len(at), *value.shape) for key, value in one.items()}
             with run.autocast():
-                prediction = predict(unet, process.add_noise(z0, eps, at), at, cond)
-            target = process.target(z0.expand_as(eps), eps, at)
+                prediction = predict(unet, process.add_noise(z0, some, at), at, cond)
+            target = process.target(z0.expand_as(some), some, at)
             errors.append((prediction.float() - target).square().flatten(1).mean(1))
         sums += torch.cat(errors)  # read when all are computed
     by_time = (run.sum(sums) / len(dataset))[t.argsort().cpu()]

@@ -16,7 +16,7 @@ from ldm.data import splits
 from ldm.data.cases import Case, size_at
 from ldm.data.datasets import stream
 from ldm.data.intensity import Intensity, to_unit_range
-from ldm.data.preprocessing import Preprocessing, fit
+from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.data.reading import ras_geometry
 from ldm.evaluation.features import RADIMAGENET
 from ldm.evaluation.groups import (
@@ -184,7 +184,7 @@ class Reader:
         volume = self._unit_range(case)
         if np.ptp(volume) == 0:
             raise UserError(f"{case.images[0]}: constant, an empty image.")
-        return torch.from_numpy(np.ascontiguousarray(fit(volume, self.size)))[None].to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(crop_or_pad(volume, self.size)))[None].to(self.device)
 
     def _unit_range(self, case: Case) -> np.ndarray:
         """Scans as in training; samples by the limits in their records."""

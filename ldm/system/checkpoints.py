@@ -88,8 +88,8 @@ def _stepper(state: dict, **more) -> dict:
     return {**fields(optimizer=optimizer, scaler=scaler), **more}
 
 
-DIVISION = ("batches_per_epoch", "cases_per_batch", "accumulate_steps")
-COUNTS = ("epoch", "batch", "step", "masked", "lines", *DIVISION)
+EPOCH_LAYOUT = ("batches_per_epoch", "cases_per_batch", "accumulate_steps")
+COUNTS = ("epoch", "batch", "step", "masked", "lines", *EPOCH_LAYOUT)
 ENTRIES = {  # of a checkpoint of this project: what each is, where it is present
     "format": SIZE,
     "model": STATE_DICT,

@@ -27,7 +27,7 @@ from ldm.training.wrapping import prepare_network, wrap_network
 
 LPIPS_SIDE = 16  # at which the last pooling of its networks leaves nothing
 AMPLIFIED = 4  # as small differences are hard to see
-COMPARED = f"scan, reconstruction, difference x {AMPLIFIED}"
+COMPARISON_TAG = f"scan, reconstruction, difference x {AMPLIFIED}"
 
 # What the held-out loss depends on: where one of them differs, two losses do not compare.
 HELD_OUT_LOSS = ("recon_loss", "gradient_weight", "perceptual_weight")

@@ -142,7 +142,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         if not section["latent_cache"]:
             autoencoder = define_autoencoder()
             image = torch.zeros(1, config["image_channels"], *size, device=run.device)
-            with torch.no_grad(), meter.phase("encoding"):  # in float32, as `latents.encode`
+            with torch.no_grad(), meter.phase("encoding"):  # in float32, as `posteriors.encode`
                 autoencoder.encode(image)
         learner = build_learner(config, False, run)
         meter.hold("weights", learner.unet)

@@ -11,7 +11,7 @@ from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws
-from ldm.data.latents import Posteriors, encode_all
+from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions

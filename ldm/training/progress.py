@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.datasets import stream
-from ldm.system.checkpoints import DIVISION, save_checkpoint
+from ldm.system.checkpoints import EPOCH_LAYOUT, save_checkpoint
 from ldm.system.files import write_json
 from ldm.system.messages import LOGGER, progress_bar
 from ldm.system.ranks import Run
@@ -153,11 +153,11 @@ class Progress:
         if resumed is None:
             return 0, 0, 0, {}
         epoch, batch, step, sums = (resumed[key] for key in ("epoch", "batch", "step", "sums"))
-        before, now = {key: resumed[key] for key in DIVISION}, self._division()
+        before, now = {key: resumed[key] for key in EPOCH_LAYOUT}, self._epoch_layout()
         if before != now:
             epoch += batch == before["batches_per_epoch"]
             batch, step, sums = 0, epoch * (now["batches_per_epoch"] // now["accumulate_steps"]), {}
-            changed = [key for key in DIVISION if before[key] != now[key]]
+            changed = [key for key in EPOCH_LAYOUT if before[key] != now[key]]
             changes = ", ".join(f"{key} {before[key]} before, {now[key]} now" for key in changed)
             self.run.print(f"{changes}: epoch {epoch} starts from its first batch")
         if epoch >= self.section["max_epochs"]:  # fewer than before, or an epoch of others: nothing is left
@@ -165,11 +165,11 @@ class Progress:
         # The sums are those of all ranks: the main one resumes with them.
         return epoch, batch, step, sums if self.run.is_main else {k: 0 * v for k, v in sums.items()}
 
-    def _division(self) -> dict[str, int]:
+    def _epoch_layout(self) -> dict[str, int]:
         """What decides which cases a batch and a step of an epoch hold, whatever the number of processes."""
         cases = self.section["batch_size"] * self.run.world_size
         values = len(self.loader), cases, self.section["accumulate_steps"]
-        return dict(zip(DIVISION, values, strict=True))
+        return dict(zip(EPOCH_LAYOUT, values, strict=True))
 
     @property
     def fraction_done(self) -> float:
@@ -321,7 +321,7 @@ class Progress:
             self.interruption.leave()
 
     def _where(self) -> dict:
-        return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._division()}
+        return {"epoch": self.epoch, "batch": self.batch, "step": self.clock.step, **self._epoch_layout()}
 
     # ------------------------------------------------------------ the end of an epoch
 
