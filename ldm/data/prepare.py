@@ -62,7 +62,7 @@ def prepare_data(
     autoencoder: Path | None = None,
     known: dict | None = None,
 ) -> tuple[list[Case], list[Case], list[float]]:
-    """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and for_training it.
+    """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
 
     With a `split.json`, its cases are those of the run: others are left out and named. A training ends where
     one of its cases is missing or bad; else that case is left out and named, too.

@@ -70,8 +70,8 @@ class Splitter:
     Args:
         path: of the split.json.
         where: the data folders, for messages.
-        for_training: the split is for a training, which ends where a case of split.json is missing, bad or on the other side,
-            and which writes a new split. Else such cases are left out, and nothing is written.
+        for_training: a training ends where a case of split.json is missing, bad or on the other side, and
+            writes a new split. Else such cases are left out, and nothing is written.
         log: prints a line.
     """
 
