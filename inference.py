@@ -17,7 +17,7 @@ same command makes the missing ones, another request is refused. (torchrun takes
 own; use `-n`.)
 
 `--condition` asks for a class of a model that was trained with `conditions`; `--guidance` strengthens it by
-classifier-free guidance, at two passes of the network a step. Without `--condition` the class is unknown.
+classifier-free guidance, which doubles the passes of the network. Without `--condition` the class is unknown.
 
 `--max-memory GB` (10^9 bytes) limits the memory of the device for decoding, the weights of both networks
 included: volumes are decoded in slabs, with the statistics of the whole volume, and are the same up to

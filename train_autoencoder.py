@@ -11,7 +11,8 @@ with its weight. A term of weight 0 is not built.
 
 Written to `model_dir`:
     autoencoder.pt              the lowest held-out loss so far: reconstruction, gradient-difference and
-                                perceptual terms on whole volumes, with averaged weights
+                                perceptual terms on centre crops of `val_patch_size` (default:
+                                what stage 2 encodes), with averaged weights
     autoencoder_last.pt         the newest, with optimisers and discriminator; _prev.pt is the one before it
     config_autoencoder.json     the config as resolved
     split.json                  training and held-out cases
@@ -21,7 +22,8 @@ Written to `model_dir`:
 to `output_dir`: reconstructions.png; to `tfevent_path`/autoencoder: TensorBoard, with held-out scans, their
 reconstructions and 4 times the difference at each validation.
 
-Re-running the same command resumes bit-exactly. SIGTERM and Ctrl-C save first. `--fresh` starts over and
+Re-running the same command resumes: on a CPU bit-exactly, on a GPU up to rounding. SIGTERM and Ctrl-C save
+first. `--fresh` starts over and
 moves what is there to `model_dir/old-N`; `--resume FILE` resumes from that checkpoint. `--dry-run` prints the
 predicted peak memory by part, for a GPU or this CPU, and trains nothing.
 """
@@ -125,16 +127,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizers = {"autoencoder": optimizer}
             if adversarial:
                 optimizers["discriminator"] = learner.discriminator_optimizer
-            for batch, last in progress.batches():  # `last` of the batches that one step accumulates
-                # Batch: images, the posterior draw, and the slices that a 2D perceptual network compares
-                images, eps = (batch[key].to(run.device, non_blocking=True) for key in ("image", "eps"))
-                slices = stream(seed, "slices", epoch, progress.batch)
+            for batch, last in progress.batches():  # `last`: the optimiser steps after this batch
+                # Batch: images, the posterior's noise, and the draw of slices for a 2D perceptual network
+                images, posterior_noise = (
+                    batch[key].to(run.device, non_blocking=True) for key in ("image", "posterior_noise")
+                )
+                slice_generator = stream(seed, "slices", epoch, progress.batch)
 
                 # Forward, loss, backward
                 with optimizer.accumulating(last):
                     with run.autocast():
-                        reconstruction, mean, std = model(images, eps)
-                    terms = criterion(images, reconstruction, mean, std, slices)
+                        reconstruction, mean, std = model(images, posterior_noise)
+                    terms = criterion(images, reconstruction, mean, std, slice_generator)
                     if adversarial:
                         with run.autocast():
                             terms["adversarial_loss"] = adversarial_loss(discriminator, reconstruction)
@@ -155,8 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     progress.end_batch()
                     continue
 
-                # Clip, step, average; `skip` is 1 where loss or gradients are not finite on any rank
-                skip = progress.agree_to_skip(*(one.clip() for one in optimizers.values()))
+                # Clip, step, average; `skip` is 1 if loss or gradients of at least one rank are not finite
+                finite = [one.clip() for one in optimizers.values()]
+                skip = progress.agree_to_skip(*finite)
                 for one in optimizers.values():
                     one.step(progress.learning_rate(), skip)
                 if ema_model:
@@ -166,19 +171,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress.end_step(terms, optimizers)
                 if progress.must_save():
                     progress.save(learner)
-                if after_step():
+                if after_step():  # the profile is complete
                     return
-            if args.profile:
+            if args.profile:  # until it is complete, nothing is saved or validated
                 continue
 
             # Save, validate
             progress.end_epoch(learner, optimizer.rate)
             if not progress.validates():
                 continue
-            scores, pairs = validate(Autoencoder(learner.network), criterion, val_set, run)
+            scores, pairs = validate(Autoencoder(learner.eval_network), criterion, val_set, run)
             if progress.is_best(scores["loss"]):
                 keep_pair(environment, files.best, run)
-            progress.keep_best(scores, learner.network)
+            progress.keep_best(scores, learner.eval_network)
             printed = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
             progress.bar.set_description(f"autoencoder, held-out {printed}")
             if run.is_main:

@@ -4,11 +4,11 @@
     torchrun --standalone --nproc_per_node=8 train_diffusion.py -c config/config_train_multigpu.json \\
         -e config/environment.json -g 8
 
-Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Without augmentation each volume is encoded once,
-with `augment.versions` = N N times; each step draws latents from these posteriors, which are kept in memory.
-With augmentation and without `versions`, each step encodes its own augmented images. With `latent_cache` the
-posteriors are read from the disk, where cache_latents.py has written them. The scale factor, 1 / std of the
-latents of the whole training set, is measured once and stored with the weights.
+Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume is encoded once, and its posterior
+kept in memory; with `augment.versions: N`, N random versions of it are. With augmentation but no `versions`,
+each step encodes freshly augmented images. Each step draws its latents from the posteriors. With
+`latent_cache` these are read from the disk, where cache_latents.py has written them. The scale factor,
+1 / std of the latents of the whole training set, is measured once and stored with the weights.
 
 Written to `model_dir`:
     diffusion_unet.pt           the lowest loss on held-out volumes so far, with averaged weights
@@ -19,7 +19,8 @@ Written to `model_dir`:
     samples/, samples.gif       samples drawn during training from fixed seeds; a sweep through the newest
 to `tfevent_path`/diffusion: TensorBoard.
 
-Re-running the same command resumes bit-exactly. SIGTERM and Ctrl-C save first. `--fresh` starts over and
+Re-running the same command resumes: on a CPU bit-exactly, on a GPU up to rounding. SIGTERM and Ctrl-C save
+first. `--fresh` starts over and
 moves what is there to `model_dir/old-N`; `--resume FILE` resumes from that checkpoint. `--dry-run` prints the
 predicted peak memory by part, for a GPU or this CPU, and trains nothing.
 """
@@ -54,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = utils.load_training_config(args, "diffusion_train")
     check_sources(config)
-    section, seed, scheduler = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
-    section["timestep_sampling"] = resolve_timestep_sampling(scheduler, section["timestep_sampling"])
+    section, seed, noise_section = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
+    section["timestep_sampling"] = resolve_timestep_sampling(noise_section, section["timestep_sampling"])
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
-    NoiseProcess.from_config(scheduler)  # what does not go together is refused before anything is read
+    NoiseProcess.from_config(noise_section)  # an impossible schedule is refused before anything is read
     run = utils.start(args, section)
     model_dir = environment["model_dir"]
     autoencoder_file = utils.autoencoder_path(args, environment, needed=not section["latent_cache"])
@@ -83,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     conditions = Conditions.of_training(config, cases, resumed)
     if conditions:
         run.print(conditions.summary(cases))
-    check_fits(rehearse, config, "diffusion_train", [size] * 3, run)
+    check_fits(rehearse, config, "diffusion_train", [size] * 3, run)  # as of `patch_sizes`
     if not section["latent_cache"]:
         latents = encode_data(config, train_volumes, val_volumes, autoencoder_file, resumed, run)
 
     # Step 2: the noise process, and the scale factor of the latents
-    process = utils.make_noise_process(scheduler, latents.shape[1:], resumed, run)
+    process = utils.make_noise_process(noise_section, latents.shape[1:], resumed, run)
     scale_factor = resumed["scale_factor"] if resumed else latents.scale_factor(run)
     count = len(latents.train)
     run.print(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(seed)  # the same initial weights on every rank, wherever the latents came from
     learner = build_learner(config, section["compile"], run)
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
-    # With latents in memory, loader processes would take from a CPU what they spare a GPU's process.
+    # With latents in memory and training on the CPU, loader processes would only compete with it for cores.
     workers = 0 if latents.in_memory and run.device.type == "cpu" else None
     loader = utils.make_loader(
         WithNoise(latents.train, latents.shape, seed, conditions), section, config, run, workers
@@ -126,14 +127,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with profiled(args.profile, model_dir, run) as after_step:
         for epoch in progress.epochs():
             unet.train()
-            for batch, last in progress.batches():  # `last` of the batches that one step accumulates
+            for batch, last in progress.batches():  # `last`: the optimiser steps after this batch
                 # Batch: latents, scaled to unit variance
                 cond = {name: value.to(run.device) for name, value in batch["cond"].items()}
-                eps, noise, uniform = (
-                    batch[key].to(run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
+                posterior_noise, noise, uniform = (
+                    batch[key].to(run.device, non_blocking=True)
+                    for key in ("posterior_noise", "noise", "uniform")
                 )
                 mean, std = latents.posterior(batch, run)
-                z0 = (mean + std * eps) * scale_factor
+                z0 = (mean + std * posterior_noise) * scale_factor
 
                 # Noise and time
                 t = process.draw_times(uniform, section["timestep_sampling"])
@@ -150,8 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     progress.end_batch()
                     continue
 
-                # Clip, step, average; `skip` is 1 where loss or gradients are not finite on any rank
-                skip = progress.agree_to_skip(optimizer.clip())
+                # Clip, step, average; `skip` is 1 if loss or gradients of at least one rank are not finite
+                finite = optimizer.clip()
+                skip = progress.agree_to_skip(finite)
                 optimizer.step(progress.learning_rate(), skip)
                 if ema_model:
                     ema_model.update(unet, skip)
@@ -160,28 +163,28 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress.end_step({"loss": loss}, {"diffusion": optimizer})
                 if progress.must_save():
                     progress.save(learner)
-                if after_step():
+                if after_step():  # the profile is complete
                     return
-            if args.profile:
+            if args.profile:  # until it is complete, nothing is saved or validated
                 continue
 
             # Save, draw samples, validate
             progress.end_epoch(learner, optimizer.rate)
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
-                steps = section["sample_steps"]
+                shape, steps = latents.shape, section["sample_steps"]
                 samples = draw_samples(
-                    learner.network, decoder, scale_factor, process, latents.shape, steps, run, conditions
+                    learner.eval_network, decoder, scale_factor, process, shape, steps, run, conditions
                 )
-                save_pictures([volume[0] for volume in samples.values()], config["spacing"], epoch, model_dir)
+                save_pictures(samples, config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
                     picture = figures.three_planes(volume[0], config["spacing"])
                     progress.log.image(f"samples/{name}", picture, progress.clock.step)
             if progress.validates():
                 scores = validate(
-                    learner.network, latents.val, scale_factor, process, section, seed, run, conditions
+                    learner.eval_network, latents.val, scale_factor, process, section, seed, run, conditions
                 )
-                progress.keep_best(scores, learner.network)
+                progress.keep_best(scores, learner.eval_network)
                 progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
     # Step 5: what was reached

@@ -154,9 +154,9 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
     """Join the other processes, by torchrun's variables, and choose device and precision.
 
     Args:
-        section: of the config, for a training: its `amp` turns on mixed precision. Without it the results are
-            kept (volumes, latents, metrics): computed in float32 without TF32, unless `--amp` is given, and
-            by cuDNN's deterministic algorithms.
+        section: the config's section of a training run, whose `amp` turns on mixed precision. None for
+            results that are kept (volumes, latents, metrics): float32 without TF32, unless `--amp` is given,
+            and cuDNN's deterministic algorithms.
 
     Raises:
         UserError: `-g` and the number of processes disagree, or there is no GPU for this process.

@@ -70,7 +70,9 @@ class Autoencoder:
 
     def step(self, batch: dict) -> None:
         """One step of each network on a batch of the dataset, as the loader makes it."""
-        images, eps = (batch[key].to(self.run.device, non_blocking=True) for key in ("image", "eps"))
+        images, eps = (
+            batch[key].to(self.run.device, non_blocking=True) for key in ("image", "posterior_noise")
+        )
         learner, run = self.learner, self.run
         with run.autocast():
             reconstruction, mean, std = learner.model(images, eps)
@@ -120,7 +122,8 @@ class Diffusion:
     def step(self, batch: dict) -> None:
         """One step on a batch of the dataset, as the loader makes it."""
         eps, noise, uniform = (
-            batch[key].to(self.run.device, non_blocking=True) for key in ("eps", "noise", "uniform")
+            batch[key].to(self.run.device, non_blocking=True)
+            for key in ("posterior_noise", "noise", "uniform")
         )
         process, learner = self.process, self.learner
         mean, std = self.data.posterior(batch, self.run)

@@ -238,7 +238,7 @@ def draw(
         ),
         run.autocast(),
     ):
-        model = networks.conditions.model(networks.unet, condition, guidance, len(seeds), run.device)
+        model = networks.conditions.guided_model(networks.unet, condition, guidance, len(seeds), run.device)
         shape = networks.latent_shape
         latents = sample_latents(model, networks.process, shape, seeds, steps, sampler, run.device, progress)
         return networks.autoencoder.decode(latents / networks.scale_factor).cpu()

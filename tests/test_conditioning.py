@@ -179,10 +179,10 @@ def test_dropout_is_a_share_and_a_function_of_seed_epoch_and_case():
 def test_conditions_change_no_other_draw():
     plain, conditioned = dataset(0.25, None)[3, 7], dataset(0.25)[3, 7]
     assert plain["cond"] == {}
-    for key in ("eps", "noise", "uniform"):
+    for key in ("posterior_noise", "noise", "uniform"):
         assert torch.equal(plain[key], conditioned[key])
     generator = stream(5, "diffusion", 3, "case 7")
-    assert torch.equal(plain["eps"], torch.randn(1, 1, 1, 1, generator=generator))
+    assert torch.equal(plain["posterior_noise"], torch.randn(1, 1, 1, 1, generator=generator))
 
 
 # ---------------------------------------------------------------- guidance

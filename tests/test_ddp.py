@@ -112,10 +112,15 @@ def one_step(config_file: Path, data: Path) -> dict:
         )
         for number, (batch, chance) in enumerate(zip(first, second, strict=True)):
             with stepper.accumulating(number + 1 == accumulate):
-                terms = loss(batch["image"], *network(batch["image"], batch["eps"]), torch.Generator())
+                terms = loss(
+                    batch["image"], *network(batch["image"], batch["posterior_noise"]), torch.Generator()
+                )
                 stepper.backward(terms["loss"])
             if number == 0:
-                found["draws"] = [batch["eps"], *(chance[key] for key in ("eps", "noise", "uniform"))]
+                found["draws"] = [
+                    batch["posterior_noise"],
+                    *(chance[key] for key in ("posterior_noise", "noise", "uniform")),
+                ]
             if number + 1 == accumulate:
                 break
         found[accumulate] = [p.grad.clone() for p in encoder.parameters()]

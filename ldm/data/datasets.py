@@ -21,16 +21,16 @@ LEFT_BEHIND = 24 * 3600  # seconds without a change, after which a partial file 
 def stream(seed: int, *what: object) -> torch.Generator:
     """A CPU random generator that is a function of the seed and of its purpose alone.
 
-    Crop, augmentation, posterior draw, noise and time of a case use `stream(seed, purpose, epoch, case)`, so
-    that they depend on no worker, rank or batch.
+    Posterior noise, noise and time of a case use `stream(seed, purpose, epoch, case)`, crop and augmentation
+    the version that the epoch has (`version_of`), so that they depend on no worker, rank or batch.
     """
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
-    """Which random version of a case an epoch has: its own (`versions` None), or one of so many in turn, of
-    which each case starts with another."""
+    """The random version of a case in an epoch: a new one each epoch (`versions` None), or one of `versions`
+    in turn, from a start that depends on the case."""
     if versions is None:
         return epoch
     return (stream(seed, "version", case).initial_seed() + epoch) % versions

@@ -139,7 +139,8 @@ def volumes_to_encode(
 
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
     """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
-    that stage 1 is validated on. Where the config leaves one open, it is that of the largest volume.
+    that stage 1 is validated on. The first two, where the config leaves them open, are the size that holds
+    every volume; the third is then the second.
 
     Raises:
         UserError: a size that the networks cannot take; the nearest that they can are named.

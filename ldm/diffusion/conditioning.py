@@ -146,7 +146,7 @@ class Conditions:
             return self.unknown(batch)
         return {"class_labels": torch.full((batch,), self.values.index(chosen[self.column]))}
 
-    def model(
+    def guided_model(
         self,
         unet: Callable,
         chosen: dict[str, str] | None,

@@ -42,9 +42,10 @@ def validate(
     run: Run,
     conditions: Conditions = UNCONDITIONED,
 ) -> dict[str, float]:
-    """Losses over the held-out volumes at fixed noise and evenly spread times, each rank its share.
+    """Losses over the held-out volumes at fixed noise and fixed times, each rank its share.
 
-    Unweighted, of the posterior means, at uniform times: not comparable with the training loss.
+    Unweighted, of the posterior means, at times that are evenly spread before the `shift` of rectified flow:
+    not comparable with the training loss.
 
     Args:
         dataset: its items hold a posterior's `mean`.

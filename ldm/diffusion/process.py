@@ -1,4 +1,4 @@
-"""The noise process, what the network learns of it, and the samplers.
+"""The noise process: signal and noise levels, training times and targets, and the times that samplers visit.
 
 `NoiseProcess` holds one of two families, whose signal and noise levels give z_t = a(t) z_0 + s(t) noise:
 

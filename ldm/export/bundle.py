@@ -65,7 +65,7 @@ def draw(
     if path.exists():
         raise FileExistsError(f"{path} already exists. Move it away, or give another --output_dir.")
     chosen = conditions.parse([condition] if condition else [])
-    model = conditions.model(network, chosen, guidance, 1, device)
+    model = conditions.guided_model(network, chosen, guidance, 1, device)
     latents = sample_latents(model, process, latent_shape, [seed], steps, sampler, device)
     volume = autoencoder.decode(latents / scale_factor)[0].float().cpu()
     voxels = from_unit_range(volume.numpy(), np.array(limits))

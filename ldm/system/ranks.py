@@ -68,7 +68,8 @@ class Run:
                 dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
-        """The result of `make()` on the main process, on every rank; an error is raised on every rank."""
+        """The result of `make()` on the main process, on every rank. A UserError or OSError is raised on every
+        rank."""
         result = error = None
         if self.is_main:
             try:

@@ -35,12 +35,12 @@ HELD_OUT_LOSS += ("perceptual_network", "perceptual_slice_ratio", "val_patch_siz
 
 
 class WithPosteriorDraw(WithDraws):
-    """A data set whose items also hold the posterior draw `eps`, (c, d, h, w)."""
+    """A data set whose items also hold the `posterior_noise`, (c, d, h, w)."""
 
     purpose = "posterior"
 
     def draw(self, generator: torch.Generator, case: Case) -> dict:
-        return {"eps": torch.randn(self.shape, generator=generator)}
+        return {"posterior_noise": torch.randn(self.shape, generator=generator)}
 
 
 @dataclass
@@ -62,7 +62,7 @@ class AutoencoderLearner:
     frozen: list[str] = field(default_factory=list)
 
     @property
-    def network(self) -> nn.Module:
+    def eval_network(self) -> nn.Module:
         """The network to validate and to keep: with averaged weights, where there are any."""
         return (self.ema_model.module if self.ema_model else self.autoencoder).network
 
@@ -246,5 +246,5 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             take_steps(list(learner.optimizers.values()))
         with meter.phase("validation"):
             image = torch.zeros(1, channels, *val_size, device=device)
-            autoencoder = Autoencoder(learner.network).eval()
+            autoencoder = Autoencoder(learner.eval_network).eval()
             compare_with_reconstruction(autoencoder, criterion, image, slices, run)

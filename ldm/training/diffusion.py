@@ -38,7 +38,7 @@ class DiffusionLearner:
     frozen: list[str] = field(default_factory=list)
 
     @property
-    def network(self) -> nn.Module:
+    def eval_network(self) -> nn.Module:
         """The network to validate and to keep: with averaged weights, where there are any."""
         return self.ema_model.module if self.ema_model else self.unet
 
@@ -99,25 +99,27 @@ def draw_samples(
     volumes = {}
     for name, (seed, condition) in samples.items():
         with run.autocast():
-            model = conditions.model(unet, condition, 1.0, 1, run.device)
+            model = conditions.guided_model(unet, condition, 1.0, 1, run.device)
             z0 = sample_latents(model, process, shape, [seed], steps, None, run.device)
             volumes[name] = autoencoder.decode(z0 / scale_factor)[0].cpu()
     return volumes
 
 
 def save_pictures(
-    volumes: Sequence[torch.Tensor], spacing: Sequence[float], epoch: int, model_dir: Path
+    samples: dict[str, torch.Tensor], spacing: Sequence[float], epoch: int, model_dir: Path
 ) -> None:
-    """Pictures of volumes (D, H, W): three planes, a sweep, and what the same seeds gave so far.
+    """Pictures of the first channel of samples (C, D, H, W): three planes, a sweep, and what the same seeds
+    gave so far.
 
     The last is made of the files up to this epoch, those from before a resume included.
     """
+    volumes = [volume[0] for volume in samples.values()]
     folder = model_dir / "samples"
     newest = folder / f"epoch_{epoch + 1:05d}.png"
-    figures.montage({"sample": list(volumes)}, newest, f"epoch {epoch + 1}", spacing=spacing)
+    figures.montage({"sample": volumes}, newest, f"epoch {epoch + 1}", spacing=spacing)
     drawn = sorted(path for path in folder.glob("epoch_*.png") if path.name <= newest.name)
     figures.progress(drawn, folder / "progress.gif")
-    figures.animate(figures.axial_sweep(list(volumes)), model_dir / "samples.gif")
+    figures.animate(figures.axial_sweep(volumes), model_dir / "samples.gif")
 
 
 # ---------------------------------------------------------------- memory
@@ -167,10 +169,10 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         with torch.no_grad(), meter.phase("validation"):
             zt = process.add_noise(z0[:some], noise[:some], t[:some])
             with run.autocast():
-                prediction = predict(learner.network, zt, t[:some], few)
+                prediction = predict(learner.eval_network, zt, t[:some], few)
             diffusion_loss(process, prediction, z0[:some], noise[:some], t[:some])
         if section["sample_interval"]:
             with torch.no_grad(), meter.phase("sampling"), run.autocast():
                 autoencoder = autoencoder or define_autoencoder()
                 one = {name: value[:1] for name, value in cond.items()}
-                autoencoder.decode(predict(learner.network, mean[:1], t[:1], one).float())
+                autoencoder.decode(predict(learner.eval_network, mean[:1], t[:1], one).float())

@@ -24,8 +24,8 @@ from ldm.training.memory import GB
 
 
 class WithNoise(WithDraws):
-    """A data set whose items also hold the posterior draw `eps` and the `noise`, (c, d, h, w) each, the
-    `uniform` draw that a time is made of, and `cond`, which is dropped at random."""
+    """A data set whose items also hold `posterior_noise` and `noise`, (c, d, h, w) each, the `uniform`
+    draw that a time is made of, and `cond`, which is dropped at random."""
 
     purpose = "diffusion"
 
@@ -36,11 +36,11 @@ class WithNoise(WithDraws):
         self.conditions = conditions
 
     def draw(self, generator: torch.Generator, case: Case) -> dict:
-        eps, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        posterior_noise, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
         uniform = torch.rand((), generator=generator)
         # Last, so that a model with conditions has the noise and times of one without.
         cond = self.conditions.draw(case, generator)
-        return {"eps": eps, "noise": noise, "uniform": uniform, "cond": cond}
+        return {"posterior_noise": posterior_noise, "noise": noise, "uniform": uniform, "cond": cond}
 
 
 @dataclass

@@ -92,7 +92,8 @@ class Progress:
     """Where a training is. `main` of train_diffusion.py holds the loop, and shows the order of the calls.
 
     What happens next is a function of (seed, epoch, batch, rank) and of what is saved here. A run that was
-    killed at any moment and one that never was write the same weights and the same log.
+    killed at any moment and one that never was do the same steps; on a CPU they write the same weights and
+    the same log.
 
     Making one opens the log and the TensorBoard files, writes the resolved config, and listens for signals.
 

@@ -148,10 +148,10 @@ def resume_or_start(
 ) -> dict | None:
     """The checkpoint to resume from, on every rank; None where the training starts.
 
-    It is `resume`, where one is named; none, where `fresh` or `resume_ckpt` is false; else the newest good
-    one. What a start finds there is moved to `model_dir/old-N`. Config keys that differ from the checkpoint's
-    are printed. Messages are collected from here on for
-    `model_dir/log.txt`, which `Progress` creates.
+    It is `resume` where that is named; None where `fresh` is set or `resume_ckpt` is false; else the newest
+    good one. Where the training starts over, earlier files are moved to `model_dir/old-N`. Config keys that
+    differ from the checkpoint's are printed. Messages are collected from here on for `model_dir/log.txt`,
+    which `Progress` creates.
 
     Args:
         stage: `autoencoder` or `diffusion`.

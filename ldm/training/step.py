@@ -137,7 +137,7 @@ class EMA(AveragedModel):
     """Exponential moving average of the weights. The first step copies them; then the decay rises with the
     steps, (1 + n) / (10 + n), up to `decay`. Buffers are those of the network.
 
-    The count of steps lies on the device: a step that is skipped is not averaged, and no one waits to know.
+    The count of steps lies on the device: a step that is voted out is not averaged, and no one waits to know.
     """
 
     def __init__(self, network: nn.Module, decay: float):

@@ -1,4 +1,4 @@
-"""Wrap a network for training: checkpointing, torch.compile, DDP, in this order."""
+"""Wrap a network for training: gradient checkpointing, torch.compile, DDP, in this order."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from ldm.system.ranks import Run
 
 
 def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
-    """Move to the device; checkpointing and synchronised batch norm, which change the network in place."""
+    """Move to the device; gradient checkpointing and synchronised batch norm change the network in place."""
     if section["gradient_checkpointing"]:
         add_checkpointing(network)
     if run.world_size > 1 and run.device.type == "cuda":
