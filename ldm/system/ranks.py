@@ -68,7 +68,7 @@ class Run:
                 dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
-        """The result of `make()` on the main process, on every rank, which raises its UserError or OSError."""
+        """The result of `make()` on the main process, on every rank. So is its UserError or OSError raised."""
         result = error = None
         if self.is_main:
             try:
