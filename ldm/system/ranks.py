@@ -68,7 +68,7 @@ class Run:
                 dist.broadcast(row, i % self.world_size, group=self.slow_group)
 
     def from_main(self, make: Callable):
-        """The result of `make()` on the main process, on every rank. So is its UserError or OSError raised."""
+        """The result of `make()` on the main process, on every rank; its UserError or OSError likewise."""
         result = error = None
         if self.is_main:
             try:
