@@ -87,7 +87,7 @@ def test_both_sides_make_the_same_step_of_the_autoencoder(setting):
     theirs.discriminator.load_state_dict(ours.learner.discriminator.state_dict())
     theirs.step(batch)
     ours.step(batch)
-    mine = [stepper.optimizer for stepper in ours.learner.optimizers.values()]
+    mine = [stepper.adam for stepper in ours.learner.optimizers.values()]
     for a, b, weight in zip(
         (theirs.generator_optimizer, theirs.discriminator_optimizer), mine, (1, 0.01), strict=True
     ):

@@ -161,9 +161,9 @@ def test_promise_22_a_list_with_a_leak_is_refused(scans, tmp_path, capsys, kind)
     (root / "x").mkdir()
     shutil.copy(root / "b.nii", root / "copy.nii")
     path = listed(root / "list.json", training, validation)
-    for write in (True, False):
+    for for_training in (True, False):
         with pytest.raises(UserError, match="held out and also trained on") as error:
-            prepare(path, tmp_path / "models", write=write)
+            prepare(path, tmp_path / "models", for_training=for_training)
         assert told in str(error.value) and str(path) in str(error.value)
     assert not (tmp_path / "models").exists()
     with pytest.raises(SystemExit) as stop:
