@@ -1,8 +1,8 @@
 """Does a condition come out? Brains with and without a tumour are asked for, and tumours in samples counted.
 
-    python -m benchmarks.conditions --out DIR [--minutes 2 6] [--num 16] [--guidance 1 2 4]
+    python -m benchmarks.conditions --out DIR [--spacing 4] [--minutes 2 6] [--num 16] [--guidance 1 2 4]
 
-Simulates 96 brains at 4 mm, half with a tumour, whose participants.tsv has a column `tumour`. Trains both
+Simulates 96 brains, half with a tumour, whose participants.tsv has a column `tumour`. Trains both
 stages of the demo's config, on FLAIR, with `conditions.class_labels` "tumour". Samples each class with each
 guidance. A volume counts as one with a tumour where its largest bright region (hyperintense oedema) exceeds a
 size. Brightness and size are fitted to the training scans; their accuracy is measured on held-out scans.
@@ -55,6 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, nargs=2, default=[2, 6], help="of both stages")
+    parser.add_argument("--spacing", type=float, default=4, help="mm of the volumes")
     parser.add_argument("--num", type=int, default=16, help="samples of each class and guidance")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
@@ -62,8 +63,9 @@ def main() -> None:
     # Step 1: data, config, training
     data = args.out / "data"
     if not data.exists():
-        simulate_brains.main(["--out", str(data)])
+        simulate_brains.main(["--out", str(data), "--spacing", str(args.spacing)])
     config = json.loads((ROOT / "config/config_demo.json").read_text())
+    config["longest_side"] = round(192 / args.spacing)
     config["conditions"] = {"class_labels": "tumour"}
     config["diffusion_def"]["num_class_embeds"] = 3  # without, with, unknown
     environment = {"data_base_dir": str(data), "model_dir": str(args.out / "models")}
