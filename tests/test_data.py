@@ -86,7 +86,7 @@ def test_nnunet_raw_folder(tmp_path, touch):
     assert [path.name for path in cases[0].images] == ["case_1_0000.nii.gz", "case_1_0001.nii.gz"]
     assert cases[0].label == root / "labelsTr/case_1.nii.gz" and cases[1].label is None
     (root / "imagesTr" / "case_2_0001.nii.gz").unlink()
-    problems = [one for one in check_headers(find_cases(root)[0]) if "not there" in one.reason]
+    problems = [one for one in check_headers(find_cases(root)[0]) if "no such file" in one.reason]
     assert [one.file for one in problems] == [root / "imagesTr" / "case_2_0001.nii.gz"]
 
 

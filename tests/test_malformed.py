@@ -345,7 +345,7 @@ LISTS = [
     *(({"training": value}, "training") for value in (None, "x", 3, {"a": 1}, [])),
     *(({"training": [value, *SCANS]}, r"training\.0") for value in (None, [], {}, [["a"]])),
     *((first(image=value), r"training\.0\.image") for value in (None, 3, [], [3], {}, True)),
-    *((first(image=value), "not there|found|missing") for value in ("", "a\0b", "\ud800")),
+    *((first(image=value), "no such file|found|missing") for value in ("", "a\0b", "\ud800")),
     *((first(image=value), value) for value in ("nowhere.nii.gz", "list.json", "dataset.json")),
     *((first(label=value), "label") for value in (3, ["a"], {}, True)),
     (first(label="nowhere.nii.gz"), "nowhere.nii.gz"),

@@ -456,7 +456,7 @@ def test_a_folder_is_its_volumes(write_image, tmp_path):
 def test_wrong_usage_writes_nothing(write_image, tmp_path):
     scan, out = write_image(tmp_path / "scan.nii.gz", one_lit(), RAS), tmp_path / "out.png"
     flat = write_image(tmp_path / "flat.nii.gz", np.zeros((5, 5), np.float32))
-    assert "is not there" in refused("slices", tmp_path / "none.nii.gz", "--out", out)
+    assert "no such file" in refused("slices", tmp_path / "none.nii.gz", "--out", out)
     assert "3D image" in refused("slices", flat, "--out", out)
     assert "lower one first" in refused("slices", scan, "--out", out, "--window", 5, 5)
     assert "--count 0" in refused("slices", scan, "--out", out, "--count", 0)
