@@ -474,9 +474,8 @@ def test_contrasts_become_channels_and_a_case_that_lacks_one_is_an_error_of_that
     ]
     assert [case.label and case.label.name for case in cases] == ["P001_seg.nii.gz", None]
     [problem] = check_headers(cases, labels=False)
-    assert (
-        problem.case == "P002" and problem.file.name == "P002_t1ce.nii.gz" and "no such file" in problem.reason
-    )
+    assert problem.case == "P002" and problem.file.name == "P002_t1ce.nii.gz"
+    assert "no such file" in problem.reason
     with pytest.raises(UserError, match=r"no image ends like one of data\.contrasts \(_pd\)"):
         find_cases(root, contrasts=["_pd"])
 

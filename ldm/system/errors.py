@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ldm import Failure, UserError, brief
 from ldm.system.files import NO_SPACE
 from ldm.system.messages import EXIT_STACK, LOGGER
+from ldm.system.signals import Interruption
 
 NO_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|ALLOC_FAILED|ArrayMemoryError", re.IGNORECASE
@@ -50,7 +51,10 @@ def command(main: Callable) -> Callable:
         if message and int(os.environ.get("LOCAL_RANK", 0)):
             # Where all ranks fail alike, torchrun ends this one before it prints the message again. Until
             # then it stays in its group: the others would report a lost connection before the reason.
-            time.sleep(10)
+            if Interruption.received:  # torchrun's signal came before this rank was done
+                message = None
+            else:
+                time.sleep(10)
         if message:
             print(f"error: {message}", file=sys.stderr)
         if dist.is_initialized():

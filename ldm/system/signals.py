@@ -35,9 +35,16 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 class Interruption:
     """Handles SIGTERM and Ctrl-C: the training saves first, then the script ends with the shell's exit code
-    for that signal (143, 130). Without unsaved steps (`unsaved`) it ends at once."""
+    for that signal (143, 130). Without unsaved steps (`unsaved`) it ends at once.
+
+    Attributes:
+        received: whether a signal came since the newest handler was made.
+    """
+
+    received = False
 
     def __init__(self):
+        Interruption.received = False
         self.signal, self.unsaved, self.process = None, False, os.getpid()
         for number in STOPPING:
             EXIT_STACK.callback(signal.signal, number, signal.signal(number, self._note))
@@ -45,7 +52,7 @@ class Interruption:
     def _note(self, number: int, frame) -> None:
         if os.getpid() != self.process:  # a loader process, forked with this handler
             return
-        self.signal = signal.Signals(number)
+        self.signal, Interruption.received = signal.Signals(number), True
         if not self.unsaved:
             self.leave()
 
