@@ -23,6 +23,7 @@ import train_autoencoder
 import train_diffusion
 import utils
 from ldm import configs
+from ldm.evaluation.features import stacked
 
 torch.set_num_threads(1)  # faster than several on networks this small, and bit for bit the same
 
@@ -332,3 +333,8 @@ def leave_after(work, *args) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def rows_of(network, volumes: torch.Tensor) -> list[torch.Tensor]:
+    """Features (N, F) of volumes (N, C, D, H, W), one tensor per layer of `network`."""
+    return stacked([network(volume[None]) for volume in volumes])

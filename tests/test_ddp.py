@@ -179,12 +179,6 @@ def finish(*processes: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
 def alone(done, tmp_path_factory) -> Project:
     """One process, batches of 2."""
     project = copy_of(done, tmp_path_factory.mktemp("ddp") / "alone")

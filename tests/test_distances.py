@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from chain import rows_of
 from monai.metrics import FIDMetric
 from monai.networks.nets import AutoencoderKL
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from ldm import UserError
 from ldm.evaluation import distances, features
 from ldm.evaluation.distances import KernelDistance, frechet_distance, interval
-from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace
 from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.files import sha256_of

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from chain import SHAPE, SPACING, Project, copy_of
+from chain import SHAPE, SPACING, Project, copy_of, rows_of
 from monai.networks.nets import DenseNet121
 
 import evaluate
@@ -26,7 +26,7 @@ from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.evaluation import distances, features
-from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace, rows_of
+from ldm.evaluation.features import AutoencoderFeatures, FeatureSpace
 from ldm.evaluation.groups import VolumeGroup, subset
 from ldm.evaluation.reading import Reader, Source, check_named_samples, samples_of_model, volumes_of
 from ldm.export import records
@@ -35,12 +35,6 @@ from ldm.models import perceptual
 from ldm.models.autoencoder import Autoencoder
 from ldm.system import files
 from ldm.system.ranks import Run
-
-
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
 
 
 def blob(rng: np.random.Generator, shape: tuple = SHAPE) -> np.ndarray:

@@ -88,12 +88,6 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
 def discrete(done, tmp_path_factory) -> Project:
     """The chain's autoencoder under a model of a beta schedule, and a volume by its default sampler."""
     project = copy_of(done, tmp_path_factory.mktemp("discrete"), "autoencoder.pt", "split.json")

@@ -20,12 +20,6 @@ NETWORKS = ("autoencoder.pt", "diffusion_unet.pt", "split.json")
 BETAS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 
 
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def model(done, tmp_path) -> Project:
     """The chain's trained networks, and nothing drawn from them."""

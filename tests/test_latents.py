@@ -28,12 +28,6 @@ FLIPS = ("--set", 'diffusion_train.augment={"flip_axes": [0, 1], "versions": 3}'
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
 def cached(done, tmp_path_factory) -> Project:
     """The chain's autoencoder and a cache of its latents. Look, but do not touch."""
     project = copy_of(done, tmp_path_factory.mktemp("cached"), "autoencoder.pt", "split.json")

@@ -4,7 +4,6 @@ import pickle
 import socket
 import zipfile
 
-import chain
 import pytest
 import torch
 from chain import Project, copy_of
@@ -15,12 +14,6 @@ import train_diffusion
 
 STAGES = [(train_autoencoder, "autoencoder_last.pt"), (train_diffusion, "diffusion_unet_last.pt")]
 ALL = ("autoencoder.pt", "autoencoder_last.pt", "diffusion_unet.pt", "diffusion_unet_last.pt")
-
-
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("script, name", STAGES)

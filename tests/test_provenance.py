@@ -28,12 +28,6 @@ from ldm.system.ranks import Run
 DRAW = ("--num", "3", "--steps", "4", "--batch-size", "2")  # seeds 0 and 1 share a batch
 
 
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def model(done, tmp_path) -> Project:
     """The chain's trained networks, and nothing drawn from them."""

@@ -5,11 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
-import chain
 import numpy as np
 import pytest
 import torch
-from chain import Project, copy_of
+from chain import copy_of
 
 import check_data
 import evaluate
@@ -238,12 +237,6 @@ def test_files_of_one_size_are_read_no_further_than_they_agree(tmp_path, monkeyp
 
 
 # ---------------------------------------------------------------- what checkpoints remember
-
-
-@pytest.fixture(scope="session")
-def done(tmp_path_factory) -> Project:
-    """The finished chain. Look, but do not touch."""
-    return chain.trained(tmp_path_factory.getbasetemp())
 
 
 def swapped(split: dict) -> dict:

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from chain import decode_by_hand, trained
+from chain import decode_by_hand
 from PIL import Image, ImageSequence
 
 import visualize_image
@@ -362,11 +362,6 @@ def test_a_second_volume_on_another_grid_is_laid_onto_the_first(write_image, tmp
 
 
 # ---------------------------------------------------------------- denoising
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    return trained(tmp_path_factory.getbasetemp())
 
 
 def frame_by_hand(project, voxels: np.ndarray, seed: int, note: str) -> np.ndarray:

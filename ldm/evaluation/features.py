@@ -49,11 +49,6 @@ def _pooled(activation: torch.Tensor) -> torch.Tensor:
     return torch.cat([mean, (square - mean.square()).clamp_min(0).sqrt()], 1)
 
 
-def rows_of(network, volumes: torch.Tensor) -> list[torch.Tensor]:
-    """Features (N, F) of volumes (N, C, D, H, W), one tensor per layer of `network`."""
-    return stacked([network(volume[None]) for volume in volumes])
-
-
 def stacked(features: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
     """One list of rows (F,) per volume, a row per layer -> one tensor (N, F) per layer."""
     return [torch.stack(layer) for layer in zip(*features, strict=True)]

@@ -113,8 +113,7 @@ def build_learner(
             f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
             f"network, which needs more than {LPIPS_SIDE} voxels a side. Set perceptual_weight to 0."
         )
-    autoencoder = Autoencoder(network)
-    frozen = freeze_unreached(autoencoder, small_input(config, "autoencoder_def"), 0.0)
+    frozen = freeze_unreached(Autoencoder(network), small_input(config, "autoencoder_def"), 0.0)
     autoencoder = Autoencoder(prepare_network(network, section, run))
     model = wrap_network(autoencoder, section, run, compiled)
     optimizer = Optimizer(model, section, run.amp_dtype)

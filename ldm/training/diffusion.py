@@ -63,11 +63,10 @@ def build_learner(config: dict, compiled: bool, run: Run) -> DiffusionLearner:
     """The diffusion network on the device, wrapped, with its optimiser."""
     section, definition = config["diffusion_train"], config["diffusion_def"]
     unet = configs.define_network(config, "diffusion_def")
+    inputs = small_input(config, "diffusion_def")
     with torch.device("meta"):
-        size = small_input(config, "diffusion_def").shape[2:]
-        cond = example_cond(definition, 1, size)
-        cond.pop("channels", None)  # they are among the inputs
-        inputs = torch.empty(1, definition["in_channels"], *size)
+        cond = example_cond(definition, 1, inputs.shape[2:])
+        cond.pop("channels", None)  # `small_input` includes them
         frozen = freeze_unreached(unet, inputs, timesteps=torch.zeros(1), **cond)
     unet = prepare_network(unet, section, run)
     model = wrap_network(unet, section, run, compiled)

@@ -35,7 +35,7 @@ class Optimizer:
         self.everything = dict(enumerate(network.parameters()))
         self.places = [i for i, p in self.everything.items() if p.requires_grad]
         self.parameters = [self.everything[i] for i in self.places]
-        # The fused kernels, on a CPU too, heed `found_inf` on the device: no one waits to know it.
+        # The fused kernels, on a CPU too, read `found_inf` on the device: no one waits for it.
         self.adam = torch.optim.Adam(self.parameters, section["lr"], tuple(section["adam_betas"]), fused=True)
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
