@@ -88,9 +88,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not section["latent_cache"]:
         latents = encode_data(config, train_volumes, val_volumes, autoencoder_file, resumed, run)
 
-    # Step 2: the noise process, and the scale factor of the latents
+    # Step 2: the noise process, and the scale factor and the mean of the latents
     process = utils.make_noise_process(noise_section, latents.shape[1:], resumed, run)
-    scale_factor = resumed["scale_factor"] if resumed else latents.scale_factor(run)
+    if resumed:
+        scale_factor = resumed["scale_factor"]
+        conditions.check_size(latents.shape, resumed["path"])
+    else:
+        scale_factor, mean = latents.moments(run)
+        if config["conditions"]["mean_latent"]:
+            conditions = conditions.with_mean_latent(mean * scale_factor)
     count = len(latents.train)
     run.print(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
 
@@ -109,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "latent_shape": latents.shape,
         "geometry": latents.geometry,
         "shift": process.shift,
-        **({"conditions": conditions.state()} if conditions else {}),
+        **conditions.state(),
         "config": config,
         "subjects": subjects_of(latents.train.cases, latents.val.cases),
     }

@@ -110,7 +110,7 @@ class Diffusion:
         kept = posteriors.encode_all(encoder, volumes, run, 0, "encode")
         self.data = Latents(kept, kept, encoder, "", [], {})
         self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
-        self.scale_factor = self.data.scale_factor(run)
+        self.scale_factor, _ = self.data.moments(run)
         self.dataset = WithNoise(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])
         self.learner = stage2.build_learner(config, self.section["compile"], self.run)

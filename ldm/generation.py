@@ -114,6 +114,7 @@ def load_networks(
             f"{unet_path}: its latent_shape is {trained}; by its networks and size it is {shape}."
         )
     conditions = Conditions.from_checkpoint(second, config)
+    conditions.check_size(shape, unet_path)
     if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.unknown(1).keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "

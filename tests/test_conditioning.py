@@ -37,10 +37,16 @@ def case(name: str, **covariates) -> Case:
     return Case(name, (), subject=name, covariates=covariates)
 
 
-def config_of(column: str | None = "group", classes: int | None = 3, dropout: float = 0.1, **more) -> dict:
+def config_of(
+    column: str | None = "group",
+    classes: int | None = 3,
+    dropout: float = 0.1,
+    mean_latent: bool = False,
+    **more,
+) -> dict:
     definition = {"in_channels": 2, "out_channels": 2, **({"num_class_embeds": classes} if classes else {})}
     return {
-        "conditions": {"class_labels": column, "dropout": dropout},
+        "conditions": {"class_labels": column, "dropout": dropout, "mean_latent": mean_latent},
         "diffusion_def": {**definition, **more},
     }
 
@@ -63,9 +69,7 @@ def test_classes_are_the_sorted_values_and_unknown_is_the_last():
     assert conditions.unknown(2)["class_labels"].tolist() == [2, 2]
     assert conditions.cond(conditions.parse(["group=b"]), 3)["class_labels"].tolist() == [1, 1, 1]
     assert "a (1), b (1), unknown (3)" in conditions.summary(cases)
-    again = Conditions.from_checkpoint(
-        {"conditions": json.loads(json.dumps(conditions.state()))}, config_of()
-    )
+    again = Conditions.from_checkpoint(json.loads(json.dumps(conditions.state())), config_of())
     assert again == conditions
 
 
@@ -124,6 +128,11 @@ def test_a_value_that_came_after_the_training_began():
         (config_of(None), "needs class_labels, which the config does not give: name a column"),
         (config_of(None, None, with_conditioning=True, cross_attention_dim=4), "needs context"),
         (config_of(include_spacing_input=True), "needs spacing_tensor"),
+        (
+            config_of(None, None, in_channels=4),
+            "needs channels, .* does not give: set conditions.mean_latent",
+        ),
+        (config_of(mean_latent=True), "in_channels: expected 4, found 2"),
     ],
 )
 def test_a_network_without_its_condition(config, told):
@@ -185,6 +194,48 @@ def test_conditions_change_no_other_draw():
     assert torch.equal(plain["posterior_noise"], torch.randn(1, 1, 1, 1, generator=generator))
 
 
+# ---------------------------------------------------------------- the mean latent
+
+
+def test_the_mean_latent_is_an_input_whatever_the_class():
+    mean = torch.arange(2.0).reshape(2, 1, 1, 1)
+    conditions = Conditions("group", ["0", "1"], 1.0).with_mean_latent(mean)
+    generator = torch.Generator().manual_seed(0)
+    for one in (conditions.of(case("a", group=1)), conditions.draw(case("a", group=1), generator)):
+        assert torch.equal(one["channels"], mean)
+    for cond in (conditions.unknown(3), conditions.cond({"group": "1"}, 3)):
+        assert torch.equal(cond["channels"], torch.stack([mean] * 3))
+
+    def unet(x, timesteps, class_labels):
+        assert torch.equal(x[:, 2:], torch.stack([mean] * 3))
+        return x[:, :2]
+
+    model = conditions.guided_model(unet, {"group": "1"}, 2.0, 3, torch.device("cpu"))
+    z = torch.randn(3, 2, 1, 1, 1)
+    torch.testing.assert_close(model(z, torch.zeros(3)), z)
+
+
+def test_it_is_the_mean_over_the_training_set_scaled_as_the_latents(done):
+    """Of the checkpoint, against the latents encoded one by one."""
+    checkpoint = done.checkpoint("diffusion_unet.pt")
+    autoencoder = done.network("autoencoder_def", done.checkpoint("autoencoder.pt")["model"])
+    names = json.loads((done.model_dir / "split.json").read_text())["training"]
+    with torch.no_grad():
+        scans = [
+            nib.load(done.data / f"imagesTr/{name}.nii.gz").get_fdata(dtype=np.float32) for name in names
+        ]
+        means = [autoencoder.encode(torch.from_numpy(one)[None, None])[0][0] for one in scans]
+    expected = torch.stack(means).mean(0) * checkpoint["scale_factor"]
+    torch.testing.assert_close(checkpoint["mean_latent"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mean_latent_of_another_size(model):
+    changed = model.checkpoint("diffusion_unet.pt")
+    torch.save({**changed, "mean_latent": changed["mean_latent"][:, 1:]}, model.folder / "changed.pt")
+    message = model.refused(inference, "--unet", model.folder / "changed.pt")
+    assert "changed.pt: its mean latent is [3, 3, 4, 4], its latents are [3, 4, 4, 4]" in message
+
+
 # ---------------------------------------------------------------- guidance
 
 
@@ -208,7 +259,8 @@ def test_guidance_by_hand(guidance, expected):
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory) -> Project:
-    """A model of two classes, dark and bright, and an unknown one. Look, but do not touch."""
+    """A model of two classes, dark and bright, and an unknown one, with the mean latent. Look, but do not
+    touch."""
     folder = tmp_path_factory.mktemp("classes")
     rng, data = np.random.default_rng(0), folder / "data"
     (data / "imagesTr").mkdir(parents=True)
@@ -224,12 +276,14 @@ def done(tmp_path_factory) -> Project:
     (data / "participants.tsv").write_text("\n".join(table) + "\n")
 
     config = copy.deepcopy(CONFIG)
-    config |= {"spacing": [1, 1, 1], "intensity": {"window": [0, 1]}, "conditions": {"class_labels": "group"}}
+    config |= {"spacing": [1, 1, 1], "intensity": {"window": [0, 1]}}
+    config["conditions"] = {"class_labels": "group", "mean_latent": True}
     config["data"]["val_fraction"] = 0.25
     config["autoencoder_train"] |= {"max_epochs": 40, "val_interval": 40, "adversarial_weight": 0, "lr": 5e-3}
-    config["diffusion_def"] |= {"num_class_embeds": 3, "attention_levels": [False, False]}
+    config["diffusion_def"] |= {"in_channels": 6, "num_class_embeds": 3, "attention_levels": [False, False]}
     config["diffusion_def"].pop("num_head_channels")
     config["diffusion_train"] |= {"max_epochs": 60, "val_interval": 30, "lr": 5e-3, "sample_interval": 60}
+    config["diffusion_train"]["optimizer"] = "muon"
     project = Project(folder, data, config)
     for script in (train_autoencoder, train_diffusion):
         project.printed[script.__name__] = project.run(script, "--no-amp")
@@ -277,10 +331,13 @@ def test_a_sample_by_hand(model):
     checkpoint = model.checkpoint("diffusion_unet.pt")
     unet = model.network("diffusion_def", checkpoint["model"])
     z = torch.randn(checkpoint["latent_shape"], generator=torch.Generator().manual_seed(0))[None]
+    mean = checkpoint["mean_latent"][None]
     with torch.no_grad():
         for i in range(6):
             t = torch.tensor([1000 * (1 - i / 6)])
-            c, u = (unet(z, timesteps=t, class_labels=torch.tensor([n])) for n in (1, 2))
+            c, u = (
+                unet(torch.cat([z, mean], 1), timesteps=t, class_labels=torch.tensor([n])) for n in (1, 2)
+            )
             z = z + (2 * c - u) / 6
         autoencoder = model.network("autoencoder_def", model.checkpoint("autoencoder.pt")["model"])
         expected = autoencoder.decode(z / checkpoint["scale_factor"])[0, 0].numpy()
@@ -329,7 +386,7 @@ def test_bare_weights_do_not_say_what_their_classes_mean(model):
     torch.save(model.checkpoint("diffusion_unet.pt")["model"], model.folder / "bare.pt")
     model.set_environment(output_dir=str(model.folder / "none"))
     message = model.refused(inference, "--unet", model.folder / "bare.pt", "--scale-factor", "1")
-    assert "bare.pt: its network needs class_labels, of which the file says nothing" in message
+    assert "bare.pt: its network needs channels, class_labels, of which the file says nothing" in message
 
 
 def test_a_config_of_another_column_is_refused(model):
@@ -361,6 +418,7 @@ def test_a_training_resumes_bit_exactly_and_from_the_cache_is_the_same(done, tmp
     cached = trained("cached", 4, latent_cache=True, **constant)
     assert not chain.differences(cached["model"], whole["model"])
     assert cached["conditions"] == whole["conditions"]
+    assert torch.equal(cached["mean_latent"], whole["mean_latent"])
 
 
 def test_a_cache_of_other_groups_is_refused(done, tmp_path):
@@ -425,11 +483,12 @@ def test_every_export_takes_the_condition(model, monkeypatch):
 
     unet = torch.jit.load(out / "torchscript/unet.ts")
     own = model.network("diffusion_def", model.checkpoint("diffusion_unet.pt")["model"])
-    z, t, label = torch.randn(3, 3, 4, 4, 4), torch.tensor([1.0, 500, 1000]), torch.tensor([0, 1, 2])
+    z, t, label = torch.randn(1, 3, 4, 4, 4), torch.tensor([500.0]), torch.tensor([1])
+    inputs = torch.cat([z, model.checkpoint("diffusion_unet.pt")["mean_latent"][None]], 1)
     with torch.no_grad():
-        torch.testing.assert_close(unet(z, t, label), own(z, timesteps=t, class_labels=label))
+        torch.testing.assert_close(unet(z, t, label), own(inputs, timesteps=t, class_labels=label))
     card = (out / "MODEL_CARD.md").read_text()
-    assert "Conditions: `group`, one of 0, 1; or unknown" in card
+    assert "Conditions: `group`, one of 0, 1; or unknown; and the mean latent of the training set" in card
     code = next(one for one in card.split("```python\n") if "torch.jit.load" in one).partition("```")[0]
     monkeypatch.chdir(out)
     exec(code, {})

@@ -124,8 +124,24 @@ def one_step(config_file: Path, data: Path) -> dict:
             if number + 1 == accumulate:
                 break
         found[accumulate] = [p.grad.clone() for p in encoder.parameters()]
+    found["muon"] = step_of_muon(config, run)
     found["unused"] = steps_with_unused_parameters(config, run)
     return found
+
+
+def step_of_muon(config: dict, run) -> dict:
+    """The weights of the UNet after a step with gradients that are the same on every rank."""
+    config = {
+        **config,
+        "diffusion_train": config["diffusion_train"] | {"optimizer": "muon", "scale_lr": False},
+    }
+    torch.manual_seed(0)
+    learner = build_learner(config, False, run)
+    for parameter in learner.optimizer.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    learner.optimizer.clip()
+    learner.optimizer.step(1e-3, torch.zeros(()))
+    return learner.unet.state_dict()
 
 
 def steps_with_unused_parameters(config: dict, run) -> dict:
@@ -248,6 +264,12 @@ def test_parameters_that_no_loss_reaches_do_not_stop_an_accumulated_step(steps):
     whole, *ranks = (one["unused"] for one in steps)
     for weights in ranks:
         chain.assert_weights_close(whole, weights)
+
+
+def test_ranks_share_the_work_of_muon_and_take_the_same_step(steps):
+    whole, *ranks = (one["muon"] for one in steps)
+    for weights in ranks:
+        assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_ranks_draw_noise_of_their_own(steps):

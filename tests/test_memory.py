@@ -27,7 +27,9 @@ from ldm.training.memory import Forecast, Meter, highest
 from ldm.training.step import Optimizer, make_ema
 
 SECTION = {
+    "optimizer": "adam",
     "lr": 1e-3,
+    "scale_lr": False,
     "adam_betas": [0.9, 0.999],
     "clip_grad_norm": 1.0,
     "accumulate_steps": 1,

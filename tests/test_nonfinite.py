@@ -25,7 +25,8 @@ from ldm.training.progress import EpochMeans, Progress
 from ldm.training.step import EMA, Optimizer
 
 NAN = math.nan
-SECTION = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
+SECTION = {"optimizer": "adam", "lr": 1e-2, "scale_lr": False, "adam_betas": [0.9, 0.99]}
+SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}
 STAGE = {train_autoencoder: "autoencoder", train_diffusion: "diffusion"}
 LAST = {train_autoencoder: "autoencoder_last.pt", train_diffusion: "diffusion_unet_last.pt"}
 SOURCES = [

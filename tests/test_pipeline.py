@@ -268,7 +268,14 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(done, tmp_path, st
 
 def test_clipping_bounds_the_accumulated_gradient():
     """d/dw of 3 w0 + 4 w1, averaged over two batches of which one counts double: (4.5, 6), norm 7.5."""
-    section = {"lr": 0.1, "adam_betas": [0.9, 0.999], "accumulate_steps": 2, "clip_grad_norm": 1.5}
+    section = {
+        "optimizer": "adam",
+        "lr": 0.1,
+        "scale_lr": False,
+        "adam_betas": [0.9, 0.999],
+        "accumulate_steps": 2,
+        "clip_grad_norm": 1.5,
+    }
     for limit, expected in ((1.5, [0.9, 1.2]), (None, [4.5, 6.0]), (100, [4.5, 6.0])):
         layer = torch.nn.Linear(2, 1, bias=False)
         stepper = Optimizer(layer, {**section, "clip_grad_norm": limit}, None)

@@ -24,6 +24,8 @@ from ldm.training.step import Optimizer
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
 STAGES = [(train_autoencoder, AUTOENCODER), (train_diffusion, UNET)]
+SECTION = {"optimizer": "adam", "lr": 1e-2, "scale_lr": False, "adam_betas": [0.9, 0.99]}
+SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}
 
 
 @pytest.fixture(scope="session")
@@ -162,10 +164,9 @@ def test_a_finished_stage_goes_on_with_the_options_of_the_config(whole, tmp_path
 
 def test_the_state_of_an_optimiser_fits_its_parameters():
     """A parameter that no loss depends on has none, and is no fault."""
-    section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
 
     def stepper(*sides: int) -> Optimizer:
-        return Optimizer(torch.nn.ParameterList(torch.ones(side) for side in sides), section, None)
+        return Optimizer(torch.nn.ParameterList(torch.ones(side) for side in sides), SECTION, None)
 
     one = stepper(2, 3, 4)
     one.backward(one.parameters[0].sum() + one.parameters[2].sum())
@@ -174,7 +175,7 @@ def test_the_state_of_an_optimiser_fits_its_parameters():
     state = one.state_dict()
     frozen = stepper(2, 3, 4).network.requires_grad_(True)
     frozen[1].requires_grad_(False)  # as networks are built today; the state is from when it was not
-    frozen = Optimizer(frozen, section, None)
+    frozen = Optimizer(frozen, SECTION, None)
     frozen.load_state_dict(copy.deepcopy(state), "last.pt")
     assert len(frozen.parameters) == 2 and sorted(frozen.state_dict()["optimizer"]["state"]) == [0, 2]
     assert not differences(frozen.state_dict()["optimizer"]["state"], state["optimizer"]["state"])
@@ -201,7 +202,6 @@ def test_frozen_parameters_are_told_of(whole, tmp_path):
 
 def test_moments_are_laid_out_in_memory_as_the_parameters_are():
     """A CPU keeps the channels last, a GPU does not; the fused kernels would mix up the voxels."""
-    section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
     layouts, ends = (torch.channels_last_3d, torch.contiguous_format), []
     start = torch.randn(4, 3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     for first in layouts:
@@ -210,7 +210,7 @@ def test_moments_are_laid_out_in_memory_as_the_parameters_are():
             for step, layout in enumerate((first, second)):
                 weight = start if weight is None else weight
                 network = torch.nn.ParameterList([weight.clone(memory_format=layout)])
-                stepper = Optimizer(network, section, None)
+                stepper = Optimizer(network, SECTION, None)
                 if state is not None:
                     stepper.load_state_dict(state, "last.pt")
                 (weight,) = stepper.parameters

@@ -1,12 +1,14 @@
 """What a diffusion model is conditioned on, and classifier-free guidance.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
-nothing is conditioned. Today it holds `class_labels`, taken from a column of `participants.tsv`.
+nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`,
+the mean latent of the training set: of data in a common frame, it tells the network what lies where.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,7 +21,8 @@ MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a diffusion model: class labels from a column of `participants.tsv`, or nothing.
+    """The conditions of a diffusion model: class labels from a column of `participants.tsv`, the mean latent,
+    both or nothing. It is true where there are classes.
 
     The class of a case is the index of its value. The class after the last means "unknown": a case without a
     value, a condition that training drops, and a sample of no particular class.
@@ -28,11 +31,13 @@ class Conditions:
         column: of `participants.tsv`, or a key of a list's entries. None: the model is unconditioned.
         values: of the column, sorted.
         dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
+        mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped.
     """
 
     column: str | None = None
     values: Sequence[str] = ()
     dropout: float = 0.0
+    mean_latent: torch.Tensor | None = None
 
     def __bool__(self) -> bool:
         return self.column is not None
@@ -65,12 +70,24 @@ class Conditions:
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, config: dict) -> "Conditions":
         """The conditions that a model was trained with."""
-        labels = checkpoint.get("conditions", {}).get("class_labels")
+        labels, mean = checkpoint.get("conditions", {}).get("class_labels"), checkpoint.get("mean_latent")
         if labels is None:
-            return cls()
-        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"])
+            return cls(mean_latent=mean)
+        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"], mean)
         conditions.check_classes(config)
         return conditions
+
+    def with_mean_latent(self, mean: torch.Tensor) -> "Conditions":
+        """These conditions with a mean latent, (c, d, h, w), scaled as z_0 is."""
+        return replace(self, mean_latent=mean)
+
+    def check_size(self, shape: Sequence[int], where: str | Path) -> None:
+        """Raise UserError unless the mean latent, where there is one, has the shape of the latents."""
+        if self.mean_latent is not None and (found := [*self.mean_latent.shape]) != [*shape]:
+            raise UserError(
+                f"{where}: its mean latent is {found}, its latents are {[*shape]}. Use the "
+                "checkpoint as train_diffusion.py wrote it."
+            )
 
     def check_classes(self, config: dict) -> None:
         """Raise UserError unless the network has a class for each value and one for unknown."""
@@ -89,11 +106,14 @@ class Conditions:
 
     def describe(self) -> str:
         """What a model card says."""
-        return f"`{self.column}`, one of {', '.join(self.values)}; or unknown" if self else "none"
+        classes = f"`{self.column}`, one of {', '.join(self.values)}; or unknown" if self else "none"
+        return classes + ("" if self.mean_latent is None else "; and the mean latent of the training set")
 
     def state(self) -> dict:
-        """The checkpoint's entry `conditions`."""
-        return {"class_labels": {"column": self.column, "values": list(self.values)}}
+        """The checkpoint's entries `conditions` and `mean_latent`, where there are any."""
+        labels = {"column": self.column, "values": list(self.values)}
+        mean = {} if self.mean_latent is None else {"mean_latent": self.mean_latent}
+        return {**({"conditions": {"class_labels": labels}} if self else {}), **mean}
 
     def of(self, case: Case) -> dict[str, torch.Tensor]:
         """The condition of one case, without a batch dimension.
@@ -102,7 +122,7 @@ class Conditions:
             UserError: a value that the model does not know.
         """
         if not self:
-            return {}
+            return self._channels()
         value = _value(case, self.column)
         if value is not None and value not in self.values:
             raise UserError(
@@ -110,17 +130,22 @@ class Conditions:
                 f"with ({few(self.values)}). Restore participants.tsv, or start another training."
             )
         index = len(self.values) if value is None else self.values.index(value)
-        return {"class_labels": torch.tensor(index)}
+        return {"class_labels": torch.tensor(index), **self._channels()}
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing."""
         if self and torch.rand((), generator=generator) < self.dropout:
-            return {"class_labels": torch.tensor(len(self.values))}
+            return {"class_labels": torch.tensor(len(self.values)), **self._channels()}
         return self.of(case)
 
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
         """What stands for no condition, for a batch."""
-        return {"class_labels": torch.full((batch,), len(self.values))} if self else {}
+        labels = {"class_labels": torch.full((batch,), len(self.values))} if self else {}
+        return {**labels, **self._channels(batch)}
+
+    def _channels(self, *batch: int) -> dict[str, torch.Tensor]:
+        mean = self.mean_latent
+        return {} if mean is None else {"channels": mean.expand(*batch, *mean.shape)}
 
     def parse(self, texts: Sequence[str]) -> dict[str, str]:
         """`{"group": "1"}` of `["group=1"]`.
@@ -144,7 +169,8 @@ class Conditions:
         """`cond` of a batch under one condition, as `parse` gives it; unknown without one."""
         if not chosen:
             return self.unknown(batch)
-        return {"class_labels": torch.full((batch,), self.values.index(chosen[self.column]))}
+        labels = torch.full((batch,), self.values.index(chosen[self.column]))
+        return {"class_labels": labels, **self._channels(batch)}
 
     def guided_model(
         self,
@@ -180,15 +206,24 @@ def check_sources(config: dict) -> None:
     """
     if "diffusion_def" not in config:
         raise UserError("diffusion_def: missing from the config.")
-    needed, labels = example_cond(config["diffusion_def"], 1, [1, 1, 1]), "class_labels"
-    column = config["conditions"][labels]
+    definition, labels = config["diffusion_def"], "class_labels"
+    needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
+    if config["conditions"]["mean_latent"]:
+        needed.pop("channels", None)
+        inputs, expected = definition["in_channels"], 2 * definition["out_channels"]
+        if inputs != expected:
+            raise UserError(
+                f"diffusion_def.in_channels: expected {expected}, found {inputs}: noisy latents and the "
+                "mean of conditions.mean_latent, as many channels each."
+            )
     if column is not None and labels not in needed:
         raise UserError(
             "conditions.class_labels: the network takes no classes. Set diffusion_def.num_class_embeds to "
             f"the number of values of {brief(column)} plus 1, or leave class_labels out."
         )
     if missing := [key for key in needed if key != labels or column is None]:
-        where = ": name a column by conditions.class_labels" if labels in missing else ""
+        hints = {labels: "name a column by conditions.class_labels", "channels": "set conditions.mean_latent"}
+        where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
         raise UserError(
             f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."
         )

@@ -101,7 +101,8 @@ UserError = ValueError
 '''
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint check_classes summary describe state of draw",
+    Conditions: "of_training from_checkpoint with_mean_latent check_size check_classes summary describe "
+    "state of draw",
 }
 
 
@@ -139,6 +140,8 @@ def write_bundle(
     }
     if not networks.process.is_flow:
         contents["alphas_cumprod.pt"] = networks.process.alphas_cumprod
+    if networks.conditions.mean_latent is not None:
+        contents["mean_latent.pt"] = networks.conditions.mean_latent
     for name, content in contents.items():
         with written_whole(folder / "models" / name) as file:
             torch.save(content, file)
@@ -167,7 +170,10 @@ def inference_config(networks: Networks, config: dict) -> dict:
         return component | {"device": "@device"}
 
     arguments = list(inspect.signature(draw).parameters)[1:]  # all but the seed
-    alphas = {"_target_": "torch.load", "f": model("alphas_cumprod.pt"), "weights_only": True}
+
+    def tensor(name: str) -> dict:
+        return {"_target_": "torch.load", "f": model(name), "weights_only": True}
+
     return {
         "imports": ["$import torch"],
         "bundle_root": ".",
@@ -189,7 +195,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "autoencoder": network("@autoencoder_def", "autoencoder.pt"),
         "process": {
             "_target_": "scripts.sampling.NoiseProcess",
-            "alphas_cumprod": None if process.is_flow else alphas,
+            "alphas_cumprod": None if process.is_flow else tensor("alphas_cumprod.pt"),
             "prediction": process.prediction,
             "num_train_timesteps": process.num_train_timesteps,
             "shift": process.shift,
@@ -198,6 +204,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
             "_target_": "scripts.sampling.Conditions",
             "column": conditions.column,
             "values": list(conditions.values),
+            "mean_latent": None if conditions.mean_latent is None else tensor("mean_latent.pt"),
         },
         "draw": {
             "_target_": "scripts.sampling.draw",
@@ -229,6 +236,9 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
         label = _tensor("class_labels", [f"{conditions.column} ({', '.join(meaning)})"], [])
         last = len(conditions.values)
         inputs["class_labels"] = label | {"type": "tuples", "dtype": "int64", "value_range": [0, last]}
+    if conditions.mean_latent is not None:
+        names = [f"mean latent, channel {i}" for i in range(shape[0])]
+        inputs["channels"] = _tensor("latent", names, shape[1:])
     predicted = {
         "epsilon": "noise",
         "sample": "clean latent",

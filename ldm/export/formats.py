@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.generation import Networks
 from ldm.models.definitions import latent_size, network_divisor
+from ldm.models.denoiser import predict
 from ldm.system.checkpoints import save_safetensors, weights_hash
 from ldm.system.files import sha256_of, write_json, written_whole
 
@@ -33,7 +34,7 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
         "latent_shape": networks.latent_shape,
         "geometry": networks.geometry,
         "shift": networks.process.shift,
-        **({"conditions": networks.conditions.state()} if networks.conditions else {}),
+        **networks.conditions.state(),
     }
     for name, weights, more in (("autoencoder", autoencoder, {}), ("diffusion_unet", unet, needed)):
         trained = origin[name]
@@ -84,8 +85,9 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     def decode(network: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         return network.decode(latents / scale_factor).float()
 
-    def predict(network: nn.Module, latents: torch.Tensor, times: torch.Tensor, *labels: torch.Tensor):
-        return network(latents, timesteps=times, **dict(zip(["class_labels"], labels, strict=False)))
+    def model(network: nn.Module, latents: torch.Tensor, times: torch.Tensor, *labels: torch.Tensor):
+        cond = conditions.unknown(len(latents)) | dict(zip(["class_labels"], labels, strict=False))
+        return predict(network, latents, times, cond)
 
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.rand(batch, config["image_channels"], *size, generator=generator),)
@@ -104,7 +106,7 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     for name, module, example, size, multiple in (
         ("encode", Call(autoencoder, encode), images, networks.geometry["size"], divisor),
         ("decode", Call(autoencoder, decode), latents, networks.latent_shape[1:], latent_divisor),
-        ("unet", Call(unet, predict), noisy, networks.latent_shape[1:], latent_divisor),
+        ("unet", Call(unet, model), noisy, networks.latent_shape[1:], latent_divisor),
     ):
         script, general = traced(name, module.eval(), example, size, multiple)
         with written_whole(folder / f"{name}.ts") as file:
@@ -119,7 +121,7 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
         "takes": takes,
         "sampler": sampler,
         "steps": steps,
-        "conditions": conditions.state() if conditions else {},
+        "conditions": conditions.state().get("conditions", {}),
         "process": {
             "prediction": process.prediction,
             "num_train_timesteps": process.num_train_timesteps,

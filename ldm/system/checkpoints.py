@@ -17,6 +17,7 @@ from ldm.system.files import written_whole
 from ldm.system.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
+MEAN_LATENT = "mean_latent"  # an entry beside the weights that is a tensor
 
 
 # ---------------------------------------------------------------- entries
@@ -77,9 +78,9 @@ def _array(items: dict, count: int) -> dict:
 
 def _stepper(state: dict, **more) -> dict:
     """The state of a `Optimizer`, which checks itself that it fits the parameters."""
-    adam = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS)
+    adam, muon = fields(step=FLOATS, exp_avg=FLOATS, exp_avg_sq=FLOATS), fields(momentum=FLOATS)
     optimizer = fields(
-        state={"type": "object", "additionalProperties": adam, **state},
+        state={"type": "object", "additionalProperties": {"anyOf": [adam, muon]}, **state},
         param_groups=_array(fields(lr=AMOUNT, betas=_array(AMOUNT, 2)), 1),
     )
     factors = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), POSITIVE)
@@ -115,6 +116,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
         "type": "object",
         "properties": {"class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1})},
     },
+    MEAN_LATENT: FLOATS,  # an input of the network
     "shift": POSITIVE,  # of the times of rectified flow; 1 in other schedules
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
@@ -150,14 +152,16 @@ def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None
 
 
 def save_safetensors(path: Path, content: dict) -> None:
-    """Write what sampling needs as a safetensors file: the weights under their plain names; in the metadata
-    every other entry as JSON, and a SHA-256 over all.
+    """Write what sampling needs as a safetensors file: the weights under their plain names, and the mean
+    latent, where there is one; in the metadata every other entry as JSON, and a SHA-256 over all.
 
     Raises:
         OSError: as `written_whole`.
     """
     entries = {"format": FORMAT, **content}
     state = {name: tensor.contiguous() for name, tensor in entries.pop("model").items()}
+    if MEAN_LATENT in entries:
+        state[MEAN_LATENT] = entries.pop(MEAN_LATENT).contiguous()
     metadata = {key: json.dumps(value) for key, value in entries.items()}
     with written_whole(path) as file:
         file.write(to_safetensors(state, {**metadata, "sha256": _digest(metadata, state)}))
@@ -177,7 +181,8 @@ def _read_safetensors(path: Path) -> dict:
         return {"model": state}
     if digest != _digest(metadata, state):
         raise UserError(f"{path}: damaged (its SHA-256 does not match). Use another checkpoint.")
-    return {**{key: json.loads(value) for key, value in metadata.items()}, "model": state}
+    mean = {MEAN_LATENT: state.pop(MEAN_LATENT)} if MEAN_LATENT in state else {}
+    return {**{key: json.loads(value) for key, value in metadata.items()}, **mean, "model": state}
 
 
 def _digest(metadata: dict[str, str], state: dict[str, torch.Tensor]) -> str:

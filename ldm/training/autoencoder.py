@@ -127,6 +127,7 @@ def build_learner(
         discriminator = prepare_network(discriminator, {**section, "gradient_checkpointing": False}, run)
         learner.discriminator = discriminator
         learner.wrapped_discriminator = wrap_network(discriminator, section, run, compiled)
+        section = {**section, "optimizer": "adam"}
         learner.discriminator_optimizer = Optimizer(learner.wrapped_discriminator, section, run.amp_dtype)
     return learner
 

@@ -76,13 +76,17 @@ class Latents:
         with run.autocast():
             return self.autoencoder.encode(batch["image"].to(run.device, non_blocking=True))
 
-    def scale_factor(self, run: Run) -> float:
-        """1 / std of the latents of the whole training set, the same on every rank (Rombach et al., 2022,
-        appendix D.1). Where volumes change from epoch to epoch, those of epoch 0 are measured."""
-        moments = LatentMoments()
+    @torch.no_grad()
+    def moments(self, run: Run) -> tuple[float, torch.Tensor]:
+        """The scale factor, 1 / std of the latents of the whole training set (Rombach et al., 2022, appendix
+        D.1), and their mean, (c, d, h, w) float32 on the CPU: the same on every rank. Where volumes change
+        from epoch to epoch, those of epoch 0 are measured."""
+        moments, total = LatentMoments(), torch.zeros(self.shape, dtype=torch.float64)
         for i in range(run.rank, len(self.train), run.world_size):
-            moments.add(*self.posterior(one_of(self.train, i), run))
-        return moments.scale_factor(run.sum)
+            mean, std = self.posterior(one_of(self.train, i), run)
+            moments.add(mean, std)
+            total += mean[0].double().cpu()
+        return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float()
 
 
 def one_of(dataset: Dataset, i: int) -> dict:

@@ -167,7 +167,7 @@ class Meter(TorchDispatchMode):
             self._fill_gradients(optimizer)
             optimizer.scaler.scale(optimizer.norm)  # the first call makes the scale, in fp16
             take_steps([optimizer])
-            for tensor in tree_leaves([dict(state) for state in optimizer.adam.state.values()]):
+            for tensor in tree_leaves([dict(state) for state in optimizer.state.values()]):
                 self._count(tensor, "optimiser")
             if self.ranks > 1 or optimizer.section["accumulate_steps"] > 1:
                 self._fill_gradients(optimizer)  # of the batches before the last

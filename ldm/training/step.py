@@ -4,11 +4,13 @@ import contextlib
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from ldm import UserError
+from ldm.training.muon import MOMENTUM_STATE, Muon
 
 
 def learning_rate(section: dict, world_size: int, progress: float, step: int, epoch: int) -> float:
@@ -24,6 +26,9 @@ def learning_rate(section: dict, world_size: int, progress: float, step: int, ep
 class Optimizer:
     """One optimiser: scaled backward, accumulation, clipping, and a step that can be skipped.
 
+    It is Adam; or, by `optimizer: muon`, Muon for the weights of convolutions and linear layers, and Adam for
+    the rest: biases, norms and embeddings.
+
     Args:
         network: the wrapped network, whose gradients are summed over ranks on the last of the accumulated
             batches.
@@ -31,26 +36,37 @@ class Optimizer:
 
     def __init__(self, network: nn.Module, section: dict, amp_dtype: torch.dtype | None):
         self.network, self.section = network, section
+        self.in_ddp = isinstance(network, DistributedDataParallel)
         # Checkpoints number the moments by the place of the parameter among all, frozen ones included.
         self.everything = dict(enumerate(network.parameters()))
         self.places = [i for i, p in self.everything.items() if p.requires_grad]
         self.parameters = [self.everything[i] for i in self.places]
+        matrices = _matrices(network) if section["optimizer"] == "muon" else set()
+        others = [p for p in self.parameters if p not in matrices]
         # The fused kernels, on a CPU too, read `found_inf` on the device: no one waits for it.
-        self.adam = torch.optim.Adam(self.parameters, section["lr"], tuple(section["adam_betas"]), fused=True)
+        self.adam = torch.optim.Adam(others, section["lr"], tuple(section["adam_betas"]), fused=True)
+        self.muon = Muon([p for p in self.parameters if p in matrices], self.in_ddp) if matrices else None
+        # The learning rate of Adam at its highest, of which Muon's rate follows the schedule.
+        ranks = dist.get_world_size() if self.in_ddp and section["scale_lr"] else 1
+        self.peak = section["lr"] * ranks
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.norm = torch.zeros((), device=device)
 
     @property
     def rate(self) -> float:
-        """The learning rate of the last step."""
+        """Adam's learning rate of the last step."""
         return self.adam.param_groups[0]["lr"]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+        """Moments, by parameter."""
+        return {**self.adam.state, **(self.muon.state if self.muon else {})}
 
     def accumulating(self, last: bool):
         """Context of a forward and backward pass; ranks exchange gradients only on the last batch of a
         step."""
-        ddp = isinstance(self.network, DistributedDataParallel)
-        return contextlib.nullcontext() if last or not ddp else self.network.no_sync()
+        return self.network.no_sync() if self.in_ddp and not last else contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of one of the accumulated batches."""
@@ -61,30 +77,34 @@ class Optimizer:
 
         With fp16 an overflow is no fault as long as the scaler has a scale to lower.
         """
-        self.scaler.unscale_(self.adam)
+        for one in filter(None, (self.adam, self.muon)):
+            self.scaler.unscale_(one)
         limit = self.section["clip_grad_norm"]
         self.norm = nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else math.inf)
         scale = self.scaler.scale(torch.ones_like(self.norm))
         return self.norm.isfinite() | (scale > 1)
 
     def step(self, rate: float, skip: torch.Tensor) -> None:
-        """Step at this learning rate unless `skip` (0 or 1, on the device) or an overflow forbids it; clear
-        the gradients."""
+        """Step at this learning rate of Adam unless `skip` (0 or 1, on the device) or an overflow forbids it;
+        clear the gradients."""
         for group in self.adam.param_groups:
             group["lr"] = rate
-        self.adam.found_inf = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
-        self.adam.grad_scale = None
+        skip = torch.maximum(skip.float(), (~self.norm.isfinite()).float())
+        self.adam.found_inf, self.adam.grad_scale = skip, None
         self.adam.step()
+        if self.muon:
+            self.muon.step(self.section["muon_lr"] * rate / self.peak, skip)
         self.scaler.update()
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def state_dict(self) -> dict:
         """State of optimiser and scaler."""
-        state = self.adam.state_dict()
-        moments = {self.places[i]: adam for i, adam in state["state"].items()}
-        groups = [{**group, "params": list(self.places)} for group in state["param_groups"]]
+        state = self.state
+        moments = {i: state[p] for i, p in zip(self.places, self.parameters, strict=True) if state.get(p)}
+        (options,) = self.adam.state_dict()["param_groups"]
         return {
-            "optimizer": {"state": moments, "param_groups": groups},
+            "optimizer": {"state": moments, "param_groups": [{**options, "params": list(self.places)}]},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -93,32 +113,46 @@ class Optimizer:
         options are those of the config.
 
         Raises:
-            UserError: the state is not one of these parameters; `where` names it.
+            UserError: the state is not one of these parameters, or of another optimiser; `where` names it.
         """
         moments, (group,) = (state["optimizer"][key] for key in ("state", "param_groups"))
         # A parameter that no loss reaches has no state; one more, or another shape, is of other networks.
-        if not all(i in self.everything and _fits(adam, self.everything[i]) for i, adam in moments.items()):
+        if not all(i in self.everything and _fits(one, self.everything[i]) for i, one in moments.items()):
             raise UserError(
                 f"{where}: the state of its optimiser does not fit the network in the config. Resume with "
                 "the config that it was trained with, or start over with --fresh."
             )
-        (options,) = self.adam.state_dict()["param_groups"]
+        # Checkpoints of DDP may hold zeros for parameters that were not frozen yet and are now.
+        kept = {p: moments[i] for i, p in zip(self.places, self.parameters, strict=True) if i in moments}
+        of_muon = set(self.muon.weights if self.muon else ())
+        if any((MOMENTUM_STATE in one) != (p in of_muon) for p, one in kept.items()):
+            was = "muon" if self.muon is None else "adam"
+            raise UserError(
+                f"{where}: was trained with optimizer {was}, the config says {self.section['optimizer']}. "
+                "Resume with the config that it was trained with, or start over with --fresh."
+            )
         # The fused kernels walk through parameter and moments as they lie in memory, and do not ask whether
         # they lie alike.
-        # Checkpoints of DDP may hold zeros for parameters that were not frozen yet and are now.
-        moments = {
-            i: {key: _laid_out_like(parameter, value) for key, value in moments[place].items()}
-            for i, (place, parameter) in enumerate(zip(self.places, self.parameters, strict=True))
-            if place in moments
-        }
-        self.adam.load_state_dict({"state": moments, "param_groups": [{**options, "lr": group["lr"]}]})
+        for p, one in kept.items():
+            optimizer = self.muon if p in of_muon else self.adam
+            optimizer.state[p] = {key: _laid_out_like(p, value) for key, value in one.items()}
+        self.adam.param_groups[0]["lr"] = group["lr"]
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _fits(adam: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
-    """Whether this is Adam's state of such a parameter. The fused kernels do not ask, and read beyond it."""
-    step, mean, square = (adam[key] for key in ("step", "exp_avg", "exp_avg_sq"))
+def _matrices(network: nn.Module) -> set[nn.Parameter]:
+    """The weights that Muon trains: of two or more dimensions, but for embeddings, whose rows are apart."""
+    embeddings = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+    return {p for p in network.parameters() if p.requires_grad and p.ndim > 1 and p not in embeddings}
+
+
+def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
+    """Whether this is the state of such a parameter. The fused kernels do not ask, and read beyond it."""
+    if MOMENTUM_STATE in state:
+        momentum = state[MOMENTUM_STATE]
+        return momentum.shape == parameter.shape and bool(momentum.isfinite().all())
+    step, mean, square = (state[key] for key in ("step", "exp_avg", "exp_avg_sq"))
     return (
         step.shape == ()
         and mean.shape == square.shape == parameter.shape
@@ -129,7 +163,7 @@ def _fits(adam: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
 
 def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if value.shape != parameter.shape:
-        return value  # the count of steps
+        return value.to(parameter.device, copy=True)  # the count of steps
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
