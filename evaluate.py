@@ -49,7 +49,8 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
 from ldm.evaluation import content, reading, table
-from ldm.evaluation.features import feature_networks
+from ldm.evaluation.anatomy import SmoothedVolumes
+from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
@@ -215,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         digest, divisor = sha256_of(inputs.autoencoder), downsampling_factor(inputs.config["autoencoder_def"])
     size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
     networks, about_networks = feature_networks(encoder, args.medicalnet, args.radimagenet, run.device)
+    networks[ANATOMY] = SmoothedVolumes(preprocessing.spacing)
     classifier = read_classifier(args.classifier, run)
     for source in sources.values():
         notes += reading.resampling_notes(source, preprocessing, size)
