@@ -39,6 +39,7 @@ AUGMENTATION = {  # so that a diffusion model of few scans does not memorise the
 ROWS = (  # key, name in the table, format
     ("mmd_own", "kernel distance, own features", ".3g"),
     ("frechet_own", "Fréchet distance, own features", ".3g"),
+    ("anatomy", "anatomy distance", ".3g"),
     ("precision", "precision", ".2f"),
     ("recall", "recall", ".2f"),
     ("ms_ssim", "MS-SSIM between samples", ".3f"),

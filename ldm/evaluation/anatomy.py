@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 SCALES = (8.0, 16.0)  # standard deviations of the smoothing in mm, and spacings of the smoothed volumes
-SHRINKAGE = 0.3  # added to the variance of each axis, as a share of the mean
+SHRINKAGE = 1.0  # added to the variance of each axis, as a share of the mean
 RESIDUAL_WEIGHT = 10.0  # of the residual, as of so many axes
 MIN_SPREAD = 0.05  # smallest standard deviation of residuals, as a share of their mean
 MIN_SCANS, MAX_SCANS = 4, 500  # that determine the axes
