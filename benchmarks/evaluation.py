@@ -94,8 +94,10 @@ def table(found: dict[str, dict]) -> str:
     """The metrics of each group and the baseline, in Markdown."""
     metrics = {name: {one["key"]: one for one in content["figures"]} for name, content in found.items()}
     lines = [f"| | real vs real | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    unknown = {"value": None, "floor": None}  # in an evaluation of an earlier version
     for key, name, digits in ROWS:
-        values = [metrics["copies"][key]["floor"], *(one[key]["value"] for one in metrics.values())]
+        rows = [one.get(key, unknown) for one in metrics.values()]
+        values = [metrics["copies"].get(key, unknown)["floor"], *(row["value"] for row in rows)]
         cells = ["-" if value is None else format(value, digits) for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

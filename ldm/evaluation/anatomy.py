@@ -69,8 +69,8 @@ class AnatomySpace:
         self.scales = [_Axes(rows.double()) for rows in real]
 
     def __call__(self, layers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """One tensor (M, F) per scale -> (M, N) per scale, float64, with a mean square of about 1 for real
-        volumes."""
+        """One tensor (M, F) per scale -> (M, N) per scale, float64. The values depend on N, the number of
+        real volumes: only distances in one space can be compared."""
         return [axes(rows.double()) for axes, rows in zip(self.scales, layers, strict=True)]
 
 

@@ -284,7 +284,7 @@ def anatomy_metrics(groups: Comparison) -> list[Metric]:
     scales = [f"{scale:g} mm" for scale in anatomy.SCALES]
     metric.about = (
         f"Energy distance of volumes smoothed by {' and '.join(scales)}, along the principal axes of other "
-        "scans: large structures and how they fit together. Unbiased; 1 is the spread of real scans."
+        "scans: large structures and how they fit together. Unbiased: about 0 for volumes of one distribution."
     )
     if groups.training is None:
         return [metric]
@@ -294,7 +294,8 @@ def anatomy_metrics(groups: Comparison) -> list[Metric]:
         needed = f"2 volumes on each side and {anatomy.MIN_SCANS} training scans beside them"
         metric.missing = f"needs {needed}, of different subjects; there are {groups.counts}"
         return [metric]
-    space = anatomy.AnatomySpace(groups.training.rows(ANATOMY, others[: anatomy.MAX_SCANS]))
+    others = others[: anatomy.MAX_SCANS]
+    space = anatomy.AnatomySpace(groups.training.rows(ANATOMY, others))
     samples, held_out, reference = (space(group.rows(ANATOMY, indices)) for group, indices in sides.values())
 
     def filled(one: Metric, chosen: slice) -> Metric:
