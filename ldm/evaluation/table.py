@@ -284,7 +284,7 @@ def anatomy_metrics(groups: Comparison) -> list[Metric]:
     scales = [f"{scale:g} mm" for scale in anatomy.SCALES]
     metric.about = (
         f"Energy distance of volumes smoothed by {' and '.join(scales)}, along the principal axes of other "
-        "scans: large structures and how they fit together. Unbiased: about 0 for volumes of one distribution."
+        "scans: large structures and how they fit together. Unbiased, as the kernel distance is."
     )
     if groups.training is None:
         return [metric]
