@@ -11,8 +11,9 @@ and samples those in `output_dir` that inference.py generated with the checkpoin
 their records; other volumes there are left out and listed. Any group can be named instead, as a folder in any
 layout of docs/data.md or a list: --real for scans that were not trained on, --generated for samples of one
 model, --train for scans that were trained on. Samples that are files of the scans are left out, which the
-page says first. Without training scans, copies are not searched for, and the real-vs-real baseline compares
-two halves of the held-out scans. Without an autoencoder there are no distances in own features.
+page says first. Without training scans, copies are not searched for, anatomy is not compared, and the
+real-vs-real baseline compares two halves of the held-out scans. Without an autoencoder there are no distances
+in own features.
 
 All volumes are brought to the grid of the samples and to the unit range: scans as `intensity` says, samples
 of inference.py by the limits in their records. Volumes that cannot be read or are constant are left out and
@@ -49,7 +50,8 @@ from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
 from ldm.evaluation import content, reading, table
-from ldm.evaluation.features import feature_networks
+from ldm.evaluation.anatomy import SmoothedVolumes
+from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
@@ -215,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         digest, divisor = sha256_of(inputs.autoencoder), downsampling_factor(inputs.config["autoencoder_def"])
     size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
     networks, about_networks = feature_networks(encoder, args.medicalnet, args.radimagenet, run.device)
+    networks[ANATOMY] = SmoothedVolumes(preprocessing.spacing)
     classifier = read_classifier(args.classifier, run)
     for source in sources.values():
         notes += reading.resampling_notes(source, preprocessing, size)

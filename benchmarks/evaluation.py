@@ -39,6 +39,7 @@ AUGMENTATION = {  # so that a diffusion model of few scans does not memorise the
 ROWS = (  # key, name in the table, format
     ("mmd_own", "kernel distance, own features", ".3g"),
     ("frechet_own", "Fréchet distance, own features", ".3g"),
+    ("anatomy", "anatomy distance", ".3g"),
     ("precision", "precision", ".2f"),
     ("recall", "recall", ".2f"),
     ("ms_ssim", "MS-SSIM between samples", ".3f"),
@@ -93,8 +94,10 @@ def table(found: dict[str, dict]) -> str:
     """The metrics of each group and the baseline, in Markdown."""
     metrics = {name: {one["key"]: one for one in content["figures"]} for name, content in found.items()}
     lines = [f"| | real vs real | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    unknown = {"value": None, "floor": None}  # in an evaluation of an earlier version
     for key, name, digits in ROWS:
-        values = [metrics["copies"][key]["floor"], *(one[key]["value"] for one in metrics.values())]
+        rows = [one.get(key, unknown) for one in metrics.values()]
+        values = [metrics["copies"].get(key, unknown)["floor"], *(row["value"] for row in rows)]
         cells = ["-" if value is None else format(value, digits) for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import torch
 
 from ldm.evaluation import table, verdicts
 from ldm.evaluation.features import OWN
-from ldm.evaluation.groups import BLURS, Comparison, DegradedScans, VolumeGroup
+from ldm.evaluation.groups import BLURS, Comparison, DegradedScans, VolumeGroup, blur_name
 from ldm.metrics import RadialSpectrum, Tissues
 
 SIZES = ((8, 10, 86), (20, 20, 60), (40, 40, 120), (60, 60, 240), (100, 100, 400), (100, 20, 80))
@@ -61,8 +61,8 @@ def simulated(sizes: Sequence[int], shift: float, rng: np.random.Generator) -> C
     )
     degraded = DegradedScans({OWN: None}, None)
     scans = training.features[OWN][:32]
-    for sigma, features in zip(BLURS, degraded.features.values(), strict=True):
-        features[OWN] = [[row + 1.6 * sigma] for (row,) in scans]
+    for sigma in BLURS:
+        degraded.features[blur_name(sigma)][OWN] = [[row + 1.6 * sigma] for (row,) in scans]
     return Comparison(held_out, generated, training, degraded)
 
 

@@ -37,6 +37,8 @@ def metrics(**values) -> dict[str, Metric]:
             "How far. Samples 3 ml, scans 4 ml.",
             **tissue,
         ),
+        metric("anatomy", 0.0, difference=[-0.1, 0.1], p_value=0.5),
+        metric("anatomy: halves of two scans joined", 0.3),
         metric("reconstruction_psnr", values.get("psnr", 31.0), values.get("of_psnr", [30.5, 32])),
         metric("reconstruction_ssim", 0.95),
     ]
@@ -160,8 +162,8 @@ def test_the_autoencoder_in_words(of_psnr, tone):
 def test_all_lines_in_their_order():
     found = metrics(psnr=20.0, of_psnr=[19, 21]).values()
     lines = verdicts.verdicts(list(found), nearest([1.0], [1.0, 1.1]), {"held-out": 2, "generated": 1})
-    assert [line["tone"] for line in lines] == ["none", "warn", "good", "good", "good", "bad", "warn"]
-    assert "20.0 dB" in lines[5]["text"] and "With 2 held-out and 1 generated" in lines[6]["text"]
+    assert [line["tone"] for line in lines] == ["none", "warn", *["good"] * 4, "bad", "warn"]
+    assert "20.0 dB" in lines[6]["text"] and "With 2 held-out and 1 generated" in lines[7]["text"]
     assert verdicts.copies(None, {})[0] == "none"
 
 

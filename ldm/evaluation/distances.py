@@ -57,16 +57,29 @@ def polynomial_kernel(rows: torch.Tensor) -> torch.Tensor:
     return (rows @ rows.mT / rows.shape[-1] + 1) ** 3
 
 
+def distance_kernel(rows: torch.Tensor) -> torch.Tensor:
+    """-|x - y| of all pairs of rows, (..., N, F) -> (..., N, N). With it the squared maximum mean discrepancy
+    is the energy distance, 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely and Rizzo, 2013; Sejdinovic et al.,
+    2013, theorem 22)."""
+    return -torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 class KernelDistance:
-    """Unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3 of KID (Binkowski et al.,
-    2018, eq. 3 and 4). It can be negative, and does not depend on the sizes of the sets.
+    """Unbiased squared maximum mean discrepancy, by default with the kernel (x.y / F + 1)^3 of KID (Binkowski
+    et al., 2018, eq. 3 and 4). It can be negative, and does not depend on the sizes of the sets.
 
     Args:
         first, second: (N, F) and (M, F), at least 2 rows each.
+        kernel: of all pairs of rows.
     """
 
-    def __init__(self, first: torch.Tensor, second: torch.Tensor):
-        self.kernel = polynomial_kernel(torch.cat([first, second])).numpy()
+    def __init__(
+        self,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        kernel: Callable[[torch.Tensor], torch.Tensor] = polynomial_kernel,
+    ):
+        self.kernel = kernel(torch.cat([first, second])).numpy()
         self.sizes = len(first), len(second)
 
     @property

@@ -16,6 +16,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.perceptual import medicalnet, radimagenet, standardised, trunk
 
 OWN, MEDICALNET, RADIMAGENET = "own", "medicalnet", "radimagenet"  # the networks
+ANATOMY = "anatomy"  # beside them, without a network: `ldm.evaluation.anatomy`
 GRID = 2  # cells a side, over which the encoder's activations are pooled
 MIN_STD = 0.1  # smallest scale of a feature, relative to its layer's typical standard deviation
 BGR_MEANS = (0.406, 0.456, 0.485)  # subtracted from the slices that RadImageNet was trained on

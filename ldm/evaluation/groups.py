@@ -15,6 +15,7 @@ from ldm.metrics import RadialSpectrum, histogram, ms_ssim, reconstruction_metri
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"  # the groups
 BLURS = (0.25, 0.5, 1.0, 2.0)  # standard deviations in voxels, of the blurred scans
+JOINED = "halves of two scans joined"  # part of a key in metrics.json
 MAX_PAIRS = 100  # pairs of volumes for MS-SSIM
 MAX_VOLUMES = 2000  # volumes on each side of a distance
 
@@ -98,7 +99,8 @@ class VolumeGroup:
 
 
 class DegradedScans:
-    """Features of real scans after known degradations (blur, the autoencoder), as a scale for distances.
+    """Features of real scans after known degradations (blur, the autoencoder, halves of two scans joined), as
+    a scale for distances.
 
     Args:
         networks: as for `VolumeGroup`.
@@ -110,17 +112,30 @@ class DegradedScans:
         self.degradations = {blur_name(sigma): _blur(sigma) for sigma in BLURS}
         if reconstruct:
             self.degradations["reconstructions"] = reconstruct
-        self.features = {name: {network: [] for network in self.networks} for name in self.degradations}
-        self.count = 0
+        self.features = {
+            name: {network: [] for network in self.networks} for name in (*self.degradations, JOINED)
+        }
+        self.count, self._previous = 0, None
 
     @torch.no_grad()
     def add(self, volume: torch.Tensor) -> None:
-        """Add a real scan (1, C, D, H, W)."""
+        """Add a real scan (1, C, D, H, W). Joined halves are those of each scan and the one before it."""
         self.count += 1
         for name, degrade in self.degradations.items():
-            degraded = degrade(volume).clamp(0, 1)
-            for network, features in self.networks.items():
-                self.features[name][network].append(features(degraded))
+            self._add(name, degrade(volume).clamp(0, 1))
+        if self._previous is not None:
+            self._add(JOINED, joined_halves(self._previous, volume))
+        self._previous = volume
+
+    def _add(self, name: str, degraded: torch.Tensor) -> None:
+        for network, features in self.networks.items():
+            self.features[name][network].append(features(degraded))
+
+
+def joined_halves(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The left half of a volume and the right half of another, (1, C, D, H, W) in RAS."""
+    middle = left.shape[2] // 2
+    return torch.cat([left[:, :, :middle], right[:, :, middle:]], 2)
 
 
 def blur_name(sigma: float) -> str:
@@ -205,6 +220,24 @@ class Comparison:
     def values(self, key: str) -> list[list]:
         """The list `key` of each group, at the volumes of samples, held-out and reference scans."""
         return [[getattr(group, key)[i] for i in indices] for group, indices in self.sides.values()]
+
+    @property
+    def independent(self) -> tuple[dict[str, tuple[VolumeGroup, list[int]]], list[int]]:
+        """As `sides`, with one volume per subject and at most half of the training scans; and the indices of
+        the training scans of all other subjects.
+
+        Reference scans are the first that were read, as those of `degraded` are.
+        """
+        samples, held_out, training = (
+            group.one_per_subject for group in (self.generated, self.held_out, self.training)
+        )
+        size = min(MAX_VOLUMES, len(samples), len(held_out), len(training) // 2)
+        sides = {
+            "samples": (self.generated, [samples[i] for i in subset(len(samples), size, 0)]),
+            "held_out": (self.held_out, [held_out[i] for i in subset(len(held_out), size, 1)]),
+            "reference": (self.training, training[:size]),
+        }
+        return sides, training[size:]
 
     def add_slices(self, side: str, volume: torch.Tensor) -> None:
         """Add a volume's slices to the moments of the 2.5D distance; the slices are too many to keep."""

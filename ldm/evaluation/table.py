@@ -11,11 +11,11 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from ldm import counted
-from ldm.evaluation import distances
+from ldm.evaluation import anatomy, distances
 from ldm.evaluation.copies import IDENTICAL, TrainingVolumes, find_copies
-from ldm.evaluation.distances import DRAWS, LEVEL, KernelDistance
-from ldm.evaluation.features import MEDICALNET, OWN, PLANES, RADIMAGENET, FeatureSpace, stacked
-from ldm.evaluation.groups import GENERATED, HELD_OUT, MAX_VOLUMES, Comparison, subset
+from ldm.evaluation.distances import DRAWS, LEVEL, KernelDistance, distance_kernel
+from ldm.evaluation.features import ANATOMY, MEDICALNET, OWN, PLANES, RADIMAGENET, FeatureSpace, stacked
+from ldm.evaluation.groups import GENERATED, HELD_OUT, JOINED, MAX_VOLUMES, Comparison, subset
 from ldm.metrics import histogram_distance, spectrum_distance
 
 NEIGHBOURS = 3  # of precision and recall
@@ -119,6 +119,7 @@ def all_metrics(groups: Comparison, nearest: dict | None) -> list[Metric]:
     """
     return [
         *feature_metrics(groups),
+        *anatomy_metrics(groups),
         *similarity_metrics(groups),
         *appearance_metrics(groups),
         *tissue_metrics(groups),
@@ -137,7 +138,7 @@ NETWORK_NAMES = {OWN: "own features", MEDICALNET: "MedicalNet"}
 def feature_metrics(groups: Comparison) -> list[Metric]:
     """Kernel and Fréchet distances, precision and recall, in each network's features."""
     networks, metrics = groups.held_out.networks, []
-    for network in dict.fromkeys((*groups.held_out.features, OWN)):
+    for network in dict.fromkeys((*(one for one in groups.held_out.features if one != ANATOMY), OWN)):
         metrics += kernel_metrics(groups, network)
     if OWN in networks:
         metrics += [own_frechet_metric(groups), *precision_metrics(groups)]
@@ -168,6 +169,8 @@ def kernel_metrics(groups: Comparison, network: str) -> list[Metric]:
     metric.counts = f"{groups.size} on each side; in the test {tested}"
     metrics = [metric]
     for name, features in groups.degraded.features.items():
+        if not features[network]:  # no halves of a single scan
+            continue
         degraded = KernelDistance(space(stacked(features[network])), held_out)
         row = Metric(f"mmd_{network}: {name}", DISTANCE, f"... of {name}", "For comparison.", better="")
         row.value, row.interval = degraded.value, distances.interval(degraded.bootstrap())
@@ -272,6 +275,60 @@ def precision_metrics(groups: Comparison) -> list[Metric]:
     )
     for metric, *shares in zip(metrics, found, baselines, strict=True):
         metric.fill_shares(*shares).counts = f"{groups.size} on each side"
+    return metrics
+
+
+def anatomy_metrics(groups: Comparison) -> list[Metric]:
+    """The anatomy distance of the samples, with the permutation test; at each scale; of degraded scans."""
+    metric = Metric(ANATOMY, DISTANCE, "Anatomy distance", missing=NO_TRAINING)
+    scales = [f"{scale:g} mm" for scale in anatomy.SCALES]
+    metric.about = (
+        f"Energy distance of volumes smoothed by {' and '.join(scales)}, along the principal axes of other "
+        "scans: large structures and how they fit together. Unbiased, as the kernel distance is."
+    )
+    if groups.training is None:
+        return [metric]
+    sides, others = groups.independent
+    size = len(sides["reference"][1])
+    if size < 2 or len(others) < anatomy.MIN_SCANS:
+        needed = f"2 volumes on each side and {anatomy.MIN_SCANS} training scans beside them"
+        metric.missing = f"needs {needed}, of different subjects; there are {groups.counts}"
+        return [metric]
+    others = others[: anatomy.MAX_SCANS]
+    space = anatomy.AnatomySpace(groups.training.rows(ANATOMY, others))
+    samples, held_out, reference = (space(group.rows(ANATOMY, indices)) for group, indices in sides.values())
+
+    def filled(one: Metric, chosen: slice) -> Metric:
+        first, second, real = (anatomy.all_scales(side[chosen]) for side in (samples, held_out, reference))
+        distance = KernelDistance(first, second, distance_kernel)
+        baseline = KernelDistance(real, second, distance_kernel)
+        one.counts, one.missing = f"{size} on each side, axes of {len(others)} other scans", None
+        return one.fill(distance.value, baseline.value, distance.bootstrap(), baseline.bootstrap(), size)
+
+    metrics = [filled(metric, slice(None))]
+    # Exact, since the axes are those of other subjects: one volume of each subject, all of them.
+    tested = [
+        anatomy.all_scales(space(group.rows(ANATOMY, group.one_per_subject[:MAX_VOLUMES])))
+        for group in (groups.generated, groups.held_out)
+    ]
+    metric.p_value = KernelDistance(*tested, distance_kernel).p_value()
+    metric.counts += f"; in the test {len(tested[0])} generated and {len(tested[1])} held-out"
+    for i, scale in enumerate(scales):
+        row = Metric(f"{ANATOMY}: {scale}", DISTANCE, f"... at {scale} alone")
+        metrics.append(filled(row, slice(i, i + 1)))
+    # Of scans of the reference alone: those of other subjects are closer to the axes.
+    last = sides["reference"][1][-1]
+    for name, features in groups.degraded.features.items():
+        rows = features[ANATOMY][: last if name == JOINED else last + 1]
+        if not rows:
+            continue
+        degraded = KernelDistance(
+            anatomy.all_scales(space(stacked(rows))), anatomy.all_scales(held_out), distance_kernel
+        )
+        row = Metric(f"{ANATOMY}: {name}", DISTANCE, f"... of {name}", "For comparison.", better="")
+        row.value, row.interval = degraded.value, distances.interval(degraded.bootstrap())
+        row.counts = f"{len(rows)} real, {size} held-out"
+        metrics.append(row)
     return metrics
 
 

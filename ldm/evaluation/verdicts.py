@@ -11,8 +11,8 @@ import numpy as np
 
 from ldm import counted
 from ldm.evaluation.distances import LEVEL, POWER, SHIFTS
-from ldm.evaluation.features import MEDICALNET, OWN
-from ldm.evaluation.groups import BLURS, GENERATED, HELD_OUT, TRAINING, blur_name
+from ldm.evaluation.features import ANATOMY, MEDICALNET, OWN
+from ldm.evaluation.groups import BLURS, GENERATED, HELD_OUT, JOINED, TRAINING, blur_name
 from ldm.evaluation.table import SHIFT_TOLERANCE, Metric, distances_of
 
 VISIBLE_BLUR = 0.75  # voxels; from here on the tone is "bad"
@@ -37,6 +37,7 @@ def verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[str, 
         copies(nearest, counts),
         realism(found),
         likeness(found.get("precision")),
+        structure(found),
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
         anatomy([metric for key, metric in found.items() if key.startswith("tissue_")]),
@@ -123,6 +124,26 @@ def likeness(metric: Metric | None) -> tuple[str, str] | None:
         f"{metric.value:.0%} of the samples lie in the range of held-out scans in own features (precision); "
         f"of other real scans {metric.floor:.0%} do."
     )
+
+
+def structure(found: dict[str, Metric]) -> tuple[str, str]:
+    """Whether the gross anatomy of samples differs from that of held-out scans, and by how much: compared
+    with scans whose halves are of two subjects."""
+    metric, halves = found[ANATOMY], found.get(f"{ANATOMY}: {JOINED}")
+    if metric.missing:
+        return "none", f"Gross anatomy was not compared: {metric.missing}."
+    p = f"(permutation test, p = {metric.p_value:.2g})"
+    if metric.p_value <= LEVEL:
+        text = f"The gross anatomy of samples differs significantly from that of held-out scans {p}"
+        if halves is None or halves.value <= 0:
+            return "warn", f"{text}."
+        times = metric.value / halves.value
+        size = f"{times:.2g}" if times < 100 else "over 100"
+        return "bad" if times > 1 else "warn", f"{text}: their distance is {size} times that of {JOINED}."
+    text = f"The gross anatomy of samples does not differ significantly from that of held-out scans {p}"
+    if halves and direction(metric.difference, (-np.inf, halves.value)) == "alike":
+        return "good", f"{text}, and their distance is smaller than that of {JOINED}."
+    return "none", f"{text}. This does not show that they are alike: volumes are too few to see {JOINED}."
 
 
 def direction(interval: Sequence[float] | None, tolerance: Sequence[float]) -> str:
