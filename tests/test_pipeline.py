@@ -529,7 +529,7 @@ def test_longest_side_in_the_pipeline(fresh):
 
 def test_mixed_precision_on_and_off(done, tmp_path, monkeypatch):
     """bf16 on a CPU that computes in it; the losses agree as far as 8 bits of mantissa do."""
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     losses = {}
     for flag, kind in (("--amp", "torch.bfloat16"), ("--no-amp", "torch.float32")):
         project = copy_of(done, tmp_path / flag)

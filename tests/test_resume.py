@@ -200,7 +200,7 @@ def test_frozen_parameters_are_told_of(whole, tmp_path):
 
 
 def test_moments_are_laid_out_in_memory_as_the_parameters_are():
-    """A CPU keeps the channels last, a GPU does not; the fused kernels would mix up the voxels."""
+    """Not every machine keeps the channels last; the fused kernels would mix up the voxels."""
     section = {"lr": 1e-2, "adam_betas": [0.9, 0.99], "accumulate_steps": 1, "clip_grad_norm": None}
     layouts, ends = (torch.channels_last_3d, torch.contiguous_format), []
     start = torch.randn(4, 3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
