@@ -638,6 +638,16 @@ def test_several_gpus_without_torchrun_gives_the_line_to_use(fresh, monkeypatch)
     assert not fresh.model_dir.exists() or not any(fresh.model_dir.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("fast", "amp", "said"), [(False, True, True), (False, False, False), (True, True, False)]
+)
+def test_a_cpu_that_computes_in_float32_instead_says_so(monkeypatch, capsys, fast, amp, said):
+    monkeypatch.setattr("ldm.system.ranks.is_fast_in_bfloat16", lambda: fast)
+    run = utils.start(argparse.Namespace(gpus=None, device="cpu", amp=None), {"amp": amp})
+    assert run.precision == ("bfloat16" if fast and amp else "float32")
+    assert ("mixed precision is off: this CPU is not faster in bfloat16" in capsys.readouterr().out) == said
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """What torch says where there are two GPUs; its flags are put back afterwards."""
