@@ -189,7 +189,10 @@ def start(args: argparse.Namespace, section: dict | None = None) -> Run:
         slow_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     amp = args.amp if args.amp is not None else training and section.get("amp", True)
     amp_dtype = ranks.amp_dtype(device) if amp else None
-    return Run(rank, world_size, device, amp_dtype, slow_group, shlex.join(["python", *sys.argv]))
+    run = Run(rank, world_size, device, amp_dtype, slow_group, shlex.join(["python", *sys.argv]))
+    if amp and amp_dtype is None:
+        run.print("mixed precision is off: this CPU is not faster in bfloat16, and computes in float32")
+    return run
 
 
 # ---------------------------------------------------------------- loaders and networks

@@ -21,6 +21,8 @@ from benchmarks.measure import forget_peak, resident
 from ldm.lowmem import slabwise
 from ldm.lowmem.slabwise import Budget, decode_within, weights_bytes
 from ldm.models.definitions import NETWORKS, instantiate
+from ldm.models.layers import on_device
+from ldm.system.ranks import Run
 
 DEFINITION = {
     "_target_": "monai.networks.nets.AutoencoderKL",
@@ -38,10 +40,9 @@ DEFINITION = {
 
 
 def build(device: torch.device) -> torch.nn.Module:
-    """The autoencoder, channels last on a CPU as `on_device` has it."""
+    """The autoencoder, as inference.py has it on this machine."""
     torch.manual_seed(0)
-    last = torch.channels_last_3d if device.type == "cpu" else torch.preserve_format
-    return instantiate(DEFINITION, NETWORKS, "here").eval().to(device, memory_format=last)
+    return on_device(instantiate(DEFINITION, NETWORKS, "here").eval(), Run(0, 1, device), True)
 
 
 def latents_of(size: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ def optimise(optimizers: Sequence[Optimizer], section: dict, clock: Clock, epoch
 def define_network(config: dict, key: str, run: Run) -> nn.Module:
     """A network as inference.py has it, which draws in float32."""
     network = configs.define_network(config, key)
-    return network.to(run.device) if key == "diffusion_def" else on_device(network, run.device)
+    return on_device(network, Run(0, 1, run.device), key == "autoencoder_def")
 
 
 class Autoencoder:

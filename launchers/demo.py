@@ -11,8 +11,11 @@ one before to old-1, old-2, ... in the same folder and starts over; the simulate
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,6 +29,9 @@ from environment import ROOT
 CONFIG = "config/config_demo.json"
 ENOUGH_STEPS = 300  # of stage 2, for samples with the shape of brains
 DATA, MODELS, TENSORBOARD, SAMPLES, EVALUATION = "data", "models", "tensorboard", "samples", "evaluation"
+LOG = "log.txt"  # in MODELS
+# What train_diffusion.py prints after its first steps.
+EXPECTED = r"diffusion: about (\d+) steps in ([\d.]+) minutes"
 ENVIRONMENT = "environment.json"  # its presence marks a folder as the output of a demo
 
 
@@ -57,7 +63,7 @@ def main(argv=None):
     for override in args.overrides:
         common += ["--set", override]
     step(python, "train_autoencoder.py", *common)
-    step(python, "train_diffusion.py", *common)
+    step(python, "train_diffusion.py", *common, log=out / MODELS / LOG)
     step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")
     step(python, "evaluate.py", *common, "--out", shown(out / EVALUATION))
 
@@ -73,13 +79,12 @@ def main(argv=None):
             if path.name.endswith((".nii.gz", ".png", ".gif", ".html")):
                 print(f"  written           {shown(path)}")
     log = out / MODELS / "train_log.jsonl"
-    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.is_file() else [])
-    steps = max((entry["step"] for entry in entries if entry["stage"] == "diffusion"), default=0)
-    if steps < ENOUGH_STEPS:
-        print(
-            f"note: stage 2 took only {steps} steps; below about {ENOUGH_STEPS}, samples are shapeless.\n"
-            "      Run the demo again on an idle machine, or set diffusion_train.max_minutes=20."
-        )
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    entries = [entry for entry in map(json.loads, lines) if entry["stage"] == "diffusion"]
+    steps = max((entry["step"] for entry in entries), default=0)
+    minutes = max((entry.get("seconds", 0) for entry in entries), default=0) / 60
+    if 0 < steps < ENOUGH_STEPS:
+        print(f"note: stage 2 took only {steps} steps. {advice(steps, minutes)}")
 
 
 def parse(argv):
@@ -147,13 +152,49 @@ def set_aside(out):
     print(f"the results of the demo before are now in {shown(aside)}", flush=True)
 
 
-def step(python, script, *arguments):
-    """Run one of the project's scripts in the project's folder; where it fails, end with its exit code."""
+def step(python, script, *arguments, log=None):
+    """Run one of the project's scripts in the project's folder; where it fails, end with its exit code.
+
+    `log` is the file in which it says, after its first steps, how many it will take; then what to expect is
+    printed.
+    """
     print(f"\n== python {shlex.join([script, *arguments])}", flush=True)
-    code = subprocess.run([str(python), script, *arguments], cwd=ROOT).returncode
+    with subprocess.Popen([str(python), script, *arguments], cwd=ROOT) as process:
+        try:
+            while log is not None and process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                if log.is_file() and (said := expectation(log.read_text(encoding="utf-8", errors="replace"))):
+                    print(f"\n{said}", flush=True)
+                    log = None
+            code = process.wait()
+        except BaseException:  # as subprocess.run does
+            process.kill()
+            raise
     if code:
         print(f"the demo stopped: {script} ended with exit code {code}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
+
+
+def expectation(log):
+    """What to expect of stage 2 by its log; None where it does not say how many steps it will take."""
+    if not (found := re.findall(EXPECTED, log)):
+        return None
+    steps, minutes = max(int(found[-1][0]), 1), float(found[-1][1])
+    pace = f"stage 2 will take about {steps} steps in {minutes:g} minutes"
+    if steps >= ENOUGH_STEPS:
+        return f"note: {pace}. Expect brains; their shape shows from about {ENOUGH_STEPS}."
+    return f"note: {pace}. {advice(steps, minutes)} (Ctrl-C ends this one.)"
+
+
+def advice(steps, minutes):
+    """How long stage 2 needs on a machine that takes these steps in these minutes."""
+    needed = math.ceil(minutes * ENOUGH_STEPS / steps)
+    return (
+        f"Below about {ENOUGH_STEPS}, samples are shapeless.\n"
+        f"      This machine needs about {needed} minutes: run the demo again with\n"
+        f"      --set diffusion_train.max_minutes={needed}"
+    )
 
 
 def shown(path):

@@ -127,14 +127,13 @@ def load_networks(
         resolve_timestep_sampling(noise, "uniform")
         process = NoiseProcess.from_config(noise, shape[1:])
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
-        # In float32 a CPU's convolutions of a UNet gain nothing from channels last, in bfloat16 they do.
-        unet = (on_device(unet, run.device) if run.amp_dtype else unet.to(run.device)).eval()
+        unet = on_device(unet, run).eval()
         budget = None
         if max_memory:
             from ldm.lowmem.slabwise import Budget, weights_bytes
 
             budget = Budget(max_memory * memory.GB, beside=weights_bytes(unet))
-        autoencoder = Autoencoder(on_device(autoencoder, run.device).eval(), budget)
+        autoencoder = Autoencoder(on_device(autoencoder, run, True).eval(), budget)
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
     return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions)

@@ -123,7 +123,7 @@ def test_more_steps_than_the_schedule_has(discrete):
 
 
 def test_mixed_precision_stays_close(done, model, monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     model.run(inference, "--steps", "4", "--amp")
     assert not np.array_equal(volume(model, 0), volume(done, 0))
     assert_alike(volume(model, 0), volume(done, 0), share=0.1)

@@ -56,6 +56,8 @@ if args[0] == "simulate_brains.py":
     (data / "dataset.json").write_text("{}")
 if "-e" in args:
     places = json.loads(Path(args[args.index("-e") + 1]).read_text())
+    if args[0] == "train_diffusion.py" and "STUB_SAID" in os.environ:
+        (Path(places["model_dir"]) / "log.txt").write_text(os.environ["STUB_SAID"])
     made = {"train_autoencoder.py": "model_dir", "inference.py": "output_dir"}.get(args[0])
     if made:
         Path(places[made]).mkdir(parents=True, exist_ok=True)
@@ -282,6 +284,17 @@ def test_demo_stops_at_the_step_that_fails(project):
     assert done.returncode == 3
     assert scripts_of(calls) == ["simulate_brains.py", "train_autoencoder.py", "train_diffusion.py"]
     assert done.stderr == "the demo stopped: train_diffusion.py ended with exit code 3\n"
+
+
+@needs_bash
+@pytest.mark.parametrize(("steps", "said"), [(150, "about 12 minutes"), (301, "Expect brains")])
+def test_demo_says_what_to_expect_of_this_machine(project, steps, said):
+    """6 minutes for 150 steps: 12 for the 300 that make brains."""
+    done, _ = project.demo(STUB_SAID=f"diffusion: about {steps} steps in 6 minutes, 2.4 s each")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"note: stage 2 will take about {steps} steps in 6 minutes. ") == 1
+    assert said in done.stdout
+    assert ("--set diffusion_train.max_minutes=12" in done.stdout) == (steps < 300)
 
 
 # --- the tests' own launcher ----------------------------------------------------------------------

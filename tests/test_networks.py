@@ -27,11 +27,13 @@ from ldm.models.definitions import (
 from ldm.models.denoiser import example_cond
 from ldm.models.layers import GroupNorm, add_checkpointing, freeze_unreached, on_device
 from ldm.models.weights import load_weights, plain_names
+from ldm.system import instructions, ranks
 from ldm.system.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:generative")
 
 SMALL = {"spatial_dims": 3, "num_res_blocks": 1, "norm_num_groups": 4, "attention_levels": [False, True]}
+CPU = ranks.Run(0, 1, torch.device("cpu"))
 AUTOENCODER = SMALL | {"in_channels": 1, "out_channels": 1, "latent_channels": 2}
 AUTOENCODER |= {"with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True}
 UNET = SMALL | {"in_channels": 2, "out_channels": 2, "num_head_channels": [0, 4]}
@@ -465,12 +467,65 @@ def test_factors_by_definition_and_by_network():
     assert network_divisor(config) == (8, 8, 8) and latent_size(config, [16, 24, 32]) == [4, 6, 8]
 
 
+# AVX-512, its bfloat16 and AMX of a CPU; its vendor; ONEDNN_MAX_CPU_ISA; whether bfloat16 is fast, and
+# whether a frozen autoencoder in float32 has its channels last.
+MACHINES = [
+    ("000", "GenuineIntel", None, False, False),  # AVX2 alone
+    ("000", "", None, False, False),  # ARM
+    ("100", "GenuineIntel", None, False, True),
+    ("110", "GenuineIntel", None, False, True),
+    ("110", "AuthenticAMD", None, True, True),
+    ("110", "AuthenticAMD", "AVX512_CORE", False, True),
+    ("111", "GenuineIntel", None, True, True),
+    ("111", "GenuineIntel", "DEFAULT", True, True),
+    ("111", "GenuineIntel", "no_such_name", True, True),
+    ("111", "GenuineIntel", "AVX512_CORE_AMX", True, True),
+    ("111", "GenuineIntel", "AVX10_1_512_AMX", True, True),
+    ("111", "GenuineIntel", "AVX512_CORE_BF16", False, True),
+    ("111", "GenuineIntel", "avx2", False, False),
+]
+
+
+@pytest.mark.parametrize(("has", "vendor", "cap", "bfloat16", "last"), MACHINES)
+def test_precision_and_layout_by_instructions(monkeypatch, tmp_path, has, vendor, cap, bfloat16, last):
+    for name, there in zip(("avx512", "avx512_bf16", "amx_tile"), has, strict=True):
+        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda there=there: there == "1")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\n")
+    monkeypatch.setattr(instructions, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if cap is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    cpu, half = torch.device("cpu"), torch.bfloat16 if bfloat16 else None
+    assert ranks.amp_dtype(cpu) == half
+    assert instructions.wants_channels_last(cpu, None, frozen_autoencoder=True) == last
+    assert instructions.wants_channels_last(cpu, half) == bfloat16
+    assert not instructions.wants_channels_last(torch.device("cuda"), torch.bfloat16, True)
+
+
+def test_the_layout_changes_results_by_rounding_alone(monkeypatch):
+    """In float64 both layouts of an autoencoder and its gradients agree to 1e-12."""
+    results, image = [], numbers(1, 1, 8, 8, 8).double()
+    for last in (False, True):
+        monkeypatch.setattr("ldm.models.layers.wants_channels_last", lambda *_, last=last: last)
+        torch.manual_seed(0)
+        network = on_device(build("monai", "AutoencoderKL", AUTOENCODER | {"spatial_dims": 3}).double(), CPU)
+        weight = network.encoder.blocks[1].conv1.conv.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d) == last
+        output = network.decode(network.encode(image)[0])
+        gradient = torch.autograd.grad(output.square().sum(), weight)[0]
+        results.append((output.detach(), gradient))
+    for own, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, own, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("package", ["monai", "generative"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_one_interface_of_autoencoders(package, dims):
     """2D and 3D, of either package: shapes, float32, and the factor of the network that was built."""
     definition = AUTOENCODER | {"spatial_dims": dims}
-    network = on_device(build(package, "AutoencoderKL", definition).bfloat16(), torch.device("cpu"))
+    network = on_device(build(package, "AutoencoderKL", definition).bfloat16(), CPU)
     autoencoder = Autoencoder(network)
     assert (autoencoder.latent_channels, autoencoder.spatial_dims) == (2, dims)
     assert autoencoder.factor == downsampling_factor({**definition, "channels": [8, 8]}) == (2,) * dims

@@ -536,7 +536,7 @@ def test_longest_side_in_the_pipeline(fresh):
 
 def test_mixed_precision_on_and_off(done, tmp_path, monkeypatch):
     """bf16 on a CPU that computes in it; the losses agree as far as 8 bits of mantissa do."""
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     losses = {}
     for flag, kind in (("--amp", "torch.bfloat16"), ("--no-amp", "torch.float32")):
         project = copy_of(done, tmp_path / flag)
@@ -643,6 +643,16 @@ def test_several_gpus_without_torchrun_gives_the_line_to_use(fresh, monkeypatch)
     message = fresh.refused(train_autoencoder, "-g", "2", "--set", "seed=3")
     assert message.splitlines()[1].split() == ["torchrun", "--standalone", "--nproc_per_node=2", *argv]
     assert not fresh.model_dir.exists() or not any(fresh.model_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fast", "amp", "said"), [(False, True, True), (False, False, False), (True, True, False)]
+)
+def test_a_cpu_that_computes_in_float32_instead_says_so(monkeypatch, capsys, fast, amp, said):
+    monkeypatch.setattr("ldm.system.ranks.is_fast_in_bfloat16", lambda: fast)
+    run = utils.start(argparse.Namespace(gpus=None, device="cpu", amp=None), {"amp": amp})
+    assert run.precision == ("bfloat16" if fast and amp else "float32")
+    assert ("mixed precision is off: this CPU is not faster in bfloat16" in capsys.readouterr().out) == said
 
 
 @pytest.fixture

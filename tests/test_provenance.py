@@ -183,10 +183,9 @@ def test_a_record_suffices_to_make_the_same_bytes(drawn, tmp_path, monkeypatch):
 )
 def test_what_the_command_line_said_is_in_the_record(model, monkeypatch, options):
     with monkeypatch.context() as patched:
-        patched.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+        patched.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
         model.run(inference, "--steps", "2", "--num", "2", *options)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("ldm.system.ranks.is_fast_in_bfloat16", lambda: False)
     assert "byte-identical to the recorded volume" in reproduce(model.output_dir / "sample_000001.json")
 
 

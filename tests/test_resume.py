@@ -201,7 +201,7 @@ def test_frozen_parameters_are_told_of(whole, tmp_path):
 
 
 def test_moments_are_laid_out_in_memory_as_the_parameters_are():
-    """A CPU keeps the channels last, a GPU does not; the fused kernels would mix up the voxels."""
+    """Not every machine keeps the channels last; the fused kernels would mix up the voxels."""
     layouts, ends = (torch.channels_last_3d, torch.contiguous_format), []
     start = torch.randn(4, 3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     for first in layouts:

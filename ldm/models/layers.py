@@ -5,6 +5,9 @@ from monai.networks.blocks import CrossAttentionBlock, SABlock
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from ldm.system.instructions import wants_channels_last
+from ldm.system.ranks import Run
+
 
 class _Gradients(nn.Module):
     """Forward and gradient in one call, so that checkpointed activations see the same parameters."""
@@ -98,10 +101,9 @@ def norm_in_half(network: nn.Module) -> nn.Module:
     return network
 
 
-def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move to the device. On a CPU also to channels last, in which its convolutions are fastest (docs/
-    PERFORMANCE.md)."""
-    if device.type != "cpu":
-        return network.to(device)
+def on_device(network: nn.Module, run: Run, frozen_autoencoder: bool = False) -> nn.Module:
+    """Move to the run's device and to the layout of `wants_channels_last`. Weights are the same in either."""
+    if not wants_channels_last(run.device, run.amp_dtype, frozen_autoencoder):
+        return network.to(run.device)
     is_3d = any(parameter.ndim == 5 for parameter in network.parameters())
-    return network.to(device, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
+    return network.to(run.device, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)

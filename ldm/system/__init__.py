@@ -3,6 +3,7 @@
 files         files written whole or not at all; strict JSON
 schemas       JSON Schema, and its errors in words
 checkpoints   checkpoints of this project, and weights from elsewhere
+instructions  precision and memory layout that a CPU is fast in
 ranks         the processes of a run, devices, precision
 messages      printing, progress bars, the logger
 errors        how a script ends on an error

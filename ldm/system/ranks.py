@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ldm import UserError, counted
+from ldm.system.instructions import is_fast_in_bfloat16
 from ldm.system.messages import print_and_log
 
 
@@ -152,9 +153,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 where the hardware computes in it, fp16 on other GPUs, None on a CPU without bf16 (it would be
-    slower)."""
+    """bf16 where the hardware is fast in it, fp16 on other GPUs, None on other CPUs: float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else None
+    return torch.bfloat16 if is_fast_in_bfloat16() else None

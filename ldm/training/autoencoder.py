@@ -196,7 +196,7 @@ def best_loss(
         return best["best"]
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, best["model"], str(files.best))
-    scores, _ = validate(Autoencoder(on_device(network, run.device)), criterion, dataset, run)
+    scores, _ = validate(Autoencoder(on_device(network, run, True)), criterion, dataset, run)
     run.print(
         f"{files.best} was chosen by another measure. Its held-out loss by this config is "
         f"{scores['loss']:.4g}, which the next best has to beat."

@@ -112,7 +112,7 @@ def load_autoencoder(
         from ldm.lowmem.slabwise import Budget
 
         budget = Budget(max_memory * GB)
-    return Autoencoder(on_device(network, run.device).eval().requires_grad_(False), budget)
+    return Autoencoder(on_device(network, run, True).eval().requires_grad_(False), budget)
 
 
 def encode_data(

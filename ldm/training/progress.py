@@ -1,6 +1,7 @@
 """Where a training is: epoch, batch, step and time; its log, its checkpoints, and how it resumes."""
 
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ldm.training.step import Optimizer, learning_rate
 
 STATUS = Path("/proc/self/status")  # of Linux
 HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting, a hint is printed
+EXPECT_STEPS = 20  # after which a training with `max_minutes` prints how many steps it will take
 LOG_INTERVAL = 10  # steps between the numbers in TensorBoard
 
 
@@ -56,6 +58,10 @@ class Clock:
         """Share of the training that is done when the main process has trained for `seconds`."""
         done = self.step / self.total_steps
         return min(max(done, seconds / self.limit) if self.limit else done, 1.0)
+
+    def steps_at(self, each: float) -> int:
+        """Steps when `max_minutes` will have passed, if each of the rest takes so many seconds."""
+        return self.step + round(max(self.limit - self.seconds, 0) / each)
 
     @property
     def expected_steps(self) -> int:
@@ -146,6 +152,7 @@ class Progress:
         self.began = self.waited = 0.0
         # Sums over steps: since the last log; of the first steps, then None.
         self.pace, self.first_pace, self.first_epoch = Counter(), Counter(), self.epoch
+        self.first_seconds = []  # of each of the first steps, without waiting for data
         self.copies = None  # numbers on their way from the device to the log, and their step
         self.interruption = Interruption()
 
@@ -256,6 +263,7 @@ class Progress:
         self.loss_probe, self.cases = 0.0, []
         self.end_batch()
         self.clock.step += 1
+        self._tell_expected_steps(seconds - self.waited)
         if self.log and self.clock.step % LOG_INTERVAL == 0:
             self._log_copies()
             numbers = {f"loss/{name}": value.detach() for name, value in terms.items()}
@@ -270,6 +278,20 @@ class Progress:
             self.copies = {**numbers, **copied}, self.clock.step
             self.bar.total = self.clock.expected_steps
             self.bar.update(self.clock.step - self.bar.n)
+
+    def _tell_expected_steps(self, seconds: float) -> None:
+        """After the first steps, print how many `max_minutes` allows. Their median leaves out what only the
+        first ones wait for. Validation is not counted."""
+        if self.clock.limit is None or len(self.first_seconds) == EXPECT_STEPS:
+            return
+        self.first_seconds.append(seconds)
+        if len(self.first_seconds) == EXPECT_STEPS:
+            each = statistics.median(self.first_seconds)
+            steps = min(self.clock.steps_at(each), self.clock.total_steps)
+            # launchers/demo.py reads this line.
+            self.run.print(
+                f"{self.stage}: about {steps} steps in {self.clock.limit / 60:g} minutes, {each:.2g} s each"
+            )
 
     def _hint_at_slow_data(self, pace: dict) -> None:
         """After the first steps, print a hint where much of their time went into waiting for data."""

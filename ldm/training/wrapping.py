@@ -14,7 +14,7 @@ def prepare_network(network: nn.Module, section: dict, run: Run) -> nn.Module:
         add_checkpointing(network)
     if run.world_size > 1 and run.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return on_device(network, run.device)
+    return on_device(network, run)
 
 
 def wrap_network(network: nn.Module, section: dict, run: Run, compiled: bool) -> nn.Module:
