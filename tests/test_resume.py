@@ -23,6 +23,8 @@ from ldm.training.step import Optimizer
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
+SECTION = {"optimizer": "adam", "lr": 1e-2, "adam_betas": [0.9, 0.99]}
+SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}
 STAGES = [(train_autoencoder, AUTOENCODER), (train_diffusion, UNET)]
 SECTION = {"optimizer": "adam", "lr": 1e-2, "scale_lr": False, "adam_betas": [0.9, 0.99]}
 SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}

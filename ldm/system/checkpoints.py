@@ -129,7 +129,10 @@ CHECKPOINT = Validator(
         "type": "object",
         "properties": ENTRIES,
         "required": ["format", "model", "config"],
-        "dependentRequired": {"scale_factor": ["autoencoder", "latent_shape", "geometry"]},
+        "dependentRequired": {
+            "scale_factor": ["autoencoder", "latent_shape", "geometry"],
+            "best": ["epoch"],
+        },
     }
 )
 

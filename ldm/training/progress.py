@@ -130,7 +130,7 @@ class Progress:
         if resumed:
             where = f"epoch {self.epoch} after {self.batch} of its {len(loader)} batches"
             run.print(f"resumed in {where}, step {step}")
-        self.best = run.from_main(files.best_score)
+        self.best, self.best_epoch = run.from_main(files.best_score) or (None, 0)
         self.clock = Clock(self.section, len(loader) // self.section["accumulate_steps"], step, seconds)
         allowed = self.section["max_nonfinite_steps"]
         self.guard = Guard(run.world_size, run.gather, allowed, seconds, skipped, run.print)
@@ -389,11 +389,22 @@ class Progress:
             LOGGER.info(f"{self.stage}, epoch {self.epoch}, step {self.clock.step}: held-out {printed}")
             self.log.draw_at_intervals()
         if self.is_best(score):
-            self.best = score
+            self.best, self.best_epoch = score, self.epoch
             content = {**self.facts, **self._where(), "best": score, "validation": scores}
             self.run.from_main(
                 lambda: save_checkpoint(self.files.best, {**content, "model": network.state_dict()})
             )
+        elif not self.done and self._has_stopped_falling():
+            self.done = True
+            self.run.print(
+                f"{self.stage}: the held-out loss has not fallen below {self.best:.4f}, that of epoch "
+                f"{self.best_epoch}, in {self.section['patience']} validations: training stops"
+            )
+
+    def _has_stopped_falling(self) -> bool:
+        """Whether the last `patience` validations were no better than the one before them."""
+        patience, since = self.section["patience"], self.epoch - self.best_epoch
+        return patience is not None and since >= patience * self.section["val_interval"]
 
     def close(self) -> None:
         """Close bar and log."""

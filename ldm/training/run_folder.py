@@ -74,8 +74,8 @@ class StageFiles:
         save_checkpoint(self.last, content, self.prev if self.last_is_good else None)
         self.last_is_good = True
 
-    def best_score(self) -> float | None:
-        """The score of the best file, or None where there is none.
+    def best_score(self) -> tuple[float, int] | None:
+        """The score of the best file and its epoch, or None where there is none.
 
         Raises:
             UserError: it cannot be read. It is not replaced, since its score may be better.
@@ -89,7 +89,7 @@ class StageFiles:
             raise UserError(f"{error}\n{remedy}") from None
         if "best" not in content:
             raise UserError(f"{self.best}: has no score, so it is not a result of this training. {remedy}")
-        return content["best"]
+        return content["best"], content["epoch"]
 
 
 def load_training_checkpoint(path: Path, name: str) -> dict:
