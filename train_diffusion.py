@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import configs, figures
+from ldm import UserError, configs, figures
 from ldm.data.prepare import prepare_data, volumes_to_encode
 from ldm.data.splits import subjects_of
 from ldm.diffusion.conditioning import Conditions, check_sources
@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config)
     section, seed, noise_section = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
     section["timestep_sampling"] = resolve_timestep_sampling(noise_section, section["timestep_sampling"])
+    if section["autoguidance"] != 1 and section["snapshot"] is None:
+        raise UserError(
+            "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot, such as to 0.3, or "
+            "autoguidance to 1."
+        )
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
@@ -164,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 optimizer.step(progress.learning_rate(), skip)
                 if ema_model:
                     ema_model.update(unet, skip)
+                learner.keep_snapshot(section, progress.fraction_done)
 
                 # Log, save
                 progress.end_step({"loss": loss}, {"diffusion": optimizer})
@@ -179,9 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 shape, steps = latents.shape, section["sample_steps"]
-                samples = draw_samples(
-                    learner.eval_network, decoder, scale_factor, process, shape, steps, run, conditions
-                )
+                sampled = learner.sampling_network(config, run)
+                samples = draw_samples(sampled, decoder, scale_factor, process, shape, steps, run, conditions)
                 save_pictures(samples, config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
                     picture = figures.three_planes(volume[0], config["spacing"])
@@ -190,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 scores = validate(
                     learner.eval_network, latents.val, scale_factor, process, section, seed, run, conditions
                 )
-                progress.keep_best(scores, learner.eval_network)
+                progress.keep_best(scores, learner.eval_network, guide=learner.guide)
                 progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
     # Step 5: what was reached

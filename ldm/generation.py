@@ -13,7 +13,7 @@ import torch
 
 from ldm import UserError, configs
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
@@ -35,6 +35,7 @@ OPTIONS = {  # that replace a key of the config here
     "diffusion_train.sample_steps": "--steps",
 }
 USED = (*configs.FIXED["diffusion"], "image_channels", "latent_channels", "diffusion_train.patch_size")
+USED += ("diffusion_train.autoguidance",)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def load_networks(
     load_weights(autoencoder, first["model"], str(autoencoder_path))
     unet = configs.define_network(config, "diffusion_def")
     load_weights(unet, second["model"], str(unet_path))
+    if config["diffusion_train"]["autoguidance"] != 1:
+        unet = with_guide(unet, second.get("guide"), config, unet_path)
     if second.get("autoencoder", hashed := weights_hash(autoencoder.state_dict())) != hashed:
         raise UserError(
             f"{unet_path}: was trained on the latents of another autoencoder than {autoencoder_path}.\n"

@@ -1,4 +1,4 @@
-"""What a diffusion model is conditioned on, and classifier-free guidance.
+"""What a diffusion model is conditioned on, classifier-free guidance and autoguidance.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
 nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`,
@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ldm import UserError, brief, few
+from ldm import UserError, brief, configs, few
 from ldm.data.cases import Case
-from ldm.models.denoiser import example_cond, predict
+from ldm.models.denoiser import Autoguided, example_cond, predict
+from ldm.models.weights import load_weights
 
 MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
 
@@ -244,3 +246,24 @@ def guided(unet: Callable, cond: dict, unknown: dict, guidance: float = 1.0) -> 
         return unconditional + guidance * (conditional - unconditional)
 
     return model
+
+
+def with_guide(unet: nn.Module, state: dict | None, config: dict, where: str | Path) -> Autoguided:
+    """The network under autoguidance of the config's strength.
+
+    Args:
+        state: weights of the guide, the entry `guide` of a checkpoint.
+        where: the checkpoint, for messages.
+
+    Raises:
+        UserError: there is no guide.
+    """
+    weight = config["diffusion_train"]["autoguidance"]
+    if state is None:
+        raise UserError(
+            f"{where}: holds no early snapshot, as diffusion_train.autoguidance {weight:g} needs. Train with "
+            "diffusion_train.snapshot, or set autoguidance to 1."
+        )
+    guide = configs.define_network(config, "diffusion_def")
+    load_weights(guide, state, f"{where}: guide")
+    return Autoguided(unet, guide, weight)

@@ -19,10 +19,10 @@ from ldm.diffusion import samplers
 from ldm.diffusion.conditioning import Conditions, guided
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
-from ldm.export.formats import weights_of
+from ldm.export.formats import weights_and_guide, weights_of
 from ldm.export.model_card import version_of
 from ldm.generation import Networks, nifti_bytes
-from ldm.models.denoiser import predict
+from ldm.models.denoiser import Autoguided, predict
 from ldm.system.files import write_json, written_whole
 
 SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
@@ -112,7 +112,7 @@ def sampling_script() -> str:
     process, conditions = map(_for_sampling, FOR_TRAINING)
     solvers = inspect.getsource(samplers)
     solvers = solvers[solvers.index("Model = Callable") :].strip()  # after the imports
-    functions = [predict, guided, from_unit_range, nifti_bytes, loaded, draw]
+    functions = [predict, guided, Autoguided, from_unit_range, nifti_bytes, loaded, draw]
     sources = [inspect.getsource(one).strip() for one in functions]
     return "\n\n\n".join([SCRIPT_START.strip(), process, conditions, solvers, *sources]) + "\n"
 
@@ -134,12 +134,15 @@ def write_bundle(
         about: as of `ldm.export.model_card.model_card`.
         figures: of an evaluation.
     """
+    unet, guide = weights_and_guide(networks)
     contents = {
-        "model.pt": weights_of(networks.unet),
+        "model.pt": unet,
         "autoencoder.pt": weights_of(networks.autoencoder.network),
     }
     if not networks.process.is_flow:
         contents["alphas_cumprod.pt"] = networks.process.alphas_cumprod
+    if guide is not None:
+        contents["guide.pt"] = guide
     if networks.conditions.mean_latent is not None:
         contents["mean_latent.pt"] = networks.conditions.mean_latent
     for name, content in contents.items():
@@ -169,6 +172,18 @@ def inference_config(networks: Networks, config: dict) -> dict:
         component = {"_target_": "scripts.sampling.loaded", "network": definition, "path": model(name)}
         return component | {"device": "@device"}
 
+    unet = {"network": network("@network_def", "model.pt")}
+    if isinstance(networks.unet, Autoguided):
+        unet = {
+            "autoguidance": networks.unet.weight,
+            "guide_def": _fused(config["diffusion_def"]),
+            "network": {
+                "_target_": "scripts.sampling.Autoguided",
+                "unet": unet["network"],
+                "guide": network("@guide_def", "guide.pt"),
+                "weight": "@autoguidance",
+            },
+        }
     arguments = list(inspect.signature(draw).parameters)[1:]  # all but the seed
 
     def tensor(name: str) -> dict:
@@ -191,7 +206,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "limits": networks.geometry["limits"],
         "network_def": _fused(config["diffusion_def"]),
         "autoencoder_def": _fused(config["autoencoder_def"]),
-        "network": network("@network_def", "model.pt"),
+        **unet,
         "autoencoder": network("@autoencoder_def", "autoencoder.pt"),
         "process": {
             "_target_": "scripts.sampling.NoiseProcess",

@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.generation import Networks
 from ldm.models.definitions import latent_size, network_divisor
-from ldm.models.denoiser import predict
+from ldm.models.denoiser import Autoguided, predict
 from ldm.system.checkpoints import save_safetensors, weights_hash
 from ldm.system.files import sha256_of, write_json, written_whole
 
@@ -27,7 +27,7 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
     Args:
         origin: the `history` of each checkpoint.
     """
-    autoencoder, unet = weights_of(networks.autoencoder.network), weights_of(networks.unet)
+    autoencoder, (unet, guide) = weights_of(networks.autoencoder.network), weights_and_guide(networks)
     needed = {
         "scale_factor": networks.scale_factor,
         "autoencoder": weights_hash(autoencoder),
@@ -35,6 +35,7 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
         "geometry": networks.geometry,
         "shift": networks.process.shift,
         **networks.conditions.state(),
+        "guide": guide,
     }
     for name, weights, more in (("autoencoder", autoencoder, {}), ("diffusion_unet", unet, needed)):
         trained = origin[name]
@@ -46,6 +47,13 @@ def write_safetensors(folder: Path, networks: Networks, config: dict, origin: di
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     """Its state dict, on the CPU."""
     return {name: one.detach().cpu().contiguous() for name, one in network.state_dict().items()}
+
+
+def weights_and_guide(networks: Networks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """State dicts of the diffusion network and of its guide; None without autoguidance."""
+    if isinstance(networks.unet, Autoguided):
+        return weights_of(networks.unet.unet), weights_of(networks.unet.guide)
+    return weights_of(networks.unet), None
 
 
 # ---------------------------------------------------------------- TorchScript

@@ -9,6 +9,7 @@ the exception: (B, k, d, h, w), appended to the noisy latents.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 REGION_INPUTS = {
     "include_top_region_index_input": "top_region_index_tensor",
@@ -22,6 +23,23 @@ def predict(unet: Callable, zt: torch.Tensor, timesteps: torch.Tensor, cond: dic
     if "channels" in inputs:
         zt = torch.cat([zt, inputs.pop("channels").to(zt.dtype)], 1)
     return unet(zt, timesteps=timesteps, **inputs)
+
+
+class Autoguided(nn.Module):
+    """A diffusion network guided by a worse version of itself: g + weight * (d - g), d being the prediction
+    of the network and g that of its early snapshot, under the same conditions (Karras et al., 2024, eq. 2).
+
+    Where the two differ, the snapshot errs as the network does, only more: samples move away from that.
+    """
+
+    def __init__(self, unet: nn.Module, guide: nn.Module, weight: float):
+        super().__init__()
+        self.unet, self.guide, self.weight = unet, guide, weight
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
+        """As the network's: (B, c, d, h, w), float32."""
+        guide = self.guide(x, timesteps=timesteps, **cond).float()
+        return guide + self.weight * (self.unet(x, timesteps=timesteps, **cond).float() - guide)
 
 
 def added_channels(definition: dict) -> int:

@@ -18,6 +18,7 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
 MEAN_LATENT = "mean_latent"  # an entry beside the weights that is a tensor
+GUIDE = "guide."  # before the names of a guide's weights in safetensors
 
 
 # ---------------------------------------------------------------- entries
@@ -105,6 +106,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "ema": STATE_DICT_OR_NONE,
     "discriminator": STATE_DICT_OR_NONE,
     "discriminator_stepper": _stepper({}, type=["object", "null"]),
+    "guide": STATE_DICT_OR_NONE,  # an early snapshot of a diffusion model, for autoguidance
     # validation
     "best": {"type": "number"},
     "validation": {"type": "object", "properties": {"power": {"type": "number"}}},
@@ -155,14 +157,16 @@ def save_checkpoint(path: Path, content: dict, keep: Path | None = None) -> None
 
 
 def save_safetensors(path: Path, content: dict) -> None:
-    """Write what sampling needs as a safetensors file: the weights under their plain names, and the mean
-    latent, where there is one; in the metadata every other entry as JSON, and a SHA-256 over all.
+    """Write what sampling needs as a safetensors file: the weights under their plain names, those of a guide
+    after `guide.`, and the mean latent; in the metadata every other entry as JSON, and a SHA-256 over all.
 
     Raises:
         OSError: as `written_whole`.
     """
     entries = {"format": FORMAT, **content}
     state = {name: tensor.contiguous() for name, tensor in entries.pop("model").items()}
+    for name, tensor in (entries.pop("guide", None) or {}).items():
+        state[GUIDE + name] = tensor.contiguous()
     if MEAN_LATENT in entries:
         state[MEAN_LATENT] = entries.pop(MEAN_LATENT).contiguous()
     metadata = {key: json.dumps(value) for key, value in entries.items()}
@@ -184,8 +188,13 @@ def _read_safetensors(path: Path) -> dict:
         return {"model": state}
     if digest != _digest(metadata, state):
         raise UserError(f"{path}: damaged (its SHA-256 does not match). Use another checkpoint.")
-    mean = {MEAN_LATENT: state.pop(MEAN_LATENT)} if MEAN_LATENT in state else {}
-    return {**{key: json.loads(value) for key, value in metadata.items()}, **mean, "model": state}
+    entries = {key: json.loads(value) for key, value in metadata.items()}
+    if MEAN_LATENT in state:
+        entries[MEAN_LATENT] = state.pop(MEAN_LATENT)
+    guide = {name: state.pop(name) for name in list(state) if name.startswith(GUIDE)}
+    if guide:
+        entries["guide"] = {name.removeprefix(GUIDE): tensor for name, tensor in guide.items()}
+    return {**entries, "model": state}
 
 
 def _digest(metadata: dict[str, str], state: dict[str, torch.Tensor]) -> str:

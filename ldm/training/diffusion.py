@@ -9,14 +9,14 @@ from torch import nn
 
 from ldm import configs, figures
 from ldm.data.augmentation import augmentation
-from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.conditioning import Conditions, with_guide
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size, small_input
 from ldm.models.denoiser import example_cond, predict
-from ldm.models.layers import freeze_unreached
+from ldm.models.layers import freeze_unreached, on_device
 from ldm.models.weights import load_weights
 from ldm.system.ranks import Run
 from ldm.training.memory import Meter, take_steps
@@ -29,18 +29,33 @@ SAMPLE_SEEDS, MOST_SAMPLES = (0, 1, 2, 3), 8
 @dataclass
 class DiffusionLearner:
     """The diffusion network in training. `model` is the network as training calls it: compiled, in DDP.
-    `ema_model` is None where nothing is averaged."""
+    `ema_model` is None where nothing is averaged, `guide` until the snapshot is kept."""
 
     unet: nn.Module
     model: nn.Module
     optimizer: Optimizer
     ema_model: EMA | None
     frozen: list[str] = field(default_factory=list)
+    guide: dict[str, torch.Tensor] | None = None
+
+    def keep_snapshot(self, section: dict, fraction_done: float) -> None:
+        """Keep the weights as the guide of autoguidance, on the CPU, once this fraction of the training is
+        `snapshot`."""
+        if self.guide is None and section["snapshot"] is not None and fraction_done >= section["snapshot"]:
+            self.guide = {key: value.cpu().clone() for key, value in self.eval_network.state_dict().items()}
 
     @property
     def eval_network(self) -> nn.Module:
         """The network to validate and to keep: with averaged weights, where there are any."""
         return self.ema_model.module if self.ema_model else self.unet
+
+    def sampling_network(self, config: dict, run: Run) -> nn.Module:
+        """The network to sample with: that to keep, under autoguidance once there is a guide."""
+        if self.guide is None or config["diffusion_train"]["autoguidance"] == 1:
+            return self.eval_network
+        guided = with_guide(self.eval_network, self.guide, config, "this training")
+        guided.guide = on_device(guided.guide, run).requires_grad_(False)
+        return guided
 
     def state_dict(self) -> dict:
         """The entries of a checkpoint."""
@@ -48,6 +63,7 @@ class DiffusionLearner:
             "model": self.unet.state_dict(),
             "stepper": self.optimizer.state_dict(),
             "ema": self.ema_model.state_dict() if self.ema_model else None,
+            "guide": self.guide,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -57,6 +73,7 @@ class DiffusionLearner:
         self.optimizer.load_state_dict(state["stepper"], where)
         if self.ema_model and state["ema"]:
             load_weights(self.ema_model, state["ema"], f"{where}: ema")
+        self.guide = state.get("guide")
 
 
 def build_learner(config: dict, compiled: bool, run: Run) -> DiffusionLearner:

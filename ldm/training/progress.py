@@ -374,9 +374,9 @@ class Progress:
         """Whether no earlier validation had as low a held-out loss."""
         return self.best is None or loss < self.best
 
-    def keep_best(self, scores: dict[str, float], network: torch.nn.Module) -> None:
-        """Log the validation of this epoch, and save the network's weights if `scores["loss"]` is the lowest
-        so far. A loss that is not finite raises FloatingPointError."""
+    def keep_best(self, scores: dict[str, float], network: torch.nn.Module, **more) -> None:
+        """Log the validation of this epoch, and save the network's weights, and `more`, if `scores["loss"]`
+        is the lowest so far. A loss that is not finite raises FloatingPointError."""
         score = scores["loss"]
         if not math.isfinite(score):
             raise FloatingPointError(
@@ -390,7 +390,7 @@ class Progress:
             self.log.draw_at_intervals()
         if self.is_best(score):
             self.best, self.best_epoch = score, self.epoch
-            content = {**self.facts, **self._where(), "best": score, "validation": scores}
+            content = {**self.facts, **self._where(), "best": score, "validation": scores, **more}
             self.run.from_main(
                 lambda: save_checkpoint(self.files.best, {**content, "model": network.state_dict()})
             )
