@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_is_orthogonalised(shape):
     matrix = random(*shape) * 1e-4
-    found = orthogonalised(matrix)
+    (found,) = orthogonalised(matrix[None])
     torch.testing.assert_close(found, iterated(matrix).float(), atol=1e-4, rtol=0)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     large = values > 0.02 * values.norm()
@@ -51,8 +51,10 @@ def test_what_rounding_could_spoil_stays_small():
     """Rank one, eigenvalues of 0 by the dozen; equal rows; and nothing at all."""
     rank_one = random(64, 1) @ random(1, 300, seed=1)
     for matrix in (rank_one, torch.ones(16, 100), random(32, 32) * 1e-12):
-        torch.testing.assert_close(orthogonalised(matrix), iterated(matrix).float(), atol=2e-3, rtol=0)
-    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+        torch.testing.assert_close(
+            orthogonalised(matrix[None])[0], iterated(matrix).float(), atol=2e-3, rtol=0
+        )
+    assert torch.equal(orthogonalised(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
 def network() -> nn.Module:
