@@ -105,15 +105,19 @@ class Muon(torch.optim.Optimizer):
         (N, rows, columns), orthogonalised: None where they are another rank's."""
         for owner, batch in self.batches:
             weights = [weight for weight in batch if weight.grad is not None]
-            if not weights:
-                continue
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight][MOMENTUM_STATE] = torch.zeros_like(weight)
-            momenta = [self.state[weight][MOMENTUM_STATE] for weight in weights]
-            gradients = torch.stack([weight.grad for weight in weights])
-            gradients.masked_fill_(skip.bool(), 0.0)  # NaN times 0 would be NaN
-            momentum = torch.stack(momenta).lerp_(gradients, (1 - MOMENTUM) * (1 - skip))
-            torch._foreach_copy_(momenta, list(momentum.unbind()))
-            matrices = gradients.lerp_(momentum, MOMENTUM).flatten(2)
-            yield owner, weights, orthogonalised(matrices) if owner == self.rank else None
+            if weights:
+                matrices = self._directions(weights, skip)
+                yield owner, weights, orthogonalised(matrices) if owner == self.rank else None
+
+    def _directions(self, weights: list[nn.Parameter], skip: torch.Tensor) -> torch.Tensor:
+        """Update the momenta of weights of one shape; gradients and momenta by Nesterov, (N, rows,
+        columns)."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight][MOMENTUM_STATE] = torch.zeros_like(weight)
+        momenta = [self.state[weight][MOMENTUM_STATE] for weight in weights]
+        gradients = torch.stack([weight.grad for weight in weights])
+        gradients.masked_fill_(skip.bool(), 0.0)  # NaN times 0 would be NaN
+        momentum = torch.stack(momenta).lerp_(gradients, (1 - MOMENTUM) * (1 - skip))
+        torch._foreach_copy_(momenta, list(momentum.unbind()))
+        return gradients.lerp_(momentum, MOMENTUM).flatten(2)
