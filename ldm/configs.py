@@ -174,16 +174,16 @@ def check_fixed(
 
     Args:
         trained: the config in the checkpoint.
-        keys: some of `FIXED`.
+        keys: some of `FIXED`, or dotted ones.
         path: of the checkpoint, for the message.
         source: what holds the config, for the message.
 
     Raises:
         UserError: a value differs; the key is named.
     """
-    trained = completed(trained)
-    some, others = ({key: one[key] for key in keys if key in one} for one in (trained, config))
-    for key, (was, now) in differences(some, others).items():
+    for key, (was, now) in differences(completed(trained), config).items():
+        if not any(f"{key}.".startswith(f"{one}.") for one in keys):
+            continue
         if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 

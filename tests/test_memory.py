@@ -23,7 +23,7 @@ import utils
 from ldm import UserError, configs
 from ldm.system.ranks import Run
 from ldm.training import autoencoder, diffusion, memory
-from ldm.training.memory import Forecast, Meter, highest
+from ldm.training.memory import Forecast, Meter, highest, take_steps
 from ldm.training.step import Optimizer, make_ema
 
 SECTION = {
@@ -67,6 +67,22 @@ def test_parts_are_those_counted_by_hand():
     assert 4 * 1000**2 < peak.parts["activations"] < 4 * 1000**2 + 8 * 4 * 1000
     assert peak.total == sum(peak.parts.values())
     assert peak.tensors == peak.total - peak.parts["workspace"]
+
+
+def test_muon_holds_one_moment_of_a_matrix_and_works_on_a_batch_at_a_time():
+    """48 layers of 1000 x 1000 in 12 batches of four, whose iterates are there at a time."""
+    section = {**SECTION, "optimizer": "muon", "muon_lr": 0.02, "accumulate_steps": 2}
+    with Meter(False) as meter:
+        network = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(48)])
+        stepper = Optimizer(network, section, None)
+        meter.hold("weights", network)
+        meter.hold_optimizers([stepper])
+        with meter.phase("step"):
+            take_steps([stepper])
+    size = 4 * 1000**2
+    parts = meter.peaks["step"].parts
+    assert parts["optimiser"] == 48 * (size + 2 * 4 * 1000 + 4)  # Adam's moments and counter are the bias's
+    assert 3 * 4 * size < parts["activations"] < 9 * 4 * size
 
 
 def test_activations_of_a_chain_of_convolutions():

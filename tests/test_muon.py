@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from chain import differences
 from torch import nn
 
 from ldm import UserError
@@ -40,7 +41,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_is_orthogonalised(shape):
     matrix = random(*shape) * 1e-4
-    found = orthogonalised(matrix)
+    (found,) = orthogonalised(matrix[None])
     torch.testing.assert_close(found, iterated(matrix).float(), atol=1e-4, rtol=0)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     large = values > 0.02 * values.norm()
@@ -51,8 +52,10 @@ def test_what_rounding_could_spoil_stays_small():
     """Rank one, eigenvalues of 0 by the dozen; equal rows; and nothing at all."""
     rank_one = random(64, 1) @ random(1, 300, seed=1)
     for matrix in (rank_one, torch.ones(16, 100), random(32, 32) * 1e-12):
-        torch.testing.assert_close(orthogonalised(matrix), iterated(matrix).float(), atol=2e-3, rtol=0)
-    assert torch.equal(orthogonalised(torch.zeros(3, 5)), torch.zeros(3, 5))
+        torch.testing.assert_close(
+            orthogonalised(matrix[None])[0], iterated(matrix).float(), atol=2e-3, rtol=0
+        )
+    assert torch.equal(orthogonalised(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
 def network() -> nn.Module:
@@ -105,10 +108,46 @@ def test_a_skipped_step_changes_nothing():
     optimizer.backward(sum((p * torch.nan).sum() for p in optimizer.parameters))
     optimizer.clip()
     optimizer.step(1e-2, torch.zeros(()))
-    after = layers.state_dict(), optimizer.state_dict()["optimizer"]["state"]
-    assert all(torch.equal(after[0][name], weight) for name, weight in before[0].items())
-    for place, state in before[1].items():
-        assert all(torch.equal(after[1][place][key], value) for key, value in state.items())
+    assert not differences(before, (layers.state_dict(), optimizer.state_dict()["optimizer"]["state"]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_resumed_optimiser_takes_the_same_step(count):
+    """To the bit, in another layout of memory too."""
+    one, other = network(), network().to(memory_format=torch.contiguous_format)
+    optimizer, resumed = (Optimizer(layers, SECTION, None) for layers in (one, other))
+    for i in range(count):
+        step(optimizer, 10 * i)
+    other.load_state_dict(one.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()), "m.pt")
+    assert resumed.muon_rate == optimizer.muon_rate == 0.05
+    for each in (optimizer, resumed):
+        step(each, 99, rate=5e-3)
+        assert each.muon_rate == 0.025
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_scaled_loss_in_fp16_gives_the_same_step():
+    """The scale is a power of 2. Where it overflows, neither optimiser steps, and the scale falls."""
+    plain, scaled = network(), network()
+    one, other = Optimizer(plain, SECTION, None), Optimizer(scaled, SECTION, torch.float16)
+    for seed in (0, 10):
+        step(one, seed)
+        step(other, seed)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), scaled.parameters(), strict=True))
+    scale = other.scaler.get_scale()
+    before = copy.deepcopy((scaled.state_dict(), other.state_dict()["optimizer"]["state"]))
+    other.backward(sum((p * 1e38).sum() for p in other.parameters))
+    other.clip()
+    other.step(1e-2, torch.zeros(()))
+    assert other.scaler.get_scale() == scale / 2
+    assert not differences(before, (scaled.state_dict(), other.state_dict()["optimizer"]["state"]))
+
+
+def test_matrices_in_a_batch_do_not_know_of_each_other():
+    matrices = random(5, 64, 200) * torch.tensor([1e-6, 1.0, 0.0, 1e4, 1.0])[:, None, None]
+    alone = torch.cat([orthogonalised(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(orthogonalised(matrices), alone, atol=1e-5, rtol=0)
 
 
 def test_a_state_of_the_other_optimiser_is_refused():

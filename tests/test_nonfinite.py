@@ -316,11 +316,13 @@ def vote(watched: Guard, loss: torch.Tensor, finite: torch.Tensor, step: int, *c
     return watched.vote(loss, finite, False, False, 0.0, step, list(cases or "a"))
 
 
-def test_nothing_on_the_device_is_waited_for():
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_nothing_on_the_device_is_waited_for(optimizer):
     """On tensors without values whoever asks for one is found out; three steps pass, the reading does not."""
     with FakeTensorMode():
         network = nn.Linear(3, 3)
-        stepper = Optimizer(network, SECTION | {"clip_grad_norm": 1.0}, None)
+        section = SECTION | {"optimizer": optimizer, "muon_lr": 0.02, "clip_grad_norm": 1.0}
+        stepper = Optimizer(network, section, None)
         watched, means = guard(), EpochMeans({})
         for number in range(3):
             loss = network(torch.randn(2, 3)).square().mean()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import train_autoencoder
 import train_diffusion
 import utils
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.generation import load_networks
 from ldm.system.checkpoints import load_checkpoint, save_checkpoint, weights_hash
 from ldm.system.ranks import Run
@@ -23,17 +23,18 @@ from ldm.training.step import Optimizer
 
 AUTOENCODER = ("autoencoder.pt", "autoencoder_last.pt", "autoencoder_prev.pt")
 UNET = ("diffusion_unet.pt", "diffusion_unet_last.pt", "diffusion_unet_prev.pt")
-SECTION = {"optimizer": "adam", "lr": 1e-2, "adam_betas": [0.9, 0.99]}
-SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}
 STAGES = [(train_autoencoder, AUTOENCODER), (train_diffusion, UNET)]
+BIAS = 1  # the place of the first bias among the parameters, which Muon leaves to Adam
 SECTION = {"optimizer": "adam", "lr": 1e-2, "scale_lr": False, "adam_betas": [0.9, 0.99]}
 SECTION |= {"accumulate_steps": 1, "clip_grad_norm": None}
 
 
 @pytest.fixture(scope="session")
 def whole(done, tmp_path_factory) -> Project:
-    """Both stages in batches of one, 4 steps an epoch, saved at nearly each of them, and never disturbed."""
+    """Both stages in batches of one, 4 steps an epoch, saved at nearly each of them, and never disturbed; the
+    second with Muon."""
     project = copy_of(done, tmp_path_factory.mktemp("whole") / "run")
+    project.change(diffusion_train=project.config["diffusion_train"] | {"optimizer": "muon"})
     for stage in ("autoencoder_train", "diffusion_train"):
         short = {"batch_size": 1, "max_epochs": 4, "save_minutes": 0, "val_interval": 2}
         project.change(**{stage: project.config[stage] | short})
@@ -65,7 +66,7 @@ def test_promise_4_a_resume_in_the_middle_of_an_epoch_is_exact(whole, tmp_path, 
             project.run(script, "--no-amp", *workers)
         last = project.checkpoint("autoencoder_last.pt" if names == () else "diffusion_unet_last.pt")
         middles += last["batch"] < 4
-        done_calls = sum(int(s["optimizer"]["state"][0]["step"]) for s in steppers(last))
+        done_calls = sum(int(s["optimizer"]["state"][BIAS]["step"]) for s in steppers(last))
     assert middles >= 2
     assert "resumed in epoch" in project.run(script, "--no-amp")
     assert_same_result(project, whole, script, ignoring=("config",))  # the loader processes stand in it
@@ -161,7 +162,7 @@ def test_a_finished_stage_goes_on_with_the_options_of_the_config(whole, tmp_path
     assert last["step"] == 2 * epochs * 2 and last["epoch"] == 2 * epochs - 1
     state = last["stepper"]["optimizer"]
     assert state["param_groups"][0]["betas"] == (0.5, 0.75)
-    assert state["state"][0]["step"] == 4 * epochs + 2 * epochs
+    assert state["state"][BIAS]["step"] == 4 * epochs + 2 * epochs
 
 
 def test_the_state_of_an_optimiser_fits_its_parameters():
@@ -348,7 +349,10 @@ def test_promise_23_a_resumed_run_is_the_run_that_was_begun(whole, tmp_path, scr
     project = again(whole, tmp_path)
     named = project.model_dir / names[2]
     before = fingerprint(project.folder)
-    own = [("NoiseScheduler.shift=2", "NoiseScheduler.shift 1.0")] if script is train_diffusion else []
+    own = [("autoencoder_train.optimizer=muon", 'autoencoder_train.optimizer "adam"')]
+    if script is train_diffusion:
+        own = [("NoiseScheduler.shift=2", "NoiseScheduler.shift 1.0")]
+        own += [("diffusion_train.optimizer=adam", 'diffusion_train.optimizer "muon"')]
     for keys, told in [*FIXED, *own, ("spacing=null longest_side=10", FIXED[0][1])]:
         changed = [word for key in keys.split() for word in ("--set", key)]
         message = project.refused(script, *(("--resume", named) if how == "--resume" else ()), *changed)
@@ -356,6 +360,16 @@ def test_promise_23_a_resumed_run_is_the_run_that_was_begun(whole, tmp_path, scr
         after = fingerprint(project.folder)
         assert before == {name: after[name] for name in before}
         assert keys.startswith("spacing=null") or before == after  # then the copy that --resume makes
+
+
+def test_a_checkpoint_from_before_muon_is_one_of_adam(whole):
+    config, key = utils.load_config(whole.config_file), "autoencoder_train.optimizer"
+    old = whole.checkpoint("autoencoder_last.pt")["config"]
+    del old["autoencoder_train"]["optimizer"]
+    configs.check_fixed(old, config, [key], whole.config_file)
+    config["autoencoder_train"]["optimizer"] = "muon"
+    with pytest.raises(UserError, match=f'{key} "adam"; the config says "muon"'):
+        configs.check_fixed(old, config, [key], whole.config_file)
 
 
 def test_promise_23_every_other_change_is_said(whole, tmp_path):

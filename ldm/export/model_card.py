@@ -255,12 +255,15 @@ def _trained(networks: Networks, name: str, trained: dict) -> dict[str, str]:
     length += "" if trained["minutes"] is None else f", {trained['minutes']:.3g} minutes"
     chosen = "not known" if trained["step"] is None else f"of step {trained['step']}, the best in validation"
     average = f"averaged exponentially, decay {how['ema_decay']:g}" if how["ema_decay"] else "not averaged"
+    rates = f"{how['lr']:g} (Adam)"
+    if how["optimizer"] == "muon":
+        rates += f", {how['muon_lr']:g} (Muon)"
     return {
         **known,
         "training": length,
         "these weights": f"{chosen}; {average}",
         "batch of a process": str(how["batch_size"] * how["accumulate_steps"]),
-        "learning rate": f"{how['lr']:g}, {how['lr_schedule']}",
+        "learning rate": f"{rates}, {how['lr_schedule']}",
         "patch": by(how["patch_size"]) if how["patch_size"] else "whole volumes",
         "loss": _loss(networks, how, name),
     }

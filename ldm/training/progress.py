@@ -269,6 +269,8 @@ class Progress:
             numbers = {f"loss/{name}": value.detach() for name, value in terms.items()}
             for name, optimizer in optimizers.items():
                 numbers[f"lr/{name}"] = optimizer.rate
+                if optimizer.muon:
+                    numbers[f"lr/{name}_muon"] = optimizer.muon_rate
                 numbers[f"grad_norm/{name}"] = optimizer.norm
             pace, self.pace = self.pace, Counter()
             numbers["time/seconds_per_step"] = pace["seconds"] / pace["steps"]

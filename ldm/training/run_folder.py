@@ -169,6 +169,7 @@ def resume_or_start(
         """Before anything is moved. A spacing that the data decide is checked when they are found."""
         found["content"] = content
         keys = [key for key in configs.FIXED[stage] if key != "spacing" or config["spacing"]]
+        keys.append(f"{stage}_train.optimizer")  # whose state cannot be that of another
         configs.check_fixed(content["config"], config, keys, content["path"], configs.RESUMING)
 
     def choose() -> Path | None:

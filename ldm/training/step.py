@@ -59,6 +59,11 @@ class Optimizer:
         return self.adam.param_groups[0]["lr"]
 
     @property
+    def muon_rate(self) -> float:
+        """Muon's learning rate of the last step."""
+        return self.section["muon_lr"] * self.rate / self.peak
+
+    @property
     def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
         """Moments, by parameter."""
         return {**self.adam.state, **(self.muon.state if self.muon else {})}
@@ -93,7 +98,7 @@ class Optimizer:
         self.adam.found_inf, self.adam.grad_scale = skip, None
         self.adam.step()
         if self.muon:
-            self.muon.step(self.section["muon_lr"] * rate / self.peak, skip)
+            self.muon.step(self.muon_rate, skip)
         self.scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
