@@ -283,7 +283,7 @@ def done(tmp_path_factory) -> Project:
     config["diffusion_def"] |= {"in_channels": 6, "num_class_embeds": 3, "attention_levels": [False, False]}
     config["diffusion_def"].pop("num_head_channels")
     config["diffusion_train"] |= {"max_epochs": 60, "val_interval": 30, "lr": 5e-3, "sample_interval": 60}
-    config["diffusion_train"]["optimizer"] = "muon"
+    config["diffusion_train"] |= {"optimizer": "muon", "snapshot": 0.5}
     project = Project(folder, data, config)
     for script in (train_autoencoder, train_diffusion):
         project.printed[script.__name__] = project.run(script, "--no-amp")
@@ -342,6 +342,41 @@ def test_a_sample_by_hand(model):
         autoencoder = model.network("autoencoder_def", model.checkpoint("autoencoder.pt")["model"])
         expected = autoencoder.decode(z / checkpoint["scale_factor"])[0, 0].numpy()
     np.testing.assert_allclose(volume, expected, atol=1e-4)
+
+
+def test_a_guided_sample_by_hand(model):
+    """Euler's steps on g + 2 (d - g), of the network and the snapshot in its file; and from its record."""
+    (volume,) = drawn(model, "guided", "--autoguidance", "2", "--sampler", "euler")
+    checkpoint = model.checkpoint("diffusion_unet.pt")
+    unet, guide = (model.network("diffusion_def", checkpoint[key]) for key in ("model", "guide"))
+    z = torch.randn(checkpoint["latent_shape"], generator=torch.Generator().manual_seed(0))[None]
+    mean, unknown = checkpoint["mean_latent"][None], torch.tensor([2])
+    with torch.no_grad():
+        for i in range(6):
+            t = torch.tensor([1000 * (1 - i / 6)])
+            inputs = torch.cat([z, mean], 1)
+            d, g = (net(inputs, timesteps=t, class_labels=unknown) for net in (unet, guide))
+            z = z + (2 * d - g) / 6
+        autoencoder = model.network("autoencoder_def", model.checkpoint("autoencoder.pt")["model"])
+        expected = autoencoder.decode(z / checkpoint["scale_factor"])[0, 0].numpy()
+    np.testing.assert_allclose(volume, expected, atol=1e-4)
+    assert not chain.differences(checkpoint["model"], unet.state_dict())
+    assert chain.differences(checkpoint["model"], checkpoint["guide"])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        inference.main(["--reproduce", str(model.output_dir / "sample_000000.json")])
+    assert "byte-identical" in out.getvalue()
+    assert "another config" in model.refused(inference, "--steps", "6", "--sampler", "euler")
+
+
+def test_autoguidance_without_a_snapshot(model):
+    changed = {**model.checkpoint("diffusion_unet.pt"), "guide": None}
+    torch.save(changed, model.folder / "none.pt")
+    message = model.refused(inference, "--autoguidance", "2", "--unet", model.folder / "none.pt")
+    assert "none.pt: holds no early snapshot, as diffusion_train.autoguidance 2 needs" in message
+    assert "--autoguidance -1.0: expected" in model.refused(inference, "--autoguidance", "-1")
+    asked = ("--set", "diffusion_train.autoguidance=2", "--set", "diffusion_train.snapshot=null")
+    message = model.refused(train_diffusion, "--no-amp", *asked)
+    assert "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot" in message
 
 
 def test_a_record_holds_the_condition_and_reproduces(model):
@@ -443,6 +478,7 @@ def test_a_dry_run_counts_both_passes_of_guidance():
         config[key]["out_channels"] = config[key]["in_channels"]
     config["autoencoder_def"]["latent_channels"] = 3
     config["diffusion_def"]["num_class_embeds"] = 3
+    config["diffusion_train"] = {"autoguidance": 1.0}
     run, peaks = Run(0, 1, torch.device("cpu")), []
     for guidance in (1.0, 2.0):
         meter = Meter(like_gpu=True)
@@ -455,6 +491,7 @@ def test_a_dry_run_counts_both_passes_of_guidance():
 
 
 def test_every_export_takes_the_condition(model, monkeypatch):
+    model.change(diffusion_train={**model.config["diffusion_train"], "autoguidance": 2})
     out, files = model.folder / "out", ["-c", str(model.config_file), "-e", str(model.environment_file)]
     with contextlib.redirect_stdout(io.StringIO()):
         export_model.main([*files, "--out", str(out)])
@@ -482,11 +519,13 @@ def test_every_export_takes_the_condition(model, monkeypatch):
     assert "1: 1" in str(metadata["network_data_format"]["inputs"]["class_labels"]["channel_def"])
 
     unet = torch.jit.load(out / "torchscript/unet.ts")
-    own = model.network("diffusion_def", model.checkpoint("diffusion_unet.pt")["model"])
+    checkpoint = model.checkpoint("diffusion_unet.pt")
+    own, guide = (model.network("diffusion_def", checkpoint[key]) for key in ("model", "guide"))
     z, t, label = torch.randn(1, 3, 4, 4, 4), torch.tensor([500.0]), torch.tensor([1])
-    inputs = torch.cat([z, model.checkpoint("diffusion_unet.pt")["mean_latent"][None]], 1)
+    inputs = torch.cat([z, checkpoint["mean_latent"][None]], 1)
     with torch.no_grad():
-        torch.testing.assert_close(unet(z, t, label), own(inputs, timesteps=t, class_labels=label))
+        d, g = (net(inputs, timesteps=t, class_labels=label) for net in (own, guide))
+        torch.testing.assert_close(unet(z, t, label), 2 * d - g)
     card = (out / "MODEL_CARD.md").read_text()
     assert "Conditions: `group`, one of 0, 1; or unknown; and the mean latent of the training set" in card
     code = next(one for one in card.split("```python\n") if "torch.jit.load" in one).partition("```")[0]

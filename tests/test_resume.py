@@ -34,7 +34,7 @@ def whole(done, tmp_path_factory) -> Project:
     """Both stages in batches of one, 4 steps an epoch, saved at nearly each of them, and never disturbed; the
     second with Muon."""
     project = copy_of(done, tmp_path_factory.mktemp("whole") / "run")
-    project.change(diffusion_train=project.config["diffusion_train"] | {"optimizer": "muon"})
+    project.change(diffusion_train=project.config["diffusion_train"] | {"optimizer": "muon", "snapshot": 0.3})
     for stage in ("autoencoder_train", "diffusion_train"):
         short = {"batch_size": 1, "max_epochs": 4, "save_minutes": 0, "val_interval": 2}
         project.change(**{stage: project.config[stage] | short})
