@@ -19,7 +19,7 @@ from ldm.models.layers import on_device
 from ldm.system.ranks import Run
 from ldm.training import autoencoder as stage1
 from ldm.training import diffusion as stage2
-from ldm.training.latents import Latents, WithNoise, one_of
+from ldm.training.latents import Latents, WithNoise
 from ldm.training.progress import Clock
 from ldm.training.step import Optimizer, learning_rate
 
@@ -108,8 +108,8 @@ class Diffusion:
         self.section, self.encoder = config["diffusion_train"], encoder
         self.run = run = run_of(self.section, run)
         kept = posteriors.encode_all(encoder, volumes, run, 0, "encode")
-        self.data = Latents(kept, kept, encoder, "", [], {})
-        self.shape = list(self.data.posterior(one_of(kept, 0), run)[0].shape[1:])
+        self.shape = list(kept.entries[0].shape[2:])
+        self.data = Latents(kept, kept, encoder, "", self.shape, {})
         self.scale_factor, _ = self.data.moments(run)
         self.dataset = WithNoise(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])

@@ -617,7 +617,7 @@ def test_the_demo_judges_the_samples_that_it_drew_and_no_other_volume(tmp_path, 
     monkeypatch.chdir(chain.ROOT)
     demo, out = importlib.import_module("demo"), tmp_path / "demo"
 
-    def step(python: Path, script: str, *argv: str) -> None:
+    def step(python: Path, script: str, *argv: str, log: Path | None = None) -> None:
         if script == "simulate_brains.py":
             chain.make_data(Path(argv[argv.index("--out") + 1]), cases=8, channels=2)
         elif script != "evaluate.py" or not (out / "old-1").exists():

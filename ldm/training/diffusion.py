@@ -73,7 +73,8 @@ class DiffusionLearner:
         self.optimizer.load_state_dict(state["stepper"], where)
         if self.ema_model and state["ema"]:
             load_weights(self.ema_model, state["ema"], f"{where}: ema")
-        self.guide = state.get("guide")
+        guide = state.get("guide")
+        self.guide = guide and {key: value.clone() for key, value in guide.items()}
 
 
 def build_learner(config: dict, compiled: bool, run: Run) -> DiffusionLearner:
