@@ -102,11 +102,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--steps {args.steps}: at most {records.MOST_STEPS} are possible.")
     if not 0 <= args.seed <= records.LAST_SEED - args.num:
         raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
-    if args.guidance is not None and not 0 <= args.guidance <= records.MOST_GUIDANCE:
-        raise UserError(f"--guidance {args.guidance}: expected a number from 0 to {records.MOST_GUIDANCE}.")
-    if args.autoguidance is not None and not 0 <= args.autoguidance <= records.MOST_GUIDANCE:
-        most = records.MOST_GUIDANCE
-        raise UserError(f"--autoguidance {args.autoguidance}: expected a number from 0 to {most}.")
+    most = records.MOST_GUIDANCE
+    for name in ("guidance", "autoguidance"):
+        strength = getattr(args, name)
+        if strength is not None and not 0 <= strength <= most:
+            raise UserError(f"--{name} {strength}: expected a number from 0 to {most}.")
     if args.guidance is not None and not args.condition:
         raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     utils.check_scale_factor(args.scale_factor)

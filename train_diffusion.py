@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import UserError, configs, figures
+from ldm import configs, figures
 from ldm.data.prepare import prepare_data, volumes_to_encode
 from ldm.data.splits import subjects_of
-from ldm.diffusion.conditioning import Conditions, check_sources
+from ldm.diffusion.conditioning import Conditions, check_guide, check_sources
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.environment import FOLDERS
@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sources(config)
     section, seed, noise_section = config["diffusion_train"], config["seed"], config["NoiseScheduler"]
     section["timestep_sampling"] = resolve_timestep_sampling(noise_section, section["timestep_sampling"])
-    if section["autoguidance"] != 1 and section["snapshot"] is None:
-        raise UserError(
-            "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot, such as to 0.3, or "
-            "autoguidance to 1."
-        )
+    check_guide(section)
     if args.dry_run:
         return utils.dry_run(rehearse, config, "diffusion_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)

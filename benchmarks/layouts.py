@@ -22,6 +22,7 @@ import utils
 from benchmarks import measure
 from ldm import configs
 from ldm.models.definitions import latent_size
+from ldm.models.denoiser import example_cond, predict
 from ldm.training.step import Optimizer
 
 INSTRUCTIONS = ["DEFAULT", "AVX512_CORE", "AVX2"]
@@ -39,12 +40,13 @@ def call_of(part: str, config: dict, side: int, layout: str, dtype: str) -> Call
     latents = torch.randn(section["batch_size"], config["latent_channels"], *latent_size(config, [side] * 3))
     images = torch.rand(section["batch_size"], config["image_channels"], *[side] * 3)
     times = torch.rand(section["batch_size"]) * 1000
+    cond = example_cond(config["diffusion_def"], section["batch_size"], latents.shape[2:])
     half = torch.autocast("cpu", DTYPES[dtype], enabled=DTYPES[dtype] is not None)
 
     @torch.inference_mode()
     def evaluate() -> None:
         with half:
-            network.decode(latents) if stage == "autoencoder" else network(latents, times)
+            network.decode(latents) if stage == "autoencoder" else predict(network, latents, times, cond)
 
     if not part.endswith("step"):
         network.eval()
@@ -54,7 +56,8 @@ def call_of(part: str, config: dict, side: int, layout: str, dtype: str) -> Call
     def step() -> None:
         with half:
             target = images if stage == "autoencoder" else latents
-            output = network(images)[0] if stage == "autoencoder" else network(latents, times)
+            autoencodes = stage == "autoencoder"
+            output = network(images)[0] if autoencodes else predict(network, latents, times, cond)
         optimizer.backward((output.float() - target).square().mean())
         optimizer.clip()
         optimizer.step(1e-4, torch.zeros((), dtype=torch.double))
@@ -89,7 +92,7 @@ def main() -> None:
     add("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        return measure_here(args, configs.completed(utils.load_config(args.config_file, [])))
+        return measure_here(args, utils.load_config(args.config_file, []))
     print(", ".join(f"{key} {value}" for key, value in measure.machine(torch.device("cpu")).items()))
     print(f"seconds: median of {args.rounds} rounds (minimum)\n")
     titles = [f"{layout}, {dtype}" for layout, dtype in itertools.product(LAYOUTS, args.dtypes)]

@@ -238,7 +238,7 @@ def test_a_worse_epoch_never_replaces_the_best(done, tmp_path, stage, names):
 
 
 def test_a_training_stops_where_the_held_out_loss_rises(done, tmp_path):
-    """Two more epochs were asked for; the first is worse than the best before it. Resumed, it stops again."""
+    """Three more epochs are asked for, and the first is worse than the best. Resumed, it stops again."""
     project = copy_of(done, tmp_path / "stops", "autoencoder.pt", *UNET, "split.json", "train_log.jsonl")
     epochs = done.config["diffusion_train"]["max_epochs"]
     values = {
@@ -253,7 +253,7 @@ def test_a_training_stops_where_the_held_out_loss_rises(done, tmp_path):
         said = project.run(
             train_diffusion, "--no-amp", *sets(**{f"diffusion_train__{k}": v for k, v in values.items()})
         )
-        told = f"has not fallen below {best['best']:.4f}, that of epoch {best['epoch']}, in 1 validations"
+        told = f"has not fallen below {best['best']:.4f}, that of epoch {best['epoch']}, in 1 validation: "
         assert told in said
         assert project.checkpoint(UNET[1])["epoch"] == epochs
     assert not differences(project.checkpoint(UNET[0]), best)

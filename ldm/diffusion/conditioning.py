@@ -108,8 +108,9 @@ class Conditions:
 
     def describe(self) -> str:
         """What a model card says."""
-        classes = f"`{self.column}`, one of {', '.join(self.values)}; or unknown" if self else "none"
-        return classes + ("" if self.mean_latent is None else "; and the mean latent of the training set")
+        parts = [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"] if self else []
+        parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
+        return "; and ".join(parts) or "none"
 
     def state(self) -> dict:
         """The checkpoint's entries `conditions` and `mean_latent`, where there are any."""
@@ -246,6 +247,15 @@ def guided(unet: Callable, cond: dict, unknown: dict, guidance: float = 1.0) -> 
         return unconditional + guidance * (conditional - unconditional)
 
     return model
+
+
+def check_guide(section: dict) -> None:
+    """Raise UserError where `diffusion_train` asks for autoguidance and keeps no snapshot to guide by."""
+    if section["autoguidance"] != 1 and section["snapshot"] is None:
+        raise UserError(
+            "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot, such as to 0.3, or "
+            "autoguidance to 1."
+        )
 
 
 def with_guide(unet: nn.Module, state: dict | None, config: dict, where: str | Path) -> Autoguided:

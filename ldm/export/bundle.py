@@ -162,7 +162,7 @@ def write_bundle(
 
 def inference_config(networks: Networks, config: dict) -> dict:
     """configs/inference.json: `--seed`, `--num`, `--steps`, `--sampler`, `--condition`, `--guidance`,
-    `--output_dir` and `--device` override it on the command line."""
+    `--autoguidance`, `--output_dir` and `--device` override it on the command line."""
     process, conditions, (sampler, steps) = networks.process, networks.conditions, networks.sampling()
 
     def model(name: str) -> str:

@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     The rate of tall matrices is multiplied by sqrt(rows / columns). Weights of one shape are computed in
     batches, which do not depend on the number of ranks. Under torchrun each rank orthogonalises its share of
-    the batches, and all take the same step, to the bit that of one process.
+    the batches, and all take the same step, bit for bit that of one process.
 
     Args:
         parameters: in the same order on every rank.

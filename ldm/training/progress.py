@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from ldm import counted
 from ldm.data.datasets import stream
 from ldm.system.checkpoints import EPOCH_LAYOUT, save_checkpoint
 from ldm.system.files import write_json
@@ -398,9 +399,10 @@ class Progress:
             )
         elif not self.done and self._has_stopped_falling():
             self.done = True
+            validations = counted(self.section["patience"], "validation{s}")
             self.run.print(
                 f"{self.stage}: the held-out loss has not fallen below {self.best:.4f}, that of epoch "
-                f"{self.best_epoch}, in {self.section['patience']} validations: training stops"
+                f"{self.best_epoch}, in {validations}: training stops"
             )
 
     def _has_stopped_falling(self) -> bool:
