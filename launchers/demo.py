@@ -52,9 +52,11 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     (out / ENVIRONMENT).write_text(json.dumps(paths, indent=4) + "\n", encoding="utf-8")
 
-    # Step 1: brains to train on
-    if args.data is None and not (data / "dataset.json").exists():
-        step(python, "simulate_brains.py", "--out", shown(data), "--num", "96", "--spacing", "4")
+    # Step 1: brains to train on, healthy ones, which ten minutes can learn
+    if args.data is None and (data / "dataset.json").exists():
+        print(f"the simulated brains of an earlier demo are used again: {shown(data)}", flush=True)
+    elif args.data is None:
+        step(python, "simulate_brains.py", "--out", shown(data), "--spacing", "4", "--tumour-fraction", "0")
 
     # Steps 2 to 5: both stages, new brains, evaluation
     common = ["-c", CONFIG, "-e", shown(out / ENVIRONMENT)]
