@@ -202,7 +202,8 @@ def test_demo_from_nothing_and_once_more(project):
     common = ["-c", "config/config_demo.json", "-e", "outputs/demo/environment.json"]
     common += ["--set", "channel=1"]  # T1w, of the simulated contrasts
     common += ["--set", "autoencoder_train.n_epochs=2", "--set", "a.b=c d"]
-    simulate = ["simulate_brains.py", "--out", "outputs/demo/data", "--spacing", "4", "--tumour-fraction", "0"]
+    simulate = ["simulate_brains.py", "--out", "outputs/demo/data", "--spacing", "4"]
+    simulate += ["--tumour-fraction", "0"]
     stages = [
         ["train_autoencoder.py", *common],
         ["train_diffusion.py", *common],

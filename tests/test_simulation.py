@@ -225,7 +225,7 @@ def test_subjects_differ_in_anatomy():
 
 
 def test_subjects_are_as_alike_and_as_sharp_as_real_brains():
-    """T1w at 4 mm, after percentiles 0 to 99.5, against as many real volumes: pairs by L1 and MS-SSIM, spectra."""
+    """T1w at 4 mm, after percentiles 0 to 99.5, against ten of each: L1 and MS-SSIM of pairs, spectra."""
     if not REAL.is_dir():
         pytest.skip("the real T1 volumes of shared/data are not here")
     real = [np.asarray(nibabel.load(p).dataobj, np.float32) for p in sorted(REAL.glob("*.nii.gz"))[:10]]
