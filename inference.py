@@ -48,14 +48,14 @@ import torch
 import utils
 from ldm import UserError, configs, counted, few, figures, generation
 from ldm.data.intensity import to_unit_range
-from ldm.diffusion.conditioning import guided
+from ldm.diffusion.conditioning import guided, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.generation import Networks
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size
-from ldm.models.denoiser import Autoguided, example_cond
+from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.messages import progress_bar
@@ -142,8 +142,7 @@ def rehearse(
     with meter, torch.no_grad(), run.autocast():
         autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
         unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
-        if (weight := config["diffusion_train"]["autoguidance"]) != 1:
-            unet = Autoguided(unet, configs.define_network(config, "diffusion_def").to(run.device), weight)
+        unet = with_any_guide(unet, config, run.device)
         meter.hold("weights", autoencoder, unet)
         latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
         with meter.phase("sampling"):

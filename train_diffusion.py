@@ -176,8 +176,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.profile:  # until it is complete, nothing is saved or validated
                 continue
 
-            # Save, draw samples, validate
+            # Save, validate, draw samples
             progress.end_epoch(learner, optimizer.rate)
+            if progress.validates():
+                scores = validate(
+                    learner.eval_network, latents.val, scale_factor, process, section, seed, run, conditions
+                )
+                progress.keep_best(scores, learner.eval_network, guide=learner.guide)
+                progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 shape, steps = latents.shape, section["sample_steps"]
@@ -187,12 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, volume in samples.items():
                     picture = figures.three_planes(volume[0], config["spacing"])
                     progress.log.image(f"samples/{name}", picture, progress.clock.step)
-            if progress.validates():
-                scores = validate(
-                    learner.eval_network, latents.val, scale_factor, process, section, seed, run, conditions
-                )
-                progress.keep_best(scores, learner.eval_network, guide=learner.guide)
-                progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
 
     # Step 5: what was reached
     progress.close()

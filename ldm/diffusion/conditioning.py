@@ -277,3 +277,12 @@ def with_guide(unet: nn.Module, state: dict | None, config: dict, where: str | P
     guide = configs.define_network(config, "diffusion_def")
     load_weights(guide, state, f"{where}: guide")
     return Autoguided(unet, guide, weight)
+
+
+def with_any_guide(unet: nn.Module, config: dict, device: torch.device) -> nn.Module:
+    """The network as it samples, where a forecast of memory asks for its size and not for its weights: under
+    autoguidance, where the config has it, of a guide with random weights."""
+    weight = config["diffusion_train"]["autoguidance"]
+    if weight == 1:
+        return unet
+    return Autoguided(unet, configs.define_network(config, "diffusion_def").to(device), weight)

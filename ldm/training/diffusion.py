@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm import configs, figures
 from ldm.data.augmentation import augmentation
-from ldm.diffusion.conditioning import Conditions, with_guide
+from ldm.diffusion.conditioning import Conditions, with_any_guide, with_guide
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
@@ -192,4 +192,6 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             with torch.no_grad(), meter.phase("sampling"), run.autocast():
                 autoencoder = autoencoder or define_autoencoder()
                 one = {name: value[:1] for name, value in cond.items()}
-                autoencoder.decode(predict(learner.eval_network, mean[:1], t[:1], one).float())
+                unet = with_any_guide(learner.eval_network, config, run.device)
+                meter.hold("weights", getattr(unet, "guide", None))
+                autoencoder.decode(predict(unet, mean[:1], t[:1], one).float())

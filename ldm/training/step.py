@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from ldm import UserError
 from ldm.training.muon import MOMENTUM_STATE, Muon
 
+CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
 
 def learning_rate(section: dict, world_size: int, progress: float, step: int, epoch: int) -> float:
     """The learning rate: a pure function, so that a resumed run needs no state for it."""
@@ -147,9 +149,9 @@ class Optimizer:
 
 
 def _matrices(network: nn.Module) -> set[nn.Parameter]:
-    """The weights that Muon trains: of two or more dimensions, but for embeddings, whose rows are apart."""
-    embeddings = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
-    return {p for p in network.parameters() if p.requires_grad and p.ndim > 1 and p not in embeddings}
+    """The weights that Muon trains: those of convolutions and linear layers."""
+    layers = [module for module in network.modules() if isinstance(module, CONVOLUTIONS_AND_LINEAR)]
+    return {layer.weight for layer in layers if layer.weight.requires_grad}
 
 
 def _fits(state: dict[str, torch.Tensor], parameter: torch.Tensor) -> bool:
