@@ -43,6 +43,7 @@ from ldm.environment import FOLDERS
 from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
+from ldm.system.checkpoints import save_checkpoint
 from ldm.training.autoencoder import (
     COMPARISON_TAG,
     WithPosteriorDraw,
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
     files = StageFiles(model_dir, "autoencoder")
+    if not Autoencoder(configs.define_network(config, "autoencoder_def")).learns:
+        return fit_wavelets(config, environment, files, criterion, args, run)
     resumed = resume_or_start(files, "autoencoder", config, environment, run, args.resume, args.fresh)
 
     # Step 1: data
@@ -211,6 +214,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"
     )
+
+
+def fit_wavelets(config, environment, files, criterion, args, run):
+    """Stage 1 without weights: measure the bands of the training volumes, save them, reconstruct."""
+    train_cases, val_cases, spacing = prepare_data(config, environment, run, args.skip_bad)
+    config = configs.with_spacing(config, spacing)
+    _, size, val_size = patch_sizes(config, [*train_cases, *val_cases])
+    preprocessing, seed = Preprocessing.from_config(config), config["seed"]
+    train_set, val_set = (
+        VolumeDataset(cases, preprocessing, side, cache_dir=environment["cache_dir"], seed=seed)
+        for cases, side in ((train_cases, size), (val_cases, val_size))
+    )
+    network = configs.define_network(config, "autoencoder_def")
+    run.print("autoencoder: no weights to train; its bands are measured")
+    network.fit(train_set[(0, i)]["image"][None] for i in range(len(train_set)))
+    scores, _ = validate(Autoencoder(network), criterion, val_set, run)
+    if files.best.exists():
+        keep_pair(environment, files.best, run)
+    facts = {"config": config, "subjects": subjects_of(train_cases, val_cases), "model": network.state_dict()}
+    content = {**facts, "epoch": 0, "batch": 0, "step": 0, "best": scores["loss"], "validation": scores}
+    run.from_main(lambda: save_checkpoint(files.best, content))
+    run.print(f"autoencoder: PSNR {scores['psnr']:.2f} dB\n  {files.best}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     Raises:
         UserError: as `load_config`.
     """
-    schema = _schema()
+    schema, config = _schema(), _with_voxels(config, path)
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
@@ -70,6 +70,22 @@ def check_config(config: dict, path: str | Path) -> dict:
     _check_intensity(config, stated, path)
     check_networks(config)
     return config
+
+
+def _with_voxels(config: dict, path: str | Path) -> dict:
+    """The config with the network that stands for no autoencoder, where the diffusion model learns voxels.
+
+    Raises:
+        UserError: it has another autoencoder.
+    """
+    if config.get("diffusion_space") != "pixel":
+        return config
+    channels = config.get("image_channels", 1)
+    voxels = {"_target_": "ldm.models.Haar", "spatial_dims": config.get("spatial_dims", 3)}
+    voxels |= {"in_channels": channels, "levels": 0}
+    if config.get("autoencoder_def", voxels) != voxels:
+        raise UserError(f"{path}: diffusion_space pixel: needs no autoencoder_def. Remove one of the two.")
+    return {**config, "autoencoder_def": voxels, "latent_channels": config.get("latent_channels", channels)}
 
 
 def check_schema(content: dict, schema: dict, path: str | Path, hint: str) -> None:

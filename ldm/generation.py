@@ -279,7 +279,12 @@ def nifti_bytes(volume: np.ndarray, spacing: Sequence[float]) -> bytes:
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -np.array(spacing) * (np.array(volume.shape[1:]) - 1) / 2
     voxels = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
-    image = nib.Nifti1Image(voxels.astype(np.float32), affine)
+    return nifti_gz(voxels.astype(np.float32), affine)
+
+
+def nifti_gz(voxels: np.ndarray, affine: np.ndarray) -> bytes:
+    """Voxels (X, Y, Z) or (X, Y, Z, C) and their affine in mm as the content of a .nii.gz."""
+    image = nib.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, 1)
     image.set_qform(affine, 1)

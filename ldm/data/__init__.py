@@ -15,6 +15,9 @@ posteriors     posteriors as a loader serves them; encoding them
 latent_cache   posteriors on disk
 prepare        all of this from a config and an environment file
 display        volumes for display, on a common grid
+raw_cases      raw scans in any format, with label and brain mask
+foreign        DICOM, NRRD and MetaImage files
+scan           from a raw scan to one that is ready: mask, crop, resampling, intensities
 download       MSD Task01
 simulation     simulated brains
 """

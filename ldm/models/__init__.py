@@ -7,4 +7,10 @@ layers          checkpointing, fused attention, group norm, frozen parameters
 weights         state dicts of any origin
 perceptual      the frozen networks of perceptual losses and of evaluation
 initialisation  an autoencoder that starts as a block transform
+strides         downsampling along some axes only
+wavelet         Haar wavelets in the place of an autoencoder
 """
+
+from ldm.models.wavelet import Haar
+
+__all__ = ["Haar"]  # what a config may name as ldm.models.Haar

@@ -36,6 +36,11 @@ class Autoencoder(nn.Module):
         return self.autoencoder
 
     @property
+    def learns(self) -> bool:
+        """Whether the network has weights. Wavelets have none, and need no slabs."""
+        return any(True for _ in self.network.parameters())
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return self.network.latent_channels
@@ -47,7 +52,10 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> tuple[int, ...]:
-        """Voxels per latent voxel along each axis: the product of the strides of the encoder's layers."""
+        """Voxels per latent voxel along each axis: the network's `factor`, or the product of the strides of
+        its encoder's layers."""
+        if hasattr(self.network, "factor"):
+            return self.network.factor
         strides = [
             layer.stride for layer in self.network.encoder.modules() if isinstance(layer, CONVOLUTIONS)
         ]
@@ -66,7 +74,7 @@ class Autoencoder(nn.Module):
 
         With a budget the images may lie in host memory.
         """
-        if self.budget:
+        if self.budget and self.learns:
             from ldm.lowmem.slabwise import encode_within
 
             mean, std = encode_within(self.network, images, self.budget)
@@ -76,7 +84,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
-        if self.budget:
+        if self.budget and self.learns:
             from ldm.lowmem.slabwise import decode_within
 
             return decode_within(self.network, latents, self.budget).float()
@@ -88,7 +96,9 @@ class Autoencoder(nn.Module):
 
     def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
         """(B, C, D, H, W) -> what the encoder computes from them: the output of the last block of each
-        resolution, and the posterior mean."""
+        resolution, and the posterior mean; of wavelets the bands of each level."""
+        if hasattr(self.network, "bands"):
+            return self.network.bands(images)[1:] or [images]
         outputs = []
         hooks = [
             block.register_forward_hook(lambda module, inputs, output: outputs.append(output))

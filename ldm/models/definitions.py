@@ -18,8 +18,10 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from ldm import UserError, brief
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import fuse_attention, norm_in_half
+from ldm.models.strides import KEY, check_strides, set_strides
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
+NETWORKS += ("ldm.models",)  # Haar
 SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
 MAX_COUNT = 65_536  # the largest whole number in the arguments of a network
 MAX_LEVELS = 9  # a factor of 256
@@ -104,7 +106,7 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
     cls = named_class(definition["_target_"], packages, where)
     parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(cls.__init__)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in definition.keys() - {"_target_"}:
+    for key in definition.keys() - {"_target_", KEY}:
         if key not in parameters and not takes_any:
             hint = _did_you_mean(key, parameters)
             raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
@@ -143,12 +145,16 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         UserError: as `check_definition`, or the class raises an error.
     """
     cls = check_definition(definition, packages, where)
-    arguments = {key: value for key, value in definition.items() if key != "_target_"}
+    arguments = {key: value for key, value in definition.items() if key not in ("_target_", KEY)}
     try:
         built = cls(**arguments)
     except Exception as error:  # of any type: its arguments caused it
         raise UserError(f"{where}: {cls.__name__} refuses these arguments: {brief(error)}") from None
-    return norm_in_half(fuse_attention(built)) if packages is NETWORKS else built
+    if packages is not NETWORKS:
+        return built
+    if KEY in definition:
+        set_strides(built, definition[KEY], where)
+    return norm_in_half(fuse_attention(built))
 
 
 def check_networks(config: dict) -> None:
@@ -162,7 +168,9 @@ def check_networks(config: dict) -> None:
         dims, expected = config[key].get("spatial_dims"), config["spatial_dims"]
         if (type(dims), dims) != (int, expected):
             raise UserError(f"{key}.spatial_dims: expected {expected}, found {brief(dims)}.")
-        if (levels := len(_levels(config[key]))) > MAX_LEVELS:
+        if KEY in config[key]:
+            check_strides(config[key][KEY], dims, key)
+        if (levels := _level_count(config[key])) > MAX_LEVELS:
             raise UserError(f"{key}: {levels} levels are too many. Expected at most {MAX_LEVELS}.")
     with torch.device("meta"), torch.no_grad():
         images = small_input(config, "autoencoder_def")
@@ -225,10 +233,23 @@ def _levels(definition: dict) -> list:
     return levels
 
 
+def _level_count(definition: dict) -> int:
+    """The grids of a network, from the finest to the coarsest."""
+    if "levels" not in definition:
+        return len(_levels(definition))
+    if type(halvings := definition["levels"]) is not int:
+        raise UserError(
+            f"{definition['_target_']}: levels: expected a whole number, found {brief(halvings)}."
+        )
+    return halvings + 1
+
+
 def downsampling_factor(definition: dict) -> tuple[int, ...]:
     """Factor between a network's finest and coarsest grid along each axis: 2 for each level after the
-    first."""
-    return (2 ** (len(_levels(definition)) - 1),) * definition["spatial_dims"]
+    first, or as its `level_strides` say."""
+    if KEY in definition:
+        return tuple(math.prod(axis) for axis in zip(*definition[KEY], strict=True))
+    return (2 ** (_level_count(definition) - 1),) * definition["spatial_dims"]
 
 
 def latent_size(config: dict, size: Sequence[int]) -> list[int]:

@@ -1,0 +1,251 @@
+"""Make raw scans ready for training: one folder of NIfTI files at one spacing, and a dataset.json.
+
+    python preprocess.py --in RAW --out data/brains                        # the median spacing of the scans
+    python preprocess.py --in RAW --out data/brains --brain-mask auto --size 128 128 128 --spacing 1
+    python preprocess.py --in CT --out data/ct --intensity window --window -1000 1000
+    python preprocess.py --in NEW --out data/new --like data/brains/preprocessing.json
+
+RAW is a folder in any layout of docs/data.md, of NFBS or CC359 (whose brain masks are used), or with DICOM
+series, .nrrd or .mha files (with SimpleITK installed). Each scan is turned to RAS; what lies outside of its
+mask, and NaN there, becomes 0; it is cropped to what is not 0, resampled, and its intensities are mapped. The
+affine is true after each step.
+
+--brain-mask names a mask, a folder of masks named as the scans, or `auto`: DIPY's median_otsu (with DIPY
+installed). Where a mask hardly is that of a brain, a warning names it and DIR/doubtful shows it.
+
+Writes the layout of nnU-Net (version 2), which the other scripts read:
+
+    DIR/imagesTr/NAME_0000.nii.gz  float32, one file a channel
+    DIR/labelsTr/NAME.nii.gz       labels, where there are any: the largest of the resampled indicators wins
+    DIR/dataset.json               channels, labels, number of cases; written last
+    DIR/preprocessing.json         all settings, the spacing too: --like repeats them on other scans
+
+Scans are done in parallel. The same command goes on where it broke off. Nothing is overwritten.
+
+Exit codes: 0 done, 1 the disk failed, 2 wrong usage or a scan that cannot be used.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import utils
+from ldm import UserError, brief, counted, figures
+from ldm.data import scan as steps
+from ldm.data.cases import rounded
+from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
+from ldm.generation import nifti_gz
+from ldm.system.files import read_json, write_json, written_whole
+
+SETTINGS, DATASET, DOUBTFUL = "preprocessing.json", "dataset.json", "doubtful"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done to each scan, as `preprocessing.json` holds it."""
+
+    spacing: list[float]
+    size: list[int] | None
+    crop: bool
+    interpolation: str
+    intensity: str
+    window: list[float] | None
+    brain_mask: str | None
+
+
+@utils.command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    out = Path(args.out).resolve()
+
+    # Step 1: the scans, and what to do to them
+    cases = find_raw_cases(args.source, args.pattern, args.contrasts, [out])
+    settings = choose_settings(args, cases)
+    begun = check_output(out, settings)
+
+    # Step 2: each scan by itself
+    left = [case for case in cases if not image_file(out, case.name, 0).is_file()]
+    if begun:
+        print(f"{len(cases) - len(left)} of {counted(len(cases), 'scan{s}')} were done before")
+    for folder in ("imagesTr", *(["labelsTr"] if any(case.label for case in cases) else [])):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, asdict(settings))
+    one = functools.partial(preprocess, settings, out)
+    doubts = list(filter(None, tqdm(parallel(one, left, args.jobs), total=len(left), unit="scan")))
+
+    # Step 3: dataset.json, which completes the folder
+    for doubt in doubts:
+        print(f"warning: {doubt}")
+    write_json(out / DATASET, describe(args, out, cases))
+    where = " x ".join(f"{side:g}" for side in settings.spacing)
+    print(f"{counted(len(cases), 'scan{s}')} at {where} mm in {out}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--in", dest="source", required=True, type=Path, metavar="RAW", help="a folder, or a JSON list")
+    add("--out", required=True, metavar="DIR", help="folder to make, or to go on with")
+    add("--like", type=Path, metavar="JSON", help="a preprocessing.json: all settings of that run")
+    add("--pattern", help="which files are scans, as data.pattern of a config")
+    add("--contrasts", nargs="+", help="endings of files that are the channels of a scan, as data.contrasts")
+    add("--brain-mask", metavar="FILE", help="a mask, a folder of masks, or auto")
+    add("--spacing", type=float, nargs="+", metavar="MM", help="one or three (default: the median)")
+    add("--size", type=int, nargs=3, metavar="N", help="a fixed grid of so many voxels, about the centre")
+    add("--no-crop", action="store_true", help="keep the background around")
+    add("--interpolation", choices=list(steps.IMAGE_ORDERS), default="cubic", help="default: cubic")
+    add(
+        "--intensity", choices=steps.INTENSITIES, default="keep", help="how values are mapped (default: keep)"
+    )
+    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the two values of --intensity window")
+    add(
+        "-j", "--jobs", type=int, default=os.cpu_count(), metavar="N", help="scans at a time (default: cores)"
+    )
+    args = parser.parse_args(argv)
+    if args.spacing is not None and (len(args.spacing) not in (1, 3) or not min(args.spacing) > 0):
+        raise UserError("--spacing: give one or three numbers above 0, in mm.")
+    if args.size and not (args.spacing and min(args.size) > 0):
+        raise UserError("--size: give three numbers above 0, and the --spacing of that grid.")
+    if (args.window is None) == (args.intensity == "window"):
+        raise UserError("--window: two numbers for --intensity window, and for nothing else.")
+    if args.window and not args.window[0] < args.window[1]:
+        raise UserError("--window: the first number should be below the second.")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more.")
+    return args
+
+
+def choose_settings(args: argparse.Namespace, cases: Sequence[RawCase]) -> Settings:
+    """The settings of the command line, or of `--like`; where no spacing is given, the scans' median."""
+    if args.like:
+        content = read_json(args.like)
+        if set(content) != set(Settings.__dataclass_fields__):
+            raise UserError(f"{args.like}: is no preprocessing.json of this script.")
+        return Settings(**content)
+    spacing = args.spacing and [*args.spacing] * (3 // len(args.spacing))
+    if not spacing:
+        images = [open_any(case.images[0]) for case in cases]
+        sizes = [nib.affines.voxel_sizes(nib.as_closest_canonical(image).affine) for image in images]
+        spacing = [rounded(side) for side in np.median(sizes, axis=0)]
+    mask = args.brain_mask
+    if mask not in (None, AUTO):
+        utils.find_files(brain_mask=[] if Path(mask).is_dir() else [mask])
+        mask = str(Path(mask).resolve())
+    return Settings(
+        spacing, args.size, not args.no_crop, args.interpolation, args.intensity, args.window, mask
+    )
+
+
+def check_output(out: Path, settings: Settings) -> bool:
+    """Whether an earlier run with these settings began the folder.
+
+    Raises:
+        UserError: it holds something else, is complete, or was begun with other settings.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / SETTINGS).is_file():
+        raise UserError(f"--out {out}: holds something else. Name a new folder.")
+    if (out / DATASET).is_file():
+        raise UserError(f"--out {out}: is complete. Name a new folder, or delete that one first.")
+    before = read_json(out / SETTINGS)
+    for key, value in asdict(settings).items():
+        if before.get(key) != value:
+            raise UserError(
+                f"--out {out}: was begun with {key} {brief(before.get(key))}, now it is {brief(value)}. Give "
+                "the same options, or name a new folder."
+            )
+    return True
+
+
+def image_file(out: Path, name: str, channel: int) -> Path:
+    return out / "imagesTr" / f"{name}_{channel:04d}.nii.gz"
+
+
+# ---------------------------------------------------------------- one scan
+
+
+def preprocess(settings: Settings, out: Path, case: RawCase) -> str | None:
+    """Read, change and write one case. Returns a doubt about its mask, if there is one."""
+    try:
+        scan = steps.to_ras(read_raw(case, settings.brain_mask))
+        doubt = scan.mask is not None and steps.mask_doubt(scan.mask, scan.spacing)
+        if doubt:
+            draw_mask(scan, out / DOUBTFUL / f"{case.name}.png")
+        scan = steps.without_background(scan)
+        scan = steps.cropped(scan) if settings.crop else scan
+        grid = steps.grid_at(scan, settings.spacing, settings.size)
+        scan = steps.resampled(scan, *grid, steps.IMAGE_ORDERS[settings.interpolation])
+        scan = steps.without_background(scan)  # splines ring beyond the mask
+        scan = steps.with_intensities(scan, settings.intensity, settings.window)
+    except UserError as error:
+        named = any(str(path) in str(error) for path in (*case.images, case.label, case.mask))
+        raise UserError(str(error) if named else f"{case.images[0]}: {error}") from None
+    files = [(image_file(out, case.name, c), voxels) for c, voxels in enumerate(scan.voxels)]
+    if scan.label is not None:
+        files.append((out / "labelsTr" / f"{case.name}.nii.gz", scan.label))
+    for path, array in reversed(files):  # the first channel last: it marks the end
+        with written_whole(path) as file:
+            file.write(nifti_gz(array, scan.affine))
+    return (
+        f"{case.images[0]}: its brain mask looks wrong: {doubt}; {DOUBTFUL}/{case.name}.png"
+        if doubt
+        else None
+    )
+
+
+def draw_mask(scan: steps.Scan, path: Path) -> None:
+    """Three slices of the whole scan, and of what its mask keeps."""
+    low, high = np.nanpercentile(scan.voxels[0], [1, 99])
+    volume = np.nan_to_num(np.clip((scan.voxels[0] - low) / max(high - low, 1e-9), 0, 1))
+    rows = {"scan": volume, "in its mask": volume * scan.mask}
+    rows = {name: [torch.from_numpy(one).float()] for name, one in rows.items()}
+    path.parent.mkdir(exist_ok=True)
+    figures.montage(rows, path, path.stem, spacing=scan.spacing.tolist())
+
+
+def parallel(function, jobs: Sequence, workers: int) -> Iterator:
+    """Yield `function(job)` of each job, from `workers` processes."""
+    if min(workers, len(jobs)) < 2:
+        yield from map(function, jobs)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(jobs)))
+    try:
+        yield from pool.map(function, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def describe(args: argparse.Namespace, out: Path, cases: Sequence[RawCase]) -> dict:
+    """The content of dataset.json, in nnU-Net's keys; channels and labels have the names of the source."""
+    known = read_json(args.source / DATASET) if (args.source / DATASET).is_file() else {}
+    channels = len(list((out / "imagesTr").glob(f"{cases[0].name}_????.nii.gz")))
+    names = known.get("channel_names") or known.get("modality") or {}
+    if len(names) != channels:
+        ends = args.contrasts or [f"channel {c}" if channels > 1 else "image" for c in range(channels)]
+        names = {str(c): end.strip("_") for c, end in enumerate(ends)}
+    content = {"channel_names": names, "labels": {"background": 0}, "numTraining": len(cases)}
+    if (out / "labelsTr").is_dir():
+        labels = known.get("labels") or {}
+        by_value = {int(k): v for k, v in labels.items() if k.isdigit()}  # Decathlon: {"1": "edema"}
+        by_value |= {v: k for k, v in labels.items() if isinstance(v, int)}  # nnU-Net: {"edema": 1}
+        files = sorted((out / "labelsTr").glob("*.nii.gz"))
+        values = set().union(*(np.unique(np.asanyarray(nib.load(file).dataobj)).tolist() for file in files))
+        content["labels"] |= {by_value.get(value, f"label {value}"): value for value in sorted(values - {0})}
+    return content | {"file_ending": ".nii.gz"}
+
+
+if __name__ == "__main__":
+    main()
