@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     config = utils.load_config(args.config_file, args.set)
     environment = utils.load_environment(args.environment_file)
+    if "bundle" in args.formats:
+        bundle.check_definitions(config)
 
     # Step 1: networks, and what is known of them
     paths = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import export_model
 import inference
 import train_autoencoder
 import train_diffusion
@@ -101,6 +102,15 @@ def test_all_scripts_take_it(project):
         checkpoint["model"]["gain"]
     )
     assert len(before) == len((folder / "models/autoencoder.pt").read_bytes())
+
+
+def test_exports_but_as_a_bundle(project, tmp_path, capsys):
+    _, files = project
+    with pytest.raises(SystemExit) as stop:
+        export_model.main([*files[:4], "--out", str(tmp_path / "all")])
+    assert stop.value.code == 2 and "ldm.models.Haar is this project's own" in capsys.readouterr().err
+    export_model.main([*files[:4], "--out", str(tmp_path / "two"), "--formats", "safetensors", "torchscript"])
+    assert (tmp_path / "two/MODEL_CARD.md").is_file()
 
 
 def test_wrong_levels_are_named(tmp_path, capsys):

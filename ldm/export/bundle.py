@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ldm import UserError
 from ldm.data.intensity import from_unit_range
 from ldm.diffusion import samplers
 from ldm.diffusion.conditioning import Conditions, guided
@@ -21,8 +22,9 @@ from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.export.formats import weights_and_guide, weights_of
 from ldm.export.model_card import version_of
-from ldm.generation import Networks, nifti_bytes
+from ldm.generation import Networks, nifti_bytes, nifti_gz
 from ldm.models.denoiser import Autoguided, predict
+from ldm.models.strides import KEY
 from ldm.system.files import write_json, written_whole
 
 SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
@@ -112,7 +114,7 @@ def sampling_script() -> str:
     process, conditions = map(_for_sampling, FOR_TRAINING)
     solvers = inspect.getsource(samplers)
     solvers = solvers[solvers.index("Model = Callable") :].strip()  # after the imports
-    functions = [predict, guided, Autoguided, from_unit_range, nifti_bytes, loaded, draw]
+    functions = [predict, guided, Autoguided, from_unit_range, nifti_bytes, nifti_gz, loaded, draw]
     sources = [inspect.getsource(one).strip() for one in functions]
     return "\n\n\n".join([SCRIPT_START.strip(), process, conditions, solvers, *sources]) + "\n"
 
@@ -122,6 +124,17 @@ def _for_sampling(cls: type) -> str:
     for name in FOR_TRAINING[cls].split():
         source = source.replace(inspect.getsource(getattr(cls, name)), "")
     return re.sub(r"\n{3,}(?=    \S)", "\n\n", source).strip()
+
+
+def check_definitions(config: dict) -> None:
+    """Raise UserError where MONAI alone cannot build a network of the config."""
+    for key in ("autoencoder_def", "diffusion_def"):
+        own = KEY if KEY in config[key] else config[key]["_target_"]
+        if own == KEY or own.startswith("ldm."):
+            raise UserError(
+                f"{key}: {own} is this project's own, unknown to MONAI. Leave the bundle out by "
+                "--formats safetensors torchscript."
+            )
 
 
 def write_bundle(
