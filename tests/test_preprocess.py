@@ -121,6 +121,10 @@ def test_background_is_zero_and_nan_inside_is_an_error():
     clean = steps.without_background(steps.Scan(voxels, np.eye(4), None, mask))
     assert np.array_equal(clean.voxels[0], np.where(mask, 5, 0))
     voxels[0, 1, 1, 1] = np.nan
+    bare = np.array([np.nan, 1, 2], np.float32).reshape(1, 3, 1, 1)
+    assert steps.without_background(steps.Scan(bare, np.eye(4))).voxels.ravel().tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="has 1 infinite voxels"):
+        steps.without_background(steps.Scan(np.where(bare == 2, np.inf, bare), np.eye(4)))
     with pytest.raises(UserError, match="1 voxels in its mask are NaN"):
         steps.without_background(steps.Scan(voxels, np.eye(4), None, mask))
 

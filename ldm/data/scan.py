@@ -62,10 +62,12 @@ def without_background(scan: Scan) -> Scan:
     """Background 0: all outside of the mask, and NaN there. Without a mask, NaN becomes 0.
 
     Raises:
-        UserError: NaN inside of the mask, or an empty mask.
+        UserError: NaN inside of the mask, infinite voxels without one, or an empty mask.
     """
     if scan.mask is None:
-        return replace(scan, voxels=np.nan_to_num(scan.voxels, nan=0.0, posinf=np.nan, neginf=np.nan))
+        if infinite := np.count_nonzero(np.isinf(scan.voxels)):
+            raise UserError(f"has {infinite} infinite voxels")
+        return replace(scan, voxels=np.nan_to_num(scan.voxels))
     if not scan.mask.any():
         raise UserError("its mask is empty")
     if bad := np.count_nonzero(~np.isfinite(scan.voxels[:, scan.mask])):
