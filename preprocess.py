@@ -28,8 +28,7 @@ Exit codes: 0 done, 1 the disk failed, 2 wrong usage or a scan that cannot be us
 import argparse
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (out / folder).mkdir(parents=True, exist_ok=True)
     write_json(out / SETTINGS, asdict(settings))
     one = functools.partial(preprocess, settings, out)
-    doubts = list(filter(None, tqdm(parallel(one, left, args.jobs), total=len(left), unit="scan")))
+    doubts = list(filter(None, tqdm(utils.parallel(one, left, args.jobs), total=len(left), unit="scan")))
 
     # Step 3: dataset.json, which completes the folder
     for doubt in doubts:
@@ -214,18 +213,6 @@ def draw_mask(scan: steps.Scan, path: Path) -> None:
     rows = {name: [torch.from_numpy(one).float()] for name, one in rows.items()}
     path.parent.mkdir(exist_ok=True)
     figures.montage(rows, path, path.stem, spacing=scan.spacing.tolist())
-
-
-def parallel(function, jobs: Sequence, workers: int) -> Iterator:
-    """Yield `function(job)` of each job, from `workers` processes."""
-    if min(workers, len(jobs)) < 2:
-        yield from map(function, jobs)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)))
-    try:
-        yield from pool.map(function, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def describe(args: argparse.Namespace, out: Path, cases: Sequence[RawCase]) -> dict:

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -74,7 +73,8 @@ def main(argv=None):
             (folder / name).mkdir(parents=True)
         write = functools.partial(write_subject, folder, args.seed, spacing, args.tumour_fraction)
         rows = [("participant_id", "tumour", "ageing")]
-        rows += tqdm(parallel(write, args.num, workers), total=args.num, unit="subject")
+        load_atlas()  # forked workers inherit it, spawned ones read it themselves
+        rows += tqdm(utils.parallel(write, range(args.num), workers), total=args.num, unit="subject")
         table = "".join("\t".join(row) + "\n" for row in rows)
         (folder / "participants.tsv").write_text(table, encoding="utf-8")
         description = describe(args.num, args.seed, spacing)
@@ -98,19 +98,6 @@ def write_subject(folder, seed, spacing, tumour_fraction, subject):
         nifti.header.set_xyzt_units("mm")
         nibabel.save(nifti, folder / name / case_name(subject))
     return case_name(subject).removesuffix(".nii.gz"), str(int(tumour)), f"{simulated.ageing:.3f}"
-
-
-def parallel(function, num, workers):
-    """Yield function(0), ..., function(num - 1) in order, from `workers` processes."""
-    if workers == 1:
-        yield from map(function, range(num))
-        return
-    load_atlas()  # forked workers inherit it, spawned ones read it themselves
-    pool = ProcessPoolExecutor(workers)
-    try:
-        yield from pool.map(function, range(num))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def describe(num, seed, spacing):

@@ -5,7 +5,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -219,6 +220,19 @@ def make_loader(
         worker_init_fn=leave_signals_to_the_main_process,
         persistent_workers=workers > 0,
     )
+
+
+def parallel(function: Callable, jobs: Sequence, workers: int) -> Iterator:
+    """Yield `function(job)` of each job in order, from `workers` processes, or from this one where one is
+    enough."""
+    if min(workers, len(jobs)) < 2:
+        yield from map(function, jobs)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(jobs)))
+    try:
+        yield from pool.map(function, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find_files(**named: Sequence[str | Path | None]) -> None:

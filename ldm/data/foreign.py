@@ -29,7 +29,7 @@ def simple_itk():
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `read` reads this file; one without a suffix, or .dcm or .ima, is taken for DICOM."""
+    """Whether `read` reads this file: by its suffix, or as DICOM by its content."""
     return path.name.lower().endswith(SUFFIXES) or is_dicom(path)
 
 

@@ -5,16 +5,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-SMALLEST_STD = 1e-4  # of a band, in the unit range; a smaller one, as of a constant, is not raised to 1
+SMALLEST_STD = 1e-4  # of a band, in the unit range; dividing by less would amplify rounding
 WHITENING = 0.5  # 0 keeps the variances of the bands, 1 makes them equal
 
 
 class Haar(nn.Module):
     """The orthonormal Haar transform with the interface of an autoencoder: lossless, without weights.
 
-    Each level halves the sides and makes 2 (2D: 4, 3D: 8) bands of each channel along each axis, as a wavelet
-    packet: C channels become C * 8^levels in 3D. With 0 levels the latents are the voxels. Each band is given
-    less its mean and divided by its standard deviation to the power `WHITENING`; `fit` measures both, and
+    Each level halves the sides and makes 4 (2D) or 8 (3D) bands of every channel, as a wavelet packet: C
+    channels become C * 8^levels in 3D. With 0 levels the latents are the voxels. From each band its mean is
+    subtracted, and it is divided by its standard deviation to the power `WHITENING`; `fit` measures both, and
     checkpoints keep them. Friedrich et al., "WDM" (2024), train diffusion models on such bands.
 
     Args:
