@@ -331,3 +331,11 @@ def test_without_simple_itk_it_says_what_to_install(tmp_path, monkeypatch, capsy
     (tmp_path / "raw/one.nrrd").write_bytes(b"NRRD0004\n")
     message = refused("--in", tmp_path / "raw", "--out", tmp_path / "out", "--spacing", 1, capsys=capsys)
     assert "pip install SimpleITK" in message
+
+
+def test_nifti_files_among_others_are_not_passed_over(tmp_path):
+    save(tmp_path / "raw/two.nii.gz", np.ones((6, 6, 6), np.float32), np.eye(4))
+    (tmp_path / "raw/one.nrrd").write_bytes(b"NRRD0004\n")
+    with pytest.raises(UserError, match="holds two.nii.gz and also one.nrrd"):
+        find_raw_cases(tmp_path / "raw")
+    assert [case.name for case in find_raw_cases(tmp_path / "raw", "*.nii.gz")] == ["two"]

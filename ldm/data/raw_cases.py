@@ -11,7 +11,7 @@ import numpy as np
 from ldm import UserError, counted, few
 from ldm.data import foreign
 from ldm.data.layouts import find_cases
-from ldm.data.names import stem_of
+from ldm.data.names import stem_of, suffix_of
 from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
 from ldm.data.scan import Scan
 
@@ -41,11 +41,18 @@ def find_raw_cases(
     files can bear them.
 
     Raises:
-        UserError: as `find_cases`; or numbers of files that differ, or two scans with one name.
+        UserError: as `find_cases`; or NIfTI files among others, numbers of files that differ, or two scans
+            with one name.
     """
     if source.is_dir() and not pattern and (cases := _nfbs(source) or _cc359(source)):
         log(f"found: {counted(len(cases), 'scan{s}')} with brain masks in {source}")
-    elif source.is_dir() and (found := list(foreign.images_below(source))):
+    elif source.is_dir() and not pattern and (found := list(foreign.images_below(source))):
+        nifti = next((path for path in sorted(source.rglob("*")) if suffix_of(path.name)), None)
+        if nifti:
+            raise UserError(
+                f"{source}: holds {nifti.name} and also {found[0][1].name}. Put NIfTI files and others into "
+                "folders of their own, or choose NIfTI files by --pattern."
+            )
         log(f"found: {counted(len(found), 'DICOM, NRRD or MetaImage scan{s}')} in {source}")
         cases = [RawCase(name, (file,)) for name, file in found]
     else:
