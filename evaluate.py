@@ -149,7 +149,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     split = dict.fromkeys((TRAINING, HELD_OUT))
     if needs_split:
         known = {"autoencoder": autoencoder, "known": checkpoint.get("subjects")}
-        *sides, spacing = prepare_data(config, environment, run, for_training=False, **known)
+        *sides, spacing = prepare_data(config, environment, run, for_training=False, test=True, **known)
         split, config = dict(zip(split, sides, strict=True)), configs.with_spacing(config, spacing)
     out = args.out or environment["output_dir"] / "evaluation"
     for name in ("metrics.json", "report.html"):

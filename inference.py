@@ -378,6 +378,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             records.save_volume(
                 paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}
             )
+            if networks.autoencoder.is_slicewise:
+                show_slices(networks, voxels, seed, paths[seed])
     bar.close()
     power, count = run.sum(power).tolist()  # once all ranks have written
 
@@ -389,6 +391,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             share = power / count / networks.power
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
         run.print(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
+
+
+def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
+    """Write the slices of a volume (C, D, H, W) as a PNG beside it."""
+    unit = to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=True)[0]
+    picture = path.with_name(path.name.removesuffix(".nii.gz") + ".png")
+    figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
 
 
 def show_samples(networks: Networks, paths: Sequence[Path], seeds: Sequence[int], folder: Path) -> Path:

@@ -41,6 +41,7 @@ import utils
 from ldm import UserError, brief, counted, figures
 from ldm.data import scan as steps
 from ldm.data.cases import rounded
+from ldm.data.nnunet import dataset_folder
 from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
 from ldm.generation import nifti_gz
 from ldm.system.files import read_json, write_json, written_whole
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out).resolve()
 
     # Step 1: the scans, and what to do to them
+    args.source = dataset_folder(str(args.source))
     cases = find_raw_cases(args.source, args.pattern, args.contrasts, [out])
     settings = choose_settings(args, cases)
     begun = check_output(out, settings)
@@ -95,7 +97,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--in", dest="source", required=True, type=Path, metavar="RAW", help="a folder, or a JSON list")
+    add(
+        "--in",
+        dest="source",
+        required=True,
+        type=Path,
+        metavar="RAW",
+        help="a folder, a JSON list, or the number of a data set of nnU-Net",
+    )
     add("--out", required=True, metavar="DIR", help="folder to make, or to go on with")
     add("--like", type=Path, metavar="JSON", help="a preprocessing.json: all settings of that run")
     add("--pattern", help="which files are scans, as data.pattern of a config")

@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         conditions.check_size(latents.shape, resumed["path"])
     else:
         scale_factor, mean = latents.moments(run)
-        if config["conditions"]["mean_latent"]:
-            conditions = conditions.with_mean_latent(mean * scale_factor)
+        mean = mean * scale_factor if config["conditions"]["mean_latent"] else None
+        conditions = conditions.of_latents(latents.shape, mean)
     count = len(latents.train)
     run.print(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
 

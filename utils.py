@@ -66,6 +66,7 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
     """The arguments of both training scripts."""
     parser = script_parser(manual)
     add_dry_run(parser)
+    parser.add_argument("--fold", type=int, default=None, help="the fold that is held out, from 0: data.fold")
     start = parser.add_mutually_exclusive_group()
     fresh = "start over; earlier files are moved to model_dir/old-N"
     start.add_argument("--fresh", action="store_true", help=fresh)
@@ -108,19 +109,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     """
     config = read_json(path, "config")
     for override in overrides:
-        _apply_override(config, override)
+        apply_override(config, override)
     return configs.check_config(config, f"{path} with --set" if overrides else path)
 
 
 def load_training_config(args: argparse.Namespace, stage: str) -> dict:
     """As `load_config`, with `--amp` and `--compile` in the section `stage`."""
-    config = load_config(args.config_file, args.set)
+    fold = [] if args.fold is None else [f"data.fold={args.fold}"]
+    config = load_config(args.config_file, [*args.set, *fold])
     flags = {key: getattr(args, key) for key in ("amp", "compile")}
     config[stage] |= {key: value for key, value in flags.items() if value is not None}
     return config
 
 
-def _apply_override(config: dict, override: str) -> None:
+def apply_override(config: dict, override: str) -> None:
+    """Set the value of `--set KEY=VALUE` in a config. Raises UserError: it has another form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: expected key=value, such as autoencoder_train.lr=8e-5.")

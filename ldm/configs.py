@@ -53,6 +53,7 @@ def check_config(config: dict, path: str | Path) -> dict:
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
     except RecursionError:
         raise UserError(f"{path}: lists or references are nested too deeply.") from None
+    config.pop("_why", None)
     for section in ("autoencoder_train", "diffusion_train"):
         if "n_epochs" in config.get(section, {}):
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))

@@ -7,6 +7,7 @@ same in all slices of a picture.
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -274,6 +275,20 @@ def montage(
             line = beside([three_panels(cut(one, spacing, pixel)) for one in some[start : start + columns]])
             lines.append(named(kind, line) if len(rows) > 1 else line)
     save(titled(below(lines), title), path)
+
+
+def axial_slices(
+    volume: np.ndarray, path: Path, title: str, spacing: Sequence[float], most: int = 64
+) -> None:
+    """Draw the axial slices of (D, H, W) in [0, 1], at most so many, evenly spaced, from below to above."""
+    count = volume.shape[2]
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    mm = pixels_of(spacing, "axial")
+    tiles = [
+        Image.fromarray(np.uint8(np.clip(scaled(upright(volume, "axial", i), mm, min(mm)), 0, 1) * 255 + 0.5))
+        for i in chosen
+    ]
+    save(titled(grid(tiles, math.ceil(len(tiles) ** 0.5)), title), path)
 
 
 def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> None:

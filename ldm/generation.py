@@ -118,6 +118,7 @@ def load_networks(
         )
     conditions = Conditions.from_checkpoint(second, config)
     conditions.check_size(shape, unet_path)
+    conditions = conditions.of_latents(shape, conditions.mean_latent)
     if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.unknown(1).keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
@@ -242,8 +243,10 @@ def draw(
         run.autocast(),
     ):
         model = networks.conditions.guided_model(networks.unet, condition, guidance, len(seeds), run.device)
-        shape = networks.latent_shape
-        latents = sample_latents(model, networks.process, shape, seeds, steps, sampler, run.device, progress)
+        shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
+        latents = sample_latents(
+            model, networks.process, shape, seeds, steps, sampler, run.device, progress, slicewise
+        )
         return networks.autoencoder.decode(latents / networks.scale_factor).cpu()
 
 

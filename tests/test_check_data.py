@@ -343,7 +343,7 @@ def test_a_note_is_no_fault(tmp_path, capsys):
     assert code == 0 and not [line for line in lines if "b.nii.gz" in line]
     said, config = [], utils.load_config(CONFIG, ["intensity.lower_percentile=0"])
     for skip in (False, True):
-        splitter = splits.Splitter(tmp_path / "split.json", str(tmp_path), False, said.append)
+        splitter = splits.Splitter(tmp_path / "split.json", str(tmp_path), False, said.append, config["data"])
         how = (configs.channels_of(config), Intensity.from_config(config), False, skip)
         cases, _ = find_cases(tmp_path)
         assert splitter.without_bad(cases, [], *how) == (cases, [])

@@ -199,7 +199,7 @@ def test_conditions_change_no_other_draw():
 
 def test_the_mean_latent_is_an_input_whatever_the_class():
     mean = torch.arange(2.0).reshape(2, 1, 1, 1)
-    conditions = Conditions("group", ["0", "1"], 1.0).with_mean_latent(mean)
+    conditions = Conditions("group", ["0", "1"], 1.0).of_latents(mean.shape, mean)
     generator = torch.Generator().manual_seed(0)
     for one in (conditions.of(case("a", group=1)), conditions.draw(case("a", group=1), generator)):
         assert torch.equal(one["channels"], mean)
@@ -213,6 +213,18 @@ def test_the_mean_latent_is_an_input_whatever_the_class():
     model = conditions.guided_model(unet, {"group": "1"}, 2.0, 3, torch.device("cpu"))
     z = torch.randn(3, 2, 1, 1, 1)
     torch.testing.assert_close(model(z, torch.zeros(3)), z)
+
+
+def test_positions_are_inputs_from_one_end_to_the_other():
+    conditions = Conditions(position=(2, 0)).of_latents((4, 3, 2, 5), None)
+    channels = conditions.unknown(2)["channels"]
+    assert channels.shape == (2, 2, 3, 2, 5)
+    torch.testing.assert_close(channels[1, 0, 2, 1], torch.linspace(-1, 1, 5))
+    torch.testing.assert_close(channels[0, 1, :, 0, 3], torch.tensor([-1.0, 0, 1]))
+    assert conditions.describe() == "the position along each of the axes 2, 0"
+    mean = torch.ones(4, 3, 2, 5)
+    both = conditions.of_latents(mean.shape, mean).unknown(1)["channels"]
+    assert torch.equal(both[0, :4], mean) and torch.equal(both[:, 4:], channels[:1])
 
 
 def test_it_is_the_mean_over_the_training_set_scaled_as_the_latents(done):

@@ -20,6 +20,7 @@ from ldm.diffusion.process import NoiseProcess
 from ldm.environment import FOLDERS, check_writable
 from ldm.losses import AutoencoderLoss
 from ldm.models.definitions import resolve_references
+from ldm.models.initialisation import start_as_block_transform
 from ldm.system.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,11 +155,14 @@ def test_shipped_config_is_whole(path):
     if path.stem == "config_demo":
         assert sum(sizes) < 50e6  # for a laptop
     if path.stem.startswith("config_train_"):  # the published networks, for BraTS
-        mean_latent = (
-            55_296 if path.stem.endswith("_fast") else 0
-        )  # of 8 more channels into the first convolution
-        assert sizes == [21_000_353, 189_325_576 + mean_latent]
+        # The fast ones have 8 more channels into the first convolution, and transposed convolutions.
+        assert sizes == (
+            [21_820_801, 189_380_872] if path.stem.endswith("_fast") else [21_000_353, 189_325_576]
+        )
         assert patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
+    if config["autoencoder_train"]["initialise"] == "block_transform":
+        network = configs.define_network(config, "autoencoder_def")
+        start_as_block_transform(network, torch.rand(1, 1, 16, 16, 16))
     NoiseProcess.from_config(config["NoiseScheduler"])
     assert utils.load_config(path) == config  # reading changes nothing
 

@@ -21,10 +21,10 @@ from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, choose_spacing, volume_size
 from ldm.data.checks import check_headers
 from ldm.data.datasets import EpochSampler, VolumeDataset, stream, version_of
+from ldm.data.folds import hold_out
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.splits import split_cases
 
 VOXELS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,8 @@ def test_bids_folder_with_covariates(bids):
 def test_sessions_of_a_subject_are_never_split(bids):
     cases, _ = find_cases(bids)
     for seed in range(30):
-        train, val = split_cases(cases, 0.2, seed)
+        divided = hold_out(cases, 0.2, seed)
+        train, val = divided.training, divided.validation
         assert len(train) == 16 and len(val) == 4
         assert not {case.subject for case in train} & {case.subject for case in val}
 

@@ -460,7 +460,7 @@ def test_nearest_sizes_are_named():
 
 def test_factors_by_definition_and_by_network():
     three, two = {"spatial_dims": 3, "channels": [8, 8, 8]}, {"spatial_dims": 2, "num_channels": [8, 8]}
-    assert downsampling_factor(three) == (4, 4, 4) and downsampling_factor(two) == (2, 2)
+    assert downsampling_factor(three) == (4, 4, 4) and downsampling_factor(two) == (2, 2, 1)
     with pytest.raises(UserError, match="x: `channels` should list"):
         downsampling_factor({"_target_": "x", "spatial_dims": 3, "channels": 8})
     config = {"autoencoder_def": three, "diffusion_def": {"spatial_dims": 3, "channels": [8, 8]}}
@@ -523,15 +523,18 @@ def test_the_layout_changes_results_by_rounding_alone(monkeypatch):
 @pytest.mark.parametrize("package", ["monai", "generative"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_one_interface_of_autoencoders(package, dims):
-    """2D and 3D, of either package: shapes, float32, and the factor of the network that was built."""
+    """2D (slice by slice) and 3D, of either package: shapes, float32, and the factor of the network."""
     definition = AUTOENCODER | {"spatial_dims": dims}
     network = on_device(build(package, "AutoencoderKL", definition).bfloat16(), CPU)
     autoencoder = Autoencoder(network)
-    assert (autoencoder.latent_channels, autoencoder.spatial_dims) == (2, dims)
-    assert autoencoder.factor == downsampling_factor({**definition, "channels": [8, 8]}) == (2,) * dims
-    images = numbers(2, 1, *(8, 4, 8)[:dims]).bfloat16()
+    assert (autoencoder.latent_channels, autoencoder.is_slicewise) == (2, dims == 2)
+    factor = (2, 2, 1) if dims == 2 else (2, 2, 2)
+    assert autoencoder.factor == downsampling_factor({**definition, "channels": [8, 8]}) == factor
+    images = numbers(2, 1, 8, 4, 8).bfloat16()
     mean, std = autoencoder.encode(images)
-    assert mean.shape == std.shape == (2, 2, *(4, 2, 4)[:dims]) and mean.dtype == std.dtype == torch.float32
+    assert (
+        mean.shape == std.shape == (2, 2, 4, 2, 8 // factor[-1]) and mean.dtype == std.dtype == torch.float32
+    )
     assert autoencoder.decode(mean.bfloat16()).shape == images.shape
     assert autoencoder.decode(mean.bfloat16()).dtype == autoencoder.reconstruct(images).dtype == torch.float32
     assert torch.equal(autoencoder.activations(images)[-1], autoencoder.network.encode(images)[0])

@@ -53,20 +53,6 @@ def prepare(base: Path | list[Path], model_dir: Path, pattern: str | None = None
     return [case.name for case in train], [case.name for case in val]
 
 
-def test_split_is_seeded_and_disjoint():
-    def names(cases: list[Case]) -> list[str]:
-        return [case.name for case in cases]
-
-    cases = [Case(f"c{i}", (Path(f"c{i}.nii"),), subject=f"s{i}") for i in range(20)]
-    train, val = splits.split_cases(cases, 0.25, 1)
-    assert len(val) == 5 and sorted(names(train + val)) == sorted(names(cases))
-    # not a matter of the order they are found in
-    assert splits.split_cases(cases[::-1], 0.25, 1)[1] == val[::-1]
-    assert len({tuple(names(splits.split_cases(cases, 0.25, seed)[1])) for seed in range(10)}) == 10
-    assert len(splits.split_cases(cases, 0.0, 1)[1]) == 1  # something is always held out,
-    assert len(splits.split_cases(cases[:2], 0.99, 1)[0]) == 1  # and something always trained on
-
-
 def test_single_case_is_its_own_validation_and_said_so(scans, capsys):
     root = scans("a.nii.gz", "models/made.nii.gz")  # what the run wrote is no data
     assert prepare(root, root / "models") == (["a"], ["a"])

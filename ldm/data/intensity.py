@@ -10,6 +10,7 @@ LARGEST_VALUE = 1e37  # differences and sums of such values are float32, too
 BULK = 99.9  # % of the voxels; a note is given where values further out set the range
 FAR_BELOW, FAR_ABOVE, FAR_BELOW_PADDING = 0.5, 0.9, 0.33  # of the range from 0 to 1, without the bulk
 LEAST_OF_WINDOW = 0.05
+LATER = ("window", "nonzero", "nan_is_background")  # keys that older caches lack: they count only where used
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Intensity:
         clip: clip to [0, 1].
         window: for each channel the two values that become 0 and 1, the same in every volume.
         nan_is_background: NaN becomes background, see `without_nan`; else it is an error.
+        nonzero: percentiles of the voxels that are not 0 alone.
     """
 
     lower: float | None = 0.0
@@ -28,6 +30,7 @@ class Intensity:
     clip: bool = True
     window: tuple[tuple[float, float], ...] | None = None
     nan_is_background: bool = False
+    nonzero: bool = False
 
     @classmethod
     def from_config(cls, config: dict) -> "Intensity":
@@ -38,12 +41,13 @@ class Intensity:
             pairs = window if isinstance(window[0], list) else [window] * len(channels_of(config))
             window = tuple((float(low), float(high)) for low, high in pairs)
         ends = (section["lower_percentile"], section["upper_percentile"])
-        return cls(*ends, section["clip"], window, section["nan_is_background"])
+        return cls(*ends, section["clip"], window, section["nan_is_background"], section["nonzero"])
 
     def __str__(self) -> str:
         """What becomes 0 and 1."""
         if self.window is None:
-            return f"percentiles {self.lower:g} and {self.upper:g} of each volume"
+            of = "what is not 0 in each volume" if self.nonzero else "each volume"
+            return f"percentiles {self.lower:g} and {self.upper:g} of {of}"
         return "the values " + ", ".join(f"{low:g} and {high:g}" for low, high in self.window)
 
     def of_channel(self, c: int) -> "Intensity":
@@ -54,7 +58,11 @@ class Intensity:
         """The values that become 0 and 1 in each channel of a whole volume: (C, D, H, W) -> (C, 2)."""
         if self.window is not None:
             return np.array(self.window)
-        return np.percentile(volume.reshape(len(volume), -1), [self.lower, self.upper], axis=1).T
+        ends, channels = [self.lower, self.upper], volume.reshape(len(volume), -1)
+        if not self.nonzero:
+            return np.percentile(channels, ends, axis=1).T
+        some = [channel[channel != 0] if channel.any() else channel for channel in channels]
+        return np.stack([np.percentile(channel, ends) for channel in some])
 
     def nonfinite_reason(self, voxels: np.ndarray) -> str | None:
         """Why voxels of a channel, as stored, cannot be mapped (NaN, infinite), or None."""

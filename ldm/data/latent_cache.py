@@ -17,6 +17,7 @@ import numpy as np
 from ldm import UserError, brief, counted, few
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset
+from ldm.data.intensity import LATER
 from ldm.data.posteriors import Posteriors, encode
 from ldm.data.preprocessing import CODE
 from ldm.data.splits import PARTS, read_split, write_split
@@ -204,8 +205,7 @@ def dependencies(config: dict) -> dict:
     section, data = config["diffusion_train"], config["data"]
     keys = ("autoencoder_def", "channel", "spacing", "longest_side", "intensity", "seed")
     about = {key: copy.deepcopy(config[key]) for key in keys}
-    # Later keys count only where they are used: older caches stay valid.
-    for key in ("window", "nan_is_background"):
+    for key in LATER:
         if not about["intensity"][key]:
             del about["intensity"][key]
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}

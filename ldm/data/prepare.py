@@ -61,6 +61,7 @@ def prepare_data(
     resumed: dict | None = None,
     autoencoder: Path | None = None,
     known: dict | None = None,
+    test: bool = False,
 ) -> tuple[list[Case], list[Case], list[float]]:
     """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
 
@@ -75,6 +76,7 @@ def prepare_data(
         autoencoder: the file of stage 1's weights. Where the split is made, cases that the autoencoder was
             not trained on are held out.
         known: the `subjects` in that file, if it was read already.
+        test: as of `ldm.data.splits.Splitter`.
 
     Returns:
         Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
@@ -101,7 +103,8 @@ def prepare_data(
         stages = (config["autoencoder_train"], config["diffusion_train"])
         labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
         where = ", ".join(map(str, data_folders(environment)))
-        splitter = splits.Splitter(environment["model_dir"] / splits.SPLIT, where, for_training, run.print)
+        path, data = environment["model_dir"] / splits.SPLIT, config["data"]
+        splitter = splits.Splitter(path, where, for_training, run.print, data, test)
         sides = splitter.without_bad(
             *splitter.select(*found),
             configs.channels_of(config),
@@ -109,8 +112,7 @@ def prepare_data(
             labels,
             skip_bad,
         )
-        val_fraction, seed = config["data"]["val_fraction"], config["seed"]
-        return splitter.divide(*sides, val_fraction, seed, resumed, autoencoder, subjects)
+        return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
 
     train, val = run.from_main(divide)
     if splits.is_single_subject(train, val):

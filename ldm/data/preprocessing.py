@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter
 
 from ldm import UserError
 from ldm.configs import channels_of
-from ldm.data.intensity import Intensity, to_unit_range
+from ldm.data.intensity import LATER, Intensity, to_unit_range
 from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import print_and_log
@@ -69,11 +69,7 @@ class Preprocessing:
     def key(self) -> str:
         """What the result depends on besides the files."""
         intensity = self.intensity
-        late = [
-            f"{key}={getattr(intensity, key)!r}"
-            for key in ("window", "nan_is_background")
-            if getattr(intensity, key)
-        ]
+        late = [f"{key}={getattr(intensity, key)!r}" for key in LATER if getattr(intensity, key)]
         # The same text as before these keys existed, so that volumes cached then are still found.
         return (
             f"Preprocessing(channels={self.channels!r}, spacing={self.spacing!r}, lower={intensity.lower!r}, "

@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ldm import UserError, brief, counted, few
+from ldm.data import folds
 from ldm.data.cases import PARTS, Case
 from ldm.data.checks import Problem, check_cases, check_headers, note_lines
-from ldm.data.datasets import stream
 from ldm.data.intensity import Intensity
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.schemas import StrictValidator, fault, fields
 
 NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
 SPLIT = "split.json"  # in model_dir
-SPLIT_CONTENT = StrictValidator(fields(**dict.fromkeys(PARTS, NAMES)))
+SPLIT_SCHEMA = fields(**dict.fromkeys(PARTS, NAMES))
+SPLIT_SCHEMA["properties"] |= {"test": {"type": "array", "items": {"type": "string"}}}  # also split, fold
+SPLIT_CONTENT = StrictValidator(SPLIT_SCHEMA)
+HOW = ("split", "fold")  # keys of the config's `data` that a split is kept with
 NOTES_PRINTED = 5  # at the start of a training
 SAMPLED, PLACES = 2**16, 3  # bytes of a file, and in how many places, that are compared before all of it
 
@@ -29,32 +30,29 @@ Sides = tuple[list[Case], list[Case]]
 
 def read_split(path: Path) -> tuple[list[str], list[str]]:
     """The names of the training and of the validation cases. Raises UserError: the file holds no split."""
+    content = _content(path)
+    return content["training"], content["validation"]
+
+
+def held_out_names(path: Path) -> list[str]:
+    """The names of the cases for testing, else of the validation cases. Raises UserError: as `read_split`."""
+    content = _content(path)
+    return content.get("test") or content["validation"]
+
+
+def _content(path: Path) -> dict:
     content = read_json(path, "split")
     if what := fault(SPLIT_CONTENT, content):
         raise UserError(
             f"{path}: {what}. Expected two lists of case names, `training` and `validation`. Restore it, "
             "or choose another model_dir."
         )
-    return content["training"], content["validation"]
+    return content
 
 
-def write_split(path: Path, train: Sequence[str], validation: Sequence[str]) -> None:
-    """Write the names of the training and of the validation cases."""
-    write_json(path, dict(zip(PARTS, (list(train), list(validation)), strict=True)))
-
-
-def split_cases(cases: Sequence[Case], val_fraction: float, seed: int) -> Sides:
-    """Hold out a share of the subjects, at least one, by a seeded draw.
-
-    All scans of a subject fall on the same side. A single subject is on both: the caller warns the user.
-    """
-    subjects = sorted({case.subject for case in cases})
-    if len(subjects) == 1:
-        return list(cases), list(cases)
-    order = torch.randperm(len(subjects), generator=stream(seed, "split")).tolist()
-    count = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-    held_out = {subjects[i] for i in order[:count]}
-    return [c for c in cases if c.subject not in held_out], [c for c in cases if c.subject in held_out]
+def write_split(path: Path, train: Sequence[str], validation: Sequence[str], **more) -> None:
+    """Write the names of the training and of the validation cases; and `test`, `split` and `fold`."""
+    write_json(path, dict(zip(PARTS, (list(train), list(validation)), strict=True)) | more)
 
 
 def left_out(cases: Sequence[Case], where: str, path: Path) -> str:
@@ -73,12 +71,16 @@ class Splitter:
         for_training: a training ends where a case of split.json is missing, bad or on the other side, and
             writes a new split. Else such cases are left out, and nothing is written.
         log: prints a line.
+        data: the config's section: `val_fraction`, `split`, `fold`.
+        test: the cases for testing, where there are any, take the place of the validation cases.
     """
 
     path: Path
     where: str
     for_training: bool
     log: Callable[[str], None]
+    data: dict
+    test: bool = False
 
     def select(self, cases: list[Case], validation: list[Case]) -> Sides:
         """The cases that split.json names. Others are left out and named; without a split.json, none are.
@@ -92,8 +94,16 @@ class Splitter:
         if not self.path.is_file():
             return cases, validation
         by_name = {case.name: case for case in [*cases, *validation]}
-        names = read_split(self.path)
-        known = {name for part in names for name in part}
+        names, content = read_split(self.path), _content(self.path)
+        known = {name for part in (*names, content.get("test", [])) for name in part}
+        for key in HOW:
+            if self.for_training and content.get(key) != self.data[key]:
+                raise UserError(
+                    f"{self.path}: was made with data.{key} {brief(content.get(key))}, now it is "
+                    f"{brief(self.data[key])}. Choose another model_dir."
+                )
+        if self.test:
+            names = (names[0], held_out_names(self.path))
         missing = [name for name in dict.fromkeys([*names[0], *names[1]]) if name not in by_name]
         what = f"{counted(len(missing), 'case{s}')} of {self.path} not found in {self.where}"
         if missing and self.for_training:
@@ -172,7 +182,6 @@ class Splitter:
         self,
         cases: list[Case],
         validation: list[Case],
-        val_fraction: float,
         seed: int,
         resumed: dict | None = None,
         autoencoder: Path | None = None,
@@ -183,22 +192,30 @@ class Splitter:
         Args:
             cases, validation: as split.json or the data set divides them. Without validation cases, those are
                 held out that a checkpoint held out, else a share of the subjects.
-            val_fraction, seed: as of `split_cases`.
+            seed: as of `folds.divide`.
             resumed: the checkpoint that is resumed.
             autoencoder, known: the file of stage 1's weights, and the `subjects` in it.
 
         Raises:
-            UserError: a held-out case is trained on, or a case changed sides since a checkpoint was trained.
+            UserError: a held-out case is trained on, or a case changed sides since a checkpoint was trained;
+                or as `folds.divide`.
         """
         path, kept, what, problems = self.path, self.path.is_file(), "", []
+        how, drawn = {key: self.data[key] for key in HOW if self.data[key] is not None}, None
+        if validation and not kept and how:
+            raise UserError(
+                f"{self.where}: names its validation cases itself. Remove data.split and data.fold."
+            )
         if not validation and not (problems := one_file_of_two_subjects(cases)):
             before = (resumed or {}).get("subjects") or known
-            if before and (alike := split_alike(cases, before)):
+            if before and not how and (alike := split_alike(cases, before)):
                 cases, validation = alike
                 of = (resumed or {}).get("path", autoencoder)
                 self.log(f"data: no {path} yet: held out is what {of} held out")
             else:
-                cases, validation = split_cases(cases, val_fraction, seed)
+                drawn = folds.divide(cases, self.data, seed)
+                cases = drawn.training
+                validation = drawn.test if self.test and drawn.test else drawn.validation
         if validation:
             what, problems = "held out and also trained on: ", leaks(cases, validation)
         if problems:
@@ -219,7 +236,11 @@ class Splitter:
                 raise UserError(f"{what}: {path} has changed since. Restore it, or choose another model_dir.")
             self.log(f"warning: {what}: figures on them are better than on new scans")
         if self.for_training and not kept:
-            write_split(path, *([case.name for case in some] for some in (cases, validation)))
+            if drawn and drawn.test:
+                how["test"] = [case.name for case in drawn.test]
+            if drawn and drawn.folds:
+                write_json(path.with_name(folds.FOLDS_FILE), drawn.folds)
+            write_split(path, *([case.name for case in some] for some in (cases, validation)), **how)
         return cases, validation
 
 

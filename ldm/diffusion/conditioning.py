@@ -1,8 +1,9 @@
 """What a diffusion model is conditioned on, classifier-free guidance and autoguidance.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
-nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`,
-the mean latent of the training set: of data in a common frame, it tells the network what lies where.
+nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`:
+the mean latent of the training set, which of data in a common frame tells the network what lies where, and
+the position along some axes, which a 2D network needs to know which slice it draws.
 """
 
 from collections import Counter
@@ -24,7 +25,7 @@ MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of a diffusion model: class labels from a column of `participants.tsv`, the mean latent,
-    both or nothing. It is true where there are classes.
+    the position, all, some or nothing. It is true where there are classes.
 
     The class of a case is the index of its value. The class after the last means "unknown": a case without a
     value, a condition that training drops, and a sample of no particular class.
@@ -34,12 +35,16 @@ class Conditions:
         values: of the column, sorted.
         dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
         mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped.
+        position: axes along which the network is told the position, a channel from -1 to 1 for each.
+        shape: of the latents, (c, d, h, w), where there are positions.
     """
 
     column: str | None = None
     values: Sequence[str] = ()
     dropout: float = 0.0
     mean_latent: torch.Tensor | None = None
+    position: Sequence[int] = ()
+    shape: Sequence[int] = ()
 
     def __bool__(self) -> bool:
         return self.column is not None
@@ -54,9 +59,9 @@ class Conditions:
         """
         if resumed:
             return cls.from_checkpoint(resumed, config)
-        column = config["conditions"]["class_labels"]
+        column, position = config["conditions"]["class_labels"], tuple(config["conditions"]["position"])
         if column is None:
-            return cls()
+            return cls(position=position)
         values = sorted({value for case in cases if (value := _value(case, column)) is not None})
         if not values:
             others = sorted({key for case in cases for key in case.covariates} - {column, "participant_id"})
@@ -65,7 +70,7 @@ class Conditions:
                 f"conditions.class_labels: no case has a value of {brief(column)} ({hint}). Name a column of "
                 "participants.tsv; run cache_latents.py again if the latents were cached before it was there."
             )
-        conditions = cls(column, values, config["conditions"]["dropout"])
+        conditions = cls(column, values, config["conditions"]["dropout"], position=position)
         conditions.check_classes(config)
         return conditions
 
@@ -73,15 +78,17 @@ class Conditions:
     def from_checkpoint(cls, checkpoint: dict, config: dict) -> "Conditions":
         """The conditions that a model was trained with."""
         labels, mean = checkpoint.get("conditions", {}).get("class_labels"), checkpoint.get("mean_latent")
+        position, shape = tuple(config["conditions"]["position"]), tuple(checkpoint.get("latent_shape", ()))
         if labels is None:
-            return cls(mean_latent=mean)
-        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"], mean)
+            return cls(mean_latent=mean, position=position, shape=shape)
+        dropout = config["conditions"]["dropout"]
+        conditions = cls(labels["column"], labels["values"], dropout, mean, position, shape)
         conditions.check_classes(config)
         return conditions
 
-    def with_mean_latent(self, mean: torch.Tensor) -> "Conditions":
-        """These conditions with a mean latent, (c, d, h, w), scaled as z_0 is."""
-        return replace(self, mean_latent=mean)
+    def of_latents(self, shape: Sequence[int], mean: torch.Tensor | None) -> "Conditions":
+        """These conditions for latents (c, d, h, w), with their mean, scaled as z_0 is, or None."""
+        return replace(self, shape=tuple(shape), mean_latent=mean)
 
     def check_size(self, shape: Sequence[int], where: str | Path) -> None:
         """Raise UserError unless the mean latent, where there is one, has the shape of the latents."""
@@ -110,6 +117,9 @@ class Conditions:
         """What a model card says."""
         parts = [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"] if self else []
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
+        parts += (
+            ["the position along each of the axes " + few(map(str, self.position))] if self.position else []
+        )
         return "; and ".join(parts) or "none"
 
     def state(self) -> dict:
@@ -147,8 +157,15 @@ class Conditions:
         return {**labels, **self._channels(batch)}
 
     def _channels(self, *batch: int) -> dict[str, torch.Tensor]:
-        mean = self.mean_latent
-        return {} if mean is None else {"channels": mean.expand(*batch, *mean.shape)}
+        parts = [] if self.mean_latent is None else [self.mean_latent]
+        for axis in self.position:
+            sides = self.shape[1:]
+            along = torch.linspace(-1, 1, sides[axis]).reshape(*(-1 if i == axis else 1 for i in range(3)))
+            parts.append(along.expand(1, *sides))
+        if not parts:
+            return {}
+        channels = torch.cat(parts)
+        return {"channels": channels.expand(*batch, *channels.shape)}
 
     def parse(self, texts: Sequence[str]) -> dict[str, str]:
         """`{"group": "1"}` of `["group=1"]`.
@@ -211,13 +228,17 @@ def check_sources(config: dict) -> None:
         raise UserError("diffusion_def: missing from the config.")
     definition, labels = config["diffusion_def"], "class_labels"
     needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
-    if config["conditions"]["mean_latent"]:
+    mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
+    if mean or position:
         needed.pop("channels", None)
-        inputs, expected = definition["in_channels"], 2 * definition["out_channels"]
+        inputs, latent = definition["in_channels"], definition["out_channels"]
+        expected = latent * (1 + mean) + len(position)
         if inputs != expected:
+            parts = [f"{latent} of the noisy latents"]
+            parts += [f"{latent} of conditions.mean_latent"] * mean
+            parts += [f"{len(position)} of conditions.position"] * bool(position)
             raise UserError(
-                f"diffusion_def.in_channels: expected {expected}, found {inputs}: noisy latents and the "
-                "mean of conditions.mean_latent, as many channels each."
+                f"diffusion_def.in_channels: expected {expected}, found {inputs}: {', '.join(parts)}."
             )
     if column is not None and labels not in needed:
         raise UserError(
@@ -225,7 +246,10 @@ def check_sources(config: dict) -> None:
             f"the number of values of {brief(column)} plus 1, or leave class_labels out."
         )
     if missing := [key for key in needed if key != labels or column is None]:
-        hints = {labels: "name a column by conditions.class_labels", "channels": "set conditions.mean_latent"}
+        hints = {
+            labels: "name a column by conditions.class_labels",
+            "channels": "set conditions.mean_latent or conditions.position",
+        }
         where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
         raise UserError(
             f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."

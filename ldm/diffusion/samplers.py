@@ -195,14 +195,17 @@ def sample_latents(
     sampler: str | None = None,
     device: torch.device | str = "cpu",
     progress=iter,
+    slicewise: bool = False,
 ) -> torch.Tensor:
     """Draw one latent a seed: (len(seeds), *shape), float32.
 
     Each seed has a random stream of its own, so that a sample depends neither on the batch it is drawn in nor
-    on the device. `progress` wraps the list of steps, for a progress bar.
+    on the device. `progress` wraps the list of steps, for a progress bar. With `slicewise`, for 2D networks,
+    all slices of a volume begin with the same noise, so that they change little from one to the next.
     """
     chosen = SAMPLERS[choose_sampler(sampler, process)]
     times = process.sampling_times(steps, chosen.even)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device)
+    x = x[..., :1].expand_as(x) if slicewise else x
     return chosen.solve(model, process, x, times, generators, progress)

@@ -156,7 +156,8 @@ def split_notes(split: Path, source: Source) -> list[str]:
     """A note on the cases of split.json that are missing or damaged."""
     if not split.is_file():
         return []
-    names = splits.read_split(split)[source.name == HELD_OUT]
+    held_out = source.name == HELD_OUT
+    names = splits.held_out_names(split) if held_out else splits.read_split(split)[0]
     missing = sorted(set(names) - {case.name for case in source.cases})
     text = (
         f"{source.name}: {len(missing)} of {len(names)} cases of {split} are missing or damaged, and left out"

@@ -103,7 +103,7 @@ UserError = ValueError
 '''
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint with_mean_latent check_size check_classes summary describe "
+    Conditions: "of_training from_checkpoint of_latents check_size check_classes summary describe "
     "state of draw",
 }
 
@@ -128,6 +128,11 @@ def _for_sampling(cls: type) -> str:
 
 def check_definitions(config: dict) -> None:
     """Raise UserError where MONAI alone cannot build a network of the config."""
+    if config["spatial_dims"] == 2:
+        raise UserError(
+            "spatial_dims 2: MONAI's 2D networks do not take volumes, as a bundle's should. Leave the bundle "
+            "out by --formats safetensors torchscript."
+        )
     for key in ("autoencoder_def", "diffusion_def"):
         own = KEY if KEY in config[key] else config[key]["_target_"]
         if own == KEY or own.startswith("ldm."):
@@ -233,6 +238,8 @@ def inference_config(networks: Networks, config: dict) -> dict:
             "column": conditions.column,
             "values": list(conditions.values),
             "mean_latent": None if conditions.mean_latent is None else tensor("mean_latent.pt"),
+            "position": list(conditions.position),
+            "shape": list(conditions.shape),
         },
         "draw": {
             "_target_": "scripts.sampling.draw",
@@ -264,8 +271,9 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
         label = _tensor("class_labels", [f"{conditions.column} ({', '.join(meaning)})"], [])
         last = len(conditions.values)
         inputs["class_labels"] = label | {"type": "tuples", "dtype": "int64", "value_range": [0, last]}
-    if conditions.mean_latent is not None:
-        names = [f"mean latent, channel {i}" for i in range(shape[0])]
+    names = [] if conditions.mean_latent is None else [f"mean latent, channel {i}" for i in range(shape[0])]
+    names += [f"position along axis {axis}" for axis in conditions.position]
+    if names:
         inputs["channels"] = _tensor("latent", names, shape[1:])
     predicted = {
         "epsilon": "noise",

@@ -8,6 +8,7 @@ weights         state dicts of any origin
 perceptual      the frozen networks of perceptual losses and of evaluation
 initialisation  an autoencoder that starts as a block transform
 strides         downsampling along some axes only
+slicewise       2D networks on volumes, slice by slice
 wavelet         Haar wavelets in the place of an autoencoder
 """
 

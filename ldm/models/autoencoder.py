@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm import UserError
+from ldm.models.slicewise import SliceWise, as_volumes, per_volume_axis
 
 if TYPE_CHECKING:
     from ldm.lowmem.slabwise import Budget
@@ -41,25 +42,29 @@ class Autoencoder(nn.Module):
         return any(True for _ in self.network.parameters())
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return self.network.latent_channels
 
     @property
-    def spatial_dims(self) -> int:
-        """2 or 3."""
-        return len(self.factor)
+    def is_slicewise(self) -> bool:
+        """Whether the network is a 2D one that takes volumes slice by slice."""
+        return isinstance(self.network, SliceWise)
 
     @property
     def factor(self) -> tuple[int, ...]:
-        """Voxels per latent voxel along each axis: the network's `factor`, or the product of the strides of
-        its encoder's layers."""
+        """Voxels per latent voxel along each axis of a volume: the network's `factor`, or the product of the
+        strides of its encoder's layers."""
         if hasattr(self.network, "factor"):
-            return self.network.factor
+            return per_volume_axis(self.network.factor)
         strides = [
             layer.stride for layer in self.network.encoder.modules() if isinstance(layer, CONVOLUTIONS)
         ]
-        return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+        return per_volume_axis(tuple(math.prod(axis) for axis in zip(*strides, strict=True)))
 
     def forward(
         self, images: torch.Tensor, eps: torch.Tensor
@@ -74,7 +79,10 @@ class Autoencoder(nn.Module):
 
         With a budget the images may lie in host memory.
         """
-        if self.budget and self.learns:
+        if self.budget and self.is_slicewise:
+            parts = [self.network.encode(one.to(self._device)) for one in images.split(1, -1)]
+            mean, std = (torch.cat(some, -1) for some in zip(*parts, strict=True))
+        elif self.budget and self.learns:
             from ldm.lowmem.slabwise import encode_within
 
             mean, std = encode_within(self.network, images, self.budget)
@@ -84,6 +92,9 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
+        if self.budget and self.is_slicewise:
+            parts = [self.network.decode(one.to(self._device)).cpu() for one in latents.split(1, -1)]
+            return torch.cat(parts, -1).float()
         if self.budget and self.learns:
             from ldm.lowmem.slabwise import decode_within
 
@@ -109,6 +120,8 @@ class Autoencoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.is_slicewise:
+            outputs = [as_volumes(x, len(images)) for x in outputs]
         sizes = [x.shape[2:] for x in outputs] + [None]
         return [x for x, after in zip(outputs, sizes[1:], strict=True) if x.shape[2:] != after] + [mean]
 

@@ -18,7 +18,9 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from ldm import UserError, brief
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import fuse_attention, norm_in_half
+from ldm.models.slicewise import on_volumes, per_volume_axis
 from ldm.models.strides import KEY, check_strides, set_strides
+from ldm.models.wavelet import Haar
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
 NETWORKS += ("ldm.models",)  # Haar
@@ -154,6 +156,8 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         return built
     if KEY in definition:
         set_strides(built, definition[KEY], where)
+    if definition.get("spatial_dims") == 2 and not isinstance(built, Haar):
+        on_volumes(built)
     return norm_in_half(fuse_attention(built))
 
 
@@ -245,11 +249,11 @@ def _level_count(definition: dict) -> int:
 
 
 def downsampling_factor(definition: dict) -> tuple[int, ...]:
-    """Factor between a network's finest and coarsest grid along each axis: 2 for each level after the
-    first, or as its `level_strides` say."""
+    """Factor between a network's finest and coarsest grid along each axis of a volume: 2 for each level after
+    the first, or as its `level_strides` say; 1 from slice to slice in 2D."""
     if KEY in definition:
-        return tuple(math.prod(axis) for axis in zip(*definition[KEY], strict=True))
-    return (2 ** (_level_count(definition) - 1),) * definition["spatial_dims"]
+        return per_volume_axis(tuple(math.prod(axis) for axis in zip(*definition[KEY], strict=True)))
+    return per_volume_axis((2 ** (_level_count(definition) - 1),) * definition["spatial_dims"])
 
 
 def latent_size(config: dict, size: Sequence[int]) -> list[int]:

@@ -15,7 +15,8 @@ class Haar(nn.Module):
     Each level halves the sides and makes 4 (2D) or 8 (3D) bands of every channel, as a wavelet packet: C
     channels become C * 8^levels in 3D. With 0 levels the latents are the voxels. From each band its mean is
     subtracted, and it is divided by its standard deviation to the power `WHITENING`; `fit` measures both, and
-    checkpoints keep them. Friedrich et al., "WDM" (2024), train diffusion models on such bands.
+    checkpoints keep them. Friedrich et al., "WDM" (2024), train diffusion models on such bands. In 2D the
+    slices of volumes are transformed, along their first two axes.
 
     Args:
         spatial_dims: 2 or 3.
@@ -38,12 +39,12 @@ class Haar(nn.Module):
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, D, H, W) -> the bands (B, c, d, h, w), float32, and zeros: a posterior without spread."""
         bands = self.bands(images)[-1]
-        scaled = (bands - self._along_channels(self.mean)) * self._along_channels(self.gain)
+        scaled = (bands - _along_channels(self.mean, bands)) * _along_channels(self.gain, bands)
         return scaled, torch.zeros_like(scaled)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32."""
-        x = latents.float() / self._along_channels(self.gain) + self._along_channels(self.mean)
+        x = latents.float() / _along_channels(self.gain, latents) + _along_channels(self.mean, latents)
         for _ in range(self.levels):
             for axis in range(self.spatial_dims + 1, 1, -1):
                 low, high = x.chunk(2, 1)
@@ -74,5 +75,6 @@ class Haar(nn.Module):
         self.mean.copy_(mean)
         self.gain.copy_(torch.where(std > SMALLEST_STD, std, std.max()) ** -WHITENING)
 
-    def _along_channels(self, values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(-1, *(1,) * self.spatial_dims)
+
+def _along_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, *(1,) * (x.ndim - 2))

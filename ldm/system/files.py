@@ -33,8 +33,8 @@ def parse_json(text: str) -> object:
         raise ValueError("lists or objects are nested too deeply") from None
 
 
-def read_json(path: str | Path, what: str = "") -> dict:
-    """Read a JSON object. Raises UserError that names the file; `what` says what it is."""
+def read_json(path: str | Path, what: str = "", kind: type = dict) -> dict | list:
+    """Read a JSON object or, as `kind`, a list. Raises UserError that names the file, called `what`."""
     path = Path(path)
     where = f"{what} {path}".strip()
     try:
@@ -43,8 +43,8 @@ def read_json(path: str | Path, what: str = "") -> dict:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected a JSON object.")
+    if not isinstance(content, kind):
+        raise UserError(f"{where}: expected a JSON {'object' if kind is dict else kind.__name__}.")
     return content
 
 

@@ -17,6 +17,7 @@ from ldm.metrics import band_power, reconstruction_metrics
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_discriminator_size, latent_size, small_input
 from ldm.models.layers import freeze_unreached, on_device
+from ldm.models.slicewise import on_volumes
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
@@ -120,9 +121,14 @@ def build_learner(
     ema_model = make_ema(autoencoder, section["ema_decay"])
     learner = AutoencoderLearner(autoencoder, model, optimizer, ema_model, criterion, frozen=frozen)
     if section["adversarial_weight"]:
+        dims = config["spatial_dims"]
         discriminator = PatchDiscriminator(
-            spatial_dims=3, in_channels=config["image_channels"], out_channels=1, **section["discriminator"]
+            spatial_dims=dims,
+            in_channels=config["image_channels"],
+            out_channels=1,
+            **section["discriminator"],
         )
+        discriminator = on_volumes(discriminator) if dims == 2 else discriminator
         check_discriminator_size(discriminator, patch_size, "autoencoder_train.patch_size")
         discriminator = prepare_network(discriminator, {**section, "gradient_checkpointing": False}, run)
         learner.discriminator = discriminator

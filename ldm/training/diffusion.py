@@ -117,7 +117,8 @@ def draw_samples(
     for name, (seed, condition) in samples.items():
         with run.autocast():
             model = conditions.guided_model(unet, condition, 1.0, 1, run.device)
-            z0 = sample_latents(model, process, shape, [seed], steps, None, run.device)
+            slicewise = autoencoder.is_slicewise
+            z0 = sample_latents(model, process, shape, [seed], steps, None, run.device, slicewise=slicewise)
             volumes[name] = autoencoder.decode(z0 / scale_factor)[0].cpu()
     return volumes
 

@@ -1,0 +1,273 @@
+"""Make the plan of a training from the fingerprint of its data.
+
+The rules for spacing and strides are nnU-Net's (Isensee et al., 2021), those for the number of levels are
+those of Medical Image Generation with nnU-Net; networks, batch and checkpointing are the largest that the
+memory forecast allows; optimiser and losses are those that this project measured to be best.
+docs/planner.md lists them all.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm import counted
+from ldm.data.cases import rounded, size_at
+from ldm.data.nnunet import NnunetPlan
+from ldm.data.reading import by_times
+from ldm.models.strides import KEY
+from ldm.planning import memory
+from ldm.planning.geometry import (
+    MOST_PADDING,
+    SMALLEST_LATENT,
+    grids_of,
+    padded,
+    strides_for,
+    target_spacing,
+    unet_strides,
+)
+from ldm.planning.plan import STAGES, Machine, Plan
+
+ONE_LEVEL, TWO_LEVELS = 96, 384  # the longest side up to which an autoencoder halves once, twice
+HAAR_LEVELS = 2  # 64 channels of each
+UNET_LEVELS = {"pixel": 3, "latent": 2, "haar": 2}  # halvings at most
+SPACES = tuple(UNET_LEVELS)
+SMALL_VOLUME = 0  # voxels, up to which the diffusion model learns them without an autoencoder
+SEEN_BY_A_PATCH = 0.25  # of the volume, below which nnU-Net trains at a low resolution first
+ALIGNED, SYMMETRIC = 0.85, 0.85  # correlations: with the mean volume, with the mirror image
+CROPPED = 0.75  # of a volume, below which nnU-Net takes intensities of what is not 0 alone
+HOUNSFIELD = [-1000.0, 1000.0]
+STEPS = {"autoencoder_train": 10_000, "diffusion_train": 40_000}
+VALIDATIONS = 40  # over a training that is not limited by the clock
+STEPS_OF_A_VALIDATION = 200  # in one that is
+SHARES = {"autoencoder_train": 0.25, "diffusion_train": 0.75}  # of the minutes
+
+
+def make_plan(
+    fingerprint: dict,
+    names: dict[int, str],
+    machine: Machine,
+    space: str | None = None,
+    spacing: Sequence[float] | None = None,
+    dims: int = 3,
+    nnunet: NnunetPlan | None = None,
+    overrides: dict[str, tuple[object, str]] | None = None,
+) -> Plan:
+    """Choose a config.
+
+    Args:
+        fingerprint: of `ldm.data.fingerprint`.
+        names: of the channels that are used, by number.
+        space: `latent`, `pixel` or `haar`; None chooses.
+        spacing: in mm; None chooses.
+        dims: 2 or 3, of the networks.
+        nnunet: whose spacing, strides and windows are used.
+        overrides: as of `Plan`.
+
+    Raises:
+        UserError: not even the smallest networks fit the memory.
+    """
+    made = Plan(overrides)
+
+    # Spacing and size
+    spacings, shapes = np.array(fingerprint["spacings"]), np.array(fingerprint["shapes"])
+    chosen, why = target_spacing(spacings, shapes)
+    if nnunet:
+        chosen, why = nnunet.spacing, f"that of {nnunet.configuration} in {nnunet.path}"
+    if spacing is not None:
+        chosen, why = list(spacing), "given"
+    sizes = np.array([size_at(*pair, chosen) for pair in zip(shapes, spacings, strict=True)])
+    size = np.ceil(np.percentile(sizes, 95, axis=0)).astype(int).tolist()
+    used = list(names)
+    made.set("channel", used if len(used) > 1 else used[0], f"of the images: {', '.join(names.values())}")
+    made.set("spacing", chosen, why)
+    made.set("spatial_dims", dims, "asked for: networks that draw slice by slice" if dims == 2 else None)
+    made.set("image_channels", len(used))
+    _choose_intensity(made, fingerprint, names, nnunet)
+
+    # Latents or voxels, and the levels of both networks
+    if space is None:
+        space = "pixel" if math.prod(size) <= SMALL_VOLUME else "latent"
+    first = _autoencoder_strides(space, chosen[:dims], size[:dims], nnunet)
+    second = unet_strides(chosen[:dims], size[:dims], first, UNET_LEVELS[space])
+    volume = padded(size[:dims], first + second)
+    made.grids = grids_of(volume, first, second)
+    volume += size[dims:]
+    _choose_networks(made, space, first, second, max(size[:dims]))
+
+    # Training
+    why = f"the 95th percentile of the volumes at {by_times(chosen)} mm is {by_times(size)}"
+    made.set("autoencoder_train.patch_size", volume)
+    made.set("diffusion_train.patch_size", volume, f"{why}, rounded up to what the networks divide")
+    _choose_training(made, fingerprint, machine, space)
+    memory.start(made, machine)
+    if space == "latent":
+        share = memory.fit_autoencoder(made, machine, chosen)
+        if share < SEEN_BY_A_PATCH:
+            coarser = (SEEN_BY_A_PATCH / share) ** (1 / 3)
+            made.lowres_spacing = [rounded(side * coarser) for side in chosen]
+    memory.fit_unet(made, machine)
+    _choose_length(made, fingerprint, machine)
+    return made
+
+
+def _autoencoder_strides(
+    space: str, spacing: Sequence[float], size: Sequence[int], nnunet: NnunetPlan | None
+) -> list[list[int]]:
+    levels = 1 if max(size) <= ONE_LEVEL else 2 if max(size) <= TWO_LEVELS else 3
+    if space == "pixel":
+        return []
+    if space == "haar":  # which halves every axis
+        return [[2] * len(size)] * min(levels, HAAR_LEVELS)
+    if nnunet and nnunet.strides:
+        return [level[: len(size)] for level in nnunet.strides[:levels]]
+    return strides_for(spacing, size, levels)
+
+
+def _choose_intensity(
+    made: Plan, fingerprint: dict, names: dict[int, str], nnunet: NnunetPlan | None
+) -> None:
+    windows = [HOUNSFIELD if name.upper() == "CT" else None for name in names.values()]
+    why = "CT: from air to dense bone, in Hounsfield units, as MAISI has it"
+    if nnunet:
+        windows = [nnunet.windows[c] for c in names]
+        why = f"CTNormalization in {nnunet.path}: percentiles 0.5 and 99.5 of the foreground"
+    if all(windows):
+        made.set("intensity.window", windows if len(windows) > 1 else windows[0], why)
+    else:
+        why = "no CT: the values have no unit, so percentiles of each volume"
+        made.set("intensity.upper_percentile", 99.5, why)
+        if (share := fingerprint["median_relative_size_after_cropping"]) < CROPPED:
+            why = f"what is not 0 takes {share:.0%} of a volume: percentiles of it"
+            made.set("intensity.nonzero", True, why)
+    if fingerprint["nan"]:
+        why = f"{counted(fingerprint['nan'], 'volume{s}')} with NaN, taken for background"
+        made.set("intensity.nan_is_background", True, why)
+
+
+def _choose_networks(made: Plan, space: str, first: list, second: list, longest: int) -> None:
+    """Classes, strides and latent channels. The widths follow from the memory."""
+    if space == "pixel":
+        made.set("diffusion_space", "pixel", "small volumes need no autoencoder")
+        latent = made.config["image_channels"]
+    elif space == "haar":
+        target = {"_target_": "ldm.models.Haar", "spatial_dims": "@spatial_dims"}
+        target |= {"in_channels": "@image_channels", "levels": len(first)}
+        made.set("autoencoder_def", target, "asked for: a wavelet, without loss and without training")
+        latent = made.config["image_channels"] * 2 ** (made.config["spatial_dims"] * len(first))
+    else:
+        latent = (4 if len(first) == 1 else 8) * min(made.config["image_channels"], 4)
+        halved = all(2 in level and 1 not in level for level in first)
+        made.set(
+            "autoencoder_def",
+            {
+                "_target_": "monai.networks.nets.AutoencoderKL",
+                "spatial_dims": "@spatial_dims",
+                "in_channels": "@image_channels",
+                "out_channels": "@image_channels",
+                "latent_channels": "@latent_channels",
+                "norm_num_groups": 8,
+                "attention_levels": [False] * (len(first) + 1),
+                "with_encoder_nonlocal_attn": False,
+                "with_decoder_nonlocal_attn": False,
+            },
+            f"the longest side, {longest}, is halved {counted(len(first), 'time{s}')} (up to {ONE_LEVEL} "
+            f"once, up to {TWO_LEVELS} twice, else three times)",
+        )
+        if halved:
+            made.set("autoencoder_def.use_convtranspose", True)
+        else:
+            why = "an axis of thick slices is not halved until the others have come near it"
+            made.set(f"autoencoder_def.{KEY}", first, why)
+    made.set("latent_channels", latent)
+    made.set(
+        "diffusion_def",
+        {
+            "_target_": "monai.networks.nets.DiffusionModelUNet",
+            "spatial_dims": "@spatial_dims",
+            "in_channels": latent,
+            "out_channels": "@latent_channels",
+            "norm_num_groups": 16,
+        },
+        f"{counted(len(second), 'halving{s}')} of the latents: as many as keep {SMALLEST_LATENT} voxels a "
+        f"side and pad by at most {MOST_PADDING - 1:.0%}",
+    )
+    if any(1 in level for level in second):
+        made.set(f"diffusion_def.{KEY}", second)
+
+
+def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str) -> None:
+    """Optimisers, losses, augmentation, conditions."""
+    measured = "docs/PERFORMANCE.md: reaches the same loss in fewer steps than Adam"
+    for stage in STAGES:
+        if stage == "autoencoder_train" and space != "latent":
+            continue
+        made.set(f"{stage}.optimizer", "muon", measured)
+        made.set(f"{stage}.lr", 1e-3, "with Muon at 0.02, for biases and norms")
+        made.set(f"{stage}.lr_schedule", "cosine")
+        made.set(f"{stage}.lr_warmup_steps", 20 if machine.minutes else 100)
+        made.set(f"{stage}.clip_grad_norm", 1.0)
+    symmetric = fingerprint["symmetry"] >= SYMMETRIC
+    why = f"volumes correlate {fingerprint['symmetry']:.2f} with their mirror image" + (
+        "" if symmetric else f", less than {SYMMETRIC}: no flips"
+    )
+    if space == "latent":
+        whole = KEY not in made.config["autoencoder_def"] and made.config["spatial_dims"] == 3
+        made.set("autoencoder_train.recon_loss", "l1", "with gradient differences, as measured here")
+        made.set("autoencoder_train.gradient_weight", 1.0)
+        made.set("autoencoder_train.kl_weight", 1e-7)
+        made.set("autoencoder_train.initial_posterior_std", 0.05)
+        if whole:
+            made.set(
+                "autoencoder_train.initialise", "block_transform", "docs/PERFORMANCE.md: starts as a PCA code"
+            )
+        made.set("autoencoder_train.perceptual_weight", 0.0, "needs weights from the internet")
+        made.set("autoencoder_train.adversarial_weight", 0.0, "off: a discriminator costs memory and time")
+        made.set("autoencoder_train.augment", {"flip_axes": [0] if symmetric else []}, why)
+        if fingerprint["labels"] == len(fingerprint["shapes"]):
+            made.set("autoencoder_train.augment.foreground_prob", 0.33, "as nnU-Net; of patches alone")
+    if symmetric:
+        made.set("diffusion_train.augment", {"flip_axes": [0], "versions": 2}, why)
+    if fingerprint["alignment"] >= ALIGNED:
+        made.set(
+            "conditions.mean_latent",
+            True,
+            f"volumes correlate {fingerprint['alignment']:.2f} with their mean: a common frame",
+        )
+        made.config["diffusion_def"]["in_channels"] += made.config["latent_channels"]
+    if made.config["spatial_dims"] == 2:
+        made.set("conditions.position", [2], "a 2D network has to know which slice it draws")
+        made.config["diffusion_def"]["in_channels"] += 1
+    made.set("diffusion_train.ema_decay", 0.995 if machine.minutes else 0.999)
+    made.set("diffusion_train.snapshot", 0.3, "docs/PERFORMANCE.md: autoguidance makes samples sharper")
+    made.set("diffusion_train.autoguidance", 1.5)
+    made.set("NoiseScheduler", {"schedule": "rectified_flow"}, "as measured here")
+
+
+def _choose_length(made: Plan, fingerprint: dict, machine: Machine) -> None:
+    """How long to train."""
+    cases = len(fingerprint["shapes"]) * (1 - made.checked()["data"]["val_fraction"])
+    stages = [stage for stage in STAGES if "optimizer" in made.config[stage]]
+    for stage in stages:
+        section = made.config[stage]
+        per_epoch = max(1, math.ceil(cases / (section["batch_size"] * section["accumulate_steps"])))
+        if machine.minutes:
+            share = 1 if len(stages) == 1 else SHARES[stage]
+            made.set(
+                f"{stage}.max_minutes", round(share * machine.minutes, 2), "of the minutes that are given"
+            )
+            made.set(f"{stage}.max_epochs", 100_000)
+            made.set(f"{stage}.val_interval", math.ceil(STEPS_OF_A_VALIDATION / per_epoch))
+            continue
+        epochs = math.ceil(STEPS[stage] / per_epoch)
+        why = f"{STEPS[stage]} steps of {per_epoch} an epoch, with {cases:.0f} training cases"
+        made.set(f"{stage}.max_epochs", epochs, why)
+        made.set(f"{stage}.val_interval", max(1, epochs // VALIDATIONS))
+    section = made.config["diffusion_train"]
+    if machine.minutes:
+        made.set("diffusion_train.sample_interval", 0)
+        return
+    why = "ends where the held-out loss has not fallen for so many validations"
+    made.set("diffusion_train.patience", 5, why)
+    if not section.get("latent_cache"):
+        made.set("diffusion_train.sample_interval", max(1, section["max_epochs"] // 10))
