@@ -46,7 +46,12 @@ def config_of(
 ) -> dict:
     definition = {"in_channels": 2, "out_channels": 2, **({"num_class_embeds": classes} if classes else {})}
     return {
-        "conditions": {"class_labels": column, "dropout": dropout, "mean_latent": mean_latent},
+        "conditions": {
+            "class_labels": column,
+            "dropout": dropout,
+            "mean_latent": mean_latent,
+            "position": [],
+        },
         "diffusion_def": {**definition, **more},
     }
 
@@ -221,7 +226,7 @@ def test_positions_are_inputs_from_one_end_to_the_other():
     assert channels.shape == (2, 2, 3, 2, 5)
     torch.testing.assert_close(channels[1, 0, 2, 1], torch.linspace(-1, 1, 5))
     torch.testing.assert_close(channels[0, 1, :, 0, 3], torch.tensor([-1.0, 0, 1]))
-    assert conditions.describe() == "the position along each of the axes 2, 0"
+    assert conditions.describe() == "the position along axes 2, 0"
     mean = torch.ones(4, 3, 2, 5)
     both = conditions.of_latents(mean.shape, mean).unknown(1)["channels"]
     assert torch.equal(both[0, :4], mean) and torch.equal(both[:, 4:], channels[:1])

@@ -6,17 +6,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from chain import CONFIG
 
 import evaluate
 import export_model
 import inference
 import train_autoencoder
 import train_diffusion
+from ldm import configs
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import NETWORKS, instantiate, named_class
-from tests.chain import CONFIG
 
 CHANGES = {"spatial_dims": 2, "norm_num_groups": 4}
 
@@ -69,7 +70,7 @@ def test_a_volume_is_denoised_slice_by_slice():
 
 def test_slices_begin_with_the_same_noise():
     process = NoiseProcess.from_config(
-        {"schedule": "rectified_flow", "num_train_timesteps": 1000, "prediction_type": None, "shift": 1.0}
+        configs.completed({"NoiseScheduler": CONFIG["NoiseScheduler"]})["NoiseScheduler"]
     )
     x = sample_latents(lambda x, t: 0 * x, process, (2, 3, 3, 4), [5], 2, slicewise=True)
     assert torch.equal(x[..., :1].expand_as(x), x) and x[0, 0].std() > 0

@@ -117,9 +117,7 @@ class Conditions:
         """What a model card says."""
         parts = [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"] if self else []
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
-        parts += (
-            ["the position along each of the axes " + few(map(str, self.position))] if self.position else []
-        )
+        parts += ["the position along axes " + ", ".join(map(str, self.position))] if self.position else []
         return "; and ".join(parts) or "none"
 
     def state(self) -> dict:

@@ -292,10 +292,10 @@ def check_size(size: Sequence[int], divisor: Sequence[int], where: str) -> None:
 
 def check_discriminator_size(discriminator: nn.Module, size: Sequence[int], where: str) -> None:
     """Raise UserError if patches of this size are too small for the discriminator."""
-    side = min(size)
-    for module in discriminator.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
+    convolutions = [one for one in discriminator.modules() if isinstance(one, nn.Conv2d | nn.Conv3d)]
+    side = min(size[: convolutions[0].weight.ndim - 2])  # in 2D slices are not a side
+    for module in convolutions:
+        side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
     # Instance normalisation needs more than one value, hence at least 2 after the last convolution but one.
     if side < 1:
         hint = "Lower its `num_layers_d` or set adversarial_weight to 0."
