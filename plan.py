@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 1: the data set, and what it looks like
     folder = nnunet.dataset_folder(args.data)
     path = args.config_out or Path("plans") / folder.resolve().name / CONFIG
-    overrides = changed_by_hand(path) | given_values(args)
+    given = given_values(args)
+    overrides = changed_by_hand(path) | given
+    check_environment_file(environment_of(path), folder)
     data = {key: overrides.get(f"data.{key}", (None,))[0] for key in ("pattern", "contrasts", "subject")}
     cases, validation = find_cases(folder, **data, outputs=[path.parent], generated=False, log=print)
     cases = [*cases, *validation]
@@ -67,18 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = Machine(memory, args.cpu_memory is None, args.minutes)
     names = channel_names(folder, args.channels, data["contrasts"], measured)
     plan = functools.partial(
-        make_plan,
-        measured,
-        names,
-        machine,
-        args.space,
-        dims=args.dims,
-        nnunet=from_nnunet,
-        overrides=overrides,
+        make_plan, measured, names, machine, args.space, dims=args.dims, nnunet=from_nnunet
     )
-    chosen = {path: plan(spacing=args.spacing)}
+    chosen = {path: plan(spacing=args.spacing, overrides=overrides)}
     if coarser := chosen[path].lowres_spacing:
-        chosen = {path.with_stem(f"{path.stem}_lowres"): plan(spacing=coarser)} | chosen
+        lowres = path.with_stem(f"{path.stem}_lowres")
+        own = changed_by_hand(lowres) | {key: value for key, value in given.items() if key != "spacing"}
+        chosen = {lowres: plan(spacing=coarser, overrides=own)} | chosen
 
     # Step 3: write it, and print it with the next commands
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file, one in chosen.items():
         write_json(file, one.result())
         write_json(planned(file), one.config)
-        ending = file.stem.removeprefix(path.stem)  # "", or _lowres
-        environment = path.with_name(f"environment{ending}.json")
+        environment = environment_of(file)
         if not environment.exists():
-            write_json(environment, paths_of(folder, ending))
+            write_json(environment, paths_of(folder, file))
         print("\n".join(next_commands(file, environment, one, machine)))
 
 
@@ -107,7 +103,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--cpu-memory", type=float, metavar="GB", help="train on a CPU with so much memory")
     add("--minutes", type=float, metavar="M", help="time for both stages together (default: by steps)")
     add("--config-out", type=Path, metavar="FILE", help="default: plans/NAME/config.json")
-    add("--space", choices=SPACES, help="latents, voxels, or Haar wavelets (default: by size)")
+    add(
+        "--space", choices=SPACES, default="latent", help="what is diffused: latents, voxels or Haar wavelets"
+    )
     add("--dims", type=int, choices=(2, 3), default=3, help="of the networks; 2: slice by slice (default: 3)")
     add("--spacing", type=float, nargs="+", metavar="MM", help="one or three (default: by the volumes)")
     add("--channels", type=int, nargs="+", metavar="C", help="numbers of the channels to use (default: all)")
@@ -166,8 +164,8 @@ def channel_names(
         UserError: a number that the images do not have.
     """
     count = len(measured["foreground_intensity_properties_per_channel"])
-    file = folder / "dataset.json" if folder.is_dir() else folder
-    content = read_json(file) if file.is_file() else {}
+    files = [folder / "dataset.json", *sorted(folder.glob("*/dataset.json"))] if folder.is_dir() else [folder]
+    content = next((read_json(file) for file in files if file.is_file()), {})
     found = content.get("channel_names") or content.get("modality") or {}
     names = list(found.values()) if isinstance(found, dict) else []
     if len(names) != count:
@@ -180,9 +178,22 @@ def channel_names(
     return {c: str(names[c]) for c in dict.fromkeys(channels or range(count))}
 
 
-def paths_of(folder: Path, ending: str) -> dict:
-    """The content of an environment file."""
-    out = f"outputs/{folder.resolve().name}{ending}"
+def environment_of(path: Path) -> Path:
+    """The environment file of a config: environment.json of config.json."""
+    stem = path.stem.removeprefix("config").strip("_-")
+    return path.with_name(f"environment_{stem}.json" if stem else "environment.json")
+
+
+def check_environment_file(path: Path, folder: Path) -> None:
+    """Raise UserError where an environment file is there already and names other data."""
+    if path.exists() and (base := read_json(path).get("data_base_dir")) != str(folder.resolve()):
+        raise UserError(f"{path}: names the data {base}, not {folder.resolve()}. Name another --config-out.")
+
+
+def paths_of(folder: Path, config_file: Path) -> dict:
+    """The content of an environment file: results go to a folder of the config's own."""
+    stem = environment_of(config_file).stem.removeprefix("environment")
+    out = f"outputs/{config_file.resolve().parent.name}{stem}"
     folders = {"model_dir": "models", "tfevent_path": "tensorboard", "output_dir": "samples"}
     return {"data_base_dir": str(folder.resolve()), **{key: f"{out}/{name}" for key, name in folders.items()}}
 
@@ -201,15 +212,18 @@ def summary(chosen: Plan, path: Path) -> str:
 
 def next_commands(file: Path, environment: Path, chosen: Plan, machine: Machine) -> list[str]:
     """The commands that train with a plan, draw volumes and evaluate them."""
-    common = ["-c", str(file), "-e", str(environment)]
+    common, section = ["-c", str(file), "-e", str(environment)], chosen.config["diffusion_train"]
+    slabs = ["--max-memory", f"{machine.memory / GB:g}"]
     steps = [
         ["train_autoencoder.py"],
         ["train_diffusion.py"],
         ["inference.py", "--num", "8"],
         ["evaluate.py"],
     ]
-    if chosen.config["diffusion_train"].get("latent_cache"):
-        steps.insert(1, ["cache_latents.py", "--max-memory", f"{machine.memory / GB:g}"])
+    if "diffusion_train.sample_interval" in chosen.why:  # decoding a whole volume does not fit
+        steps[2] += slabs
+    if section.get("latent_cache"):
+        steps.insert(1, ["cache_latents.py", *slabs])
     return [f"  {shlex.join(['python', script, *common, *more])}" for script, *more in steps]
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.source = dataset_folder(str(args.source))
     cases = find_raw_cases(args.source, args.pattern, args.contrasts, [out])
     settings = choose_settings(args, cases)
-    begun = check_output(out, settings)
+    begun = check_output(out, args.source, settings)
 
     # Step 2: each scan by itself
     left = [case for case in cases if not image_file(out, case.name, 0).is_file()]
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(cases) - len(left)} of {counted(len(cases), 'scan{s}')} were done before")
     for folder in ("imagesTr", *(["labelsTr"] if any(case.label for case in cases) else [])):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    write_json(out / SETTINGS, asdict(settings))
+    write_json(out / SETTINGS, {"source": str(args.source.resolve()), **asdict(settings)})
     one = functools.partial(preprocess, settings, out)
     doubts = list(filter(None, tqdm(utils.parallel(one, left, args.jobs), total=len(left), unit="scan")))
 
@@ -132,6 +132,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--window: the first number should be below the second.")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: give 1 or more.")
+    settings = ("brain_mask", "spacing", "size", "no_crop", "interpolation", "intensity", "window")
+    own = [key for key in settings if getattr(args, key) != parser.get_default(key)]
+    if args.like and own:
+        raise UserError(f"--like: takes all settings of that run; leave out --{own[0].replace('_', '-')}.")
     return args
 
 
@@ -139,6 +143,7 @@ def choose_settings(args: argparse.Namespace, cases: Sequence[RawCase]) -> Setti
     """The settings of the command line, or of `--like`; where no spacing is given, the scans' median."""
     if args.like:
         content = read_json(args.like)
+        content.pop("source", None)
         if set(content) != set(Settings.__dataclass_fields__):
             raise UserError(f"{args.like}: is no preprocessing.json of this script.")
         return Settings(**content)
@@ -156,8 +161,8 @@ def choose_settings(args: argparse.Namespace, cases: Sequence[RawCase]) -> Setti
     )
 
 
-def check_output(out: Path, settings: Settings) -> bool:
-    """Whether an earlier run with these settings began the folder.
+def check_output(out: Path, source: Path, settings: Settings) -> bool:
+    """Whether an earlier run with this source and these settings began the folder.
 
     Raises:
         UserError: it holds something else, is complete, or was begun with other settings.
@@ -169,7 +174,7 @@ def check_output(out: Path, settings: Settings) -> bool:
     if (out / DATASET).is_file():
         raise UserError(f"--out {out}: is complete. Name a new folder, or delete that one first.")
     before = read_json(out / SETTINGS)
-    for key, value in asdict(settings).items():
+    for key, value in {"source": str(source.resolve()), **asdict(settings)}.items():
         if before.get(key) != value:
             raise UserError(
                 f"--out {out}: was begun with {key} {brief(before.get(key))}, now it is {brief(value)}. Give "

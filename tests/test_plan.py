@@ -70,6 +70,8 @@ def test_thick_slices_are_halved_late():
     assert strides_for([0.5, 0.5, 2.0], [256, 256, 32], 3) == [[2, 2, 1], [2, 2, 1], [2, 2, 2]]
     assert strides_for([1, 1, 1], [64, 64, 6], 1) == [[2, 2, 1]]  # 6 voxels would become 3
     assert unet_strides([2, 2, 2], [80, 96, 80], [[2, 2, 2]], 2) == [[2, 2, 2]] * 2
+    # 12 voxels become 6, which cannot be halved again and hold up no other axis
+    assert unet_strides([1, 1, 1], [256, 256, 12], [[2, 2, 2], [2, 2, 1]], 2) == [[2, 2, 1]] * 2
     # 36 x 52 x 36 is divided by 4; by 8 it would be padded by 43 %
     assert unet_strides([1, 1, 1], [35, 51, 35], [[2, 2, 2]], 2) == [[2, 2, 2]]
     assert padded([35, 51, 35], [[2, 2, 2], [2, 2, 1]]) == [36, 52, 36]
@@ -116,7 +118,7 @@ def test_fingerprint_of_known_volumes(tmp_path):
 def test_a_plan_fits_and_is_the_largest_that_does(forecast, monkeypatch):
     """Stage 1 stays within 90 % of the memory by the real forecast; with twice the width it does not."""
     forecast(0.1)
-    made, machine = planned(described((48, 64, 48), (1.0, 1.0, 1.0))), Machine(round(0.6 * GB), True)
+    made, machine = planned(described((48, 64, 48), (1.0, 1.0, 1.0))), Machine(round(0.35 * GB), True)
     monkeypatch.undo()
     fit_autoencoder(made, machine, [1.0, 1.0, 1.0])
     config = made.checked()
@@ -148,6 +150,39 @@ def test_plans_follow_the_data(forecast):
     assert slow["diffusion_def"]["channels"][0] == 64
 
 
+def test_what_the_user_sets_decides_what_follows_from_it(forecast):
+    """Sizes follow from the spacing, epochs from the batch, validations from the epochs; a window takes the
+    place of the percentiles."""
+    forecast(0.1)
+    given = {"spacing": [4.0, 4.0, 4.0], "diffusion_train.batch_size": 2, "diffusion_train.max_epochs": 200}
+    given |= {"intensity.window": [0, 500]}
+    config = planned(described(), overrides={key: (value, "given") for key, value in given.items()}).checked()
+    assert config["diffusion_train"]["patch_size"] == [40, 48, 40]
+    assert config["diffusion_train"]["val_interval"] == 5 and config["intensity"]["window"] == [0, 500]
+
+
+def test_where_decoding_does_not_fit_no_samples_are_drawn_in_training(monkeypatch):
+    def peaks(made, stage, machine):
+        sizes = {"training": 1.0, "encoding": 20.0, "sampling": 30.0}
+        return {k: Peak(dict.fromkeys(PARTS, 0) | {"weights": round(v * GB)}) for k, v in sizes.items()}
+
+    def fits(made, stage, machine):
+        return True
+
+    monkeypatch.setattr("ldm.planning.memory.peaks_of", peaks)
+    monkeypatch.setattr("ldm.planning.memory._fits", fits)
+    made = planned(described(), 16, space="haar")
+    assert (
+        made.config["diffusion_train"]["latent_cache"]
+        and made.config["diffusion_train"]["sample_interval"] == 0
+    )
+    commands = "\n".join(
+        script.next_commands(Path("c.json"), Path("e.json"), made, Machine(16 * 10**9, True))
+    )
+    assert "cache_latents.py -c c.json -e e.json --max-memory 16" in commands
+    assert "inference.py -c c.json -e e.json --num 8 --max-memory 16" in commands
+
+
 def test_a_2d_plan_knows_its_slices(forecast):
     forecast(0.1)
     config = planned(described((60, 50, 31), (1.0, 1.0, 4.0)), dims=2).checked()
@@ -161,7 +196,7 @@ def test_what_does_not_fit_is_said(forecast):
         planned(described((240, 240, 160), (1.0, 1.0, 1.0)), 2)
     assert str(error.value) == (
         "2 GB are too little for autoencoder_train at 1 x 1 x 1 mm: the smallest networks take 3.0 GB.\n"
-        "Try a coarser --spacing, or 3 GB."
+        "Try a coarser --spacing, or 4 GB."
     )
 
 
@@ -217,6 +252,9 @@ def test_plan_is_written_explained_and_keeps_changes(data, tmp_path, capsys, mon
     assert f"kept as changed by hand in {path}: diffusion_train.lr, seed" in said
     path.with_name("config_planned.json").unlink()
     assert "is there already, and was not planned" in refused(capsys, *how)
+    path.unlink()
+    path.with_name("environment.json").write_text(json.dumps(environment | {"data_base_dir": "/other"}))
+    assert f"names the data /other, not {data}" in refused(capsys, *how)
 
 
 def test_bad_input_of_the_planner(data, tmp_path, capsys, monkeypatch, write_image):

@@ -339,3 +339,36 @@ def test_nifti_files_among_others_are_not_passed_over(tmp_path):
     with pytest.raises(UserError, match="holds two.nii.gz and also one.nrrd"):
         find_raw_cases(tmp_path / "raw")
     assert [case.name for case in find_raw_cases(tmp_path / "raw", "*.nii.gz")] == ["two"]
+
+
+def test_edges_are_those_of_the_image_and_beyond_lies_air():
+    """A CT at half the spacing has no planes of 0 HU at its ends; a larger grid is filled with its lowest
+    value, and with 0 around a mask."""
+    voxels = np.full((1, 6, 6, 6), 40, np.float32)
+    voxels[0, 0, 0, 0] = -1000
+    scan = steps.Scan(voxels, np.diag([5.0, 5, 5, 1]))
+    finer = steps.resampled(scan, *steps.grid_at(scan, [2.5] * 3, None))
+    assert finer.voxels.shape == (1, 12, 12, 12)
+    np.testing.assert_allclose(finer.voxels[0, 4:, 4:, 4:], 40, atol=2)
+    larger = steps.resampled(scan, *steps.grid_at(scan, [5.0] * 3, [10, 10, 10]), order=1)
+    assert larger.voxels[0, 0, 5, 5] == -1000 and larger.voxels[0, 5, 5, 5] == 40
+    masked = steps.Scan(voxels, scan.affine, mask=np.ones((6, 6, 6), bool))
+    assert (
+        steps.resampled(masked, *steps.grid_at(scan, [5.0] * 3, [10, 10, 10]), order=1).voxels[0, 0, 5, 5]
+        == 0
+    )
+
+
+def test_a_folder_is_not_gone_on_with_from_another_source(tmp_path, capsys):
+    for name in ("one", "two"):
+        save(tmp_path / name / "a.nii.gz", *head()[:2])
+    run("--in", tmp_path / "one", "--out", tmp_path / "out")
+    (tmp_path / "out/dataset.json").unlink()  # as if broken off
+    message = refused("--in", tmp_path / "two", "--out", tmp_path / "out", capsys=capsys)
+    assert f"was begun with source {tmp_path / 'one'}" in message.replace("'", "")
+    message = refused(
+        *("--in", tmp_path / "two", "--out", tmp_path / "new", "--spacing", 1),
+        *("--like", tmp_path / "out/preprocessing.json"),
+        capsys=capsys,
+    )
+    assert "--like: takes all settings of that run; leave out --spacing." in message

@@ -108,7 +108,7 @@ def read_plans(path: Path, folder: Path, image: Path, configuration: str = "3d_f
         for c, scheme in enumerate(chosen["normalization_schemes"])
     ]
     spacing = [float(side) for side in to_ras(chosen["spacing"])]
-    levels = [[int(one) for one in to_ras(level)] for level in strides[1:]]
+    levels = [to_ras(level if isinstance(level, list) else [level] * 3) for level in strides[1:]]
     return NnunetPlan(path, configuration, spacing, levels, windows)
 
 

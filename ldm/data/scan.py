@@ -20,6 +20,7 @@ IMAGE_ORDERS = {"cubic": 3, "linear": 1}
 INTENSITIES = ("keep", "minmax", "percentiles", "zscore", "window")
 LOW, HIGH = 0.5, 99.5  # of `percentiles`
 BRAIN_ML = (700.0, 2200.0)  # a mask of less or more is no brain of a child or an adult
+EDGE = 1e-3  # of a voxel
 LARGEST_PART = 0.95  # of a brain mask, in one piece
 
 
@@ -104,21 +105,35 @@ def grid_at(scan: Scan, spacing: Sequence[float], size: Sequence[int] | None) ->
 
 
 def resampled(scan: Scan, shape: Sequence[int], affine: np.ndarray, order: int = 3) -> Scan:
-    """The scan on another grid, 0 beyond its edges.
+    """The scan on another grid of the same axes, background beyond its edges.
 
     An image is filtered before it is made coarser, and keeps its range of values, which splines overshoot.
     Of labels and masks each value is resampled linearly as an indicator, background among them, and the
     largest wins.
     """
     coarser = nib.affines.voxel_sizes(affine) / scan.spacing
+    around = scan.affine.copy()  # of the scan with one voxel more on each side
+    around[:3, 3] -= around[:3, :3].sum(1)
+    to_scan, covered = np.linalg.inv(scan.affine) @ affine, []
+    for axis, (side, own) in enumerate(zip(shape, scan.voxels.shape[1:], strict=True)):
+        at = to_scan[axis, axis] * np.arange(side) + to_scan[axis, 3]  # in voxels of the scan
+        covered.append((at > -0.5 - EDGE) & (at < own - 0.5 + EDGE))
+    beyond = ~(covered[0][:, None, None] & covered[1][:, None] & covered[2])
 
-    def onto(array: np.ndarray, order: int) -> np.ndarray:
+    def onto(array: np.ndarray, order: int, outside: float = 0.0) -> np.ndarray:
         sigma = np.maximum(0, (coarser - 1) / 2)  # the low-pass filter of skimage's anti-aliased resizing
         array = ndimage.gaussian_filter(array.astype(np.float32), sigma) if sigma.any() else array
-        image = nib.Nifti1Image(np.asarray(array, np.float32), scan.affine)
-        return resample_from_to(image, (tuple(shape), affine), order=order).get_fdata(dtype=np.float32)
+        # Voxels reach half a voxel beyond the outermost centres, where splines alone would find 0.
+        image = nib.Nifti1Image(np.pad(np.asarray(array, np.float32), 1, mode="edge"), around)
+        array = resample_from_to(image, (tuple(shape), affine), order=order).get_fdata(dtype=np.float32)
+        return np.where(beyond, np.float32(outside), array)
 
-    voxels = [np.clip(onto(one, order), min(0, one.min()), max(0, one.max())) for one in scan.voxels]
+    # Beyond the edges lies background: 0 around a mask, else what is lowest, such as air in a CT.
+    lowest = [0.0 if scan.mask is not None else float(one.min()) for one in scan.voxels]
+    voxels = [
+        np.clip(onto(one, order, outside), min(outside, one.min()), max(outside, one.max()))
+        for one, outside in zip(scan.voxels, lowest, strict=True)
+    ]
     label = None if scan.label is None else largest_indicator(scan.label, lambda one: onto(one, 1))
     mask = None if scan.mask is None else largest_indicator(scan.mask, lambda one: onto(one, 1)).astype(bool)
     return Scan(np.stack(voxels), affine, label, mask)

@@ -32,7 +32,6 @@ ONE_LEVEL, TWO_LEVELS = 96, 384  # the longest side up to which an autoencoder h
 HAAR_LEVELS = 2  # 64 channels of each
 UNET_LEVELS = {"pixel": 3, "latent": 2, "haar": 2}  # halvings at most
 SPACES = tuple(UNET_LEVELS)
-SMALL_VOLUME = 0  # voxels, up to which the diffusion model learns them without an autoencoder
 SEEN_BY_A_PATCH = 0.25  # of the volume, below which nnU-Net trains at a low resolution first
 ALIGNED, SYMMETRIC = 0.85, 0.85  # correlations: with the mean volume, with the mirror image
 CROPPED = 0.75  # of a volume, below which nnU-Net takes intensities of what is not 0 alone
@@ -47,7 +46,7 @@ def make_plan(
     fingerprint: dict,
     names: dict[int, str],
     machine: Machine,
-    space: str | None = None,
+    space: str = "latent",
     spacing: Sequence[float] | None = None,
     dims: int = 3,
     nnunet: NnunetPlan | None = None,
@@ -58,7 +57,7 @@ def make_plan(
     Args:
         fingerprint: of `ldm.data.fingerprint`.
         names: of the channels that are used, by number.
-        space: `latent`, `pixel` or `haar`; None chooses.
+        space: `latent`, `pixel` or `haar`: what the diffusion model learns.
         spacing: in mm; None chooses.
         dims: 2 or 3, of the networks.
         nnunet: whose spacing, strides and windows are used.
@@ -74,6 +73,8 @@ def make_plan(
     chosen, why = target_spacing(spacings, shapes)
     if nnunet:
         chosen, why = nnunet.spacing, f"that of {nnunet.configuration} in {nnunet.path}"
+    if spacing is None and "spacing" in made.overrides:
+        spacing = made.overrides["spacing"][0]
     if spacing is not None:
         chosen, why = list(spacing), "given"
     sizes = np.array([size_at(*pair, chosen) for pair in zip(shapes, spacings, strict=True)])
@@ -86,8 +87,6 @@ def make_plan(
     _choose_intensity(made, fingerprint, names, nnunet)
 
     # Latents or voxels, and the levels of both networks
-    if space is None:
-        space = "pixel" if math.prod(size) <= SMALL_VOLUME else "latent"
     first = _autoencoder_strides(space, chosen[:dims], size[:dims], nnunet)
     second = unet_strides(chosen[:dims], size[:dims], first, UNET_LEVELS[space])
     volume = padded(size[:dims], first + second)
@@ -130,12 +129,12 @@ def _choose_intensity(
     windows = [HOUNSFIELD if name.upper() == "CT" else None for name in names.values()]
     why = "CT: from air to dense bone, in Hounsfield units, as MAISI has it"
     if nnunet:
-        windows = [nnunet.windows[c] for c in names]
+        windows = [nnunet.windows[c] if c < len(nnunet.windows) else None for c in names]
         why = f"CTNormalization in {nnunet.path}: percentiles 0.5 and 99.5 of the foreground"
     if all(windows):
         made.set("intensity.window", windows if len(windows) > 1 else windows[0], why)
     else:
-        why = "no CT: the values have no unit, so percentiles of each volume"
+        why = "not CT alone: values without a unit, so percentiles of each volume"
         made.set("intensity.upper_percentile", 99.5, why)
         if (share := fingerprint["median_relative_size_after_cropping"]) < CROPPED:
             why = f"what is not 0 takes {share:.0%} of a volume: percentiles of it"
@@ -249,25 +248,23 @@ def _choose_length(made: Plan, fingerprint: dict, machine: Machine) -> None:
     cases = len(fingerprint["shapes"]) * (1 - made.checked()["data"]["val_fraction"])
     stages = [stage for stage in STAGES if "optimizer" in made.config[stage]]
     for stage in stages:
-        section = made.config[stage]
+        section = made.checked()[stage]  # with what the user sets
         per_epoch = max(1, math.ceil(cases / (section["batch_size"] * section["accumulate_steps"])))
         if machine.minutes:
-            share = 1 if len(stages) == 1 else SHARES[stage]
-            made.set(
-                f"{stage}.max_minutes", round(share * machine.minutes, 2), "of the minutes that are given"
-            )
+            minutes = round((1 if len(stages) == 1 else SHARES[stage]) * machine.minutes, 2)
+            made.set(f"{stage}.max_minutes", minutes, "of the minutes that are given")
             made.set(f"{stage}.max_epochs", 100_000)
             made.set(f"{stage}.val_interval", math.ceil(STEPS_OF_A_VALIDATION / per_epoch))
             continue
-        epochs = math.ceil(STEPS[stage] / per_epoch)
         why = f"{STEPS[stage]} steps of {per_epoch} an epoch, with {cases:.0f} training cases"
-        made.set(f"{stage}.max_epochs", epochs, why)
-        made.set(f"{stage}.val_interval", max(1, epochs // VALIDATIONS))
-    section = made.config["diffusion_train"]
+        made.set(f"{stage}.max_epochs", math.ceil(STEPS[stage] / per_epoch), why)
+        made.set(f"{stage}.val_interval", max(1, made.checked()[stage]["max_epochs"] // VALIDATIONS))
     if machine.minutes:
         made.set("diffusion_train.sample_interval", 0)
         return
     why = "ends where the held-out loss has not fallen for so many validations"
     made.set("diffusion_train.patience", 5, why)
-    if not section.get("latent_cache"):
-        made.set("diffusion_train.sample_interval", max(1, section["max_epochs"] // 10))
+    if made.config["diffusion_train"].get("sample_interval") != 0:  # decoding fits
+        made.set(
+            "diffusion_train.sample_interval", max(1, made.checked()["diffusion_train"]["max_epochs"] // 10)
+        )

@@ -36,12 +36,13 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[list[float
 
 
 def strides_for(spacing: Sequence[float], size: Sequence[int], levels: int) -> list[list[int]]:
-    """For each level after the first, 2 along the axes that it halves: those whose voxels are less than twice
-    as long as the shortest, and that have at least 2 * `SMALLEST_LATENT` voxels; else 1."""
+    """For each level after the first, 2 along the axes that it halves: of those with at least
+    2 * `SMALLEST_LATENT` voxels the ones whose voxels are less than twice as long as the shortest; else 1."""
     spacing, size, strides = np.array(spacing, float), np.array(size), []
     for _ in range(levels):
-        near = (spacing < 2 * spacing.min()) & (size >= 2 * SMALLEST_LATENT)
-        strides.append(np.where(near, 2, 1).tolist())
+        large = size >= 2 * SMALLEST_LATENT  # axes that can be halved; the others do not hold them up
+        finest = spacing[large].min() if large.any() else 0
+        strides.append(np.where(large & (spacing < 2 * finest), 2, 1).tolist())
         spacing, size = spacing * strides[-1], -(-size // strides[-1])
     return strides
 

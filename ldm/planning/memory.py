@@ -56,9 +56,8 @@ def _widen(made: Plan, network: str, width: int) -> None:
     attends = [i > 0 and math.prod(grid) <= ATTENTION_VOXELS for i, grid in enumerate(grids)]
     made.set(f"{network}.channels", [width * (i + 1) for i in range(len(grids))])
     made.set(f"{network}.attention_levels", attends)
-    made.set(
-        f"{network}.num_head_channels", [(64 if width > 64 else 32) * attending for attending in attends]
-    )
+    heads = 64 if width > 64 else 32  # the last is that of the middle block, which always attends
+    made.set(f"{network}.num_head_channels", [heads] * len(grids))
     made.set(f"{network}.num_res_blocks", 2)
 
 
@@ -78,15 +77,17 @@ def fit_autoencoder(made: Plan, machine: Machine, spacing: Sequence[float]) -> f
     while (smaller := shrunk(patch, spacing, factor)) != patch:
         patch = smaller
         tries.append((widths[-1], True, patch))
+    _start_batch(made, stage, machine)
     for width, again, patch in tries:
         _widen(made, "autoencoder_def", width)
         made.set(f"{stage}.gradient_checkpointing", again)
         made.set(f"{stage}.patch_size", patch)
         made.set(f"{stage}.val_patch_size", None if patch == whole else patch)
-        if _fits(made, stage, machine):
+        peak = highest(peaks_of(made, stage, machine)).total
+        if peak <= USED * machine.memory:
             break
     else:
-        raise _too_small(made, stage, machine)
+        raise _too_small(made, stage, machine, peak)
     share = math.prod(patch) / math.prod(whole)
     size = "whole volumes" if share == 1 else f"patches of {share:.0%} of a volume"
     made.why[f"{stage}.patch_size"] = (
@@ -97,34 +98,52 @@ def fit_autoencoder(made: Plan, machine: Machine, spacing: Sequence[float]) -> f
 
 
 def fit_unet(made: Plan, machine: Machine) -> None:
-    """The widest diffusion network; latents from the disk where encoding a volume does not fit."""
-    stage = "diffusion_train"
+    """The widest diffusion network; latents from the disk where encoding a volume does not fit, and no
+    samples on the way where decoding does not.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    stage, limit = "diffusion_train", USED * machine.memory
+    _start_batch(made, stage, machine)
     for width, again in itertools.product(WIDTHS[machine.gpu]["diffusion_def"], (False, True)):
         _widen(made, "diffusion_def", width)
         made.set(f"{stage}.gradient_checkpointing", again)
         peaks = peaks_of(made, stage, machine)
-        encoding = peaks.pop("encoding", None)
-        if highest(peaks).total <= USED * machine.memory:
+        encoding, sampling = (peaks.pop(name, None) for name in ("encoding", "sampling"))
+        if (peak := highest(peaks).total) <= limit:
             break
     else:
-        raise _too_small(made, stage, machine)
+        raise _too_small(made, stage, machine, peak)
     why = f"the widest that fits into {USED:.0%} of {machine.memory / GB:g} GB"
     made.set("diffusion_def.channels", made.config["diffusion_def"]["channels"], why)
-    if encoding and encoding.total > USED * machine.memory:
+    if encoding and encoding.total > limit:
         why = f"encoding a whole volume takes {encoding.total / GB:.0f} GB: cache_latents.py does it in slabs"
         made.set(f"{stage}.latent_cache", True, why)
-        made.set(f"{stage}.sample_interval", 0, "decoding a whole volume does not fit: inference.py does")
+    if sampling and sampling.total > limit:
+        why = f"decoding a whole volume takes {sampling.total / GB:.0f} GB: inference.py does it in slabs"
+        made.set(f"{stage}.sample_interval", 0, why)
     _fit_batch(made, stage, machine)
+
+
+def _together(made: Plan, stage: str, machine: Machine) -> int:
+    """Volumes of a step."""
+    together = TOGETHER[machine.gpu][stage]
+    return max(1, together // SLICES) if made.config["spatial_dims"] == 2 else together
+
+
+def _start_batch(made: Plan, stage: str, machine: Machine) -> None:
+    """One volume at a time, whose gradients are accumulated."""
+    made.set(f"{stage}.batch_size", 1)
+    made.set(f"{stage}.accumulate_steps", _together(made, stage, machine))
 
 
 def _fit_batch(made: Plan, stage: str, machine: Machine) -> None:
     """The largest batch that fits; accumulation makes up for the rest."""
-    together = TOGETHER[machine.gpu][stage]
-    if made.config["spatial_dims"] == 2:  # of which each slice is an item
-        together = max(1, together // SLICES)
-    batch = together
+    batch = together = _together(made, stage, machine)
     while batch > 1:
         made.set(f"{stage}.batch_size", batch)
+        made.set(f"{stage}.accumulate_steps", together // batch)
         if _fits(made, stage, machine):
             break
         batch //= 2
@@ -132,10 +151,9 @@ def _fit_batch(made: Plan, stage: str, machine: Machine) -> None:
     made.set(f"{stage}.accumulate_steps", together // batch)
 
 
-def _too_small(made: Plan, stage: str, machine: Machine) -> UserError:
-    peak = highest(peaks_of(made, stage, machine)).total
+def _too_small(made: Plan, stage: str, machine: Machine, peak: int) -> UserError:
     at = by_times(made.config["spacing"])
     return UserError(
         f"{machine.memory / GB:g} GB are too little for {stage} at {at} mm: the smallest networks take "
-        f"{peak / GB:.1f} GB.\nTry a coarser --spacing, or {peak / USED / GB:.0f} GB."
+        f"{peak / GB:.1f} GB.\nTry a coarser --spacing, or {math.ceil(peak / USED / GB)} GB."
     )

@@ -41,6 +41,10 @@ class Plan:
     def result(self) -> dict:
         """The config with the overrides, and with the reasons as `_why`."""
         config, why = copy.deepcopy(self.config), dict(self.why)
+        if "intensity.window" in self.overrides:  # windows and percentiles exclude each other
+            config["intensity"] = {}
+        elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
+            config.get("intensity", {}).pop("window", None)
         for key, (value, reason) in self.overrides.items():
             _put(config, key, value)
             why[key] = reason
