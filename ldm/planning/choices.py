@@ -237,6 +237,8 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
     if made.config["spatial_dims"] == 2:
         made.set("conditions.position", [2], "a 2D network has to know which slice it draws")
         made.config["diffusion_def"]["in_channels"] += 1
+    if not machine.gpu:
+        made.set("data.num_workers", 0, "loader processes would compete with the training for cores")
     made.set("diffusion_train.ema_decay", 0.995 if machine.minutes else 0.999)
     made.set("diffusion_train.snapshot", 0.3, "docs/PERFORMANCE.md: autoguidance makes samples sharper")
     made.set("diffusion_train.autoguidance", 1.5)
