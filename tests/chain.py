@@ -105,6 +105,17 @@ def make_data(folder: Path, cases: int = 6, channels: int = 1, shape: tuple = SH
     return folder
 
 
+def train_in(folder: Path, config: dict) -> list[str]:
+    """Train both stages on the scans in `folder`/data. Returns the options that name config and paths."""
+    (folder / "config.json").write_text(json.dumps(config))
+    paths = {"data_base_dir": "data", "model_dir": "models", "tfevent_path": "tb", "output_dir": "out"}
+    (folder / "env.json").write_text(json.dumps({k: str(folder / v) for k, v in paths.items()}))
+    files = ["-c", str(folder / "config.json"), "-e", str(folder / "env.json"), "--device", "cpu"]
+    train_autoencoder.main([*files, "--no-amp"])
+    train_diffusion.main([*files, "--no-amp"])
+    return files
+
+
 @dataclass
 class Project:
     """A folder with a config and an environment file; whatever the scripts write lies below it."""

@@ -2,6 +2,7 @@
 
 import json
 
+import chain
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,8 +12,6 @@ from chain import CONFIG
 import evaluate
 import export_model
 import inference
-import train_autoencoder
-import train_diffusion
 from ldm import configs
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
@@ -89,12 +88,7 @@ def project(tmp_path_factory):
     config["autoencoder_train"] |= {"max_epochs": 2, "adversarial_warmup_epochs": 0, "patch_size": [8, 8, 3]}
     config["diffusion_def"] |= {"spatial_dims": 2, "in_channels": 7}
     config["diffusion_train"] |= {"max_epochs": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    paths = {"data_base_dir": "data", "model_dir": "models", "tfevent_path": "tb", "output_dir": "out"}
-    (folder / "env.json").write_text(json.dumps({k: str(folder / v) for k, v in paths.items()}))
-    files = ["-c", str(folder / "config.json"), "-e", str(folder / "env.json"), "--device", "cpu"]
-    train_autoencoder.main([*files, "--no-amp"])
-    train_diffusion.main([*files, "--no-amp"])
+    files = chain.train_in(folder, config)
     inference.main([*files, "--num", "2", "--steps", "2"])
     return folder, files
 

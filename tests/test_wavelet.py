@@ -2,6 +2,7 @@
 
 import json
 
+import chain
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import torch
 import export_model
 import inference
 import train_autoencoder
-import train_diffusion
 import utils
 from ldm import UserError
 from ldm.models import Haar
@@ -80,12 +80,7 @@ def project(request, tmp_path_factory):
     config |= (
         {"autoencoder_def": haar, "latent_channels": channels} if levels else {"diffusion_space": "pixel"}
     )
-    (folder / "config.json").write_text(json.dumps(config))
-    paths = {"data_base_dir": "data", "model_dir": "models", "tfevent_path": "tb", "output_dir": "out"}
-    (folder / "env.json").write_text(json.dumps({k: str(folder / v) for k, v in paths.items()}))
-    files = ["-c", str(folder / "config.json"), "-e", str(folder / "env.json"), "--device", "cpu"]
-    train_autoencoder.main([*files, "--no-amp"])
-    train_diffusion.main([*files, "--no-amp"])
+    files = chain.train_in(folder, config)
     inference.main([*files, "--num", "1", "--steps", "2"])
     return folder, files
 

@@ -16,9 +16,8 @@ from ldm.data.intensity import Intensity
 from ldm.system.files import read_json, sha256_of, write_json
 from ldm.system.schemas import StrictValidator, fault, fields
 
-NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True}
 SPLIT = "split.json"  # in model_dir
-SPLIT_SCHEMA = fields(**dict.fromkeys(PARTS, NAMES))
+SPLIT_SCHEMA = fields(**dict.fromkeys(PARTS, folds.NAMES))
 SPLIT_SCHEMA["properties"] |= {"test": {"type": "array", "items": {"type": "string"}}}  # also split, fold
 SPLIT_CONTENT = StrictValidator(SPLIT_SCHEMA)
 HOW = ("split", "fold")  # keys of the config's `data` that a split is kept with

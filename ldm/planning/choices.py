@@ -147,7 +147,7 @@ def _choose_intensity(
 def _choose_networks(made: Plan, space: str, first: list, second: list, longest: int) -> None:
     """Classes, strides and latent channels. The widths follow from the memory."""
     if space == "pixel":
-        made.set("diffusion_space", "pixel", "small volumes need no autoencoder")
+        made.set("diffusion_space", "pixel", "asked for: voxels, without an autoencoder")
         latent = made.config["image_channels"]
     elif space == "haar":
         target = {"_target_": "ldm.models.Haar", "spatial_dims": "@spatial_dims"}

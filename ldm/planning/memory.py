@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ldm import UserError
+from ldm import UserError, counted
 from ldm.data.reading import by_times
 from ldm.models.definitions import downsampling_factor
 from ldm.planning.geometry import shrunk
@@ -147,7 +147,8 @@ def _fit_batch(made: Plan, stage: str, machine: Machine) -> None:
         if _fits(made, stage, machine):
             break
         batch //= 2
-    made.set(f"{stage}.batch_size", batch, f"a step takes {together} volumes; of them {batch} fit at a time")
+    why = f"a step takes {counted(together, 'volume{s}')}, {batch} at a time"
+    made.set(f"{stage}.batch_size", batch, why)
     made.set(f"{stage}.accumulate_steps", together // batch)
 
 

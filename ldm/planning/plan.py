@@ -46,13 +46,13 @@ class Plan:
         elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
             config.get("intensity", {}).pop("window", None)
         for key, (value, reason) in self.overrides.items():
-            _put(config, key, value)
+            _put(config, key, copy.deepcopy(value))
             why[key] = reason
         return {"_why": why, **config}
 
     def checked(self) -> dict:
         """The config as the training scripts use it."""
-        return check_config(copy.deepcopy(self.result()), "the plan")
+        return check_config(self.result(), "the plan")
 
 
 def _put(config: dict, key: str, value: object) -> None:
