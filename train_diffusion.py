@@ -107,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
     # With latents in memory and training on the CPU, loader processes would only compete with it for cores.
     workers = 0 if latents.in_memory and run.device.type == "cpu" else None
-    loader = utils.make_loader(
-        WithNoise(latents.train, latents.shape, seed, conditions), section, config, run, workers
-    )
+    drawn = WithNoise(latents.train, latents.shape, seed, conditions, section["augment"])
+    loader = utils.make_loader(drawn, section, config, run, workers)
     facts = {  # saved beside the weights in each checkpoint: sampling needs them
         "scale_factor": scale_factor,
         "autoencoder": latents.autoencoder_hash,

@@ -86,6 +86,19 @@ CONFIG = {
 }
 
 
+def with_all_on(config: dict) -> dict:
+    """The sections of a config whose stage 2 has Muon, the mean latent, autoguidance, and augmentation that
+    the network is told, all at once."""
+    augment = {"flip_axes": [0], "rotate_degrees": 5, "versions": 2}
+    more = {"optimizer": "muon", "snapshot": 0.3, "autoguidance": 1.5, "augment": augment}
+    latent = config["latent_channels"]
+    return {
+        "conditions": {"mean_latent": True, "augmentation": True},
+        "diffusion_def": config["diffusion_def"] | {"in_channels": 2 * latent + 1 + 3},
+        "diffusion_train": config["diffusion_train"] | more,
+    }
+
+
 def make_data(folder: Path, cases: int = 6, channels: int = 1, shape: tuple = SHAPE) -> Path:
     """A Decathlon folder of bright ellipsoids on a dim noisy ground, `SPACING` mm: each case is smaller and
     1.5 times as bright as the one before, each channel 10 times as bright as the one before."""

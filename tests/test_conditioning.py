@@ -21,9 +21,10 @@ import train_autoencoder
 import train_diffusion
 from ldm import UserError
 from ldm.data.cases import Case
-from ldm.data.datasets import stream
+from ldm.data.datasets import VolumeDataset, stream
 from ldm.data.layouts import find_cases
 from ldm.data.posteriors import Posteriors
+from ldm.data.preprocessing import Preprocessing
 from ldm.diffusion.conditioning import Conditions, check_sources, guided
 from ldm.system.ranks import Run
 from ldm.training.latents import WithNoise
@@ -51,6 +52,7 @@ def config_of(
             "dropout": dropout,
             "mean_latent": mean_latent,
             "position": [],
+            "augmentation": False,
         },
         "diffusion_def": {**definition, **more},
     }
@@ -230,6 +232,34 @@ def test_positions_are_inputs_from_one_end_to_the_other():
     mean = torch.ones(4, 3, 2, 5)
     both = conditions.of_latents(mean.shape, mean).unknown(1)["channels"]
     assert torch.equal(both[0, :4], mean) and torch.equal(both[:, 4:], channels[:1])
+
+
+def test_the_network_is_told_what_the_augmentation_did(write_image, tmp_path):
+    """1 for a mirrored volume, the share of the largest shift for a shifted one; 0 in samples."""
+    voxels = np.zeros((8, 8, 8), np.float32)
+    voxels[1:3, 2:4, 2:4] = 1
+    path = write_image(tmp_path / "scan.nii.gz", voxels)
+    augment = {"flip_axes": [0], "flip_prob": 0.5, "translate_voxels": 3, "affine_prob": 1.0}
+    augment |= {"rotate_degrees": 0, "scale": 0}
+    preprocessing = Preprocessing((0,), (1, 1, 1))
+    volumes = VolumeDataset([Case("scan", (path,))], preprocessing, (8, 8, 8), augment=augment, seed=3)
+    conditions = Conditions(told=4).of_latents((1, 8, 8, 8), None)
+    data = WithNoise(volumes, (1, 8, 8, 8), 3, conditions, augment)
+    told = []
+    for epoch in range(24):
+        item = data[epoch, 0]
+        parameters = item["cond"]["channels"][:, 0, 0, 0]
+        assert torch.equal(item["cond"]["channels"], parameters[:, None, None, None].expand(4, 8, 8, 8))
+        mirrored, *shift = parameters.tolist()
+        centre = np.array([5.5 if mirrored else 1.5, 2.5, 2.5]) - 3 * np.array(shift)
+        image = item["image"][0].numpy()
+        found = [(image.sum((*{0, 1, 2} - {axis},)) * np.arange(8)).sum() / image.sum() for axis in range(3)]
+        if (centre > 1).all() and (centre < 6).all():  # nothing was shifted out
+            np.testing.assert_allclose(found, centre, atol=1e-4)
+            told.append(mirrored)
+    assert {0.0, 1.0} == set(told)
+    assert not conditions.unknown(2)["channels"].any() and not conditions.of(case("a"))["channels"].any()
+    assert conditions.describe() == "the parameters of the augmentation, none in samples"
 
 
 def test_it_is_the_mean_over_the_training_set_scaled_as_the_latents(done):

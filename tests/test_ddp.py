@@ -92,6 +92,7 @@ os._exit(0)  # as `utils.command` does
 def one_step(config_file: Path, data: Path) -> dict:
     """Gradients of one step, with and without accumulation, and the draws they rest on, of this process."""
     config = utils.load_config(config_file)
+    config["diffusion_def"]["in_channels"] = config["latent_channels"]  # without the conditions
     section = config["autoencoder_train"]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     section["batch_size"] = 2 // world_size
@@ -152,7 +153,7 @@ def steps_with_unused_parameters(config: dict, run) -> dict:
         "_target_": "generative.networks.nets.DiffusionModelUNet",
         "num_channels": [8, 16],
     }
-    config["diffusion_train"] |= {"accumulate_steps": 2, "ema_decay": 0.0}
+    config["diffusion_train"] |= {"accumulate_steps": 2, "ema_decay": 0.0, "optimizer": "adam"}
     torch.manual_seed(0)
     learner = build_learner(config, False, run)
     process = NoiseProcess.from_config(config["NoiseScheduler"])
@@ -196,8 +197,9 @@ def finish(*processes: subprocess.Popen) -> str:
 
 @pytest.fixture(scope="module")
 def alone(done, tmp_path_factory) -> Project:
-    """One process, batches of 2."""
+    """One process, batches of 2; the second stage with Muon and all that goes with it."""
     project = copy_of(done, tmp_path_factory.mktemp("ddp") / "alone")
+    project.change(**chain.with_all_on(project.config))
     project.run(train_autoencoder, *RUN)
     project.printed["diffusion"] = project.run(train_diffusion, *RUN)
     project.run(inference, "--num", "3", "--steps", "2", *RUN[1:])

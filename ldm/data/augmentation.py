@@ -16,6 +16,8 @@ from monai.transforms import (
 
 from ldm.data.preprocessing import crop_or_pad
 
+AFFINE = ("rotate_degrees", "scale", "translate_voxels")  # maxima of what an affine change is made of
+
 
 def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Callable | None:
     """Random crop, flips, small affine and intensity changes, in this order. None where nothing is random.
@@ -29,7 +31,7 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
         `f(volume, label, rng)` -> (C, *size) float32 tensor; all random numbers are of `rng`.
     """
     steps = [RandFlip(section["flip_prob"], axis) for axis in section.get("flip_axes", [])]
-    if section.get("rotate_degrees") or section.get("scale") or section.get("translate_voxels"):
+    if any(section.get(key) for key in AFFINE):
         steps.append(
             RandAffine(
                 prob=section["affine_prob"],
@@ -48,6 +50,11 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
     return RandomCropAndAugment(tuple(size), random_crop, section.get("foreground_prob", 0.0), Compose(steps))
 
 
+def count_parameters(section: dict) -> int:
+    """How many numbers say what flips and affine change did to a volume."""
+    return len(section.get("flip_axes", [])) + 3 * sum(bool(section.get(key)) for key in AFFINE)
+
+
 @dataclass
 class RandomCropAndAugment:
     """See `augmentation`. A class, so that loader processes on Windows can pickle it."""
@@ -60,12 +67,41 @@ class RandomCropAndAugment:
     def __call__(
         self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState
     ) -> torch.Tensor:
+        self._seed_steps(rng)
         volume = self._crop(volume, label, rng) if self.random_crop else volume
         image = torch.from_numpy(np.array(crop_or_pad(volume, self.size), np.float32))
-        # Every step has its own seed, so that the numbers one draws do not shift those of the next.
         for step in self.steps.transforms:
-            image = step.set_random_state(seed=int(rng.randint(2**31)))(image)
+            image = step(image)
         return image.as_tensor() if isinstance(image, MetaTensor) else image
+
+    def parameters(self, rng: np.random.RandomState) -> torch.Tensor:
+        """What flips and affine change do to a volume that is augmented with the same `rng`, (n,) float32, as
+        many as `count_parameters`: 1 for a flip, rotation, scale and shift as shares of their maxima; 0 is
+        the volume as it was."""
+        self._seed_steps(rng)
+        values = []
+        for step in self.steps.transforms:
+            if isinstance(step, RandFlip):
+                step.randomize(None)
+                values.append(float(step._do_transform))
+            elif isinstance(step, RandAffine):
+                step.randomize()
+                grid, changed = step.rand_affine_grid, step._do_transform
+                grid.randomize()  # RandAffine draws its grid twice, and uses the second
+                for name, ranges, neutral in (
+                    ("rotate_params", grid.rotate_range, 0),
+                    ("scale_params", grid.scale_range, 1),
+                    ("translate_params", grid.translate_range, 0),
+                ):
+                    if ranges[0]:
+                        drawn = getattr(grid, name) if changed else [neutral] * 3
+                        values += [(value - neutral) / ranges[0] for value in drawn]
+        return torch.tensor(values, dtype=torch.float32)
+
+    def _seed_steps(self, rng: np.random.RandomState) -> None:
+        """Give every step its own seed, so that the numbers one draws do not shift those of the next."""
+        for step in self.steps.transforms:
+            step.set_random_state(seed=int(rng.randint(2**31)))
 
     def _crop(self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState) -> np.ndarray:
         room = np.maximum(np.array(volume.shape[1:]) - self.size, 0)

@@ -36,6 +36,11 @@ def version_of(seed: int, epoch: int, case: str, versions: int | None) -> int:
     return (stream(seed, "version", case).initial_seed() + epoch) % versions
 
 
+def augmentation_rng(seed: int, version: int, case: str) -> np.random.RandomState:
+    """The random numbers of a version of a case."""
+    return np.random.RandomState(stream(seed, "augment", version, case).initial_seed() % 2**32)
+
+
 class VolumeDataset(Dataset):
     """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked.
 
@@ -129,9 +134,7 @@ class VolumeDataset(Dataset):
         volume = self.volume(i)
         if self.augmentation is None:
             return torch.from_numpy(np.array(crop_or_pad(volume, self.size)))
-        rng = np.random.RandomState(
-            stream(self.seed, "augment", version, self.cases[i].name).initial_seed() % 2**32
-        )
+        rng = augmentation_rng(self.seed, version, self.cases[i].name)
         return self.augmentation(volume, self._label(i) if self.foreground else None, rng)
 
 

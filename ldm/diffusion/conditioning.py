@@ -2,8 +2,9 @@
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
 nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`:
-the mean latent of the training set, which of data in a common frame tells the network what lies where, and
-the position along some axes, which a 2D network needs to know which slice it draws.
+the mean latent of the training set, which of data in a common frame tells the network what lies where; the
+position along some axes, which a 2D network needs to know which slice it draws; and what the augmentation did
+to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2).
 """
 
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ldm import UserError, brief, configs, few
+from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
 from ldm.models.denoiser import Autoguided, example_cond, predict
 from ldm.models.weights import load_weights
@@ -36,7 +38,8 @@ class Conditions:
         dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
         mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped.
         position: axes along which the network is told the position, a channel from -1 to 1 for each.
-        shape: of the latents, (c, d, h, w), where there are positions.
+        shape: of the latents, (c, d, h, w), where there are channels.
+        told: how many parameters of the augmentation the network is told, a constant channel for each.
     """
 
     column: str | None = None
@@ -45,6 +48,7 @@ class Conditions:
     mean_latent: torch.Tensor | None = None
     position: Sequence[int] = ()
     shape: Sequence[int] = ()
+    told: int = 0
 
     def __bool__(self) -> bool:
         return self.column is not None
@@ -60,8 +64,9 @@ class Conditions:
         if resumed:
             return cls.from_checkpoint(resumed, config)
         column, position = config["conditions"]["class_labels"], tuple(config["conditions"]["position"])
+        told = told_parameters(config)
         if column is None:
-            return cls(position=position)
+            return cls(position=position, told=told)
         values = sorted({value for case in cases if (value := _value(case, column)) is not None})
         if not values:
             others = sorted({key for case in cases for key in case.covariates} - {column, "participant_id"})
@@ -70,7 +75,7 @@ class Conditions:
                 f"conditions.class_labels: no case has a value of {brief(column)} ({hint}). Name a column of "
                 "participants.tsv; run cache_latents.py again if the latents were cached before it was there."
             )
-        conditions = cls(column, values, config["conditions"]["dropout"], position=position)
+        conditions = cls(column, values, config["conditions"]["dropout"], position=position, told=told)
         conditions.check_classes(config)
         return conditions
 
@@ -79,10 +84,15 @@ class Conditions:
         """The conditions that a model was trained with."""
         labels, mean = checkpoint.get("conditions", {}).get("class_labels"), checkpoint.get("mean_latent")
         position, shape = tuple(config["conditions"]["position"]), tuple(checkpoint.get("latent_shape", ()))
+        channels = {
+            "mean_latent": mean,
+            "position": position,
+            "shape": shape,
+            "told": told_parameters(config),
+        }
         if labels is None:
-            return cls(mean_latent=mean, position=position, shape=shape)
-        dropout = config["conditions"]["dropout"]
-        conditions = cls(labels["column"], labels["values"], dropout, mean, position, shape)
+            return cls(**channels)
+        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"], **channels)
         conditions.check_classes(config)
         return conditions
 
@@ -118,6 +128,7 @@ class Conditions:
         parts = [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"] if self else []
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
         parts += ["the position along axes " + ", ".join(map(str, self.position))] if self.position else []
+        parts += ["the parameters of the augmentation, none in samples"] if self.told else []
         return "; and ".join(parts) or "none"
 
     def state(self) -> dict:
@@ -160,10 +171,17 @@ class Conditions:
             sides = self.shape[1:]
             along = torch.linspace(-1, 1, sides[axis]).reshape(*(-1 if i == axis else 1 for i in range(3)))
             parts.append(along.expand(1, *sides))
+        parts += [torch.zeros(self.told, *self.shape[1:])] if self.told else []
         if not parts:
             return {}
         channels = torch.cat(parts)
         return {"channels": channels.expand(*batch, *channels.shape)}
+
+    def tell(self, channels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """The channels (c, d, h, w) of one case with the parameters of its augmentation, (told,), as the last
+        of them, where `of` has those of a volume that is not augmented."""
+        told = parameters[:, None, None, None].expand(-1, *channels.shape[1:])
+        return torch.cat([channels[: len(channels) - self.told], told])
 
     def parse(self, texts: Sequence[str]) -> dict[str, str]:
         """`{"group": "1"}` of `["group=1"]`.
@@ -216,6 +234,13 @@ def _value(case: Case, column: str) -> str | None:
     return None if text.lower() in MISSING else text
 
 
+def told_parameters(config: dict) -> int:
+    """How many parameters of the augmentation a config's network is told."""
+    if not config["conditions"]["augmentation"]:
+        return 0
+    return count_parameters(config["diffusion_train"]["augment"])
+
+
 def check_sources(config: dict) -> None:
     """See that a config gives the network each condition that it needs, and no other.
 
@@ -227,14 +252,21 @@ def check_sources(config: dict) -> None:
     definition, labels = config["diffusion_def"], "class_labels"
     needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
     mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
-    if mean or position:
+    told = told_parameters(config)
+    if config["conditions"]["augmentation"] and not told:
+        raise UserError(
+            "conditions.augmentation: diffusion_train.augment has neither flips nor affine changes. "
+            "Set some, or leave it out."
+        )
+    if mean or position or told:
         needed.pop("channels", None)
         inputs, latent = definition["in_channels"], definition["out_channels"]
-        expected = latent * (1 + mean) + len(position)
+        expected = latent * (1 + mean) + len(position) + told
         if inputs != expected:
             parts = [f"{latent} of the noisy latents"]
             parts += [f"{latent} of conditions.mean_latent"] * mean
             parts += [f"{len(position)} of conditions.position"] * bool(position)
+            parts += [f"{told} of conditions.augmentation"] * bool(told)
             raise UserError(
                 f"diffusion_def.in_channels: expected {expected}, found {inputs}: {', '.join(parts)}."
             )
@@ -246,7 +278,7 @@ def check_sources(config: dict) -> None:
     if missing := [key for key in needed if key != labels or column is None]:
         hints = {
             labels: "name a column by conditions.class_labels",
-            "channels": "set conditions.mean_latent or conditions.position",
+            "channels": "set conditions.mean_latent, conditions.position or conditions.augmentation",
         }
         where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
         raise UserError(

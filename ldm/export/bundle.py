@@ -240,6 +240,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
             "mean_latent": None if conditions.mean_latent is None else tensor("mean_latent.pt"),
             "position": list(conditions.position),
             "shape": list(conditions.shape),
+            "told": conditions.told,
         },
         "draw": {
             "_target_": "scripts.sampling.draw",
@@ -273,6 +274,7 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
         inputs["class_labels"] = label | {"type": "tuples", "dtype": "int64", "value_range": [0, last]}
     names = [] if conditions.mean_latent is None else [f"mean latent, channel {i}" for i in range(shape[0])]
     names += [f"position along axis {axis}" for axis in conditions.position]
+    names += [f"parameter {i} of the augmentation, 0 in samples" for i in range(conditions.told)]
     if names:
         inputs["channels"] = _tensor("latent", names, shape[1:])
     predicted = {

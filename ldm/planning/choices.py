@@ -29,6 +29,7 @@ from ldm.planning.geometry import (
 from ldm.planning.plan import STAGES, Machine, Plan
 
 ONE_LEVEL, TWO_LEVELS = 96, 384  # the longest side up to which an autoencoder halves once, twice
+CPU_LATENT = 2048  # voxels; on a CPU larger latents are halved once more, where one level would do
 HAAR_LEVELS = 2  # 64 channels of each
 UNET_LEVELS = {"pixel": 3, "latent": 2, "haar": 2}  # halvings at most
 SPACES = tuple(UNET_LEVELS)
@@ -87,12 +88,12 @@ def make_plan(
     _choose_intensity(made, fingerprint, names, nnunet)
 
     # Latents or voxels, and the levels of both networks
-    first = _autoencoder_strides(space, chosen[:dims], size[:dims], nnunet)
+    first = _autoencoder_strides(space, chosen[:dims], size[:dims], nnunet, machine)
     second = unet_strides(chosen[:dims], size[:dims], first, UNET_LEVELS[space])
     volume = padded(size[:dims], first + second)
     made.grids = grids_of(volume, first, second)
     volume += size[dims:]
-    _choose_networks(made, space, first, second, max(size[:dims]))
+    _choose_networks(made, space, first, second, max(size[:dims]), machine)
 
     # Training
     why = f"the 95th percentile of the volumes at {by_times(chosen)} mm is {by_times(size)}"
@@ -111,9 +112,11 @@ def make_plan(
 
 
 def _autoencoder_strides(
-    space: str, spacing: Sequence[float], size: Sequence[int], nnunet: NnunetPlan | None
+    space: str, spacing: Sequence[float], size: Sequence[int], nnunet: NnunetPlan | None, machine: Machine
 ) -> list[list[int]]:
     levels = 1 if max(size) <= ONE_LEVEL else 2 if max(size) <= TWO_LEVELS else 3
+    if levels == 1 and not machine.gpu and math.prod(size) > CPU_LATENT * 2 ** len(size):
+        levels = 2
     if space == "pixel":
         return []
     if space == "haar":  # which halves every axis
@@ -144,7 +147,9 @@ def _choose_intensity(
         made.set("intensity.nan_is_background", True, why)
 
 
-def _choose_networks(made: Plan, space: str, first: list, second: list, longest: int) -> None:
+def _choose_networks(
+    made: Plan, space: str, first: list, second: list, longest: int, machine: Machine
+) -> None:
     """Classes, strides and latent channels. The widths follow from the memory."""
     if space == "pixel":
         made.set("diffusion_space", "pixel", "asked for: voxels, without an autoencoder")
@@ -171,7 +176,9 @@ def _choose_networks(made: Plan, space: str, first: list, second: list, longest:
                 "with_decoder_nonlocal_attn": False,
             },
             f"the longest side, {longest}, is halved {counted(len(first), 'time{s}')} (up to {ONE_LEVEL} "
-            f"once, up to {TWO_LEVELS} twice, else three times)",
+            f"once, up to {TWO_LEVELS} twice, else three times"
+            + ("" if machine.gpu else f"; on a CPU twice, where latents would exceed {CPU_LATENT} voxels")
+            + ")",
         )
         if halved:
             made.set("autoencoder_def.use_convtranspose", True)

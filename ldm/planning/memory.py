@@ -16,12 +16,14 @@ USED = 0.9  # of the GPU's memory: its driver, its libraries and fragmentation t
 ATTENTION_VOXELS = 4096  # of a grid whose UNet level attends
 WIDTHS = {  # of the first level on a GPU (True) and on a CPU, the largest first
     True: {"autoencoder_def": (64, 32, 16), "diffusion_def": (256, 192, 128, 64)},
-    False: {"autoencoder_def": (16,), "diffusion_def": (64,)},
+    False: {"autoencoder_def": (16,), "diffusion_def": (64, 32, 16)},
 }
 TOGETHER = {  # volumes a step, by batch and accumulation
     True: {"autoencoder_train": 2, "diffusion_train": 8},
     False: {"autoencoder_train": 1, "diffusion_train": 4},
 }
+CPU_LARGE = 4096  # voxels of latents, above which a step on a CPU takes half as many volumes
+CPU_WORK = 80e6  # of a step of stage 2: voxels times the squared width; about a second on two cores
 SLICES = 4  # times fewer volumes a step for 2D networks
 
 
@@ -56,7 +58,7 @@ def _widen(made: Plan, network: str, width: int) -> None:
     attends = [i > 0 and math.prod(grid) <= ATTENTION_VOXELS for i, grid in enumerate(grids)]
     made.set(f"{network}.channels", [width * (i + 1) for i in range(len(grids))])
     made.set(f"{network}.attention_levels", attends)
-    heads = 64 if width > 64 else 32  # the last is that of the middle block, which always attends
+    heads = min(width, 64 if width > 64 else 32)  # the last is that of the middle block, which always attends
     made.set(f"{network}.num_head_channels", [heads] * len(grids))
     made.set(f"{network}.num_res_blocks", 2)
 
@@ -106,7 +108,7 @@ def fit_unet(made: Plan, machine: Machine) -> None:
     """
     stage, limit = "diffusion_train", USED * machine.memory
     _start_batch(made, stage, machine)
-    for width, again in itertools.product(WIDTHS[machine.gpu]["diffusion_def"], (False, True)):
+    for width, again in itertools.product(_fast_enough(made, machine), (False, True)):
         _widen(made, "diffusion_def", width)
         made.set(f"{stage}.gradient_checkpointing", again)
         peaks = peaks_of(made, stage, machine)
@@ -116,6 +118,8 @@ def fit_unet(made: Plan, machine: Machine) -> None:
     else:
         raise _too_small(made, stage, machine, peak)
     why = f"the widest that fits into {USED:.0%} of {machine.memory / GB:g} GB"
+    if not machine.gpu:
+        why += " and takes about a second a step on two cores"
     made.set("diffusion_def.channels", made.config["diffusion_def"]["channels"], why)
     if encoding and encoding.total > limit:
         why = f"encoding a whole volume takes {encoding.total / GB:.0f} GB: cache_latents.py does it in slabs"
@@ -126,9 +130,22 @@ def fit_unet(made: Plan, machine: Machine) -> None:
     _fit_batch(made, stage, machine)
 
 
+def _fast_enough(made: Plan, machine: Machine) -> list[int]:
+    """Widths of the UNet, the largest first, that a CPU can train; the narrowest in any case."""
+    widths = WIDTHS[machine.gpu]["diffusion_def"]
+    if machine.gpu:
+        return list(widths)
+    volume = made.config["diffusion_train"]["patch_size"]
+    voxels = math.prod(made.grids[0]) * math.prod(volume[len(made.grids[0]) :])  # of all slices, in 2D
+    voxels *= _together(made, "diffusion_train", machine)
+    return [width for width in widths if voxels * width**2 <= CPU_WORK] or [widths[-1]]
+
+
 def _together(made: Plan, stage: str, machine: Machine) -> int:
     """Volumes of a step."""
     together = TOGETHER[machine.gpu][stage]
+    if stage == "diffusion_train" and not machine.gpu and math.prod(made.grids[0]) > CPU_LARGE:
+        together //= 2
     return max(1, together // SLICES) if made.config["spatial_dims"] == 2 else together
 
 

@@ -30,6 +30,7 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no one sends it SIGTERM
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # killed by it, torch would report an error
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 

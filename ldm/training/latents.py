@@ -9,8 +9,9 @@ from torch.utils.data import Dataset
 
 from ldm import UserError, configs
 from ldm.data import latent_cache
+from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, typical_limits
-from ldm.data.datasets import VolumeDataset, WithDraws
+from ldm.data.datasets import VolumeDataset, WithDraws, augmentation_rng, version_of
 from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
@@ -25,15 +26,35 @@ from ldm.training.memory import GB
 
 class WithNoise(WithDraws):
     """A data set whose items also hold `posterior_noise` and `noise`, (c, d, h, w) each, the `uniform`
-    draw that a time is made of, and `cond`, which is dropped at random."""
+    draw that a time is made of, and `cond`, which is dropped at random.
+
+    Args:
+        dataset: has `cases`, `versions`, and keys `(epoch, i)`.
+        augment: the `augment` section of the config, whose parameters the network is told.
+    """
 
     purpose = "diffusion"
 
     def __init__(
-        self, dataset: Dataset, shape: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONED
+        self,
+        dataset: Posteriors | VolumeDataset,
+        shape: Sequence[int],
+        seed: int,
+        conditions: Conditions = UNCONDITIONED,
+        augment: dict | None = None,
     ):
         super().__init__(dataset, shape, seed)
         self.conditions = conditions
+        self.augmentation = augmentation(augment or {}, shape, False) if conditions.told else None
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        item = super().__getitem__(key)
+        if self.augmentation:
+            name = self.cases[key[1]].name
+            version = version_of(self.seed, key[0], name, self.dataset.versions)
+            parameters = self.augmentation.parameters(augmentation_rng(self.seed, version, name))
+            item["cond"]["channels"] = self.conditions.tell(item["cond"]["channels"], parameters)
+        return item
 
     def draw(self, generator: torch.Generator, case: Case) -> dict:
         posterior_noise, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
