@@ -39,7 +39,7 @@ from ldm.data.fingerprint import fingerprint
 from ldm.data.layouts import find_cases
 from ldm.data.reading import by_times
 from ldm.planning.choices import SPACES, make_plan
-from ldm.planning.plan import Machine, Plan
+from ldm.planning.plan import REMOVED, Machine, Plan
 from ldm.system.files import read_json, write_json
 from ldm.training.memory import GB
 
@@ -150,6 +150,7 @@ def changed_by_hand(path: Path) -> dict[str, tuple[object, str]]:
         raise UserError(f"{path}: is there already, and was not planned. Name another --config-out.")
     now, before = flat(read_json(path) | {"_why": {}}), flat(read_json(planned(path)))
     changed = {key: value for key, value in now.items() if key != "_why" and before.get(key) != value}
+    changed |= {key: REMOVED for key in before if key not in now}
     if changed:
         print(f"kept as changed by hand in {path}: {', '.join(changed)}")
     return {key: (value, BY_HAND) for key, value in changed.items()}

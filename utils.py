@@ -131,12 +131,7 @@ def apply_override(config: dict, override: str) -> None:
         value = parse_json(text)
     except ValueError:
         value = text  # a bare word is a string
-    *sections, last = key.split(".")
-    for section in sections:
-        config = config.setdefault(section, {})
-        if not isinstance(config, dict):
-            raise UserError(f"--set {override}: {section} is not a section.")
-    config[last] = value
+    configs.put(config, key, value)
 
 
 def load_environment(path: str | Path, writable: Sequence[str] = ()) -> dict:

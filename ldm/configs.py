@@ -168,6 +168,24 @@ def flat(config: dict, prefix: str = "") -> dict:
     return values
 
 
+def put(config: dict, key: str, value: object) -> None:
+    """Set the value of a dotted key. Raises UserError: a part of the key is not a section."""
+    *sections, last = key.split(".")
+    for name in sections:
+        config = config.setdefault(name, {})
+        if not isinstance(config, dict):
+            raise UserError(f"{key}: {name} is not a section.")
+    config[last] = value
+
+
+def drop(config: dict, key: str) -> None:
+    """Delete a dotted key, if it is there."""
+    *sections, last = key.split(".")
+    for name in sections:
+        config = config.get(name, {})
+    config.pop(last, None)
+
+
 def differences(trained: dict, config: dict) -> dict[str, tuple[str, str]]:
     """{dotted key: the two values as text} where two configs differ."""
 

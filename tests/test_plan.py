@@ -147,7 +147,9 @@ def test_plans_follow_the_data(forecast):
     empty = planned(described((40, 40, 40), median_relative_size_after_cropping=0.3)).checked()
     assert empty["intensity"]["nonzero"] is True
     slow = planned(small, gpu=False).checked()
-    assert slow["diffusion_def"]["channels"][0] == 64
+    assert slow["diffusion_def"]["channels"][0] == 64 and slow["latent_channels"] == 8  # halved twice
+    slow = planned(small, space="pixel", gpu=False).checked()["diffusion_def"]
+    assert slow["channels"][0] == slow["num_head_channels"][0] == 16
 
 
 def test_what_the_user_sets_decides_what_follows_from_it(forecast):
@@ -245,11 +247,15 @@ def test_plan_is_written_explained_and_keeps_changes(data, tmp_path, capsys, mon
         and checked["spacing"] == [1, 1, 1]
         and checked["diffusion_train"]["max_minutes"] == 1.5
     )
+    del config["diffusion_train"]["clip_grad_norm"]
     path.write_text(json.dumps(config | {"seed": 5}))
-    run(*how)
-    again, said = json.loads(path.read_text()), capsys.readouterr().out
-    assert again["seed"] == 5 and again["diffusion_train"]["lr"] == 0.002
-    assert f"kept as changed by hand in {path}: diffusion_train.lr, seed" in said
+    for _ in range(2):
+        run(*how)
+        again, said = json.loads(path.read_text()), capsys.readouterr().out
+        assert again["seed"] == 5 and again["diffusion_train"]["lr"] == 0.002
+        assert "clip_grad_norm" not in again["diffusion_train"]
+        changed = "diffusion_train.lr, seed, diffusion_train.clip_grad_norm"
+        assert f"kept as changed by hand in {path}: {changed}" in said
     path.with_name("config_planned.json").unlink()
     assert "is there already, and was not planned" in refused(capsys, *how)
     path.unlink()

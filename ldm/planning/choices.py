@@ -26,7 +26,7 @@ from ldm.planning.geometry import (
     target_spacing,
     unet_strides,
 )
-from ldm.planning.plan import STAGES, Machine, Plan
+from ldm.planning.plan import REMOVED, STAGES, Machine, Plan
 
 ONE_LEVEL, TWO_LEVELS = 96, 384  # the longest side up to which an autoencoder halves once, twice
 CPU_LATENT = 2048  # voxels; on a CPU larger latents are halved once more, where one level would do
@@ -74,8 +74,9 @@ def make_plan(
     chosen, why = target_spacing(spacings, shapes)
     if nnunet:
         chosen, why = nnunet.spacing, f"that of {nnunet.configuration} in {nnunet.path}"
-    if spacing is None and "spacing" in made.overrides:
-        spacing = made.overrides["spacing"][0]
+    by_hand = made.overrides.get("spacing", (REMOVED,))[0]
+    if spacing is None and by_hand is not REMOVED:
+        spacing = by_hand
     if spacing is not None:
         chosen, why = list(spacing), "given"
     sizes = np.array([size_at(*pair, chosen) for pair in zip(shapes, spacings, strict=True)])

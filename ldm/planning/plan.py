@@ -3,8 +3,9 @@
 import copy
 from dataclasses import dataclass
 
-from ldm.configs import check_config
+from ldm.configs import check_config, drop, put
 
+REMOVED = object()  # in the place of a value that was deleted by hand
 STAGES = ("autoencoder_train", "diffusion_train")
 
 
@@ -21,7 +22,8 @@ class Plan:
     """A config that grows, with the reason of each choice.
 
     Args:
-        overrides: {dotted key: (value, reason)} that win over every choice. The forecasts count with them.
+        overrides: {dotted key: (value, reason)} that win over every choice, or `REMOVED`. The
+            forecasts count with them.
 
     Attributes:
         grids: of the levels of the UNet, in voxels.
@@ -34,7 +36,7 @@ class Plan:
 
     def set(self, key: str, value: object, why: str | None = None) -> None:
         """Choose the value of a dotted key. Several that one reason holds for have it at the first."""
-        _put(self.config, key, value)
+        put(self.config, key, value)
         if why:
             self.why[key] = why
 
@@ -46,17 +48,14 @@ class Plan:
         elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
             config.get("intensity", {}).pop("window", None)
         for key, (value, reason) in self.overrides.items():
-            _put(config, key, copy.deepcopy(value))
-            why[key] = reason
+            if value is REMOVED:
+                drop(config, key)
+                why.pop(key, None)
+            else:
+                put(config, key, copy.deepcopy(value))
+                why[key] = reason
         return {"_why": why, **config}
 
     def checked(self) -> dict:
         """The config as the training scripts use it."""
         return check_config(self.result(), "the plan")
-
-
-def _put(config: dict, key: str, value: object) -> None:
-    *sections, last = key.split(".")
-    for name in sections:
-        config = config.setdefault(name, {})
-    config[last] = value

@@ -120,7 +120,7 @@ class Optimizer:
         options are those of the config.
 
         Raises:
-            UserError: the state is not one of these parameters, or of another optimiser; `where` names it.
+            UserError: the state is not one of these parameters; `where` names it.
         """
         moments, (group,) = (state["optimizer"][key] for key in ("state", "param_groups"))
         # A parameter that no loss reaches has no state; one more, or another shape, is of other networks.
@@ -132,12 +132,6 @@ class Optimizer:
         # Checkpoints of DDP may hold zeros for parameters that were not frozen yet and are now.
         kept = {p: moments[i] for i, p in zip(self.places, self.parameters, strict=True) if i in moments}
         of_muon = set(self.muon.weights if self.muon else ())
-        if any((MOMENTUM_STATE in one) != (p in of_muon) for p, one in kept.items()):
-            was = "muon" if self.muon is None else "adam"
-            raise UserError(
-                f"{where}: was trained with optimizer {was}, the config says {self.section['optimizer']}. "
-                "Resume with the config that it was trained with, or start over with --fresh."
-            )
         # The fused kernels walk through parameter and moments as they lie in memory, and do not ask whether
         # they lie alike.
         for p, one in kept.items():
