@@ -63,6 +63,7 @@ from ldm.system.ranks import Run
 from ldm.training import memory
 
 SHOWN = 8  # volumes in the picture
+NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
 
 
@@ -390,6 +391,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
+            if share > NOISY:
+                run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
         run.print(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
 
 

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured = fingerprint(cases, functools.partial(utils.parallel, workers=args.jobs))
 
     # Step 2: the plan; and that of a lower resolution, where patches see little
+    print("forecasting the memory of networks and patches; this takes a minute or two", flush=True)
     memory = round((args.gpu_memory or args.cpu_memory) * GB)
     machine = Machine(memory, args.cpu_memory is None, args.minutes)
     names = channel_names(folder, args.channels, data["contrasts"], measured)
@@ -101,7 +102,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of the GPU, in 10^9 bytes")
     where.add_argument("--cpu-memory", type=float, metavar="GB", help="train on a CPU with so much memory")
-    add("--minutes", type=float, metavar="M", help="time for both stages together (default: by steps)")
+    about = "time to train both stages, a quarter and three quarters of it (default: by steps)"
+    add("--minutes", type=float, metavar="M", help=about)
     add("--config-out", type=Path, metavar="FILE", help="default: plans/NAME/config.json")
     add(
         "--space", choices=SPACES, default="latent", help="what is diffused: latents, voxels or Haar wavelets"

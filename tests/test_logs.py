@@ -274,7 +274,8 @@ def test_waiting_for_data_is_measured_and_hinted_at(encoded, monkeypatch, delay)
 
 def test_the_first_steps_say_how_many_there_will_be(encoded, monkeypatch):
     """By a clock that a step lets go on: 60 s the first, then 0.1 s each. Their median is 0.1 s, and of 5
-    minutes 239.8 s are left after the third: 2398 steps more. The training ends after 8."""
+    minutes 239.8 s are left after the third: 2398 steps more. The training ends after 8. Where that is too
+    little, more minutes are named."""
     now, real = [0.0], progress.Progress.agree_to_skip
 
     def timed(*args):
@@ -286,12 +287,16 @@ def test_the_first_steps_say_how_many_there_will_be(encoded, monkeypatch):
         progress, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
     )
     monkeypatch.setattr(progress, "EXPECT_STEPS", 3)
+    monkeypatch.setattr(progress, "FEW_STEPS", 3000)
     monkeypatch.setattr(progress.Clock, "progress", lambda clock, _: min(clock.step / 8, 1.0))
     options = ["max_minutes=5", "max_epochs=100000"]
     said = encoded.run(
         train_diffusion, "--no-amp", *[a for o in options for a in ("--set", f"diffusion_train.{o}")]
     )
     assert said.count("diffusion: about 2401 steps in 5 minutes, 0.1 s each") == 1
+    assert (
+        "warning: 2401 steps are too few" in said and "Set diffusion_train.max_minutes to 7 or more" in said
+    )
 
 
 def test_the_hint_names_the_cache_where_it_could_be_larger(encoded, monkeypatch):

@@ -29,7 +29,7 @@ def described(shape=(80, 96, 80), spacing=(2.0, 2.0, 2.0), count=60, **more) -> 
         "spacings": [list(spacing)] * count,
         "shapes": [list(shape)] * count,
         "shapes_after_crop": [list(shape)] * count,
-        "median_relative_size_after_cropping": 1.0,
+        "median_share_not_zero": 1.0,
         "foreground_intensity_properties_per_channel": {"0": properties},
         "labels": 0,
         "nan": 0,
@@ -101,7 +101,7 @@ def test_fingerprint_of_known_volumes(tmp_path):
     found = fingerprint(cases)
     assert found["spacings"] == [[1, 1.5, 2]] * 4 and found["shapes"] == [[20, 24, 16]] * 4
     assert found["shapes_after_crop"] == [[20, 12, 16]] * 4
-    assert found["median_relative_size_after_cropping"] == 0.5
+    assert found["median_relative_size_after_cropping"] == found["median_share_not_zero"] == 0.5
     inside = found["foreground_intensity_properties_per_channel"]["0"]
     assert (inside["mean"], inside["median"], inside["min"], inside["max"]) == (8.5, 8.5, 7, 10)
     assert (found["labels"], found["nan"], found["subjects"]) == (4, 1, 4)
@@ -144,10 +144,12 @@ def test_plans_follow_the_data(forecast):
     assert voxels["diffusion_space"] == "pixel" and voxels["diffusion_def"]["out_channels"] == 1
     ct = make_plan(small, {0: "CT"}, Machine(8 * 10**9, True)).checked()
     assert ct["intensity"]["window"] == [-1000, 1000]
-    empty = planned(described((40, 40, 40), median_relative_size_after_cropping=0.3)).checked()
+    empty = planned(described((40, 40, 40), median_share_not_zero=0.3)).checked()
     assert empty["intensity"]["nonzero"] is True
     slow = planned(small, gpu=False).checked()
     assert slow["diffusion_def"]["channels"][0] == 64 and slow["latent_channels"] == 8  # halved twice
+    hour = make_plan(described((80, 96, 80), (2.0, 2.0, 2.0)), {0: "T1"}, Machine(8 * 10**9, False, 10.0))
+    assert hour.config["spacing"] == [3.67] * 3 and "10,000 voxels" in hour.why["spacing"]
     slow = planned(small, space="pixel", gpu=False).checked()["diffusion_def"]
     assert slow["channels"][0] == slow["num_head_channels"][0] == 16
 

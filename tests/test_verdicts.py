@@ -75,8 +75,13 @@ def test_a_distance_in_words(mmd, tone, size):
     ],
 )
 def test_without_significance_there_is_no_difference_and_without_power_no_likeness(p, sees, tone, part):
-    found = verdicts.realism(metrics(mmd=1e4, p=p, sees=sees))
+    found = verdicts.realism(metrics(mmd=1e3, p=p, sees=sees))
     assert found[0] == tone and part in found[1]
+
+
+def test_noise_is_told_where_volumes_are_too_few_for_a_test():
+    tone, text = verdicts.realism(metrics(mmd=2048.0 * 600, p=0.32))
+    assert tone == "bad" and "over 100 times that of scans blurred by 2 voxels, too few volumes" in text
 
 
 def test_the_autoencoders_share_of_a_distance():

@@ -169,7 +169,7 @@ def cases_below(root: Path, search: Search) -> list[Case]:
         what = f"no image matches {search.pattern!r}" if glob else f"no image ({', '.join(IMAGE_SUFFIXES)})"
         instead = f" (passed over: {in_words(search.passed)})" if any(search.passed.values()) else ""
         raise UserError(
-            f"{root}: {what} there{instead}. Name another folder (`data_base_dir`, or the option)."
+            f"{root}: {what} there{instead}. Check the option that names the folder, or `data_base_dir`."
         )
     taken = set(images)
     labels = {(file.folder, file.stem.lower()): file.path for file in every if file not in taken}

@@ -143,7 +143,7 @@ def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
     if source.suffix != ".json" and not source.is_dir():
         if source.exists():
             raise UserError(f"{source}: is a file. Expected a data folder, or a list of files, LIST.json.")
-        raise UserError(f"{source}: no such data folder. Name another (`data_base_dir`, or the option).")
+        raise UserError(f"{source}: no such data folder. Check the option that names it, or `data_base_dir`.")
     own = (source / "dataset.json").is_file()
     inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))
     lists = source.suffix == ".json" or own or inside

@@ -107,7 +107,8 @@ def grid_at(scan: Scan, spacing: Sequence[float], size: Sequence[int] | None) ->
 def resampled(scan: Scan, shape: Sequence[int], affine: np.ndarray, order: int = 3) -> Scan:
     """The scan on another grid of the same axes, background beyond its edges.
 
-    An image is filtered before it is made coarser, and keeps its range of values, which splines overshoot.
+    An image is filtered before it is made coarser, and keeps its range of values, which splines overshoot,
+    and its empty background (0 in every channel).
     Of labels and masks each value is resampled linearly as an indicator, background among them, and the
     largest wins.
     """
@@ -130,13 +131,16 @@ def resampled(scan: Scan, shape: Sequence[int], affine: np.ndarray, order: int =
 
     # Beyond the edges lies background: 0 around a mask, else what is lowest, such as air in a CT.
     lowest = [0.0 if scan.mask is not None else float(one.min()) for one in scan.voxels]
-    voxels = [
-        np.clip(onto(one, order, outside), min(outside, one.min()), max(outside, one.max()))
-        for one, outside in zip(scan.voxels, lowest, strict=True)
-    ]
+    voxels = np.stack(
+        [
+            np.clip(onto(one, order, outside), min(outside, one.min()), max(outside, one.max()))
+            for one, outside in zip(scan.voxels, lowest, strict=True)
+        ]
+    )
+    voxels[:, onto((scan.voxels == 0).all(0), 1) > 0.5] = 0  # where splines leave ripples
     label = None if scan.label is None else largest_indicator(scan.label, lambda one: onto(one, 1))
     mask = None if scan.mask is None else largest_indicator(scan.mask, lambda one: onto(one, 1)).astype(bool)
-    return Scan(np.stack(voxels), affine, label, mask)
+    return Scan(voxels, affine, label, mask)
 
 
 def largest_indicator(label: np.ndarray, resample) -> np.ndarray:

@@ -27,12 +27,13 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def t_interval(draws: np.ndarray, value: float, count: int) -> list[float] | None:
-    """The interval of `value`, from its bootstrap draws over `count` volumes on each side; None for one.
+    """The interval of `value`, from its bootstrap draws over `count` volumes on each side; None for
+    fewer than three.
 
     The draws are centred on `value` and widened by the ratio of Student's t to the normal distribution:
     percentile intervals of ten volumes are too short (Hesterberg, 2015).
     """
-    if count < 2:
+    if count < 3:
         return None
     wider = t.ppf((1 + SHARE) / 2, count - 1) / norm.ppf((1 + SHARE) / 2) * math.sqrt(count / (count - 1))
     return interval(value + wider * (draws - np.nanmean(draws)))

@@ -88,6 +88,15 @@ def realism(found: dict[str, Metric]) -> tuple[str, str]:
     if metric.p_value is None:
         return "none", "Too few subjects to test whether samples differ from held-out scans."
     p = f"(permutation test, p = {metric.p_value:.2g}, {features})"
+    scale = np.maximum.accumulate([max(found[f"{key}: {blur_name(sigma)}"].value, 1e-9) for sigma in BLURS])
+    times = metric.value / scale[-1]
+    ratio = "larger than" if times < 1.5 else f"{times:.2g} times" if times < 100 else "over 100 times"
+    largest = f"{ratio} that of {blur_name(BLURS[-1])}"
+    if metric.p_value > LEVEL and times > 1.5:
+        return (
+            "bad",
+            f"The distance of samples to held-out scans is {largest}, too few volumes for a test {p}.",
+        )
     if metric.p_value > LEVEL:
         text, sees = f"Samples do not differ significantly from held-out scans {p}", metric.sees
         if sees is not None and sees <= SHIFT_TOLERANCE:
@@ -98,13 +107,10 @@ def realism(found: dict[str, Metric]) -> tuple[str, str]:
             f"{text}. This does not show that they are alike: with so few volumes the test detects only "
             f"shifts of {least} standard deviation{'s' * (sees != 1)} with {POWER:.0%} power."
         )
-    scale = np.maximum.accumulate([max(found[f"{key}: {blur_name(sigma)}"].value, 1e-9) for sigma in BLURS])
     if metric.value < scale[0]:
         tone, size = "warn", f"smaller than that of {blur_name(BLURS[0])}"
     elif metric.value > scale[-1]:
-        times = metric.value / scale[-1]
-        ratio = "larger than" if times < 1.5 else f"{times:.2g} times" if times < 100 else "over 100 times"
-        tone, size = "bad", f"{ratio} that of {blur_name(BLURS[-1])}"
+        tone, size = "bad", largest
     else:
         blur = float(np.exp(np.interp(np.log(metric.value), np.log(scale), np.log(BLURS))))
         tone, size = ("warn" if blur < VISIBLE_BLUR else "bad"), f"that of scans blurred by {blur:.1f} voxels"

@@ -20,6 +20,7 @@ from ldm.planning import memory
 from ldm.planning.geometry import (
     MOST_PADDING,
     SMALLEST_LATENT,
+    coarser,
     grids_of,
     padded,
     strides_for,
@@ -29,13 +30,14 @@ from ldm.planning.geometry import (
 from ldm.planning.plan import REMOVED, STAGES, Machine, Plan
 
 ONE_LEVEL, TWO_LEVELS = 96, 384  # the longest side up to which an autoencoder halves once, twice
+CPU_VOXELS = 10_000  # of a volume for each minute, about as in config_demo.json and config_t1_2mm.json
 CPU_LATENT = 2048  # voxels; on a CPU larger latents are halved once more, where one level would do
 HAAR_LEVELS = 2  # 64 channels of each
 UNET_LEVELS = {"pixel": 3, "latent": 2, "haar": 2}  # halvings at most
 SPACES = tuple(UNET_LEVELS)
 SEEN_BY_A_PATCH = 0.25  # of the volume, below which nnU-Net trains at a low resolution first
 ALIGNED, SYMMETRIC = 0.85, 0.85  # correlations: with the mean volume, with the mirror image
-CROPPED = 0.75  # of a volume, below which nnU-Net takes intensities of what is not 0 alone
+NOT_ZERO = 0.75  # of the voxels, below which intensities are those of what is not 0 alone
 HOUNSFIELD = [-1000.0, 1000.0]
 STEPS = {"autoencoder_train": 10_000, "diffusion_train": 40_000}
 VALIDATIONS = 40  # over a training that is not limited by the clock
@@ -79,8 +81,12 @@ def make_plan(
         spacing = by_hand
     if spacing is not None:
         chosen, why = list(spacing), "given"
-    sizes = np.array([size_at(*pair, chosen) for pair in zip(shapes, spacings, strict=True)])
-    size = np.ceil(np.percentile(sizes, 95, axis=0)).astype(int).tolist()
+    size = _size(shapes, spacings, chosen)
+    most = math.inf if machine.gpu or not machine.minutes else CPU_VOXELS * machine.minutes
+    if spacing is None and math.prod(size) > most:
+        chosen = coarser(chosen, size, most)
+        why += f"; coarser, for {CPU_VOXELS:,} voxels a volume for each minute on a CPU"
+        size = _size(shapes, spacings, chosen)
     used = list(names)
     made.set("channel", used if len(used) > 1 else used[0], f"of the images: {', '.join(names.values())}")
     made.set("spacing", chosen, why)
@@ -105,11 +111,17 @@ def make_plan(
     if space == "latent":
         share = memory.fit_autoencoder(made, machine, chosen)
         if share < SEEN_BY_A_PATCH:
-            coarser = (SEEN_BY_A_PATCH / share) ** (1 / 3)
-            made.lowres_spacing = [rounded(side * coarser) for side in chosen]
+            factor = (SEEN_BY_A_PATCH / share) ** (1 / 3)
+            made.lowres_spacing = [rounded(side * factor) for side in chosen]
     memory.fit_unet(made, machine)
     _choose_length(made, fingerprint, machine)
     return made
+
+
+def _size(shapes: np.ndarray, spacings: np.ndarray, spacing: Sequence[float]) -> list[int]:
+    """The 95th percentile of the sizes that volumes have at a spacing."""
+    sizes = [size_at(*pair, spacing) for pair in zip(shapes, spacings, strict=True)]
+    return np.ceil(np.percentile(sizes, 95, axis=0)).astype(int).tolist()
 
 
 def _autoencoder_strides(
@@ -140,7 +152,7 @@ def _choose_intensity(
     else:
         why = "not CT alone: values without a unit, so percentiles of each volume"
         made.set("intensity.upper_percentile", 99.5, why)
-        if (share := fingerprint["median_relative_size_after_cropping"]) < CROPPED:
+        if (share := fingerprint["median_share_not_zero"]) < NOT_ZERO:
             why = f"what is not 0 takes {share:.0%} of a volume: percentiles of it"
             made.set("intensity.nonzero", True, why)
     if fingerprint["nan"]:
@@ -220,7 +232,7 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
     )
     if space == "latent":
         whole = KEY not in made.config["autoencoder_def"] and made.config["spatial_dims"] == 3
-        made.set("autoencoder_train.recon_loss", "l1", "with gradient differences, as measured here")
+        made.set("autoencoder_train.recon_loss", "l1", "with gradient differences: docs/PERFORMANCE.md")
         made.set("autoencoder_train.gradient_weight", 1.0)
         made.set("autoencoder_train.kl_weight", 1e-7)
         made.set("autoencoder_train.initial_posterior_std", 0.05)
@@ -250,7 +262,7 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
     made.set("diffusion_train.ema_decay", 0.995 if machine.minutes else 0.999)
     made.set("diffusion_train.snapshot", 0.3, "docs/PERFORMANCE.md: autoguidance makes samples sharper")
     made.set("diffusion_train.autoguidance", 1.5)
-    made.set("NoiseScheduler", {"schedule": "rectified_flow"}, "as measured here")
+    made.set("NoiseScheduler", {"schedule": "rectified_flow"}, "docs/PERFORMANCE.md")
 
 
 def _choose_length(made: Plan, fingerprint: dict, machine: Machine) -> None:
@@ -262,7 +274,8 @@ def _choose_length(made: Plan, fingerprint: dict, machine: Machine) -> None:
         per_epoch = max(1, math.ceil(cases / (section["batch_size"] * section["accumulate_steps"])))
         if machine.minutes:
             minutes = round((1 if len(stages) == 1 else SHARES[stage]) * machine.minutes, 2)
-            made.set(f"{stage}.max_minutes", minutes, "of the minutes that are given")
+            share = "" if len(stages) == 1 else f"{SHARES[stage]:.0%} "
+            made.set(f"{stage}.max_minutes", minutes, f"{share}of the {machine.minutes:g} minutes given")
             made.set(f"{stage}.max_epochs", 100_000)
             made.set(f"{stage}.val_interval", math.ceil(STEPS_OF_A_VALIDATION / per_epoch))
             continue

@@ -35,6 +35,17 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[list[float
     return [rounded(side) for side in spacing], why
 
 
+def coarser(spacing: Sequence[float], size: Sequence[int], most: float) -> list[float]:
+    """The spacing at which a volume has at most so many voxels: the finest axes become coarser first."""
+    spacing, lengths = np.array(spacing, float), np.array(spacing) * size
+    low, high = spacing.min(), lengths.max()
+    for _ in range(40):  # halving
+        middle = (low + high) / 2
+        too_many = (lengths / np.maximum(spacing, middle)).prod() > most
+        low, high = (middle, high) if too_many else (low, middle)
+    return [rounded(side) for side in np.maximum(spacing, math.ceil(high * 100) / 100)]
+
+
 def strides_for(spacing: Sequence[float], size: Sequence[int], levels: int) -> list[list[int]]:
     """For each level after the first, 2 along the axes that it halves: of those with at least
     2 * `SMALLEST_LATENT` voxels the ones whose voxels are less than twice as long as the shortest; else 1."""

@@ -1,5 +1,6 @@
 """Widths, patches and batches: the largest that the memory forecast allows, not trial and error."""
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -80,20 +81,32 @@ def fit_autoencoder(made: Plan, machine: Machine, spacing: Sequence[float]) -> f
         patch = smaller
         tries.append((widths[-1], True, patch))
     _start_batch(made, stage, machine)
-    for width, again, patch in tries:
+
+    def peak_of(number: int) -> int:
+        width, again, patch = tries[number]
         _widen(made, "autoencoder_def", width)
         made.set(f"{stage}.gradient_checkpointing", again)
         made.set(f"{stage}.patch_size", patch)
         made.set(f"{stage}.val_patch_size", None if patch == whole else patch)
-        peak = highest(peaks_of(made, stage, machine)).total
-        if peak <= USED * machine.memory:
-            break
-    else:
-        raise _too_small(made, stage, machine, peak)
+        return highest(peaks_of(made, stage, machine)).total
+
+    limit, patches, last = USED * machine.memory, 2 * len(widths), len(tries) - 1
+
+    def fits(number: int) -> bool:
+        return peak_of(number) <= limit
+
+    chosen = next(filter(fits, range(patches)), patches)
+    if chosen == patches:  # of the patches, ever smaller, the first that fits
+        if (smallest := peak_of(last)) > limit:
+            raise _too_small(made, stage, machine, smallest)
+        chosen += bisect.bisect_left(range(patches, last), True, key=fits)
+        peak_of(chosen)
+    patch = tries[chosen][2]
     share = math.prod(patch) / math.prod(whole)
     size = "whole volumes" if share == 1 else f"patches of {share:.0%} of a volume"
     made.why[f"{stage}.patch_size"] = (
-        f"{size} and the width are the largest that fit into {USED:.0%} of {machine.memory / GB:g} GB"
+        f"{size}, the largest that fit into {USED:.0%} of {machine.memory / GB:g} GB"
+        + " with the widest network" * machine.gpu
     )
     _fit_batch(made, stage, machine)
     return share

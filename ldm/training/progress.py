@@ -24,7 +24,9 @@ from ldm.training.step import Optimizer, learning_rate
 
 STATUS = Path("/proc/self/status")  # of Linux
 HINT_STEPS, HINT_SHARE = 100, 0.3  # after how many steps, and from which share of waiting, a hint is printed
-EXPECT_STEPS = 20  # after which a training with `max_minutes` prints how many steps it will take
+FEW_STEPS = 300  # below which samples of brains had no shape
+# After so many steps, or a tenth of the minutes, a training with `max_minutes` prints how many it will take.
+EXPECT_STEPS = 20
 LOG_INTERVAL = 10  # steps between the numbers in TensorBoard
 
 
@@ -145,7 +147,8 @@ class Progress:
             path, events = environment["model_dir"] / "train_log.jsonl", environment["tfevent_path"] / stage
             self.log = TrainLog(stage, path, events, step, resumed["lines"] if resumed else 0)
             path.with_name("log.txt").touch()  # `ldm.training.logs.TextLog` writes where it exists
-        self.bar = progress_bar(run, stage, self.clock.total_steps)
+        # With a limit of minutes the number of steps is known after the first ones.
+        self.bar = progress_bar(run, stage, None if self.clock.limit else self.clock.total_steps)
         self.bar.update(step)
         self.loss_probe, self.cases = 0.0, []  # of the batches of the step under way
         # When that step began, and for how many seconds it waited for data: on a CPU without loader processes
@@ -153,7 +156,8 @@ class Progress:
         self.began = self.waited = 0.0
         # Sums over steps: since the last log; of the first steps, then None.
         self.pace, self.first_pace, self.first_epoch = Counter(), Counter(), self.epoch
-        self.first_seconds = []  # of each of the first steps, without waiting for data
+        # Of each of the first steps, without waiting for data, then None.
+        self.first_seconds = []
         self.copies = None  # numbers on their way from the device to the log, and their step
         self.interruption = Interruption()
 
@@ -285,16 +289,23 @@ class Progress:
     def _tell_expected_steps(self, seconds: float) -> None:
         """After the first steps, print how many `max_minutes` allows. Their median leaves out what only the
         first ones wait for. Validation is not counted."""
-        if self.clock.limit is None or len(self.first_seconds) == EXPECT_STEPS:
+        if self.clock.limit is None or self.first_seconds is None:
             return
         self.first_seconds.append(seconds)
-        if len(self.first_seconds) == EXPECT_STEPS:
-            each = statistics.median(self.first_seconds)
+        late = len(self.first_seconds) >= 3 and self.clock.seconds > 0.1 * self.clock.limit
+        if late or len(self.first_seconds) == EXPECT_STEPS:
+            each, self.first_seconds = statistics.median(self.first_seconds), None
             steps = min(self.clock.steps_at(each), self.clock.total_steps)
+            self.bar.total = steps
+            minutes = self.clock.limit / 60
             # launchers/demo.py reads this line.
-            self.run.print(
-                f"{self.stage}: about {steps} steps in {self.clock.limit / 60:g} minutes, {each:.2g} s each"
-            )
+            self.run.print(f"{self.stage}: about {steps} steps in {minutes:g} minutes, {each:.2g} s each")
+            if steps < FEW_STEPS:
+                self.run.print(
+                    f"warning: {steps} steps are too few, below about {FEW_STEPS} results are shapeless. Set "
+                    f"{self.stage}_train.max_minutes to {math.ceil(minutes * FEW_STEPS / max(steps, 1))} or "
+                    "more, or train on a coarser spacing"
+                )
 
     def _hint_at_slow_data(self, pace: dict) -> None:
         """After the first steps, print a hint where much of their time went into waiting for data."""
