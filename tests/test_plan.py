@@ -34,7 +34,6 @@ def described(shape=(80, 96, 80), spacing=(2.0, 2.0, 2.0), count=60, **more) -> 
         "labels": 0,
         "nan": 0,
         "subjects": count,
-        "alignment": 0.9,
         "symmetry": 0.9,
     } | more
 
@@ -105,7 +104,7 @@ def test_fingerprint_of_known_volumes(tmp_path):
     inside = found["foreground_intensity_properties_per_channel"]["0"]
     assert (inside["mean"], inside["median"], inside["min"], inside["max"]) == (8.5, 8.5, 7, 10)
     assert (found["labels"], found["nan"], found["subjects"]) == (4, 1, 4)
-    assert found["alignment"] > 0.99 and 0.8 < found["symmetry"] < 1
+    assert 0.8 < found["symmetry"] < 1
     json.dumps(found)
     nib.save(nib.Nifti1Image(np.zeros((20, 24, 8), np.uint8), np.eye(4)), tmp_path / "label0.nii.gz")
     with pytest.raises(UserError, match=r"label0.nii.gz: lies on another grid than .*image0.nii.gz"):
@@ -128,15 +127,18 @@ def test_a_plan_fits_and_is_the_largest_that_does(forecast, monkeypatch):
     assert width < 64 and highest(peaks_of(made, "autoencoder_train", machine)).total > USED * machine.memory
     assert config["diffusion_train"]["batch_size"] * config["diffusion_train"]["accumulate_steps"] == 8
     assert set(made.why) >= {"spacing", "diffusion_def.channels", "autoencoder_train.patch_size"}
-    assert config["conditions"]["mean_latent"] and config["autoencoder_train"]["augment"]["flip_axes"] == [0]
+    assert config["autoencoder_train"]["augment"]["flip_axes"] == [0]
+    told = config["diffusion_def"]["in_channels"] - config["latent_channels"]
+    assert config["conditions"]["augmentation"] and told == 1
 
 
 def test_plans_follow_the_data(forecast):
     forecast(0.1)
-    thick = planned(described((256, 256, 24), (0.5, 0.5, 6.0), alignment=0.5, symmetry=0.5), 8).checked()
+    thick = planned(described((256, 256, 24), (0.5, 0.5, 6.0), symmetry=0.5), 8).checked()
     assert thick["autoencoder_def"]["level_strides"] == [[2, 2, 1], [2, 2, 1]]
-    assert thick["autoencoder_train"]["initialise"] == "random" and not thick["conditions"]["mean_latent"]
+    assert thick["autoencoder_train"]["initialise"] == "random"
     assert thick["autoencoder_train"]["augment"]["flip_axes"] == []
+    assert not thick["conditions"]["augmentation"]
     small = described((40, 40, 40), (1.0, 1.0, 1.0))
     haar = planned(small, space="haar").checked()
     assert haar["autoencoder_def"]["levels"] == 1 and haar["latent_channels"] == 8
@@ -191,7 +193,7 @@ def test_a_2d_plan_knows_its_slices(forecast):
     forecast(0.1)
     config = planned(described((60, 50, 31), (1.0, 1.0, 4.0)), dims=2).checked()
     assert config["diffusion_train"]["patch_size"] == [64, 56, 31] and config["spatial_dims"] == 2
-    assert config["conditions"]["position"] == [2] and config["diffusion_def"]["in_channels"] == 9
+    assert config["conditions"]["position"] == [2] and config["diffusion_def"]["in_channels"] == 6
 
 
 def test_what_does_not_fit_is_said(forecast):

@@ -66,9 +66,8 @@ def fingerprint(cases: Sequence[Case], each: Callable = map) -> dict:
     Returns:
         nnU-Net's `spacings`, `shapes_after_crop`, `median_relative_size_after_cropping` and
         `foreground_intensity_properties_per_channel`; and `shapes`, the `median_share_not_zero` of voxels,
-        how many cases have a label (`labels`) or NaN (`nan`), `subjects`, `alignment` (median correlation of
-        a volume with the mean volume: near 1 in a common frame) and `symmetry` (that of a volume with its
-        mirror image, left to right).
+        how many cases have a label (`labels`) or NaN (`nan`), `subjects`, and `symmetry` (median correlation
+        of a volume with its mirror image, left to right).
 
     Raises:
         UserError: as `measure_case`; or cases with different numbers of channels.
@@ -96,7 +95,6 @@ def fingerprint(cases: Sequence[Case], each: Callable = map) -> dict:
         "labels": sum(case.label is not None for case in cases),
         "nan": sum(one["nan"] for one in found),
         "subjects": len({case.subject for case in cases}),
-        "alignment": float(np.median([_correlation(one, small.mean(0)) for one in small])),
         "symmetry": float(np.median([_correlation(one, one[::-1]) for one in small])),
     }
 

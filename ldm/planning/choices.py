@@ -36,9 +36,10 @@ HAAR_LEVELS = 2  # 64 channels of each
 UNET_LEVELS = {"pixel": 3, "latent": 2, "haar": 2}  # halvings at most
 SPACES = tuple(UNET_LEVELS)
 SEEN_BY_A_PATCH = 0.25  # of the volume, below which nnU-Net trains at a low resolution first
-ALIGNED, SYMMETRIC = 0.85, 0.85  # correlations: with the mean volume, with the mirror image
+SYMMETRIC = 0.85  # correlation with the mirror image
 NOT_ZERO = 0.75  # of the voxels, below which intensities are those of what is not 0 alone
 HOUNSFIELD = [-1000.0, 1000.0]
+TRIED = "docs/PERFORMANCE.md, what was tried for sharper samples"
 STEPS = {"autoencoder_train": 10_000, "diffusion_train": 40_000}
 VALIDATIONS = 40  # over a training that is not limited by the clock
 STEPS_OF_A_VALIDATION = 200  # in one that is
@@ -247,20 +248,16 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
             made.set("autoencoder_train.augment.foreground_prob", 0.33, "as nnU-Net; of patches alone")
     if symmetric:
         made.set("diffusion_train.augment", {"flip_axes": [0], "versions": 2}, why)
-    if fingerprint["alignment"] >= ALIGNED:
-        made.set(
-            "conditions.mean_latent",
-            True,
-            f"volumes correlate {fingerprint['alignment']:.2f} with their mean: a common frame",
-        )
-        made.config["diffusion_def"]["in_channels"] += made.config["latent_channels"]
+        made.set("conditions.augmentation", True, "told which volumes are mirrored, and draws none that are")
+        made.config["diffusion_def"]["in_channels"] += 1
     if made.config["spatial_dims"] == 2:
         made.set("conditions.position", [2], "a 2D network has to know which slice it draws")
         made.config["diffusion_def"]["in_channels"] += 1
     if not machine.gpu:
         made.set("data.num_workers", 0, "loader processes would compete with the training for cores")
     made.set("diffusion_train.ema_decay", 0.995 if machine.minutes else 0.999)
-    made.set("diffusion_train.snapshot", 0.3, "docs/PERFORMANCE.md: autoguidance makes samples sharper")
+    made.set("diffusion_train.timestep_sampling", "logit_normal", TRIED)
+    made.set("diffusion_train.snapshot", 0.3, f"{TRIED}: autoguidance")
     made.set("diffusion_train.autoguidance", 1.5)
     made.set("NoiseScheduler", {"schedule": "rectified_flow"}, "docs/PERFORMANCE.md")
 
