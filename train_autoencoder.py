@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     utils.describe_network("autoencoder", network, learner.frozen, about, run)
 
     # Step 3: train
+    noisy = section["latent_noise"] > 0
     with profiled(args.profile, model_dir, run) as after_step:
         for epoch in progress.epochs():
             autoencoder.train()
@@ -131,16 +132,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             if adversarial:
                 optimizers["discriminator"] = learner.discriminator_optimizer
             for batch, last in progress.batches():  # `last`: the optimiser steps after this batch
-                # Batch: images, the posterior's noise, and the draw of slices for a 2D perceptual network
-                images, posterior_noise = (
-                    batch[key].to(run.device, non_blocking=True) for key in ("image", "posterior_noise")
+                # Batch: images, the posterior's noise, the level of `latent_noise`, and the draw of slices
+                # for a 2D perceptual network
+                images, posterior_noise, level = (
+                    batch[key].to(run.device, non_blocking=True)
+                    for key in ("image", "posterior_noise", "noise_level")
                 )
+                level = level * section["latent_noise"] * (1 - progress.fraction_done) if noisy else None
                 slice_generator = stream(seed, "slices", epoch, progress.batch)
 
                 # Forward, loss, backward
                 with optimizer.accumulating(last):
                     with run.autocast():
-                        reconstruction, mean, std = model(images, posterior_noise)
+                        reconstruction, mean, std = model(images, posterior_noise, level)
                     terms = criterion(images, reconstruction, mean, std, slice_generator)
                     if adversarial:
                         with run.autocast():

@@ -54,6 +54,26 @@ def build(package: str, name: str, arguments: dict | None = None, seed: int = 0)
     return network
 
 
+def test_further_noise_on_the_latents_is_a_share_of_their_spread():
+    """Of two volumes whose latents spread by 2 and by 0; the posterior's own noise adds to it."""
+
+    class Codes(nn.Module):
+        def encode(self, images):
+            return images, torch.full_like(images, 0.5)
+
+        def decode(self, latents):
+            return latents
+
+    mean = torch.stack([torch.tensor([-2.0, 2.0] * 4).reshape(1, 2, 2, 2), torch.ones(1, 2, 2, 2)])
+    mean[0] *= 7**0.5 / 8**0.5  # torch's standard deviation divides by n - 1
+    eps = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    autoencoder = Autoencoder(Codes())
+    drawn = autoencoder(mean, eps, torch.tensor([0.6, 0.6]))[0]
+    torch.testing.assert_close(drawn[0], mean[0] + (0.5**2 + 1.2**2) ** 0.5 * eps[0])
+    torch.testing.assert_close(drawn[1], mean[1] + 0.5 * eps[1])
+    torch.testing.assert_close(autoencoder(mean, eps)[0], mean + 0.5 * eps)
+
+
 def attending(network: nn.Module) -> list[nn.Module]:
     return [block for block in network.modules() if isinstance(block, SABlock | CrossAttentionBlock)]
 

@@ -35,6 +35,7 @@ def whole(done, tmp_path_factory) -> Project:
     second with Muon and all that goes with it."""
     project = copy_of(done, tmp_path_factory.mktemp("whole") / "run")
     project.change(**chain.with_all_on(project.config))
+    project.change(autoencoder_train=project.config["autoencoder_train"] | {"latent_noise": 0.3})
     for stage in ("autoencoder_train", "diffusion_train"):
         short = {"batch_size": 1, "max_epochs": 4, "save_minutes": 0, "val_interval": 2}
         project.change(**{stage: project.config[stage] | short})

@@ -67,12 +67,21 @@ class Autoencoder(nn.Module):
         return per_volume_axis(tuple(math.prod(axis) for axis in zip(*strides, strict=True)))
 
     def forward(
-        self, images: torch.Tensor, eps: torch.Tensor
+        self, images: torch.Tensor, eps: torch.Tensor, level: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One training pass: images (B, C, D, H, W) and noise (B, c, d, h, w) -> reconstruction, posterior
-        mean and std."""
+        mean and std.
+
+        Args:
+            level: (B,), standard deviation of further noise on the latents that are decoded, as a share of
+                the spread of the latents of each volume.
+        """
         mean, std = self.network.encode(images)
-        return self.network.decode(mean + std * eps), mean, std
+        spread = std
+        if level is not None:  # the sum of two normal draws is one, of the summed variances
+            further = (level * mean.detach().float().flatten(1).std(1)).reshape(-1, *(1,) * (mean.dim() - 1))
+            spread = (std.square() + further.square()).sqrt()
+        return self.network.decode(mean + spread * eps), mean, std
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, D, H, W) -> mean and std of the posterior, (B, c, d, h, w) float32 each.

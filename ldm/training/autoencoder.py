@@ -36,12 +36,14 @@ HELD_OUT_LOSS += ("perceptual_network", "perceptual_slice_ratio", "val_patch_siz
 
 
 class WithPosteriorDraw(WithDraws):
-    """A data set whose items also hold the `posterior_noise`, (c, d, h, w)."""
+    """A data set whose items also hold the `posterior_noise`, (c, d, h, w), and a `noise_level`, |n| of a
+    normal draw n."""
 
     purpose = "posterior"
 
     def draw(self, generator: torch.Generator, case: Case) -> dict:
-        return {"posterior_noise": torch.randn(self.shape, generator=generator)}
+        posterior_noise = torch.randn(self.shape, generator=generator)
+        return {"posterior_noise": posterior_noise, "noise_level": torch.randn((), generator=generator).abs()}
 
 
 @dataclass
