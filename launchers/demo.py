@@ -33,6 +33,8 @@ LOG = "log.txt"  # in MODELS
 # What train_diffusion.py prints after its first steps.
 EXPECTED = r"diffusion: about (\d+) steps in ([\d.]+) minutes"
 ENVIRONMENT = "environment.json"  # its presence marks a folder as the output of a demo
+MIRRORED = """note: volumes mirrored left to right are learned and drawn as well, as is right for brains.
+For organs that lie on one side, add --set diffusion_train.augment={}"""
 
 
 def main(argv=None):
@@ -64,6 +66,8 @@ def main(argv=None):
         common += ["--set", "channel=1"]  # of the four simulated contrasts, T1w
     for override in args.overrides:
         common += ["--set", override]
+    if args.data is not None and not any(one.startswith("diffusion_train.augment") for one in args.overrides):
+        print(MIRRORED)
     step(python, "train_autoencoder.py", *common)
     step(python, "train_diffusion.py", *common, log=out / MODELS / LOG)
     step(python, "inference.py", *common, "--num", "8", "--batch-size", "4", "--steps", "50")

@@ -39,17 +39,17 @@ class Posteriors(Dataset):
         """How many versions of a volume the epochs go through."""
         return len(self._entry(0))
 
-    def _entry(self, i: int) -> torch.Tensor:
-        entry = self.entries[i]
-        if isinstance(entry, Path):
-            entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
-        return entry
-
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         entry = self._entry(i)
         mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
         return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+
+    def _entry(self, i: int) -> torch.Tensor:
+        entry = self.entries[i]
+        if isinstance(entry, Path):
+            entry = torch.from_numpy(np.load(entry, mmap_mode="c"))  # writable, as torch wants it
+        return entry
 
 
 class _Versions(Dataset):

@@ -237,7 +237,6 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
         made.set("autoencoder_train.gradient_weight", 1.0)
         made.set("autoencoder_train.kl_weight", 1e-7)
         made.set("autoencoder_train.initial_posterior_std", 0.05)
-        made.set("autoencoder_train.latent_noise", 0.5, TRIED)
         if whole:
             made.set(
                 "autoencoder_train.initialise", "block_transform", "docs/PERFORMANCE.md: starts as a PCA code"

@@ -45,13 +45,15 @@ class WithNoise(WithDraws):
     ):
         super().__init__(dataset, shape, seed)
         self.conditions = conditions
-        self.augmentation = augmentation(augment or {}, shape, False) if conditions.told else None
+        self.augmentation = self.versions = None
+        if conditions.told:
+            self.augmentation, self.versions = augmentation(augment, shape, False), dataset.versions
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         item = super().__getitem__(key)
         if self.augmentation:
             name = self.cases[key[1]].name
-            version = version_of(self.seed, key[0], name, self.dataset.versions)
+            version = version_of(self.seed, key[0], name, self.versions)
             parameters = self.augmentation.parameters(augmentation_rng(self.seed, version, name))
             item["cond"]["channels"] = self.conditions.tell(item["cond"]["channels"], parameters)
         return item
