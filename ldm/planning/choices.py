@@ -237,6 +237,7 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
         made.set("autoencoder_train.gradient_weight", 1.0)
         made.set("autoencoder_train.kl_weight", 1e-7)
         made.set("autoencoder_train.initial_posterior_std", 0.05)
+        made.set("autoencoder_train.latent_noise", 0.5, TRIED)
         if whole:
             made.set(
                 "autoencoder_train.initialise", "block_transform", "docs/PERFORMANCE.md: starts as a PCA code"
@@ -247,9 +248,8 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
         if fingerprint["labels"] == len(fingerprint["shapes"]):
             made.set("autoencoder_train.augment.foreground_prob", 0.33, "as nnU-Net; of patches alone")
     if symmetric:
-        made.set("diffusion_train.augment", {"flip_axes": [0], "versions": 2}, why)
-        made.set("conditions.augmentation", True, "told which volumes are mirrored, and draws none that are")
-        made.config["diffusion_def"]["in_channels"] += 1
+        mirrored = f"{why}: mirrored volumes are drawn as well"
+        made.set("diffusion_train.augment", {"flip_axes": [0], "versions": 2}, mirrored)
     if made.config["spatial_dims"] == 2:
         made.set("conditions.position", [2], "a 2D network has to know which slice it draws")
         made.config["diffusion_def"]["in_channels"] += 1
