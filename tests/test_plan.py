@@ -13,6 +13,7 @@ from ldm import UserError
 from ldm.data import nnunet
 from ldm.data.cases import Case
 from ldm.data.fingerprint import fingerprint
+from ldm.losses import AutoencoderLoss
 from ldm.planning.choices import make_plan
 from ldm.planning.geometry import grids_of, padded, shrunk, strides_for, target_spacing, unet_strides
 from ldm.planning.memory import USED, fit_autoencoder, peaks_of
@@ -142,6 +143,8 @@ def test_plans_follow_the_data(forecast):
     assert haar["autoencoder_def"]["levels"] == 1 and haar["latent_channels"] == 8
     voxels = planned(small, space="pixel").checked()
     assert voxels["diffusion_space"] == "pixel" and voxels["diffusion_def"]["out_channels"] == 1
+    for config in (haar, voxels, thick):
+        AutoencoderLoss(config["autoencoder_train"], None)  # needs no weights from elsewhere
     ct = make_plan(small, {0: "CT"}, Machine(8 * 10**9, True)).checked()
     assert ct["intensity"]["window"] == [-1000, 1000]
     empty = planned(described((40, 40, 40), median_share_not_zero=0.3)).checked()

@@ -227,6 +227,8 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
         made.set(f"{stage}.lr_schedule", "cosine")
         made.set(f"{stage}.lr_warmup_steps", 20 if machine.minutes else 100)
         made.set(f"{stage}.clip_grad_norm", 1.0)
+    made.set("autoencoder_train.perceptual_weight", 0.0, "needs weights from the internet")
+    made.set("autoencoder_train.adversarial_weight", 0.0, "off: a discriminator costs memory and time")
     symmetric = fingerprint["symmetry"] >= SYMMETRIC
     why = f"volumes correlate {fingerprint['symmetry']:.2f} with their mirror image" + (
         "" if symmetric else f", less than {SYMMETRIC}: no flips"
@@ -242,8 +244,6 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
             made.set(
                 "autoencoder_train.initialise", "block_transform", "docs/PERFORMANCE.md: starts as a PCA code"
             )
-        made.set("autoencoder_train.perceptual_weight", 0.0, "needs weights from the internet")
-        made.set("autoencoder_train.adversarial_weight", 0.0, "off: a discriminator costs memory and time")
         made.set("autoencoder_train.augment", {"flip_axes": [0] if symmetric else []}, why)
         if fingerprint["labels"] == len(fingerprint["shapes"]):
             made.set("autoencoder_train.augment.foreground_prob", 0.33, "as nnU-Net; of patches alone")
