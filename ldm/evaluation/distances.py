@@ -23,17 +23,18 @@ MAX_SIMULATED = 200  # rows of a simulated set
 def interval(values: np.ndarray) -> list[float]:
     """The central interval that holds `SHARE` of the values; NaNs are ignored."""
     low = (1 - SHARE) / 2
+    if np.isnan(values).all():
+        return [math.nan, math.nan]
     return [float(x) for x in np.nanquantile(values, [low, 1 - low])]
 
 
 def t_interval(draws: np.ndarray, value: float, count: int) -> list[float] | None:
-    """The interval of `value`, from its bootstrap draws over `count` volumes on each side; None for
-    fewer than three.
+    """The interval of `value`, from its bootstrap draws over `count` volumes on each side; None for one.
 
     The draws are centred on `value` and widened by the ratio of Student's t to the normal distribution:
     percentile intervals of ten volumes are too short (Hesterberg, 2015).
     """
-    if count < 3:
+    if count < 2:
         return None
     wider = t.ppf((1 + SHARE) / 2, count - 1) / norm.ppf((1 + SHARE) / 2) * math.sqrt(count / (count - 1))
     return interval(value + wider * (draws - np.nanmean(draws)))

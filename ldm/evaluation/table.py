@@ -425,20 +425,22 @@ def _mean_and_std(values: np.ndarray) -> str:
 def reconstruction_metrics(groups: Comparison) -> list[Metric]:
     """Held-out scans, encoded and decoded by the autoencoder."""
     kinds = (
-        ("psnr", "PSNR", "dB", "higher"),
-        ("ssim", "SSIM", "", "higher"),
-        ("l1", "Mean absolute error", "", "lower"),
+        ("psnr", "PSNR", "dB", "higher", (-np.inf, np.inf)),
+        ("ssim", "SSIM", "", "higher", (-1, 1)),
+        ("l1", "Mean absolute error", "", "lower", (0, np.inf)),
     )
     about = "Held-out scans, encoded and decoded; all voxels, data range 1."
     metrics = [
         Metric(f"reconstruction_{key}", "Reconstruction", name, about, unit=unit, better=better)
-        for key, name, unit, better in kinds
+        for key, name, unit, better, _ in kinds
     ]
     if not groups.held_out.reconstructions:
         return _without_value(metrics, NO_AUTOENCODER)
-    for metric, column in zip(metrics, np.transpose(groups.held_out.reconstructions), strict=True):
+    columns = np.transpose(groups.held_out.reconstructions)
+    for metric, column, (*_, possible) in zip(metrics, columns, kinds, strict=True):
         metric.value = float(column.mean())
-        metric.interval = distances.t_interval(distances.bootstrap_mean(column), metric.value, len(column))
+        limits = distances.t_interval(distances.bootstrap_mean(column), metric.value, len(column))
+        metric.interval = limits and np.clip(limits, *possible).tolist()
         metric.counts = f"{len(column)} held-out"
     return metrics
 
