@@ -232,9 +232,12 @@ def fit_wavelets(config, environment, files, criterion, args, run):
     )
     network = configs.define_network(config, "autoencoder_def")
     run.print("autoencoder: no weights to train; its bands are measured")
-    if run.is_main:
+
+    def measured() -> dict:
         network.fit(train_set[(0, i)]["image"][None] for i in range(len(train_set)))
-    network.load_state_dict(run.from_main(network.state_dict))
+        return network.state_dict()
+
+    network.load_state_dict(run.from_main(measured))  # an error reaches every rank
     scores, _ = validate(Autoencoder(network), criterion, val_set, run)
     if files.best.exists():
         keep_pair(environment, files.best, run)
