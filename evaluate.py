@@ -25,6 +25,10 @@ Inception Score is a JSON file such as
 {"_target_": "monai.networks.nets.DenseNet121", "spatial_dims": 3, "in_channels": 1, "out_channels": 2}
 and a file with its weights.
 
+Samples that were asked for by --condition are compared with that: numbers with the size of each --structure,
+such as ventricles=0:0.3:20 (values from 0 to 0.3 of the unit range, at least 20 mm inside the foreground),
+categories with the scans that have them, by participants.tsv.
+
 Writes to --out: metrics.json, all metrics with confidence intervals and real-vs-real baselines, and each
 sample's nearest training scan; report.html, one page with pictures for any browser. docs/evaluation.md
 explains the metrics.
@@ -33,6 +37,7 @@ Exit codes: 0 done, whatever the result; 1 failed at run time; 2 wrong usage or 
 """
 
 import argparse
+import contextlib
 import datetime
 import platform
 from collections.abc import Sequence
@@ -51,6 +56,7 @@ from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
 from ldm.evaluation import content, reading, table
 from ldm.evaluation.anatomy import SmoothedVolumes
+from ldm.evaluation.asked import Structure, condition_metrics
 from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
@@ -89,6 +95,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--radimagenet", help="weights for the 2.5D FID", **weights)
     classifier = {"type": Path, "nargs": 2, "metavar": ("JSON", "WEIGHTS")}
     add("--classifier", help="for the Inception Score", **classifier)
+    add(
+        "--structure",
+        action="append",
+        default=[],
+        metavar="NAME=LOW:HIGH:DEPTH",
+        help="to measure by thresholds",
+    )
     add("--out", type=Path, metavar="DIR", help="default with -e: output_dir/evaluation")
     add("--device", help="cpu or cuda; default: cuda where available")
     args = parser.parse_args(argv)
@@ -173,6 +186,19 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     return Inputs(sources, config, autoencoder, checkpoint, log, out, found, [*others, *notes])
 
 
+def values_of(inputs: Inputs) -> dict[str, dict[str, dict]]:
+    """By group and volume: what a sample was asked for, by its record; the covariates of a scan."""
+    values = {
+        name: {case.name: case.covariates for case in source.cases} for name, source in inputs.sources.items()
+    }
+    for case in inputs.sources[GENERATED].cases:
+        record = None
+        with contextlib.suppress(UserError):  # a damaged one is listed when its volume is read
+            record = records.record_of(case.images[0])
+        values[GENERATED][case.name] = (record or {}).get("condition", {})
+    return values
+
+
 def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessing:
     """The config's, or onto the grid of the first sample."""
     if inputs.config:
@@ -205,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = utils.start(args)
     if run.world_size > 1:
         raise UserError("evaluate.py runs in one process: start it without torchrun.")
+    structures = [Structure.parse(text) for text in args.structure]
     inputs = find_inputs(args, run)
     sources, notes = inputs.sources, inputs.notes
     lines = reading.remove_scans(sources)
@@ -224,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: read every volume once
     read = reading.Reader(preprocessing, size, run.device)
-    groups, examples = reading.read_groups(sources, read, networks, encoder, classifier, run)
+    measured = {one.name: one.millilitres for one in structures}
+    groups, examples = reading.read_groups(sources, read, networks, encoder, classifier, run, measured)
     counts = {group.name: len(group) for group in groups.groups}
     for source in sources.values():
         notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
@@ -235,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.device,
         lambda items: progress_bar(run, "nearest training scan", items=items, unit="volume"),
     )
-    metrics = table.all_metrics(groups, nearest)
+    metrics = table.all_metrics(groups, nearest) + condition_metrics(groups, values_of(inputs))
     lines += verdicts(metrics, nearest, counts)
 
     # Step 4: metrics.json and report.html

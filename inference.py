@@ -2,7 +2,8 @@
 
     python inference.py -c config/config_train_16g.json -e config/environment.json --num 8
     python inference.py -c CONFIG -e ENV --num 100 --seed 1000 --batch-size 4 --steps 50 --sampler unipc
-    python inference.py -c CONFIG -e ENV --num 8 --condition group=1 --guidance 2
+    python inference.py -c CONFIG -e ENV --num 8 --condition group=1 age=20:40 --guidance 2
+    python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
@@ -16,8 +17,12 @@ trained on, their intensities in the training set's typical range. No volume is 
 same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
 own; use `-n`.)
 
-`--condition` asks for a class of a model that was trained with `conditions`; `--guidance` strengthens it by
-classifier-free guidance, which doubles the passes of the network. Without `--condition` the class is unknown.
+`--condition` asks for a class, a category or a number of a model that was trained with `conditions`; of a
+range, `age=20:80`, each sample draws its own. Without it a class is unknown, and a covariate is that of a
+training volume, drawn by the seed. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
+makes each seed under each value, to be compared in `grid.png`. `--guidance` strengthens conditions by
+classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
+times.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -36,10 +41,12 @@ other option that it takes.
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +54,9 @@ import torch
 
 import utils
 from ldm import UserError, configs, counted, few, figures, generation
+from ldm.data.datasets import stream
 from ldm.data.intensity import to_unit_range
-from ldm.diffusion.conditioning import guided, with_any_guide
+from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.generation import Networks
@@ -81,9 +89,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
     add("--steps", type=int, default=None, help=f"sampling steps; default: {defaults}")
     add("--sampler", default=None, help="default: heun for rectified flow, else dpmpp_2m")
-    add("--condition", action="append", default=[], metavar="COLUMN=VALUE", help="such as group=1")
+    add(
+        "--condition",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="such as age=20:80",
+    )
+    add(
+        "--conditions",
+        type=Path,
+        metavar="TABLE",
+        help="a TSV or CSV with a row of conditions for each sample",
+    )
+    add(
+        "--grid",
+        metavar="COLUMN=V1,V2,...",
+        help="each seed under each of these values, and grid.png of them",
+    )
     add("--autoguidance", type=float, help="strength of the early snapshot as a guide; default: the config's")
     add("--guidance", type=float, default=None, help="strength of the condition; default: 1, no guidance")
+    add(
+        "--interval",
+        metavar="LOW:HIGH",
+        help="times within which --guidance acts; 0 is no noise, 1 all noise",
+    )
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights without one")
@@ -108,10 +139,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         strength = getattr(args, name)
         if strength is not None and not 0 <= strength <= most:
             raise UserError(f"--{name} {strength}: expected a number from 0 to {most}.")
-    if args.guidance is not None and not args.condition:
+    if args.guidance is not None and not (args.condition or args.conditions or args.grid):
         raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
+    if args.interval is not None:
+        args.interval = interval_of(args.interval, args.guidance)
+    if args.grid:
+        name, equals, values = args.grid.partition("=")
+        args.grid = (name, values.split(","))
+        if not (name and equals and all(args.grid[1])) or len(set(args.grid[1])) < len(args.grid[1]):
+            raise UserError(
+                f"--grid {name}{equals}{values}: expected different values, such as age=20,40,60."
+            )
+    if args.conditions and args.num != 1:
+        raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
     utils.check_scale_factor(args.scale_factor)
     return args
+
+
+def interval_of(text: str, guidance: float | None) -> list[float]:
+    """The two ends of `--interval`. Raises UserError: they are not two shares in order, or nothing is
+    guided."""
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--interval {text}: expected two numbers from 0 to 1 in order, such as 0.2:0.8.")
+    if guidance in (None, 1):
+        raise UserError("--interval: limits guidance. Give its strength by --guidance, such as 3.")
+    return [low, high]
 
 
 def hardware(run: Run) -> str:
@@ -245,15 +301,18 @@ def reproduce(args: argparse.Namespace) -> None:
     networks = generation.load_networks(
         *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run
     )
-    condition = networks.conditions.parse([f"{k}={v}" for k, v in record.get("condition", {}).items()])
 
     # Step 2: the same batch
     batch, sampler, steps, seed = (record[key] for key in ("batch", "sampler", "steps", "seed"))
     bar = progress_bar(run, f"sample ({steps} steps)", total=steps)
-    guidance = record.get("guidance", 1.0)
-    volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), condition, guidance)
+    condition = record.get("condition", {})
+    recorded = record.get("conditions", [condition] * len(batch))
+    chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
+    guidance, interval = record.get("guidance", 1.0), record.get("interval", (0, 1))
+    volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval)
     bar.close()
-    volume = generation.in_typical_units(volumes[batch.index(seed)], networks, seed)
+    place = list(zip(batch, recorded, strict=True)).index((seed, condition))
+    volume = generation.in_typical_units(volumes[place], networks, seed)
     content = generation.nifti_bytes(volume, networks.geometry["spacing"])
     records.save_volume(path, content)
 
@@ -284,6 +343,79 @@ def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
     if volume.shape != original.shape:
         return math.inf
     return float(np.abs(volume - original).max() / (np.ptp(original) or 1))
+
+
+# ---------------------------------------------------------------- what to sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One volume to make."""
+
+    seed: int
+    condition: dict  # as of `Conditions.parse`
+    path: Path
+
+    def record(self) -> dict:
+        """The entries of its record that are its own."""
+        return {"seed": self.seed, **({"condition": texts_of(self.condition)} if self.condition else {})}
+
+
+def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, run: Run) -> list[Sample]:
+    """The volumes of the command line; with `--grid` those of a seed follow each other.
+
+    Raises:
+        UserError: a condition that the model does not know.
+    """
+    given = conditions.parse(args.condition)
+    rows = read_conditions(args.conditions, conditions) if args.conditions else [{}] * args.num
+    name, values = args.grid or ("", [])
+    columns = [(f"_{name}-{value}", conditions.parse([f"{name}={value}"])) for value in values] or [("", {})]
+    if conditions.covariates and conditions.covariates.unknown is False and args.guidance not in (None, 1):
+        raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
+    samples = []
+    for seed, row in enumerate(rows, args.seed):
+        for suffix, column in columns:
+            condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
+            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz"))
+    asked = {**given, **rows[0], **columns[0][1]}
+    if conditions.column is not None and conditions.column not in asked:
+        values = few(conditions.values, 8)
+        run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
+    if conditions.covariates:
+        if left := [one for one in conditions.covariates.columns if one not in asked]:
+            run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
+        for warning in sorted(
+            {text for one in samples for text in conditions.covariates.outside(one.condition)}
+        ):
+            run.print(f"warning: {warning}. Such samples may be wrong")
+    return samples
+
+
+def read_conditions(path: Path, conditions: Conditions) -> list[dict]:
+    """The conditions in a table, a row for each sample: tab- or comma-separated, with a header that names the
+    columns. Empty cells are not given.
+
+    Raises:
+        UserError: the table cannot be read, or has something that the model does not know.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--conditions {path}: cannot be read ({error}).") from None
+    rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text.partition("\n")[0] else ","))
+    if not rows:
+        raise UserError(f"--conditions {path}: has no rows below its header.")
+    found = []
+    for number, row in enumerate(rows, 2):
+        row.pop("participant_id", None)
+        if None in row or None in row.values():
+            raise UserError(f"--conditions {path}, line {number}: has not as many cells as the header.")
+        try:
+            found.append(conditions.parse([f"{name}={cell}" for name, cell in row.items() if cell.strip()]))
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return found
 
 
 # ---------------------------------------------------------------- the script
@@ -324,18 +456,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
-    condition = networks.conditions.parse(args.condition)
     guidance = 1.0 if args.guidance is None else args.guidance
-    if networks.conditions and not condition:
-        values = few(networks.conditions.values, 8)
-        run.print(
-            f"inference: no --condition, so {networks.conditions.column} is unknown (it may be {values})"
-        )
+    samples = requested(args, networks.conditions, output_dir, run)
     request = {
         "sampler": sampler,
         "steps": steps,
         "scale_factor": networks.scale_factor,
-        **({"condition": condition, "guidance": guidance} if condition else {}),
+        **({"guidance": guidance} if samples[0].condition else {}),
+        **({"interval": args.interval} if args.interval else {}),
         "precision": run.precision,
         "compile": compiled,
         "device": run.device.type,
@@ -350,25 +478,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
     }
-    seeds = list(range(args.seed, args.seed + args.num))
-    paths = {seed: output_dir / f"sample_{seed:06d}.nii.gz" for seed in seeds}
-    missing = run.from_main(lambda: records.missing(paths, request))  # before any rank writes
-    if len(missing) < len(seeds):
-        run.print(f"inference: {len(seeds) - len(missing)} of {len(seeds)} volumes already exist")
+    requests = {one.path: {**request, **one.record()} for one in samples}
+    missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
+    if len(missing) < len(samples):
+        run.print(f"inference: {len(samples) - len(missing)} of {len(samples)} volumes already exist")
 
     # Step 3: sample, decode, write; each rank its share of the batches. A batch that exists in part is
     # sampled whole: in a smaller one its volumes would be rounded otherwise.
-    batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
-    mine = [batch for batch in batches if missing.intersection(batch)][run.rank :: run.world_size]
+    batches = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
+    mine = [batch for batch in batches if any(one.path in missing for one in batch)]
+    mine = mine[run.rank :: run.world_size]
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
+    interval = args.interval or (0, 1)
     for batch in mine:
-        volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), condition, guidance)
+        seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
+        volumes = generation.draw(
+            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, interval
+        )
+        together = {"batch": seeds}
+        if any(one != chosen[0] for one in chosen):
+            together["conditions"] = [texts_of(one) for one in chosen]
         power += torch.tensor([band_power(volumes).sum().item(), len(batch)])
-        for seed, volume in zip(batch, volumes, strict=True):
-            if seed not in missing:
+        for one, volume in zip(batch, volumes, strict=True):
+            if one.path not in missing:
                 continue
-            voxels = generation.in_typical_units(volume, networks, seed)
+            voxels = generation.in_typical_units(volume, networks, one.seed)
             content = generation.nifti_bytes(voxels, geometry["spacing"])
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
@@ -376,24 +511,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "spacing": list(geometry["spacing"]),
                 "limits": geometry["limits"],
             }
-            records.save_volume(
-                paths[seed], content, {"seed": seed, "batch": batch, **request, "volume": about}
-            )
+            records.save_volume(one.path, content, {**together, **requests[one.path], "volume": about})
             if networks.autoencoder.is_slicewise:
-                show_slices(networks, voxels, seed, paths[seed])
+                show_slices(networks, voxels, one.seed, one.path)
     bar.close()
     power, count = run.sum(power).tolist()  # once all ranks have written
 
     # Step 4: a picture, and how sharp the samples are compared with the autoencoder's reconstructions
     if run.is_main:
-        picture = show_samples(networks, [paths[seed] for seed in seeds[:SHOWN]], seeds[:SHOWN], output_dir)
+        if args.grid:
+            picture = show_grid(networks, samples, *args.grid, output_dir)
+        else:
+            picture = show_samples(networks, samples[:SHOWN], output_dir)
         sharpness = ""
         if count and networks.power:
             share = power / count / networks.power
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        run.print(f"inference: {counted(args.num, 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
+        run.print(f"inference: {counted(len(samples), 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
 
 
 def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
@@ -403,17 +539,35 @@ def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -
     figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
 
 
-def show_samples(networks: Networks, paths: Sequence[Path], seeds: Sequence[int], folder: Path) -> Path:
+def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
     """Write samples.png, three planes of each volume."""
-    limits = np.array(networks.geometry["limits"])
-    volumes = [to_unit_range(generation.read_volume(path), limits, clip=False)[0] for path in paths]
     figures.montage(
-        {"sample": list(map(torch.from_numpy, volumes))},
+        {"sample": [in_unit_range(networks, one) for one in samples]},
         folder / "samples.png",
-        f"Generated volumes, seeds {seeds[0]} to {seeds[-1]}",
+        f"Generated volumes, seeds {samples[0].seed} to {samples[-1].seed}",
         spacing=networks.geometry["spacing"],
     )
     return folder / "samples.png"
+
+
+def show_grid(
+    networks: Networks, samples: Sequence[Sample], name: str, values: Sequence[str], folder: Path
+) -> Path:
+    """Write grid.png: an axial slice of each volume, a row for each seed and a column for each value."""
+    count = len(values)
+    rows = [
+        (f"seed {samples[i].seed}", [in_unit_range(networks, one) for one in samples[i : i + count]])
+        for i in range(0, min(len(samples), SHOWN * count), count)
+    ]
+    title = f"{name} {', '.join(values)}"
+    figures.slice_grid(rows, folder / "grid.png", title, networks.geometry["spacing"])
+    return folder / "grid.png"
+
+
+def in_unit_range(networks: Networks, sample: Sample) -> torch.Tensor:
+    """The first channel of a volume that was written, (D, H, W), 0 to 1 in the typical range."""
+    limits = np.array(networks.geometry["limits"])
+    return torch.from_numpy(to_unit_range(generation.read_volume(sample.path), limits, clip=False)[0])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 Writes the layout of MSD Task01_BrainTumour, which is read as the BraTS data are:
 
     DIR/dataset.json
-    DIR/participants.tsv          participant_id, tumour (0 or 1), ageing (0 to 1)
+    DIR/participants.tsv          participant_id, age (20 to 80, which widens ventricles and sulci and thins
+                                  the cortex), sex (f, m: larger brains), tumour (0 or 1), ageing (0 to 1)
     DIR/imagesTr/SIM_0000.nii.gz  int16 (X, Y, Z, 4): FLAIR, T1w, t1gd, T2w in arbitrary units, 0 outside
     DIR/labelsTr/SIM_0000.nii.gz  uint8 (X, Y, Z): 1 edema, 2 non-enhancing tumor, 3 enhancing tumour
 
@@ -72,7 +73,7 @@ def main(argv=None):
         for name in ("imagesTr", "labelsTr"):
             (folder / name).mkdir(parents=True)
         write = functools.partial(write_subject, folder, args.seed, spacing, args.tumour_fraction)
-        rows = [("participant_id", "tumour", "ageing")]
+        rows = [("participant_id", "age", "sex", "tumour", "ageing")]
         load_atlas()  # forked workers inherit it, spawned ones read it themselves
         rows += tqdm(utils.parallel(write, range(args.num), workers), total=args.num, unit="subject")
         table = "".join("\t".join(row) + "\n" for row in rows)
@@ -97,7 +98,8 @@ def write_subject(folder, seed, spacing, tumour_fraction, subject):
         nifti.set_sform(simulated.affine, code="scanner")
         nifti.header.set_xyzt_units("mm")
         nibabel.save(nifti, folder / name / case_name(subject))
-    return case_name(subject).removesuffix(".nii.gz"), str(int(tumour)), f"{simulated.ageing:.3f}"
+    name = case_name(subject).removesuffix(".nii.gz")
+    return name, f"{simulated.age:.1f}", simulated.sex, str(int(tumour)), f"{simulated.ageing:.3f}"
 
 
 def describe(num, seed, spacing):

@@ -36,7 +36,7 @@ import utils
 from ldm import configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, stream
-from ldm.data.prepare import patch_sizes, prepare_data
+from ldm.data.prepare import in_steps, patch_sizes, prepare_data, step_size
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.environment import FOLDERS
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
-    criterion = AutoencoderLoss(section, environment["perceptual_weights"])  # before anything is downloaded
+    perceptual_weights = environment["perceptual_weights"]  # read before anything is downloaded
+    criterion = AutoencoderLoss(section, perceptual_weights, config["spatial_dims"])
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     patch_size, _, val_size = sizes = patch_sizes(config, [*train_cases, *val_cases])
     preprocessing = Preprocessing.from_config(config)
     common = {"cache_dir": environment["cache_dir"], "cache_rate": config["data"]["cache_rate"], "seed": seed}
+    common["find_slices"] = config["slices"]["foreground"]
     train_set = VolumeDataset(
         train_cases,
         preprocessing,
@@ -97,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
     warn_of_padding(train_cases, spacing, patch_size, run.print)
+    train_set, patch_size = in_steps(config, train_set), step_size(config, patch_size)
 
     # Step 2: networks
     check_fits(rehearse, config, "autoencoder_train", sizes, run)

@@ -32,7 +32,7 @@ import torch
 
 import utils
 from ldm import configs, figures
-from ldm.data.prepare import prepare_data, volumes_to_encode
+from ldm.data.prepare import in_steps, prepare_data, step_size, volumes_to_encode
 from ldm.data.splits import subjects_of
 from ldm.diffusion.conditioning import Conditions, check_guide, check_sources
 from ldm.diffusion.objective import diffusion_loss, validate
@@ -73,16 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if section["latent_cache"]:
         latents = read_cache(config, environment, autoencoder_file, resumed, run)
         config = configs.with_spacing(config, latents.geometry["spacing"], resumed)
-        cases, size = [*latents.train.cases, *latents.val.cases], latents.geometry["size"]
+        train_cases, val_cases = latents.train.cases, latents.val.cases
+        size = latents.geometry["size"]
     else:
         train_cases, val_cases, spacing = prepare_data(
             config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file
         )
         config = configs.with_spacing(config, spacing, resumed)
-        cases = [*train_cases, *val_cases]
         train_volumes, val_volumes = volumes_to_encode(config, environment, train_cases, val_cases, run)
         size = list(train_volumes.size)
-    conditions = Conditions.of_training(config, cases, resumed)
+    cases = [*train_cases, *val_cases]
+    conditions = Conditions.of_training(config, cases, resumed, train_cases)
     if conditions:
         run.print(conditions.summary(cases))
     check_fits(rehearse, config, "diffusion_train", [size] * 3, run)  # as of `patch_sizes`
@@ -95,9 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale_factor = resumed["scale_factor"]
         conditions.check_size(latents.shape, resumed["path"])
     else:
-        scale_factor, mean = latents.moments(run)
+        scale_factor, mean, slices = latents.moments(run)
         mean = mean * scale_factor if config["conditions"]["mean_latent"] else None
         conditions = conditions.of_latents(latents.shape, mean)
+    geometry = resumed["geometry"] if resumed else latents.geometry | slices
     count = len(latents.train)
     run.print(f"scale factor {scale_factor:.6f} over {count} training volumes, latents {latents.shape}")
 
@@ -107,13 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet, model, optimizer, ema_model = learner.unet, learner.model, learner.optimizer, learner.ema_model
     # With latents in memory and training on the CPU, loader processes would only compete with it for cores.
     workers = 0 if latents.in_memory and run.device.type == "cpu" else None
-    drawn = WithNoise(latents.train, latents.shape, seed, conditions, section["augment"])
+    train, shape = in_steps(config, latents.train), step_size(config, latents.shape)
+    drawn = WithNoise(train, shape, seed, conditions, section["augment"])
     loader = utils.make_loader(drawn, section, config, run, workers)
     facts = {  # saved beside the weights in each checkpoint: sampling needs them
         "scale_factor": scale_factor,
         "autoencoder": latents.autoencoder_hash,
         "latent_shape": latents.shape,
-        "geometry": latents.geometry,
+        "geometry": geometry,
         "shift": process.shift,
         **conditions.state(),
         "config": config,
@@ -187,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 shape, steps = latents.shape, section["sample_steps"]
                 sampled = learner.sampling_network(config, run)
-                samples = draw_samples(sampled, decoder, scale_factor, process, shape, steps, run, conditions)
+                samples = draw_samples(
+                    sampled, decoder, scale_factor, process, shape, geometry, steps, run, conditions
+                )
                 save_pictures(samples, config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
                     picture = figures.three_planes(volume[0], config["spacing"])

@@ -66,7 +66,7 @@ def main() -> None:
         simulate_brains.main(["--out", str(data), "--spacing", str(args.spacing)])
     config = json.loads((ROOT / "config/config_demo.json").read_text())
     config["longest_side"] = round(192 / args.spacing)
-    config["conditions"]["class_labels"] = "tumour"
+    config["conditions"] = {"class_labels": "tumour"}
     config["diffusion_def"]["num_class_embeds"] = 3  # without, with, unknown
     environment = {"data_base_dir": str(data), "model_dir": str(args.out / "models")}
     environment |= {"tfevent_path": str(args.out / "tensorboard"), "output_dir": str(args.out / "samples")}

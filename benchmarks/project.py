@@ -110,7 +110,7 @@ class Diffusion:
         kept = posteriors.encode_all(encoder, volumes, run, 0, "encode")
         self.shape = list(kept.entries[0].shape[2:])
         self.data = Latents(kept, kept, encoder, "", self.shape, {})
-        self.scale_factor, _ = self.data.moments(run)
+        self.scale_factor = self.data.moments(run)[0]
         self.dataset = WithNoise(kept, self.shape, config["seed"])
         self.process = NoiseProcess.from_config(config["NoiseScheduler"])
         self.learner = stage2.build_learner(config, self.section["compile"], self.run)

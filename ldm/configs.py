@@ -17,6 +17,7 @@ from ldm.models.definitions import (
     instantiate,
     resolve_references,
 )
+from ldm.models.embedding import COVARIATES, encoded_size
 from ldm.system.schemas import StrictValidator, explained
 
 # Keys that a checkpoint's weights depend on.
@@ -51,6 +52,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
+        _embed_covariates(config, path)
     except RecursionError:
         raise UserError(f"{path}: lists or references are nested too deeply.") from None
     config.pop("_why", None)
@@ -69,6 +71,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     if config["spacing"] and config["longest_side"]:
         raise UserError(f"{path}: spacing and longest_side: set one of them, not both.")
     _check_intensity(config, stated, path)
+    _check_slices(config, path)
     check_networks(config)
     return config
 
@@ -87,6 +90,26 @@ def _with_voxels(config: dict, path: str | Path) -> dict:
     if config.get("autoencoder_def", voxels) != voxels:
         raise UserError(f"{path}: diffusion_space pixel: needs no autoencoder_def. Remove one of the two.")
     return {**config, "autoencoder_def": voxels, "latent_channels": config.get("latent_channels", channels)}
+
+
+def _embed_covariates(config: dict, path: str | Path) -> None:
+    """Give the diffusion network an embedding of the covariates, where the config leads them there.
+
+    Raises:
+        UserError: it has one of another size, or one of classes.
+    """
+    section, definition = config.get("conditions", {}), config.get("diffusion_def")
+    covariates = section.get("covariates")
+    if not covariates or definition is None or "embedding" not in section.get("into", ["embedding"]):
+        return
+    size = encoded_size(covariates, section.get("unknown", True))
+    if (found := definition.setdefault(COVARIATES, size)) != size:
+        raise UserError(f"{path}: diffusion_def.{COVARIATES}: expected {size}, found {brief(found)}.")
+    if definition.get("num_class_embeds") is not None:
+        raise UserError(
+            f"{path}: diffusion_def.num_class_embeds: covariates take its place. Remove it, or set "
+            "conditions.into to channels or cross_attention."
+        )
 
 
 def check_schema(content: dict, schema: dict, path: str | Path, hint: str) -> None:
@@ -149,6 +172,18 @@ def _check_intensity(config: dict, stated: dict, path: str | Path) -> None:
     if pairs is window and len(pairs) != len(channels_of(config)):
         raise UserError(
             f"{path}: intensity.window: {len(pairs)} pair(s) for {len(channels_of(config))} channel(s)."
+        )
+
+
+def _check_slices(config: dict, path: str | Path) -> None:
+    """Raise UserError where `slices` is set for 3D networks, or leaves open how many slices a step takes."""
+    section = config["slices"]
+    if config["spatial_dims"] == 3 and (section["per_volume"] is not None or section["foreground"]):
+        raise UserError(f"{path}: slices: is for spatial_dims 2. Remove it.")
+    if section["foreground"] and section["per_volume"] is None:
+        raise UserError(
+            f"{path}: slices.foreground: set slices.per_volume too, such as to 4: volumes have different "
+            "numbers of slices that are not empty."
         )
 
 

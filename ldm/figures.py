@@ -283,12 +283,29 @@ def axial_slices(
     """Draw the axial slices of (D, H, W) in [0, 1], at most so many, evenly spaced, from below to above."""
     count = volume.shape[2]
     chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-    mm = pixels_of(spacing, "axial")
-    tiles = [
-        Image.fromarray(np.uint8(np.clip(scaled(upright(volume, "axial", i), mm, min(mm)), 0, 1) * 255 + 0.5))
-        for i in chosen
-    ]
+    tiles = [_tile(volume, i, spacing) for i in chosen]
     save(titled(grid(tiles, math.ceil(len(tiles) ** 0.5)), title), path)
+
+
+def slice_grid(
+    rows: Sequence[tuple[str, Sequence[torch.Tensor]]],
+    path: Path,
+    title: str,
+    spacing: Sequence[float],
+) -> None:
+    """Draw the middle axial slice of volumes (D, H, W) in [0, 1]: for each row its name and its volumes."""
+    lines = [
+        named(name, beside([_tile(one.numpy(), middle(one.shape)[2], spacing) for one in volumes]))
+        for name, volumes in rows
+    ]
+    save(titled(below(lines), title), path)
+
+
+def _tile(volume: np.ndarray, index: int, spacing: Sequence[float]) -> Image.Image:
+    """An axial slice of (D, H, W) in [0, 1]."""
+    mm = pixels_of(spacing, "axial")
+    shown = np.clip(scaled(upright(volume, "axial", index), mm, min(mm)), 0, 1)
+    return Image.fromarray(np.uint8(shown * 255 + 0.5))
 
 
 def animate(frames: Sequence[np.ndarray], path: Path, seconds: float = 0.1) -> None:

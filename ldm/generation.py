@@ -20,6 +20,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.denoiser import example_cond
 from ldm.models.layers import on_device
+from ldm.models.slicewise import within
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_hash
 from ldm.system.errors import NO_MEMORY
@@ -43,8 +44,9 @@ class Networks:
     """Trained networks, and all else that a sample depends on, except its seed.
 
     `scale_factor` brings latents to the unit variance that the UNet learned; samples are divided by it before
-    they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes;
-    `power` is the high-frequency power of the autoencoder's reconstructions, None where it was not measured.
+    they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
+    2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
+    reconstructions, None where it was not measured.
     """
 
     autoencoder: Autoencoder
@@ -220,14 +222,16 @@ def draw(
     steps: int,
     run: Run,
     progress: Callable = iter,
-    condition: dict[str, str] | None = None,
+    chosen: Sequence[dict] | None = None,
     guidance: float = 1.0,
+    interval: Sequence[float] = (0, 1),
 ) -> torch.Tensor:
     """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
 
     Args:
-        condition: as of `Conditions.parse`; without one the class is unknown.
+        chosen: the condition of each sample, as of `Conditions.parse`; what it lacks is unknown.
         guidance: as of `ldm.diffusion.conditioning.guided`.
+        interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise.
 
     Raises:
         OSError: out of memory; the message names what to change.
@@ -242,12 +246,15 @@ def draw(
         ),
         run.autocast(),
     ):
-        model = networks.conditions.guided_model(networks.unet, condition, guidance, len(seeds), run.device)
+        chosen = chosen or [{}] * len(seeds)
+        times = tuple(share * networks.process.num_train_timesteps for share in interval)
+        model = networks.conditions.guided_model(networks.unet, chosen, guidance, run.device, times)
         shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
         latents = sample_latents(
             model, networks.process, shape, seeds, steps, sampler, run.device, progress, slicewise
         )
-        return networks.autoencoder.decode(latents / networks.scale_factor).cpu()
+        volumes = networks.autoencoder.decode(latents / networks.scale_factor)
+        return within(volumes, networks.geometry).cpu()
 
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The terms of the autoencoder's loss. The discriminator of the adversarial term is MONAI's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +20,15 @@ def kl_divergence(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     return kl.sum() / len(mean)
 
 
-def gradient_difference(reconstruction: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of the two volumes' finite differences, summed over the three axes.
+def gradient_difference(
+    reconstruction: torch.Tensor, image: torch.Tensor, axes: Sequence[int] = (-3, -2, -1)
+) -> torch.Tensor:
+    """Mean absolute difference of the two volumes' finite differences, summed over the axes.
 
     It penalises blurred edges, which an L1 loss hardly does (Mathieu et al., 2016, eq. 6, with exponent 1).
     """
     error = reconstruction - image
-    return sum(error.diff(dim=axis).abs().mean() for axis in (-3, -2, -1))
+    return sum(error.diff(dim=axis).abs().mean() for axis in axes)
 
 
 def least_squares(logits: torch.Tensor, target: float) -> torch.Tensor:
@@ -71,14 +74,18 @@ class PerceptualLoss(nn.Module):
         weights: torchvision's weights of the 2D network, a whole LPIPS state dict, or MedicalNet's weights;
             or `UNTRAINED`.
         slice_ratio: share of the slices of each plane that are compared.
+        dims: of the autoencoder. 2: LPIPS sees the axial slices alone, as the autoencoder does.
 
     Raises:
         UserError: the file or the package is missing, or the weights do not fit; the message says how to
             train without.
     """
 
-    def __init__(self, network: str, weights: str | Path | object | None, slice_ratio: float = 0.2):
+    def __init__(
+        self, network: str, weights: str | Path | object | None, slice_ratio: float = 0.2, dims: int = 3
+    ):
         super().__init__()
+        self.across = (2, 3, 4) if dims == 3 else (4,)  # axes to take slices along
         without = "or set autoencoder_train.perceptual_weight to 0"
         self.slice_ratio, self.is_3d = slice_ratio, network.startswith("medicalnet")
         if not weights:
@@ -111,7 +118,7 @@ class PerceptualLoss(nn.Module):
             a, b = (unit_vectors(trunk(self.network, standardised(x))) for x in (reconstruction, image))
             return (a - b).square().mean()
         total = reconstruction.new_zeros(())
-        for axis in (2, 3, 4):
+        for axis in self.across:
             a, b = (x.movedim(axis, 1).flatten(0, 1) for x in (reconstruction, image))
             count = max(1, int(len(a) * self.slice_ratio))
             chosen = torch.randperm(len(a), generator=generator)[:count].to(a.device, non_blocking=True)
@@ -181,17 +188,19 @@ class AutoencoderLoss(nn.Module):
     Args:
         section: `autoencoder_train` of the config.
         perceptual_weights: as of `PerceptualLoss`.
+        dims: of the autoencoder. A 2D one sees no differences from slice to slice.
     """
 
-    def __init__(self, section: dict, perceptual_weights: str | None):
+    def __init__(self, section: dict, perceptual_weights: str | None, dims: int = 3):
         super().__init__()
+        self.axes = (-3, -2, -1)[:dims]
         self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
         weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
         self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
         self.perceptual = None
         if section["perceptual_weight"]:
             self.perceptual = PerceptualLoss(
-                section["perceptual_network"], perceptual_weights, section["perceptual_slice_ratio"]
+                section["perceptual_network"], perceptual_weights, section["perceptual_slice_ratio"], dims
             )
 
     def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
@@ -208,7 +217,7 @@ class AutoencoderLoss(nn.Module):
         if kl is not None:
             terms["kl_loss"], weights["kl_loss"] = kl, self.section["kl_weight"]
         if "gradient_loss" in self.weights:
-            terms["gradient_loss"] = gradient_difference(reconstruction, images)
+            terms["gradient_loss"] = gradient_difference(reconstruction, images, self.axes)
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
         return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}

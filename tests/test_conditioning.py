@@ -53,6 +53,9 @@ def config_of(
             "mean_latent": mean_latent,
             "position": [],
             "augmentation": False,
+            "covariates": {},
+            "into": ["embedding"],
+            "unknown": True,
         },
         "diffusion_def": {**definition, **more},
     }
@@ -74,7 +77,7 @@ def test_classes_are_the_sorted_values_and_unknown_is_the_last():
     assert [int(conditions.of(one)["class_labels"]) for one in cases] == [1, 0, 2, 2, 2]
     assert conditions.of(cases[0])["class_labels"].dtype == torch.int64
     assert conditions.unknown(2)["class_labels"].tolist() == [2, 2]
-    assert conditions.cond(conditions.parse(["group=b"]), 3)["class_labels"].tolist() == [1, 1, 1]
+    assert conditions.cond([conditions.parse(["group=b"])] * 3)["class_labels"].tolist() == [1, 1, 1]
     assert "a (1), b (1), unknown (3)" in conditions.summary(cases)
     again = Conditions.from_checkpoint(json.loads(json.dumps(conditions.state())), config_of())
     assert again == conditions
@@ -210,14 +213,14 @@ def test_the_mean_latent_is_an_input_whatever_the_class():
     generator = torch.Generator().manual_seed(0)
     for one in (conditions.of(case("a", group=1)), conditions.draw(case("a", group=1), generator)):
         assert torch.equal(one["channels"], mean)
-    for cond in (conditions.unknown(3), conditions.cond({"group": "1"}, 3)):
+    for cond in (conditions.unknown(3), conditions.cond([{"group": "1"}] * 3)):
         assert torch.equal(cond["channels"], torch.stack([mean] * 3))
 
     def unet(x, timesteps, class_labels):
         assert torch.equal(x[:, 2:], torch.stack([mean] * 3))
         return x[:, :2]
 
-    model = conditions.guided_model(unet, {"group": "1"}, 2.0, 3, torch.device("cpu"))
+    model = conditions.guided_model(unet, [{"group": "1"}] * 3, 2.0, torch.device("cpu"))
     z = torch.randn(3, 2, 1, 1, 1)
     torch.testing.assert_close(model(z, torch.zeros(3)), z)
 

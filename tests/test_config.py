@@ -155,10 +155,8 @@ def test_shipped_config_is_whole(path):
     if path.stem == "config_demo":
         assert sum(sizes) < 50e6  # for a laptop
     if path.stem.startswith("config_train_"):  # the published networks, for BraTS
-        # The fast ones have 8 more channels into the first convolution, and transposed convolutions.
-        assert sizes == (
-            [19_443_873, 189_380_872] if path.stem.endswith("_fast") else [21_000_353, 189_325_576]
-        )
+        transposed = path.stem.endswith("_fast")  # convolutions
+        assert sizes == [19_443_873 if transposed else 21_000_353, 189_325_576]
         assert patch_sizes(config, [])[:2] == ([112, 128, 80], [144, 176, 112])
     if config["autoencoder_train"]["initialise"] == "block_transform":
         network = configs.define_network(config, "autoencoder_def")

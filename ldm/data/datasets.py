@@ -55,6 +55,7 @@ class VolumeDataset(Dataset):
         cache_dir: folder of preprocessed volumes, memory-mapped, which all processes of a machine share.
         cache_rate: share of the cases that are cached.
         seed: seed of crops and augmentation.
+        find_slices: items also hold `slices`, see `filled_slices`.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class VolumeDataset(Dataset):
         cache_dir: Path | None = None,
         cache_rate: float = 0.0,
         seed: int = 0,
+        find_slices: bool = False,
     ):
         self.cases, self.preprocessing, self.size, self.seed = list(cases), preprocessing, tuple(size), seed
         self.augmentation = augmentation(augment or {}, self.size, random_crop)
         self._versions = augment.get("versions") if augment else None
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
+        self.find_slices = find_slices
         self.cache_dir = cache_dir
         self.cached = round(cache_rate * len(self.cases)) if cache_dir else 0
         self.cache_is_writable = True  # after an error of the disk, the cache is only read
@@ -127,7 +130,8 @@ class VolumeDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         image = self.image(i, version_of(self.seed, epoch, self.cases[i].name, self.versions))
-        return {"image": image, "epoch": epoch, "index": i}
+        slices = {"slices": filled_slices(image)} if self.find_slices else {}
+        return {"image": image, "epoch": epoch, "index": i, **slices}
 
     def image(self, i: int, version: int) -> torch.Tensor:
         """A version of case `i`, (C, *size) float32."""
@@ -136,6 +140,54 @@ class VolumeDataset(Dataset):
             return torch.from_numpy(np.array(crop_or_pad(volume, self.size)))
         rng = augmentation_rng(self.seed, version, self.cases[i].name)
         return self.augmentation(volume, self._label(i) if self.foreground else None, rng)
+
+
+def filled_slices(volume: torch.Tensor) -> torch.Tensor:
+    """The first axial slice of a volume (C, D, H, W) that holds something above 0, and the one after the
+    last, (2,) int64. All slices, where the volume is empty."""
+    filled = (volume > 0).flatten(0, 2).any(0).nonzero()
+    return torch.tensor([filled[0], filled[-1] + 1] if len(filled) else [0, volume.shape[-1]])
+
+
+def among(item: dict) -> slice:
+    """The slices of an item to train on: those that its `slices` name, else all."""
+    return slice(*item["slices"].tolist()) if "slices" in item else slice(None)
+
+
+class SliceWindows(Dataset):
+    """Some neighbouring slices of each volume, for 2D networks: at a random place among those that an item's
+    `slices` name, else among all. The place is a function of (seed, epoch, case).
+
+    The items are those of `dataset`, of whose volumes `count` slices are left; `start` is the first of them.
+
+    Args:
+        dataset: has `cases`, `versions`, and keys `(epoch, i)`.
+    """
+
+    def __init__(self, dataset: Dataset, count: int, seed: int):
+        self.dataset, self.cases, self.count, self.seed = dataset, dataset.cases, count, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def versions(self) -> int | None:
+        """As of `dataset`."""
+        return self.dataset.versions
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, i = key
+        item = self.dataset[key]
+        volumes = {name: item[name] for name in ("image", "mean", "std") if name in item}
+        depth = next(iter(volumes.values())).shape[-1]
+        first, end, _ = among(item).indices(depth)
+        first = min(first, depth - self.count)
+        places = max(1, end - self.count - first + 1)
+        generator = stream(self.seed, "window", epoch, self.cases[i].name)
+        start = first + int(torch.randint(places, (), generator=generator))
+        item.pop("slices", None)
+        cut = {name: volume[..., start : start + self.count] for name, volume in volumes.items()}
+        return {**item, **cut, "start": start}
 
 
 class WithDraws(Dataset):

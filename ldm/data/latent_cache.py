@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ldm import UserError, brief, counted, few
 from ldm.data.cases import Case
-from ldm.data.datasets import VolumeDataset
+from ldm.data.datasets import VolumeDataset, filled_slices
 from ldm.data.intensity import LATER
 from ldm.data.posteriors import Posteriors, encode
 from ldm.data.preprocessing import CODE
@@ -34,6 +35,8 @@ TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
 RECORD["properties"] |= {"subject": TEXT, "covariates": {"type": "object"}}  # of later caches
+PAIR = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+RECORD["properties"]["slices"] = {"type": "array", "items": PAIR, "minItems": 1}  # of 2D networks
 RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
 SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
@@ -86,7 +89,7 @@ def add(
         The manifest's records of all cases, the shape of an entry, and how many were encoded.
     """
     manifest = _manifest(folder)
-    known = {record["entry"]: record["sha256"] for part in PARTS for record in manifest.get(part, [])}
+    before = {record["entry"]: record for part in PARTS for record in manifest.get(part, [])}
     records, missing = {}, []
     for i in range(run.rank, len(volumes), run.world_size):
         case = volumes.cases[i]
@@ -95,7 +98,8 @@ def add(
         entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
         path = folder / entry
         digest = sha256_of(path) if _is_readable(path) else None
-        if digest is None or digest != known.get(entry, digest):
+        known = before.get(entry, {"sha256": digest})
+        if digest is None or digest != known["sha256"]:
             missing.append(i)
         records[i] = {
             "case": case.name,
@@ -105,16 +109,24 @@ def add(
             "sha256": digest,
             "files": files,
         }
-    for i, entry in encode(encoder, volumes, missing, run, workers, what):
+        if volumes.find_slices and i not in missing[-1:]:  # of an entry that is there
+            records[i]["slices"] = known.get("slices") or _slices(volumes, i)
+    for i, entry, slices in encode(encoder, volumes, missing, run, workers, what):
         path = folder / records[i]["entry"]
         write_array(path, entry.numpy())
         records[i]["sha256"] = sha256_of(path)
+        if volumes.find_slices:
+            records[i]["slices"] = slices.tolist()
     entries = [folder / record["entry"] for record in records.values()]
     shape = list(np.load(entries[0], mmap_mode="r").shape) if entries else None
     parts = run.gather((records, shape, len(missing)))
     every = {i: record for part, _, _ in parts for i, record in part.items()}
     shape = next(shape for _, shape, _ in parts if shape)
     return [every[i] for i in range(len(volumes))], shape, sum(encoded for _, _, encoded in parts)
+
+
+def _slices(volumes: VolumeDataset, i: int) -> list[list[int]]:
+    return [filled_slices(volumes.image(i, version)).tolist() for version in range(volumes.versions)]
 
 
 def complete(folder: Path, manifest: dict) -> None:
@@ -209,6 +221,7 @@ def dependencies(config: dict) -> dict:
         if not about["intensity"][key]:
             del about["intensity"][key]
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
+    later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     return {
         **about,
         **later,
@@ -221,19 +234,21 @@ def dependencies(config: dict) -> dict:
     }
 
 
-def check_data(folder: Path, manifest: dict, cases: Sequence[Case], column: str | None = None) -> list[Case]:
+def check_data(
+    folder: Path, manifest: dict, cases: Sequence[Case], columns: Sequence[str] = ()
+) -> list[Case]:
     """Check that the data still hold the cases of a cache, by their names and the sizes of their files; no
     image is opened.
 
     Args:
         cases: all cases of the data.
-        column: of the covariates that the model is conditioned on, to be compared too.
+        columns: that the model is conditioned on, whose values are compared too.
 
     Returns:
         The cases that are new since the cache was made.
 
     Raises:
-        UserError: a case of the cache is missing, or has files of other sizes or another value of `column`.
+        UserError: a case of the cache is missing, or has files of other sizes or another value in a column.
     """
     records, by_name = _records(manifest), {case.name: case for case in cases}
     names = {record["case"] for record in records}
@@ -247,7 +262,8 @@ def check_data(folder: Path, manifest: dict, cases: Sequence[Case], column: str 
     for record in records:
         case = by_name[record["case"]]
         sizes = [path.stat().st_size if path.is_file() else None for path in case.images]
-        relabelled = column and record.get("covariates", {}).get(column) != case.covariates.get(column)
+        then = record.get("covariates", {})
+        relabelled = any(then.get(column) != case.covariates.get(column) for column in columns)
         if relabelled or sizes != [file["size"] for file in record["files"]]:
             changed.append(case.name)
     if changed:
@@ -288,5 +304,9 @@ def posteriors(folder: Path, manifest: dict, seed: int) -> tuple[Posteriors, Pos
             )
             for record in manifest[part]
         ]
-        parts.append(Posteriors(cases, [folder / record["entry"] for record in manifest[part]], seed))
+        entries = [folder / record["entry"] for record in manifest[part]]
+        slices = None
+        if all("slices" in record for record in manifest[part]):
+            slices = torch.tensor([record["slices"] for record in manifest[part]])
+        parts.append(Posteriors(cases, entries, seed, slices))
     return tuple(parts)

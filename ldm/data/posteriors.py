@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.cases import Case
-from ldm.data.datasets import VolumeDataset, version_of
+from ldm.data.datasets import VolumeDataset, filled_slices, version_of
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run, without_tf32
@@ -26,10 +26,17 @@ class Posteriors(Dataset):
         entries: (versions, 2, c, d, h, w) of each case, mean before std: their files, which are read
             memory-mapped; or one tensor of all, which loader processes share, however they are started.
         seed: seed of the order of versions.
+        slices: (cases, versions, 2), of each version what `filled_slices` gives, which items then hold too.
     """
 
-    def __init__(self, cases: Sequence[Case], entries: Sequence[Path] | torch.Tensor, seed: int):
-        self.cases, self.entries, self.seed = list(cases), entries, seed
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        entries: Sequence[Path] | torch.Tensor,
+        seed: int,
+        slices: torch.Tensor | None = None,
+    ):
+        self.cases, self.entries, self.seed, self.slices = list(cases), entries, seed, slices
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -42,8 +49,10 @@ class Posteriors(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         entry = self._entry(i)
-        mean, std = entry[version_of(self.seed, epoch, self.cases[i].name, len(entry))]
-        return {"mean": mean, "std": std, "epoch": epoch, "index": i}
+        version = version_of(self.seed, epoch, self.cases[i].name, len(entry))
+        mean, std = entry[version]
+        slices = {} if self.slices is None else {"slices": self.slices[i, version]}
+        return {"mean": mean, "std": std, "epoch": epoch, "index": i, **slices}
 
     def _entry(self, i: int) -> torch.Tensor:
         entry = self.entries[i]
@@ -70,7 +79,7 @@ class _Versions(Dataset):
 @torch.no_grad()
 def encode(
     encoder: Autoencoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Encode all versions of some volumes, without autocast and TF32: what is kept is read in every epoch.
 
     Args:
@@ -79,7 +88,8 @@ def encode(
         what: the name of the progress bar.
 
     Yields:
-        The index of each, and (versions, 2, c, d, h, w) float32 on the CPU, mean before std.
+        The index of each; (versions, 2, c, d, h, w) float32 on the CPU, mean before std; and the
+        `filled_slices` of each version, (versions, 2).
     """
     loader = DataLoader(
         _Versions(volumes, cases),
@@ -88,27 +98,29 @@ def encode(
         pin_memory=run.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    versions = []
+    versions, slices = [], []
     for i, version, image in progress_bar(run, what, items=loader, unit="volume"):
         with without_tf32():
             mean, std = encoder.encode(image[None].to(run.device, non_blocking=True))
         versions.append(torch.stack([mean[0], std[0]]).cpu())
+        slices.append(filled_slices(image))
         if version + 1 == volumes.versions:
-            yield i, torch.stack(versions)
-            versions = []
+            yield i, torch.stack(versions), torch.stack(slices)
+            versions, slices = [], []
 
 
 def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: int, what: str) -> Posteriors:
     """Encode all versions of each volume, each rank its share of the volumes; every rank gets all
     posteriors."""
     mine = range(run.rank, len(volumes), run.world_size)
-    entries = None
-    for i, entry in encode(encoder, volumes, mine, run, workers, what):
+    entries, slices = None, torch.zeros(len(volumes), volumes.versions, 2, dtype=torch.long)
+    for i, entry, filled in encode(encoder, volumes, mine, run, workers, what):
         if entries is None:
             entries = torch.empty(len(volumes), *entry.shape)
-        entries[i] = entry
+        entries[i], slices[i] = entry, filled
     shape = next(filter(None, run.gather(None if entries is None else [*entries.shape])))
     if entries is None:  # more ranks than volumes
         entries = torch.empty(shape)
     run.broadcast_rows(entries)
-    return Posteriors(volumes.cases, entries, volumes.seed)
+    slices = run.sum(slices) if volumes.find_slices else None  # of each rank, 0 but in its own rows
+    return Posteriors(volumes.cases, entries, volumes.seed, slices)

@@ -13,10 +13,11 @@ from pathlib import Path
 from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
-from ldm.data.datasets import VolumeDataset
+from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
+from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
 from ldm.environment import FOLDERS
 from ldm.models.definitions import check_size, downsampling_factor, network_divisor
@@ -132,6 +133,7 @@ def volumes_to_encode(
     preprocessing, augment = Preprocessing.from_config(config), config["diffusion_train"]["augment"]
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
+    common["find_slices"] = config["slices"]["foreground"]
     warn_of_padding(train, config["spacing"], size, run.print)
     return (
         VolumeDataset(train, preprocessing, size, augment=augment, **common),
@@ -158,3 +160,24 @@ def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[in
     check_size(patch, factor, "autoencoder_train.patch_size")
     check_size(val_patch, factor, "autoencoder_train.val_patch_size")
     return patch, volume, val_patch
+
+
+def step_size(config: dict, size: Sequence[int]) -> list[int]:
+    """The part of volumes or latents (..., d, h, w) of this size that a training step sees: of 2D networks
+    `slices.per_volume` slices, where the config says so.
+
+    Raises:
+        UserError: the volumes have fewer slices.
+    """
+    count = config["slices"]["per_volume"]
+    if count is None:
+        return list(size)
+    if count > size[-1]:
+        raise UserError(f"slices.per_volume: expected at most {size[-1]}, as volumes have; found {count}.")
+    return [*size[:-1], count]
+
+
+def in_steps(config: dict, dataset: VolumeDataset | Posteriors) -> VolumeDataset | Posteriors | SliceWindows:
+    """The data set whose items are what a training step sees, see `step_size`."""
+    count = config["slices"]["per_volume"]
+    return dataset if count is None else SliceWindows(dataset, count, config["seed"])

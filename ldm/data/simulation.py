@@ -43,6 +43,7 @@ INTERNAL_STEP = 2.0  # mm; coarser grids are averages of a grid at most this coa
 LATTICE_STEP = 4.0  # mm, of displacements and other smooth fields in atlas space
 SULCUS_STEP = 3.0  # mm, of the field whose zero set is the sulci
 COMMON_SULCI = np.float32(0.6)
+SIZE_OF_SEX = {"f": -0.02, "m": 0.02}  # logarithm of a factor of all sides: men's brains are 13 % larger
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Subject:
     tissues: np.ndarray  # (7, X, Y, Z) float32, volume fractions of TISSUES
     affine: np.ndarray  # (4, 4), voxel to mm
     ageing: float  # 0 to 1
+    sex: str  # "f" or "m"
+
+    @property
+    def age(self):
+        """In years, 20 to 80."""
+        return 20 + 60 * self.ageing
 
 
 def simulate_subject(seed, subject, spacing=(4.0, 4.0, 4.0), tumour=False):
@@ -64,14 +71,15 @@ def simulate_subject(seed, subject, spacing=(4.0, 4.0, 4.0), tumour=False):
     """
     shape, affine = output_grid(spacing)
     atlas = load_atlas()
-    streams = np.random.SeedSequence([seed, subject]).spawn(4)
-    anatomy, growth, scanner, noise = (np.random.default_rng(stream) for stream in streams)
+    streams = np.random.SeedSequence([seed, subject]).spawn(5)
+    anatomy, growth, scanner, noise, person = (np.random.default_rng(stream) for stream in streams)
+    sex = "fm"[person.integers(2)]
 
     ageing = anatomy.beta(1.5, 2.0)  # 0 to 1: widens ventricles and sulci, thins the cortex
     lesion = draw_tumour(growth, atlas) if tumour else None
     velocity = draw_velocity(anatomy, atlas, ageing)
     displacement = exponential(velocity)
-    linear, shift = draw_pose(anatomy, atlas, displacement)
+    linear, shift = draw_pose(anatomy, atlas, displacement, SIZE_OF_SEX[sex])
     if lesion is not None:
         displacement = exponential(velocity + mass_effect(lesion, atlas))
 
@@ -101,7 +109,9 @@ def simulate_subject(seed, subject, spacing=(4.0, 4.0, 4.0), tumour=False):
 
     image = scan(scanner, noise, tissues, spacing) * brain[..., None]
     shares = np.concatenate([tissues[:4].sum(axis=0, keepdims=True), tissues[4:]])
-    return Subject(image.astype(np.int16), shares.argmax(axis=0).astype(np.uint8), tissues, affine, ageing)
+    return Subject(
+        image.astype(np.int16), shares.argmax(axis=0).astype(np.uint8), tissues, affine, ageing, sex
+    )
 
 
 def has_tumour(subject, fraction):
@@ -255,12 +265,13 @@ def exponential(velocity, squarings=5):
     return displacement
 
 
-def draw_pose(rng, atlas, displacement):
+def draw_pose(rng, atlas, displacement, larger=0.0):
     """Matrix (3, 3) and shift (3,) from subject to atlas mm: size, proportions and pose in the field of view.
 
-    The template is larger than most brains; the mean volume here is an adult's, 1.4 to 1.5 litres.
+    `larger`: logarithm of a factor of all sides. The template is larger than most brains; the mean volume
+    here is an adult's, 1.4 to 1.5 litres.
     """
-    size = np.clip(rng.normal(0, 0.025), -0.06, 0.06) + np.clip(rng.normal(0, 0.02, 3), -0.05, 0.05)
+    size = larger + np.clip(rng.normal(0, 0.025), -0.06, 0.06) + np.clip(rng.normal(0, 0.02, 3), -0.05, 0.05)
     angles = np.clip(rng.normal(0, (5, 1.5, 1.5)), (-14, -5, -5), (14, 5, 5))  # pitch, roll, yaw
     jitter = rng.uniform(-1, 1, 3)
     turn = Rotation.from_euler("XYZ", angles, degrees=True).as_matrix()

@@ -1,12 +1,13 @@
 """What a diffusion model is conditioned on, classifier-free guidance and autoguidance.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
-nothing is conditioned. It holds `class_labels`, taken from a column of `participants.tsv`, and `channels`:
-the mean latent of the training set, which of data in a common frame tells the network what lies where; the
-position along some axes, which a 2D network needs to know which slice it draws; and what the augmentation did
-to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2).
+nothing is conditioned. It holds classes or covariates, taken from columns of `participants.tsv`, and further
+`channels`: the mean latent of the training set, which of data in a common frame tells the network what lies
+where; the position along some axes, which a 2D network needs to know which slice it draws; and what the
+augmentation did to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from torch import nn
 from ldm import UserError, brief, configs, few
 from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
+from ldm.diffusion.covariates import Covariates
 from ldm.models.denoiser import Autoguided, example_cond, predict
+from ldm.models.embedding import encoded_size
 from ldm.models.weights import load_weights
 
 MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
@@ -26,8 +29,9 @@ MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a diffusion model: class labels from a column of `participants.tsv`, the mean latent,
-    the position, all, some or nothing. It is true where there are classes.
+    """The conditions of a diffusion model: class labels from a column of `participants.tsv`, covariates from
+    several, the mean latent, the position, all, some or nothing. It is true where there are classes or
+    covariates.
 
     The class of a case is the index of its value. The class after the last means "unknown": a case without a
     value, a condition that training drops, and a sample of no particular class.
@@ -40,6 +44,7 @@ class Conditions:
         position: axes along which the network is told the position, a channel from -1 to 1 for each.
         shape: of the latents, (c, d, h, w), where there are channels.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
+        covariates: numbers and categories; None where there are none.
     """
 
     column: str | None = None
@@ -49,50 +54,65 @@ class Conditions:
     position: Sequence[int] = ()
     shape: Sequence[int] = ()
     told: int = 0
+    covariates: Covariates | None = None
 
     def __bool__(self) -> bool:
-        return self.column is not None
+        return self.column is not None or self.covariates is not None
 
     @classmethod
-    def of_training(cls, config: dict, cases: Sequence[Case], resumed: dict | None) -> "Conditions":
+    def of_training(
+        cls, config: dict, cases: Sequence[Case], resumed: dict | None, train: Sequence[Case] = ()
+    ) -> "Conditions":
         """The conditions that a config asks for, with the values of the training and validation cases, or
         those of the checkpoint that is resumed.
 
+        Args:
+            train: the training cases, whose values set the ranges of numbers.
+
         Raises:
-            UserError: no case has the column, or the network has another number of classes.
+            UserError: no case has a column, a value does not fit, or the network has another number of
+                classes.
         """
         if resumed:
             return cls.from_checkpoint(resumed, config)
-        column, position = config["conditions"]["class_labels"], tuple(config["conditions"]["position"])
-        told = told_parameters(config)
-        if column is None:
-            return cls(position=position, told=told)
+        section, told = config["conditions"], told_parameters(config)
+        conditions = cls(position=tuple(section["position"]), told=told, dropout=section["dropout"])
+        if section["covariates"]:
+            covariates = _covariates_of(section, train or cases)
+            conditions = replace(conditions, covariates=covariates)
+            for case in cases:  # a value that does not fit is found before anything is trained
+                conditions.of(case)
+        if (column := section["class_labels"]) is None:
+            return conditions
         values = sorted({value for case in cases if (value := _value(case, column)) is not None})
         if not values:
-            others = sorted({key for case in cases for key in case.covariates} - {column, "participant_id"})
-            hint = f"found {few(others)}" if others else "no participants.tsv was found beside the data"
-            raise UserError(
-                f"conditions.class_labels: no case has a value of {brief(column)} ({hint}). Name a column of "
-                "participants.tsv; run cache_latents.py again if the latents were cached before it was there."
-            )
-        conditions = cls(column, values, config["conditions"]["dropout"], position=position, told=told)
+            raise _no_values(f"class_labels: no case has a value of {brief(column)}", cases, (column,))
+        conditions = replace(conditions, column=column, values=values)
         conditions.check_classes(config)
         return conditions
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, config: dict) -> "Conditions":
-        """The conditions that a model was trained with."""
-        labels, mean = checkpoint.get("conditions", {}).get("class_labels"), checkpoint.get("mean_latent")
-        position, shape = tuple(config["conditions"]["position"]), tuple(checkpoint.get("latent_shape", ()))
-        channels = {
-            "mean_latent": mean,
-            "position": position,
-            "shape": shape,
-            "told": told_parameters(config),
-        }
+        """The conditions that a model was trained with; of weights from elsewhere, those of the config."""
+        section, saved = config["conditions"], checkpoint.get("conditions", {})
+        labels, covariates = saved.get("class_labels"), saved.get("covariates")
+        if covariates is None and section["covariates"]:
+            covariates = {"columns": _stated(section), "rows": []}
+        if covariates is not None:
+            covariates = Covariates(
+                covariates["columns"], section["into"], section["unknown"], covariates["rows"]
+            )
+        conditions = cls(
+            dropout=section["dropout"],
+            mean_latent=checkpoint.get("mean_latent"),
+            position=tuple(section["position"]),
+            shape=tuple(checkpoint.get("latent_shape", ())),
+            told=told_parameters(config),
+            covariates=covariates,
+        )
         if labels is None:
-            return cls(**channels)
-        conditions = cls(labels["column"], labels["values"], config["conditions"]["dropout"], **channels)
+            return conditions
+        conditions = replace(conditions, column=labels["column"], values=labels["values"])
         conditions.check_classes(config)
         return conditions
 
@@ -119,23 +139,63 @@ class Conditions:
 
     def summary(self, cases: Sequence[Case]) -> str:
         """How many cases have each value, in one line."""
-        counts = Counter(int(self.of(case)["class_labels"]) for case in cases)
-        classes = ", ".join(f"{value} ({counts[i]})" for i, value in enumerate([*self.values, "unknown"]))
-        return f"conditions: classes by {self.column}, with their cases: {classes}"
+        parts = []
+        if self.column is not None:
+            counts = Counter(int(self.of(case)["class_labels"]) for case in cases)
+            named = enumerate([*self.values, "unknown"])
+            parts += [
+                f"classes by {self.column}, with their cases: "
+                + ", ".join(f"{value} ({counts[i]})" for i, value in named)
+            ]
+        for name, known in self.covariates.columns.items() if self.covariates else ():
+            found = [_known(case, name, self.covariates) for case in cases]
+            text = f"{name} {known[0]:g} to {known[1]:g}"
+            if not self.covariates.is_number(name):
+                text = f"{name} " + ", ".join(f"{one} ({found.count(one)})" for one in known)
+            missing = found.count(None)
+            parts += [text + f", unknown of {missing}" * bool(missing)]
+        return f"conditions: {'; '.join(parts)}"
 
     def describe(self) -> str:
         """What a model card says."""
-        parts = [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"] if self else []
+        parts = []
+        if self.column is not None:
+            parts += [f"`{self.column}`, one of {', '.join(self.values)}; or unknown"]
+        for name, known in self.covariates.columns.items() if self.covariates else ():
+            number = self.covariates.is_number(name)
+            values = f"{known[0]:g} to {known[1]:g}" if number else f"one of {', '.join(known)}"
+            parts += [f"`{name}`, {values}" + "; or unknown" * self.covariates.unknown]
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
         parts += ["the position along axes " + ", ".join(map(str, self.position))] if self.position else []
         parts += ["the parameters of the augmentation, none in samples"] if self.told else []
         return "; and ".join(parts) or "none"
 
+    def examples(self, most: int) -> dict[str, dict]:
+        """Conditions to draw samples under during training, by name: of each class; of each category, or the
+        ends and the middle of the range, of the first covariate."""
+        if self.column is not None:
+            return {f"{self.column}_{value}": {self.column: value} for value in self.values[:most]}
+        if not self.covariates:
+            return {}
+        name, known = next(iter(self.covariates.columns.items()))
+        if self.covariates.is_number(name):
+            known = [known[0], sum(known) / 2, known[1]]
+        rest = dict(zip(self.covariates.columns, self.covariates.rows[0], strict=True))
+        return {
+            f"{name}_{value:g}" if type(value) is float else f"{name}_{value}": {**rest, name: value}
+            for value in known[:most]
+        }
+
     def state(self) -> dict:
         """The checkpoint's entries `conditions` and `mean_latent`, where there are any."""
-        labels = {"column": self.column, "values": list(self.values)}
+        entries = {}
+        if self.column is not None:
+            entries["class_labels"] = {"column": self.column, "values": list(self.values)}
+        if self.covariates:
+            columns = {name: list(known) for name, known in self.covariates.columns.items()}
+            entries["covariates"] = {"columns": columns, "rows": [list(row) for row in self.covariates.rows]}
         mean = {} if self.mean_latent is None else {"mean_latent": self.mean_latent}
-        return {**({"conditions": {"class_labels": labels}} if self else {}), **mean}
+        return {**({"conditions": entries} if entries else {}), **mean}
 
     def of(self, case: Case) -> dict[str, torch.Tensor]:
         """The condition of one case, without a batch dimension.
@@ -143,84 +203,119 @@ class Conditions:
         Raises:
             UserError: a value that the model does not know.
         """
-        if not self:
-            return self._channels()
-        value = _value(case, self.column)
-        if value is not None and value not in self.values:
-            raise UserError(
-                f"{case.name}: its {brief(self.column)} is {brief(value)}, which the model was not trained "
-                f"with ({few(self.values)}). Restore participants.tsv, or start another training."
-            )
-        index = len(self.values) if value is None else self.values.index(value)
-        return {"class_labels": torch.tensor(index), **self._channels()}
+        chosen = {name: _known(case, name, self.covariates) for name in self._covariate_names()}
+        if self.column is not None and (value := _value(case, self.column)) is not None:
+            if value not in self.values:
+                raise UserError(
+                    f"{case.name}: its {brief(self.column)} is {brief(value)}, which the model was not "
+                    f"trained with ({few(self.values)}). Restore participants.tsv, or start another training."
+                )
+            chosen[self.column] = value
+        try:
+            return {key: value[0] for key, value in self.cond([chosen]).items()}
+        except UserError as error:
+            raise UserError(f"{case.name}: {error}") from None
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing."""
-        if self and torch.rand((), generator=generator) < self.dropout:
-            return {"class_labels": torch.tensor(len(self.values)), **self._channels()}
+        """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
+        without inputs for what is unknown."""
+        can_drop = self.column is not None or (self.covariates and self.covariates.unknown)
+        if can_drop and torch.rand((), generator=generator) < self.dropout:
+            return {key: value[0] for key, value in self.unknown(1).items()}
         return self.of(case)
 
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
         """What stands for no condition, for a batch."""
-        labels = {"class_labels": torch.full((batch,), len(self.values))} if self else {}
-        return {**labels, **self._channels(batch)}
+        return self.cond([{}] * batch)
 
-    def _channels(self, *batch: int) -> dict[str, torch.Tensor]:
+    def _covariate_names(self) -> list[str]:
+        return list(self.covariates.columns) if self.covariates else []
+
+    def _channels(self) -> list[torch.Tensor]:
+        """The channels that are the same in all samples, (k, d, h, w) each."""
         parts = [] if self.mean_latent is None else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
             along = torch.linspace(-1, 1, sides[axis]).reshape(*(-1 if i == axis else 1 for i in range(3)))
             parts.append(along.expand(1, *sides))
-        parts += [torch.zeros(self.told, *self.shape[1:])] if self.told else []
-        if not parts:
-            return {}
-        channels = torch.cat(parts)
-        return {"channels": channels.expand(*batch, *channels.shape)}
+        return parts + ([torch.zeros(self.told, *self.shape[1:])] if self.told else [])
 
     def tell(self, channels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-        """The channels (c, d, h, w) of one case with the parameters of its augmentation, (told,), as the last
-        of them, where `of` has those of a volume that is not augmented."""
+        """The channels (c, d, h, w) of one case with the parameters of its augmentation, (told,), where `of`
+        has those of a volume that is not augmented."""
         told = parameters[:, None, None, None].expand(-1, *channels.shape[1:])
-        return torch.cat([channels[: len(channels) - self.told], told])
+        constant = self.covariates.size if self.covariates and "channels" in self.covariates.into else 0
+        end = len(channels) - constant
+        return torch.cat([channels[: end - self.told], told, channels[end:]])
 
-    def parse(self, texts: Sequence[str]) -> dict[str, str]:
-        """`{"group": "1"}` of `["group=1"]`.
+    def parse(self, texts: Sequence[str]) -> dict:
+        """`{"group": "1", "age": 70.0}` of `["group=1", "age=70"]`; of a range, `age=20:80`, its two ends.
 
         Raises:
             UserError: the model is unconditioned, or knows no such column or value.
         """
-        chosen = {}
+        chosen, names = {}, [self.column] * (self.column is not None) + self._covariate_names()
         for text in texts:
             column, equals, value = text.partition("=")
             if not self:
                 raise UserError(f"--condition {text}: this model is unconditioned. Leave it out.")
-            if not equals or column != self.column or column in chosen:
-                raise UserError(f"--condition {text}: expected one {self.column}=VALUE.")
-            if value not in self.values:
+            if not equals or column not in names or column in chosen:
+                expected = " or ".join(f"{name}=VALUE" for name in names)
+                raise UserError(f"--condition {text}: expected one {expected}.")
+            if column != self.column:
+                chosen[column] = self.covariates.parse(column, value)
+            elif value not in self.values:
                 raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
-            chosen[column] = value
+            else:
+                chosen[column] = value
         return chosen
 
-    def cond(self, chosen: dict[str, str] | None, batch: int) -> dict[str, torch.Tensor]:
-        """`cond` of a batch under one condition, as `parse` gives it; unknown without one."""
-        if not chosen:
-            return self.unknown(batch)
-        labels = torch.full((batch,), self.values.index(chosen[self.column]))
-        return {"class_labels": labels, **self._channels(batch)}
+    def for_sample(self, chosen: dict, generator: torch.Generator) -> dict:
+        """The condition of one sample: of `chosen`, as `parse` gives it, with a value of each covariate, see
+        `Covariates.complete`."""
+        label = {self.column: chosen[self.column]} if self.column in chosen else {}
+        return {**label, **(self.covariates.complete(chosen, generator) if self.covariates else {})}
+
+    def cond(self, chosen: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """`cond` of a batch: a condition for each sample, as `parse` gives it; what it lacks is unknown."""
+        given = []
+        if self.column is not None:
+            known = [*self.values, None]
+            given.append(torch.tensor([known.index(one.get(self.column)) for one in chosen]))
+        if self.covariates:
+            given.append(torch.stack([self.covariates.encode(one) for one in chosen]))
+        return self.cond_of(len(chosen), *given)
+
+    def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),
+        where there are some."""
+        cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
+        if self.column is not None:
+            cond["class_labels"] = given[0]
+        if self.covariates:
+            vectors = given[-1]
+            if "embedding" in self.covariates.into:
+                cond["class_labels"] = vectors
+            if "cross_attention" in self.covariates.into:
+                cond["context"] = vectors[:, None]
+            if "channels" in self.covariates.into:
+                channels.append(vectors[..., None, None, None].expand(batch, -1, *self.shape[1:]))
+        return {**cond, "channels": torch.cat(channels, 1)} if channels else cond
 
     def guided_model(
         self,
         unet: Callable,
-        chosen: dict[str, str] | None,
+        chosen: Sequence[dict],
         guidance: float,
-        batch: int,
         device: torch.device,
+        interval: tuple[float, float] = (0, math.inf),
     ) -> Callable:
-        """The model function for a batch of samples under one condition, see `guided`."""
-        cond, unknown = (
-            {key: value.to(device) for key, value in self.cond(one, batch).items()} for one in (chosen, None)
-        )
-        return guided(unet, cond, unknown, guidance)
+        """The model function for a batch of samples, each under its condition, see `guided`."""
+        cond = {key: value.to(device) for key, value in self.cond(chosen).items()}
+        if guidance == 1:
+            return guided(unet, cond, cond)
+        unknown = {key: value.to(device) for key, value in self.unknown(len(chosen)).items()}
+        return guided(unet, cond, unknown, guidance, interval)
 
 
 UNCONDITIONED = Conditions()
@@ -232,6 +327,71 @@ def _value(case: Case, column: str) -> str | None:
         raise UserError(f"{case.name}: {brief(column)} is {brief(value)}. Expected a text or a number.")
     text = "" if value is None else str(value).strip()
     return None if text.lower() in MISSING else text
+
+
+def _known(case: Case, name: str, covariates: Covariates) -> float | str | None:
+    """A covariate of a case; None where it is unknown."""
+    text = _value(case, name)
+    if text is None:
+        return None
+    if covariates.is_number(name):
+        return _number(text, f"{case.name}: {name}")
+    if text not in covariates.columns[name]:
+        raise UserError(
+            f"{case.name}: its {brief(name)} is {brief(text)}, expected one of "
+            f"{few(list(covariates.columns[name]))}. Fix the table, or conditions.covariates.{name}."
+        )
+    return text
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(
+            f"{what} is {brief(text)}, expected a number. Leave unknown values empty or n/a; for categories "
+            "list them in conditions.covariates."
+        )
+    return number
+
+
+def _covariates_of(section: dict, cases: Sequence[Case]) -> Covariates:
+    """The covariates of a config's `conditions`. A number has the range of the cases, or the config's."""
+    columns = {}
+    for name, known in section["covariates"].items():
+        texts = [text for case in cases if (text := _value(case, name)) is not None]
+        if not texts:
+            raise _no_values(f"covariates: no training case has a value of {brief(name)}", cases, (name,))
+        if known == "number":
+            values = [_number(text, f"conditions.covariates: {name}") for text in texts]
+            known = [min(values), max(values)]
+            if known[0] == known[1]:
+                raise UserError(f"conditions.covariates: {name} is {known[0]:g} in every training case.")
+        columns[name] = known
+    covariates = Covariates(columns, section["into"], section["unknown"])
+    rows = [[_known(case, name, covariates) for name in columns] for case in cases]
+    return replace(covariates, rows=sorted(rows, key=str))  # in an order that does not tell the cases
+
+
+def _stated(section: dict) -> dict:
+    """The columns of `conditions.covariates` where no training says the ranges of numbers."""
+    for name, known in section["covariates"].items():
+        if known == "number":
+            raise UserError(
+                f"conditions.covariates.{name}: the weights do not say its range. Give it as [low, high]."
+            )
+    return section["covariates"]
+
+
+def _no_values(what: str, cases: Sequence[Case], columns: Sequence[str]) -> UserError:
+    others = sorted({key for case in cases for key in case.covariates} - {*columns, "participant_id"})
+    hint = f"found {few(others)}" if others else "no participants.tsv was found beside the data"
+    return UserError(
+        f"conditions.{what} ({hint}). Name a column of participants.tsv; run cache_latents.py again if the "
+        "latents were cached before it was there."
+    )
 
 
 def told_parameters(config: dict) -> int:
@@ -252,21 +412,41 @@ def check_sources(config: dict) -> None:
     definition, labels = config["diffusion_def"], "class_labels"
     needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
     mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
-    told = told_parameters(config)
+    told, covariates = told_parameters(config), config["conditions"]["covariates"]
     if config["conditions"]["augmentation"] and not told:
         raise UserError(
             "conditions.augmentation: diffusion_train.augment has neither flips nor affine changes. "
             "Set some, or leave it out."
         )
-    if mean or position or told:
+    size = encoded_size(covariates, config["conditions"]["unknown"])
+    into = config["conditions"]["into"] if covariates else []
+    if "embedding" in into:
+        needed.pop(labels, None)
+        if column is not None:
+            raise UserError(
+                "conditions.class_labels: covariates take its place in the network. Name the column among "
+                "conditions.covariates, or set conditions.into to channels or cross_attention."
+            )
+    if "cross_attention" in into:
+        needed.pop("context", None)
+        if (found := definition.get("cross_attention_dim")) != size or not definition.get(
+            "with_conditioning"
+        ):
+            raise UserError(
+                f"diffusion_def.cross_attention_dim: expected {size}, as many numbers as encode "
+                f"conditions.covariates, and with_conditioning true; found {brief(found)}."
+            )
+    constant = size if "channels" in into else 0
+    if mean or position or told or constant:
         needed.pop("channels", None)
         inputs, latent = definition["in_channels"], definition["out_channels"]
-        expected = latent * (1 + mean) + len(position) + told
+        expected = latent * (1 + mean) + len(position) + told + constant
         if inputs != expected:
             parts = [f"{latent} of the noisy latents"]
             parts += [f"{latent} of conditions.mean_latent"] * mean
             parts += [f"{len(position)} of conditions.position"] * bool(position)
             parts += [f"{told} of conditions.augmentation"] * bool(told)
+            parts += [f"{constant} of conditions.covariates"] * bool(constant)
             raise UserError(
                 f"diffusion_def.in_channels: expected {expected}, found {inputs}: {', '.join(parts)}."
             )
@@ -278,7 +458,9 @@ def check_sources(config: dict) -> None:
     if missing := [key for key in needed if key != labels or column is None]:
         hints = {
             labels: "name a column by conditions.class_labels",
-            "channels": "set conditions.mean_latent, conditions.position or conditions.augmentation",
+            "context": "name covariates by conditions.covariates",
+            "channels": "set conditions.mean_latent, conditions.position, conditions.augmentation or "
+            "conditions.covariates",
         }
         where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
         raise UserError(
@@ -286,16 +468,34 @@ def check_sources(config: dict) -> None:
         )
 
 
-def guided(unet: Callable, cond: dict, unknown: dict, guidance: float = 1.0) -> Callable:
+def texts_of(condition: dict) -> dict[str, str]:
+    """The values of a condition as `--condition` takes them."""
+    return {
+        name: "unknown" if value is None else f"{value:.12g}" if isinstance(value, float) else value
+        for name, value in condition.items()
+    }
+
+
+def guided(
+    unet: Callable,
+    cond: dict,
+    unknown: dict,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = (0, math.inf),
+) -> Callable:
     """The model function of the samplers: classifier-free guidance (Ho & Salimans, 2022, eq. 6).
 
     The prediction is u + guidance * (c - u), with c under `cond` and u under `unknown`; the paper's w is
     guidance - 1. At 1 it is c, in one pass of the network; else there are two.
+
+    Args:
+        interval: the times, as the network takes them, within which there is guidance (Kynkaanniemi et al.,
+            2024).
     """
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         conditional = predict(unet, x, t, cond).float()
-        if guidance == 1:
+        if guidance == 1 or not interval[0] <= float(t[0]) <= interval[1]:
             return conditional
         unconditional = predict(unet, x, t, unknown).float()
         return unconditional + guidance * (conditional - unconditional)

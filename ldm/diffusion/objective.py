@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ldm.data.datasets import stream
+from ldm.data.datasets import among, stream
 from ldm.data.posteriors import Posteriors
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.process import NoiseProcess
@@ -60,10 +60,13 @@ def validate(
     t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
     sums = torch.zeros(times, dtype=torch.float64, device=run.device)
     for i in range(run.rank, len(dataset), run.world_size):
-        z0 = dataset[(0, i)]["mean"].to(run.device)[None] * scale_factor
+        item = dataset[(0, i)]
+        z0 = item["mean"][None, ..., among(item)].to(run.device) * scale_factor
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
         one, errors = conditions.of(dataset.cases[i]), []
+        if "channels" in one:
+            one["channels"] = one["channels"][..., among(item)]
         for some, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):
             cond = {key: value.to(run.device).expand(len(at), *value.shape) for key, value in one.items()}
             with run.autocast():

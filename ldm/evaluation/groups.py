@@ -30,6 +30,7 @@ class VolumeGroup:
         spacing: in mm.
         count: upper limit of the number of volumes.
         classifier: a network (1, C, D, H, W) -> (1, classes), or None.
+        structures: by name, what measures the ml of a structure, from a volume (D, H, W) and the spacing.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class VolumeGroup:
         spacing: Sequence[float],
         count: int,
         classifier: Callable | None = None,
+        structures: dict[str, Callable] | None = None,
     ):
+        self.structures, self.sizes = structures or {}, {one: [] for one in structures or {}}
         self.name, self.networks, self.spectrum, self.spacing = name, networks, spectrum, spacing
         self.count, self.classifier = count, classifier
         self.names, self.subjects, self.spectra, self.histograms, self.tissues = [], [], [], [], []
@@ -66,7 +69,10 @@ class VolumeGroup:
         self.subjects.append(subject or name)
         self.spectra.append(self.spectrum(volume))
         self.histograms.append(histogram(volume))
-        self.tissues.append(tissue_volumes(volume[0, 0].cpu().numpy(), self.spacing))
+        first = volume[0, 0].cpu().numpy()
+        self.tissues.append(tissue_volumes(first, self.spacing))
+        for structure, millilitres in self.structures.items():
+            self.sizes[structure].append(millilitres(first, self.spacing))
         # Pairs share no volume: only then are they independent.
         if self._previous is None:
             self._previous = volume

@@ -247,12 +247,14 @@ def read_groups(
     encoder: Autoencoder | None,
     classifier: Callable | None,
     run: Run,
+    structures: dict[str, Callable] | None = None,
 ) -> tuple[Comparison, dict[str, list[tuple[str, np.ndarray]]]]:
     """Read all volumes once (for the 2.5D distance twice).
 
     Args:
         networks: feature networks by name.
         classifier: a network (1, C, D, H, W) -> (1, classes), or None.
+        structures: as of `VolumeGroup`.
 
     Returns:
         The groups, and of each a few examples for the report: (name, (D, H, W)).
@@ -264,7 +266,7 @@ def read_groups(
     for name, source in sources.items():
         chosen = set(sorted(case.name for case in source.cases)[:EXAMPLES])
         spacing, count = read.preprocessing.spacing, len(source.cases)
-        group = groups[name] = VolumeGroup(name, networks, spectrum, spacing, count, classifier)
+        group = groups[name] = VolumeGroup(name, networks, spectrum, spacing, count, classifier, structures)
         examples[name] = []
         for number, (case, volume) in enumerate(volumes_of(source, read, run)):
             in_reference = name == reference and (name == TRAINING or number % 2 == 0)

@@ -15,16 +15,19 @@ import torch
 from torch import nn
 
 from ldm import UserError
+from ldm.data.datasets import stream
 from ldm.data.intensity import from_unit_range
 from ldm.diffusion import samplers
 from ldm.diffusion.conditioning import Conditions, guided
+from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.export.formats import weights_and_guide, weights_of
 from ldm.export.model_card import version_of
 from ldm.generation import Networks, nifti_bytes, nifti_gz
+from ldm.models.definitions import OWN
 from ldm.models.denoiser import Autoguided, predict
-from ldm.models.strides import KEY
+from ldm.models.embedding import encoded_size
 from ldm.system.files import write_json, written_whole
 
 SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
@@ -66,8 +69,10 @@ def draw(
     path = Path(output_dir) / f"sample_{seed:06d}.nii.gz"
     if path.exists():
         raise FileExistsError(f"{path} already exists. Move it away, or give another --output_dir.")
-    chosen = conditions.parse([condition] if condition else [])
-    model = conditions.guided_model(network, chosen, guidance, 1, device)
+    chosen = conditions.for_sample(
+        conditions.parse(condition.split(",") if condition else []), stream(seed, "conditions")
+    )
+    model = conditions.guided_model(network, [chosen], guidance, device)
     latents = sample_latents(model, process, latent_shape, [seed], steps, sampler, device)
     volume = autoencoder.decode(latents / scale_factor)[0].float().cpu()
     voxels = from_unit_range(volume.numpy(), np.array(limits))
@@ -88,6 +93,7 @@ z_t = a(t) z_0 + s(t) noise, with
 
 import functools
 import gzip
+import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +110,7 @@ UserError = ValueError
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
     Conditions: "of_training from_checkpoint of_latents check_size check_classes summary describe "
-    "state of draw",
+    "examples state of draw tell",
 }
 
 
@@ -114,9 +120,11 @@ def sampling_script() -> str:
     process, conditions = map(_for_sampling, FOR_TRAINING)
     solvers = inspect.getsource(samplers)
     solvers = solvers[solvers.index("Model = Callable") :].strip()  # after the imports
-    functions = [predict, guided, Autoguided, from_unit_range, nifti_bytes, nifti_gz, loaded, draw]
-    sources = [inspect.getsource(one).strip() for one in functions]
-    return "\n\n\n".join([SCRIPT_START.strip(), process, conditions, solvers, *sources]) + "\n"
+    functions = [stream, predict, guided, Autoguided, from_unit_range, nifti_bytes, nifti_gz, loaded, draw]
+    first, last = (
+        [inspect.getsource(one).strip() for one in some] for some in ([encoded_size, Covariates], functions)
+    )
+    return "\n\n\n".join([SCRIPT_START.strip(), process, *first, conditions, solvers, *last]) + "\n"
 
 
 def _for_sampling(cls: type) -> str:
@@ -134,8 +142,8 @@ def check_definitions(config: dict) -> None:
             "out by --formats safetensors torchscript."
         )
     for key in ("autoencoder_def", "diffusion_def"):
-        own = KEY if KEY in config[key] else config[key]["_target_"]
-        if own == KEY or own.startswith("ldm."):
+        own = next((name for name in OWN if name in config[key]), config[key]["_target_"])
+        if own in OWN or own.startswith("ldm."):
             raise UserError(
                 f"{key}: {own} is this project's own, unknown to MONAI. Leave the bundle out by "
                 "--formats safetensors torchscript."
@@ -241,6 +249,14 @@ def inference_config(networks: Networks, config: dict) -> dict:
             "position": list(conditions.position),
             "shape": list(conditions.shape),
             "told": conditions.told,
+            "covariates": conditions.covariates
+            and {
+                "_target_": "scripts.sampling.Covariates",
+                "columns": conditions.covariates.columns,
+                "into": list(conditions.covariates.into),
+                "unknown": conditions.covariates.unknown,
+                "rows": conditions.covariates.rows,
+            },
         },
         "draw": {
             "_target_": "scripts.sampling.draw",
@@ -267,7 +283,7 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
     image = _tensor("magnitude", about["channels"], networks.geometry["size"])
     times = {"type": "tuples", "value_range": [0, process.num_train_timesteps]}
     inputs = {"latent": latent, "timesteps": _tensor("timesteps", ["time, one a volume"], []) | times}
-    if conditions:
+    if conditions.column is not None:
         meaning = [f"{i}: {value}" for i, value in enumerate([*conditions.values, "unknown"])]
         label = _tensor("class_labels", [f"{conditions.column} ({', '.join(meaning)})"], [])
         last = len(conditions.values)
@@ -275,6 +291,13 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
     names = [] if conditions.mean_latent is None else [f"mean latent, channel {i}" for i in range(shape[0])]
     names += [f"position along axis {axis}" for axis in conditions.position]
     names += [f"parameter {i} of the augmentation, 0 in samples" for i in range(conditions.told)]
+    if conditions.covariates:
+        encoded, into = conditions.covariates.names_of_inputs(), conditions.covariates.into
+        if "embedding" in into:
+            inputs["class_labels"] = _tensor("covariates", encoded, []) | {"type": "tuples"}
+        if "cross_attention" in into:
+            inputs["context"] = _tensor("covariates", encoded, []) | {"type": "tuples"}
+        names += encoded if "channels" in into else []
     if names:
         inputs["channels"] = _tensor("latent", names, shape[1:])
     predicted = {

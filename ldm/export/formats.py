@@ -93,9 +93,8 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
     def decode(network: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         return network.decode(latents / scale_factor).float()
 
-    def model(network: nn.Module, latents: torch.Tensor, times: torch.Tensor, *labels: torch.Tensor):
-        cond = conditions.unknown(len(latents)) | dict(zip(["class_labels"], labels, strict=False))
-        return predict(network, latents, times, cond)
+    def model(network: nn.Module, latents: torch.Tensor, times: torch.Tensor, *given: torch.Tensor):
+        return predict(network, latents, times, conditions.cond_of(len(latents), *given))
 
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.rand(batch, config["image_channels"], *size, generator=generator),)
@@ -105,8 +104,12 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
 
     def noisy(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         times = torch.rand(batch, generator=generator) * process.num_train_timesteps
-        labels = [torch.arange(batch) % (len(conditions.values) + 1)] if conditions else []
-        return *latents(batch, size), times, *labels
+        given = []
+        if conditions.column is not None:
+            given.append(torch.arange(batch) % (len(conditions.values) + 1))
+        if conditions.covariates:
+            given.append(torch.rand(batch, conditions.covariates.size, generator=generator))
+        return *latents(batch, size), times, *given
 
     sides = network_divisor(config)
     divisor, latent_divisor = math.lcm(*sides), math.lcm(*latent_size(config, sides))

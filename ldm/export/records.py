@@ -49,6 +49,11 @@ SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
+    "interval": INTERVAL,  # of guidance
+    "conditions": {
+        "type": "array",
+        "items": {"type": "object", "additionalProperties": TEXT},
+    },  # of the batch
 }
 # The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
 SCHEMA["properties"]["volume"]["properties"]["limits"] = {"type": "array", "items": INTERVAL}
@@ -94,7 +99,7 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance")
+    keys = ("seed", *REQUEST, "condition", "guidance", "interval")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     found += [f"another {key}" for key in CHECKPOINTS if record[key]["sha256"] != request[key]["sha256"]]
@@ -249,35 +254,35 @@ def settings_of(records: Iterable[dict]) -> list[dict]:
     return [dict(zip(keys, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
 
 
-def missing(paths: dict[int, Path], request: dict) -> set[int]:
-    """The seeds of `paths` whose volumes do not exist yet. Makes their folder.
+def missing(requests: dict[Path, dict]) -> set[Path]:
+    """The files of these requests, one for each volume, that do not exist yet. Makes their folder.
 
     Raises:
         UserError: a file exists that this request did not make.
     """
     made, taken = set(), []
-    for seed, path in paths.items():
+    for path, request in requests.items():
         record = record_path(path)
         found = [one for one in (path, record) if one.exists()]
         if not found:
             continue
-        how = differences(record, {"seed": seed, **request})
+        how = differences(record, request)
         if not how and path in found and sha256_of(path) != read_record(record)["volume"]["sha256"]:
             how = "it was changed since"
         if how:
             taken.append((found[0], how))
         elif path in found:
-            made.add(seed)
+            made.add(path)
     if taken:
         path, how = taken[0]
         raise UserError(
-            f"{path} already exists ({len(taken)} of {len(paths)}) and differs: {how}. "
+            f"{path} already exists ({len(taken)} of {len(requests)}) and differs: {how}. "
             "Choose another --seed or output_dir."
         )
-    folder = next(iter(paths.values())).parent
-    stems = {path.name.partition(".")[0] for path in paths.values()}
+    folder = next(iter(requests)).parent
+    stems = {path.name.partition(".")[0] for path in requests}
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob(".*.part"):  # of a write that was killed
         if part.name.split(".")[1] in stems:
             part.unlink()
-    return set(paths) - made
+    return set(requests) - made

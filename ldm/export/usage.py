@@ -42,10 +42,10 @@ facts = json.load(open("torchscript/model.json"))
 unet, decode = (torch.jit.load(f"torchscript/{{name}}.ts") for name in ("unet", "decode")){label}
 process, geometry = facts["process"], facts["geometry"]
 steps, T = {steps}, process["num_train_timesteps"]
-z = torch.randn(facts["latent_shape"], generator=torch.Generator().manual_seed(0))[None]
+z = torch.randn(facts["latent_shape"], generator=torch.Generator().manual_seed(0))[None]{shared}
 with torch.inference_mode():
 {loop}
-    volume = decode(z)[0].numpy()
+    volume = decode(z)[0].numpy(){outside}
 low, high = np.array(geometry["limits"]).T[:, :, None, None, None]
 voxels = np.moveaxis((volume * (high - low) + low).astype(np.float32), 0, -1).squeeze()
 affine = np.diag([*geometry["spacing"], 1.0])
@@ -53,6 +53,11 @@ affine[:3, 3] = -affine.diagonal()[:3] * (np.array(geometry["size"]) - 1) / 2  #
 nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz")
 ```
 """
+
+SHARED = "\nz = z[..., :1].expand_as(z)  # slices of a volume begin with the same noise"
+OUTSIDE = """
+first, end = geometry["slices"]  # others are empty
+volume[..., :first] = volume[..., end:] = 0"""
 
 HEUN = """\
     times = np.linspace(1, 0, steps + 1)
@@ -111,24 +116,36 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
         parts.append(SAFETENSORS)
     if "torchscript" in formats:
         name, method, loop = ("heun", "Heun's method", HEUN) if process.is_flow else ("ddim", "DDIM", DDIM)
-        meaning = ", ".join(f"{i}: {value}" for i, value in enumerate([*conditions.values, "unknown"]))
-        label = f"\nlabel = torch.tensor([{len(conditions.values)}])  # {conditions.column}: {meaning}"
+        labels, label, argument = "", "", ""
+        if conditions.column is not None:
+            meaning = ", ".join(f"{i}: {value}" for i, value in enumerate([*conditions.values, "unknown"]))
+            label = f"\nlabel = torch.tensor([{len(conditions.values)}])  # {conditions.column}: {meaning}"
+            labels, argument = ", class labels", ", label"
+        if conditions.covariates:
+            row = dict(zip(conditions.covariates.columns, conditions.covariates.rows[0], strict=True))
+            encoded = [round(one, 4) for one in conditions.covariates.encode(row).tolist()]
+            meaning = "; ".join(conditions.covariates.names_of_inputs())
+            label += f"\ncovariates = torch.tensor([{encoded}])  # {meaning}"
+            labels, argument = labels + ", covariates", argument + ", covariates"
         parts.append(
             TORCHSCRIPT.format(
                 prediction=process.prediction,
                 takes=_takes(takes),
                 method=method,
                 steps=SAMPLERS[name].steps,
-                labels=", class labels" if conditions else "",
-                label=label if conditions else "",
-                loop=loop.format(
-                    argument=", label" if conditions else "", estimates=ESTIMATES.get(process.prediction)
-                ),
+                labels=labels,
+                label=label,
+                shared=SHARED if networks.autoencoder.is_slicewise else "",
+                outside=OUTSIDE if "slices" in networks.geometry else "",
+                loop=loop.format(argument=argument, estimates=ESTIMATES.get(process.prediction)),
             )
         )
     if "bundle" in formats:
         fitting = [name for name, one in SAMPLERS.items() if one.for_flow == process.is_flow]
-        condition = f"`--condition {conditions.column}=VALUE`, `--guidance`,\n" if conditions else ""
+        names = [conditions.column] * (conditions.column is not None)
+        names += conditions.covariates.columns if conditions.covariates else []
+        asked = ",".join(f"{name}=VALUE" for name in names)
+        condition = f"`--condition {asked}`, `--guidance`,\n" if conditions else ""
         parts.append(BUNDLE.format(samplers=", ".join(fitting), condition=condition))
     return "\n".join(parts).rstrip()
 

@@ -52,8 +52,8 @@ class Autoencoder(nn.Module):
 
     @property
     def is_slicewise(self) -> bool:
-        """Whether the network is a 2D one that takes volumes slice by slice."""
-        return isinstance(self.network, SliceWise)
+        """Whether the network takes volumes slice by slice."""
+        return isinstance(self.network, SliceWise) or getattr(self.network, "spatial_dims", 3) == 2
 
     @property
     def factor(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Autoencoder(nn.Module):
 
         With a budget the images may lie in host memory.
         """
-        if self.budget and self.is_slicewise:
+        if self.budget and self.learns and self.is_slicewise:
             parts = [self.network.encode(one.to(self._device)) for one in images.split(1, -1)]
             mean, std = (torch.cat(some, -1) for some in zip(*parts, strict=True))
         elif self.budget and self.learns:
@@ -101,7 +101,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, c, d, h, w) -> images (B, C, D, H, W), float32; with a budget, on the CPU."""
-        if self.budget and self.is_slicewise:
+        if self.budget and self.learns and self.is_slicewise:
             parts = [self.network.decode(one.to(self._device)).cpu() for one in latents.split(1, -1)]
             return torch.cat(parts, -1).float()
         if self.budget and self.learns:

@@ -17,6 +17,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from ldm import UserError, brief
 from ldm.models.denoiser import example_cond, predict
+from ldm.models.embedding import COVARIATES, embed_covariates
 from ldm.models.layers import fuse_attention, norm_in_half
 from ldm.models.slicewise import on_volumes, per_volume_axis
 from ldm.models.strides import KEY, check_strides, set_strides
@@ -24,6 +25,7 @@ from ldm.models.wavelet import Haar
 
 NETWORKS = ("monai.networks.nets", "monai.apps.generation.maisi.networks", "generative.networks.nets")
 NETWORKS += ("ldm.models",)  # Haar
+OWN = (KEY, COVARIATES)  # of a definition in a config, unknown to the classes
 SCHEDULERS = ("monai.networks.schedulers", "generative.networks.schedulers")
 MAX_COUNT = 65_536  # the largest whole number in the arguments of a network
 MAX_LEVELS = 9  # a factor of 256
@@ -108,7 +110,7 @@ def check_definition(definition: dict, packages: Sequence[str], where: str) -> t
     cls = named_class(definition["_target_"], packages, where)
     parameters, hints = inspect.signature(cls).parameters, typing.get_type_hints(cls.__init__)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in definition.keys() - {"_target_", KEY}:
+    for key in definition.keys() - {"_target_", *OWN}:
         if key not in parameters and not takes_any:
             hint = _did_you_mean(key, parameters)
             raise UserError(f"{where}.{key}: {cls.__name__} has no such argument.{hint}")
@@ -147,7 +149,9 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         UserError: as `check_definition`, or the class raises an error.
     """
     cls = check_definition(definition, packages, where)
-    arguments = {key: value for key, value in definition.items() if key not in ("_target_", KEY)}
+    arguments = {key: value for key, value in definition.items() if key not in ("_target_", *OWN)}
+    if COVARIATES in definition:
+        arguments["num_class_embeds"] = 1  # an embedding, which `embed_covariates` replaces
     try:
         built = cls(**arguments)
     except Exception as error:  # of any type: its arguments caused it
@@ -156,6 +160,8 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         return built
     if KEY in definition:
         set_strides(built, definition[KEY], where)
+    if COVARIATES in definition:
+        embed_covariates(built, definition[COVARIATES], where)
     if definition.get("spatial_dims") == 2 and not isinstance(built, Haar):
         on_volumes(built)
     return norm_in_half(fuse_attention(built))

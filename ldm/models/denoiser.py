@@ -1,6 +1,7 @@
 """Call a diffusion network with its conditions: `cond`, a dict of tensors, `{}` where nothing is conditioned.
 
-Its keys are the arguments of the network: `class_labels` (B,) int64, `context` (B, n, e), and MAISI's
+Its keys are the arguments of the network: `class_labels` (B,) int64, or (B, k) float32 of a network that
+embeds covariates, `context` (B, n, e), and MAISI's
 `spacing_tensor` (B, 3), `top_region_index_tensor` and `bottom_region_index_tensor` (B, 4),
 `down_block_additional_residuals` and `mid_block_additional_residual` of a ControlNet. The key `channels` is
 the exception: (B, k, d, h, w), appended to the noisy latents.
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+
+from ldm.models.embedding import COVARIATES
 
 REGION_INPUTS = {
     "include_top_region_index_input": "top_region_index_tensor",
@@ -56,7 +59,9 @@ def example_cond(definition: dict, batch: int, size: Sequence[int]) -> dict[str,
         size: of the latents, (d, h, w).
     """
     cond = {}
-    if definition.get("num_class_embeds"):
+    if definition.get(COVARIATES):
+        cond["class_labels"] = torch.zeros(batch, definition[COVARIATES])
+    elif definition.get("num_class_embeds"):
         cond["class_labels"] = torch.zeros(batch, dtype=torch.int64)
     if definition.get("with_conditioning"):
         cond["context"] = torch.zeros(batch, 1, definition["cross_attention_dim"])

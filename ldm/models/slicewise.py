@@ -59,3 +59,12 @@ def on_volumes(network: nn.Module) -> nn.Module:
 def per_volume_axis(factor: tuple[int, ...]) -> tuple[int, ...]:
     """Factors of each axis of a volume: 1 from slice to slice for a 2D network."""
     return (*factor, *(1,) * (AXES - len(factor)))
+
+
+def within(volumes: torch.Tensor, geometry: dict) -> torch.Tensor:
+    """Volumes (B, C, H, W, D) whose other slices than the `slices` of a geometry are 0, in place: a network
+    that was not trained on empty slices cannot draw them."""
+    if "slices" in geometry:
+        first, end = geometry["slices"]
+        volumes[..., :first] = volumes[..., end:] = 0
+    return volumes

@@ -41,6 +41,7 @@ NOT_ZERO = 0.75  # of the voxels, below which intensities are those of what is n
 HOUNSFIELD = [-1000.0, 1000.0]
 TRIED = "docs/PERFORMANCE.md, what was tried for sharper samples"
 STEPS = {"autoencoder_train": 10_000, "diffusion_train": 40_000}
+SLICES = 4  # of each volume in a step, for 2D networks
 VALIDATIONS = 40  # over a training that is not limited by the clock
 STEPS_OF_A_VALIDATION = 200  # in one that is
 SHARES = {"autoencoder_train": 0.25, "diffusion_train": 0.75}  # of the minutes
@@ -92,6 +93,9 @@ def make_plan(
     made.set("channel", used if len(used) > 1 else used[0], f"of the images: {', '.join(names.values())}")
     made.set("spacing", chosen, why)
     made.set("spatial_dims", dims, "asked for: networks that draw slice by slice" if dims == 2 else None)
+    if dims == 2:
+        why = "a step takes some of many volumes, and none that is empty"
+        made.set("slices", {"per_volume": min(SLICES, size[2]), "foreground": True}, why)
     made.set("image_channels", len(used))
     _choose_intensity(made, fingerprint, names, nnunet)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ldm import UserError, counted
+from ldm.data.prepare import step_size
 from ldm.data.reading import by_times
 from ldm.models.definitions import downsampling_factor
 from ldm.planning.geometry import shrunk
@@ -25,7 +26,7 @@ TOGETHER = {  # volumes a step, by batch and accumulation
 }
 CPU_LARGE = 4096  # voxels of latents, above which a step on a CPU takes half as many volumes
 CPU_WORK = 80e6  # of a step of stage 2: voxels times the squared width; about a second on two cores
-SLICES = 4  # times fewer volumes a step for 2D networks
+TOGETHER_2D = 8  # volumes a step of 2D networks, which take a few slices of each
 
 
 def start(made: Plan, machine: Machine) -> None:
@@ -148,8 +149,8 @@ def _fast_enough(made: Plan, machine: Machine) -> list[int]:
     widths = WIDTHS[machine.gpu]["diffusion_def"]
     if machine.gpu:
         return list(widths)
-    volume = made.config["diffusion_train"]["patch_size"]
-    voxels = math.prod(made.grids[0]) * math.prod(volume[len(made.grids[0]) :])  # of all slices, in 2D
+    volume = step_size(made.checked(), made.config["diffusion_train"]["patch_size"])
+    voxels = math.prod(made.grids[0]) * math.prod(volume[len(made.grids[0]) :])  # times slices, in 2D
     voxels *= _together(made, "diffusion_train", machine)
     return [width for width in widths if voxels * width**2 <= CPU_WORK] or [widths[-1]]
 
@@ -159,7 +160,7 @@ def _together(made: Plan, stage: str, machine: Machine) -> int:
     together = TOGETHER[machine.gpu][stage]
     if stage == "diffusion_train" and not machine.gpu and math.prod(made.grids[0]) > CPU_LARGE:
         together //= 2
-    return max(1, together // SLICES) if made.config["spatial_dims"] == 2 else together
+    return TOGETHER_2D if made.config["spatial_dims"] == 2 else together
 
 
 def _start_batch(made: Plan, stage: str, machine: Machine) -> None:

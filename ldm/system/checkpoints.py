@@ -116,7 +116,13 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "latent_shape": _array(SIZE, 4),
     "conditions": {  # of a conditioned model, see `ldm.diffusion.conditioning`
         "type": "object",
-        "properties": {"class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1})},
+        "properties": {
+            "class_labels": fields(column={"type": "string"}, values={**TEXTS, "minItems": 1}),
+            "covariates": fields(
+                columns={"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
+                rows={"type": "array", "items": {"type": "array"}},
+            ),
+        },
     },
     MEAN_LATENT: FLOATS,  # an input of the network
     "shift": POSITIVE,  # of the times of rectified flow; 1 in other schedules
@@ -126,6 +132,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
         limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
     ),
 }
+ENTRIES["geometry"]["properties"]["slices"] = _array({"type": "integer", "minimum": 0}, 2)  # of 2D networks
 CHECKPOINT = Validator(
     {
         "type": "object",

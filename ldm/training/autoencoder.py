@@ -11,7 +11,8 @@ from torch import nn
 
 from ldm import UserError, configs, figures
 from ldm.data.cases import Case
-from ldm.data.datasets import VolumeDataset, WithDraws, stream
+from ldm.data.datasets import VolumeDataset, WithDraws, among, stream
+from ldm.data.prepare import step_size
 from ldm.losses import UNTRAINED, AutoencoderLoss, adversarial_loss, discriminator_loss
 from ldm.metrics import band_power, reconstruction_metrics
 from ldm.models.autoencoder import Autoencoder
@@ -110,7 +111,8 @@ def build_learner(
     """Autoencoder, loss and, where its weight is not 0, the discriminator, on the device and wrapped."""
     section = config["autoencoder_train"]
     criterion = criterion.to(run.device)
-    smallest = min(patch_size, val_size, key=min)
+    dims = config["spatial_dims"]
+    smallest = min(patch_size[:dims], val_size[:dims], key=min)
     if criterion.perceptual and not criterion.perceptual.is_3d and min(smallest) <= LPIPS_SIDE:
         raise UserError(
             f"autoencoder_train.perceptual_network: slices of {smallest} are too small for a 2D "
@@ -123,7 +125,6 @@ def build_learner(
     ema_model = make_ema(autoencoder, section["ema_decay"])
     learner = AutoencoderLearner(autoencoder, model, optimizer, ema_model, criterion, frozen=frozen)
     if section["adversarial_weight"]:
-        dims = config["spatial_dims"]
         discriminator = PatchDiscriminator(
             spatial_dims=dims,
             in_channels=config["image_channels"],
@@ -179,7 +180,8 @@ def validate(
     names = ["loss", *criterion.weights, "psnr", "ssim", "l1", "power", "real power"]
     sums, pairs = torch.zeros(len(names) + 1, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
-        case, image = dataset.cases[i].name, dataset[(0, i)]["image"][None].to(run.device)
+        case, item = dataset.cases[i].name, dataset[(0, i)]
+        image = item["image"][None, ..., among(item)].to(run.device)
         slices = stream(dataset.seed, "slices", "validation", case)
         reconstruction, numbers = compare_with_reconstruction(autoencoder, criterion, image, slices, run)
         numbers |= {"power": band_power(reconstruction), "real power": band_power(image)}
@@ -226,11 +228,11 @@ def side_by_side(scan: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequ
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
     """Do what takes memory in this stage, on tensors without values: a training step with all terms of the
     loss, and the validation of a volume. `sizes` are those of `prepare.patch_sizes`."""
-    patch_size, _, val_size = sizes
+    patch_size, val_size = step_size(config, sizes[0]), sizes[2]
     section, channels, device = config["autoencoder_train"], config["image_channels"], run.device
     with meter:
         network = configs.define_network(config, "autoencoder_def")
-        criterion = AutoencoderLoss(section, UNTRAINED)
+        criterion = AutoencoderLoss(section, UNTRAINED, config["spatial_dims"])
         learner = build_learner(config, network, patch_size, val_size, criterion, False, run)
         meter.hold("weights", learner.autoencoder, learner.criterion, learner.discriminator)
         meter.hold("averaged weights", learner.ema_model)

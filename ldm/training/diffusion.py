@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm import configs, figures
 from ldm.data.augmentation import augmentation
+from ldm.data.prepare import step_size
 from ldm.diffusion.conditioning import Conditions, with_any_guide, with_guide
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
@@ -17,6 +18,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import latent_size, small_input
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import freeze_unreached, on_device
+from ldm.models.slicewise import within
 from ldm.models.weights import load_weights
 from ldm.system.ranks import Run
 from ldm.training.memory import Meter, take_steps
@@ -102,24 +104,23 @@ def draw_samples(
     scale_factor: float,
     process: NoiseProcess,
     shape: Sequence[int],
+    geometry: dict,
     steps: int,
     run: Run,
     conditions: Conditions,
 ) -> dict[str, torch.Tensor]:
-    """Volumes (C, D, H, W) by name, on the CPU: of fixed seeds; where the model is conditioned, one of each
-    class with the same seed."""
+    """Volumes (C, D, H, W) by name, on the CPU: of fixed seeds; where the model is conditioned, under each
+    of `Conditions.examples` with the same seed."""
     unet.eval()
-    samples = {f"seed_{seed}": (seed, None) for seed in SAMPLE_SEEDS}
-    if conditions:
-        column = conditions.column
-        samples = {f"{column}_{value}": (0, {column: value}) for value in conditions.values[:MOST_SAMPLES]}
+    samples = {name: (0, chosen) for name, chosen in conditions.examples(MOST_SAMPLES).items()}
+    samples = samples or {f"seed_{seed}": (seed, {}) for seed in SAMPLE_SEEDS}
     volumes = {}
     for name, (seed, condition) in samples.items():
         with run.autocast():
-            model = conditions.guided_model(unet, condition, 1.0, 1, run.device)
+            model = conditions.guided_model(unet, [condition], 1.0, run.device)
             slicewise = autoencoder.is_slicewise
             z0 = sample_latents(model, process, shape, [seed], steps, None, run.device, slicewise=slicewise)
-            volumes[name] = autoencoder.decode(z0 / scale_factor)[0].cpu()
+            volumes[name] = within(autoencoder.decode(z0 / scale_factor), geometry)[0].cpu()
     return volumes
 
 
@@ -157,6 +158,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
 
     with meter:
         latent = latent_size(config, size)
+        latent = step_size(config, latent)
         noise = torch.zeros(count, config["diffusion_def"]["out_channels"], *latent, device=run.device)
         mean, std, autoencoder = noise.clone(), noise.clone(), None
         if not section["latent_cache"]:

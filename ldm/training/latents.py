@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
 from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, typical_limits
-from ldm.data.datasets import VolumeDataset, WithDraws, augmentation_rng, version_of
+from ldm.data.datasets import VolumeDataset, WithDraws, among, augmentation_rng, version_of
 from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
@@ -56,6 +55,9 @@ class WithNoise(WithDraws):
             version = version_of(self.seed, key[0], name, self.versions)
             parameters = self.augmentation.parameters(augmentation_rng(self.seed, version, name))
             item["cond"]["channels"] = self.conditions.tell(item["cond"]["channels"], parameters)
+        if "start" in item and "channels" in item["cond"]:  # of `SliceWindows`
+            end = item["start"] + self.shape[-1]
+            item["cond"]["channels"] = item["cond"]["channels"][..., item["start"] : end]
         return item
 
     def draw(self, generator: torch.Generator, case: Case) -> dict:
@@ -100,21 +102,32 @@ class Latents:
             return self.autoencoder.encode(batch["image"].to(run.device, non_blocking=True))
 
     @torch.no_grad()
-    def moments(self, run: Run) -> tuple[float, torch.Tensor]:
-        """The scale factor, 1 / std of the latents of the whole training set (Rombach et al., 2022, appendix
-        D.1), and their mean, (c, d, h, w) float32 on the CPU: the same on every rank. Where volumes change
-        from epoch to epoch, those of epoch 0 are measured."""
+    def moments(self, run: Run) -> tuple[float, torch.Tensor, dict]:
+        """What the latents of the whole training set are like, the same on every rank. Where volumes change
+        from epoch to epoch, those of epoch 0 are measured.
+
+        Returns:
+            The scale factor, 1 / std (Rombach et al., 2022, appendix D.1), of the slices that are trained on;
+            the mean, (c, d, h, w) float32 on the CPU; and, where only slices that are not empty are trained
+            on, the `slices` that half of the volumes have something in: the first, and the one after the
+            last.
+        """
         moments, total = LatentMoments(), torch.zeros(self.shape, dtype=torch.float64)
+        counts = torch.zeros(self.shape[-1])
         for i in range(run.rank, len(self.train), run.world_size):
-            mean, std = self.posterior(one_of(self.train, i), run)
-            moments.add(mean, std)
+            item = self.train[(0, i)]
+            mean, std = self.posterior(one_of(item), run)
+            moments.add(mean[..., among(item)], std[..., among(item)])
             total += mean[0].double().cpu()
-        return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float()
+            counts[among(item)] += 1
+        filled = (2 * run.sum(counts) >= len(self.train)).nonzero().flatten().tolist()
+        slices = {"slices": [filled[0], filled[-1] + 1]} if "slices" in self.train[(0, 0)] else {}
+        return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float(), slices
 
 
-def one_of(dataset: Dataset, i: int) -> dict:
-    """Case `i` in epoch 0, as a batch of one."""
-    return {k: v[None] for k, v in dataset[(0, i)].items() if k in ("image", "mean", "std")}
+def one_of(item: dict) -> dict:
+    """An item as a batch of one."""
+    return {key: item[key][None] for key in ("image", "mean", "std") if key in item}
 
 
 def load_autoencoder(
@@ -174,8 +187,9 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
         where = ", ".join(map(str, folders))
         if all(one.exists() for one in folders):
             train, val = find_data(config, environment, run.print)
-            column = config["conditions"]["class_labels"]
-            if others := latent_cache.check_data(folder, manifest, [*train, *val], column):
+            section = config["conditions"]
+            columns = [section["class_labels"], *section["covariates"]][section["class_labels"] is None :]
+            if others := latent_cache.check_data(folder, manifest, [*train, *val], columns):
                 run.print(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
             run.print(f"data: {where} does not exist; training uses the latents in {folder} alone")
