@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 
 import utils
-from ldm import configs, figures
+from ldm import UserError, configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, stream
 from ldm.data.prepare import in_steps, patch_sizes, prepare_data, step_size
@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if section["initialise"] == "block_transform" and resumed is None:
         first = VolumeDataset(train_cases[:INITIAL_CASES], preprocessing, val_size, **common)
         start_as_block_transform(network, torch.stack([first[(0, i)]["image"] for i in range(len(first))]))
+    if section["latent_noise"] and Autoencoder(network).is_quantised:
+        raise UserError("autoencoder_train.latent_noise: quantised latents take none. Set it to 0.")
     if section["initial_posterior_std"] and resumed is None:
         set_posterior_std(network, section["initial_posterior_std"])
     learner = build_learner(config, network, patch_size, val_size, criterion, section["compile"], run)
@@ -156,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                             terms["loss"] + section["adversarial_weight"] * terms["adversarial_loss"]
                         )
                     optimizer.backward(terms["loss"])
+                if autoencoder.is_quantised:
+                    terms |= autoencoder.network.use_of_codes()
 
                 # The same of the discriminator
                 if adversarial:

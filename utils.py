@@ -30,6 +30,7 @@ from ldm.system.signals import leave_signals_to_the_main_process
 from ldm.training import memory
 
 ROOT = Path(__file__).resolve().parent
+MOST_SIGNAL_LEFT = 0.1  # at the last time of a noise schedule
 
 
 # ---------------------------------------------------------------- arguments
@@ -250,6 +251,11 @@ def make_noise_process(section: dict, size: Sequence[int], resumed: dict | None,
     process = NoiseProcess.from_config(section, size)
     if section.get("clip_sample"):
         run.print("NoiseScheduler.clip_sample is not applied: it would cut latents of unit variance at 1")
+    if (left := process.signal_left) > MOST_SIGNAL_LEFT:
+        run.print(
+            f"warning: NoiseScheduler: the last time still holds {left:.0%} of the signal, but sampling "
+            "begins with pure noise. Use more steps, larger betas, zero_terminal_snr, or rectified_flow"
+        )
     if not resumed:
         return process
     trained = NoiseProcess.of_checkpoint(resumed, section, size)

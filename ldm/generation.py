@@ -121,7 +121,7 @@ def load_networks(
     conditions = Conditions.from_checkpoint(second, config)
     conditions.check_size(shape, unet_path)
     conditions = conditions.of_latents(shape, conditions.mean_latent)
-    if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.unknown(1).keys():
+    if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.inputs:
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
             "Use a checkpoint of train_diffusion.py."
@@ -135,6 +135,8 @@ def load_networks(
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         unet = on_device(unet, run).eval()
         budget = None
+        if max_memory and Autoencoder(autoencoder).is_quantised:
+            raise UserError("--max-memory: quantised latents cannot be decoded in slabs. Leave it out.")
         if max_memory:
             from ldm.lowmem.slabwise import Budget, weights_bytes
 

@@ -204,8 +204,21 @@ class AutoencoderLoss(nn.Module):
             )
 
     def forward(self, images, reconstruction, mean, std, generator) -> dict[str, torch.Tensor]:
-        """Terms by name, unweighted, and their weighted sum as "loss"."""
+        """Terms by name, unweighted, and their weighted sum as "loss". `std` (B,) is the loss of quantised
+        latents, in the place of KL."""
+        if std.dim() == 1:
+            terms = self._terms(images, reconstruction, generator, None)
+            terms["quantisation_loss"] = std.mean()
+            return {**terms, "loss": terms["loss"] + terms["quantisation_loss"]}
         return self._terms(images, reconstruction, generator, kl_divergence(mean, std))
+
+    def _reconstruction(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """The mean error, in which voxels that are 0 in all channels have the weight `background_weight`."""
+        if (least := self.section["background_weight"]) == 1:
+            return self.recon(reconstruction, images)
+        weights = torch.where((images > 0).any(1, keepdim=True), 1.0, least)
+        errors = self.recon(reconstruction, images, reduction="none")
+        return (weights * errors).sum() / weights.expand_as(errors).sum().clamp_min(1e-6)
 
     def held_out(self, images, reconstruction, generator) -> dict[str, torch.Tensor]:
         """The same without KL, which does not compare reconstructions with images."""
@@ -213,7 +226,7 @@ class AutoencoderLoss(nn.Module):
 
     def _terms(self, images, reconstruction, generator, kl: torch.Tensor | None) -> dict[str, torch.Tensor]:
         reconstruction, weights = reconstruction.float(), dict(self.weights)
-        terms = {"recon_loss": self.recon(reconstruction, images)}
+        terms = {"recon_loss": self._reconstruction(reconstruction, images)}
         if kl is not None:
             terms["kl_loss"], weights["kl_loss"] = kl, self.section["kl_weight"]
         if "gradient_loss" in self.weights:

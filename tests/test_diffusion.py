@@ -18,9 +18,11 @@ import torch
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from monai.networks.schedulers.rectified_flow import timestep_transform
 
-from ldm import UserError
+import utils
+from ldm import UserError, configs
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
+from ldm.system.ranks import Run
 
 MEAN, VARIANCE = 0.3, 0.5**2
 SCALED = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -622,3 +624,26 @@ def test_an_option_of_a_scheduler_that_is_followed_is_taken():
         resolve_timestep_sampling(RFLOW | maisi, "logit_normal")
     with pytest.raises(UserError, match=r"base_img_size_numel: a number of voxels is above 0"):
         resolve_timestep_sampling(RFLOW | maisi | {"base_img_size_numel": 0}, "uniform")
+
+
+@pytest.mark.parametrize(
+    "schedule, left",
+    [
+        (
+            {"schedule": "linear_beta", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 200},
+            0.3636,
+        ),
+        ({"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}, None),
+        ({"schedule": "rectified_flow"}, None),
+    ],
+)
+def test_a_schedule_that_does_not_reach_noise_is_told(schedule, left, capsys):
+    """Of betas from 1e-4 to 0.02 over 200 steps the product of 1 - beta is 0.1322."""
+    section = configs.completed({"NoiseScheduler": schedule})["NoiseScheduler"]
+    process = utils.make_noise_process(section, (4, 4, 4), None, Run(0, 1, torch.device("cpu")))
+    printed = capsys.readouterr().out
+    if left:
+        assert process.signal_left == pytest.approx(left, abs=1e-4)
+        assert "warning: NoiseScheduler: the last time still holds 36% of the signal" in printed
+    else:
+        assert process.signal_left < 0.1 and "warning" not in printed

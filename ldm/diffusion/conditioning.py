@@ -81,7 +81,7 @@ class Conditions:
             covariates = _covariates_of(section, train or cases)
             conditions = replace(conditions, covariates=covariates)
             for case in cases:  # a value that does not fit is found before anything is trained
-                conditions.of(case)
+                _encoded(case, covariates)
         if (column := section["class_labels"]) is None:
             return conditions
         values = sorted({value for case in cases if (value := _value(case, column)) is not None})
@@ -149,8 +149,9 @@ class Conditions:
             ]
         for name, known in self.covariates.columns.items() if self.covariates else ():
             found = [_known(case, name, self.covariates) for case in cases]
-            text = f"{name} {known[0]:g} to {known[1]:g}"
-            if not self.covariates.is_number(name):
+            if self.covariates.is_number(name):
+                text = f"{name} {known[0]:g} to {known[1]:g}"
+            else:
                 text = f"{name} " + ", ".join(f"{one} ({found.count(one)})" for one in known)
             missing = found.count(None)
             parts += [text + f", unknown of {missing}" * bool(missing)]
@@ -211,10 +212,7 @@ class Conditions:
                     f"trained with ({few(self.values)}). Restore participants.tsv, or start another training."
                 )
             chosen[self.column] = value
-        try:
-            return {key: value[0] for key, value in self.cond([chosen]).items()}
-        except UserError as error:
-            raise UserError(f"{case.name}: {error}") from None
+        return {key: value[0] for key, value in self.cond([chosen]).items()}
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
@@ -286,6 +284,13 @@ class Conditions:
             given.append(torch.stack([self.covariates.encode(one) for one in chosen]))
         return self.cond_of(len(chosen), *given)
 
+    @property
+    def inputs(self) -> set[str]:
+        """The keys of `cond`."""
+        given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None)
+        given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
+        return {*self.cond_of(1, *given)}
+
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
         """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),
         where there are some."""
@@ -342,6 +347,14 @@ def _known(case: Case, name: str, covariates: Covariates) -> float | str | None:
             f"{few(list(covariates.columns[name]))}. Fix the table, or conditions.covariates.{name}."
         )
     return text
+
+
+def _encoded(case: Case, covariates: Covariates) -> torch.Tensor:
+    """As `Covariates.encode`, of a case, which is named in errors."""
+    try:
+        return covariates.encode({name: _known(case, name, covariates) for name in covariates.columns})
+    except UserError as error:
+        raise UserError(error if case.name in str(error) else f"{case.name}: {error}") from None
 
 
 def _number(text: str, what: str) -> float:

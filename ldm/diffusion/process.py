@@ -113,6 +113,11 @@ class NoiseProcess:
             self.log_squared_signal = torch.cat([logs.new_zeros(1), logs])
             self.log_squared_signals = {}  # by device: a copy at each step would have to be waited for
 
+    @property
+    def signal_left(self) -> float:
+        """The weight of z_0 in z_t at the last time: 0 in rectified flow."""
+        return 0.0 if self.is_flow else float(self.alphas_cumprod[-1].sqrt())
+
     @classmethod
     def of_checkpoint(cls, checkpoint: dict, section: dict, size: Sequence[int]) -> "NoiseProcess":
         """The process that a checkpoint of this project was trained with: `from_config`, with its own shift,

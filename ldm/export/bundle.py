@@ -141,6 +141,11 @@ def check_definitions(config: dict) -> None:
             "spatial_dims 2: MONAI's 2D networks do not take volumes, as a bundle's should. Leave the bundle "
             "out by --formats safetensors torchscript."
         )
+    if config["autoencoder_def"]["_target_"].endswith(".VQVAE"):
+        raise UserError(
+            "autoencoder_def: MONAI's VQVAE alone does not standardise latents, as the diffusion model has "
+            "learned them. Leave the bundle out by --formats safetensors torchscript."
+        )
     for key in ("autoencoder_def", "diffusion_def"):
         own = next((name for name in OWN if name in config[key]), config[key]["_target_"])
         if own in OWN or own.startswith("ldm."):

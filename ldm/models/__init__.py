@@ -10,8 +10,11 @@ initialisation  an autoencoder that starts as a block transform
 strides         downsampling along some axes only
 slicewise       2D networks on volumes, slice by slice
 wavelet         Haar wavelets in the place of an autoencoder
+quantised       autoencoders with quantised latents: VQ-VAE, FSQ
+embedding       covariates added to the time embedding
 """
 
+from ldm.models.quantised import FSQ
 from ldm.models.wavelet import Haar
 
-__all__ = ["Haar"]  # what a config may name as ldm.models.Haar
+__all__ = ["FSQ", "Haar"]  # what a config may name as ldm.models.Haar

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm import UserError
+from ldm.models.quantised import Quantised
 from ldm.models.slicewise import SliceWise, as_volumes, per_volume_axis
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Autoencoder(nn.Module):
         return isinstance(self.network, SliceWise) or getattr(self.network, "spatial_dims", 3) == 2
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the network quantises latents before it decodes them."""
+        return isinstance(self.network, Quantised)
+
+    @property
     def factor(self) -> tuple[int, ...]:
         """Voxels per latent voxel along each axis of a volume: the network's `factor`, or the product of the
         strides of its encoder's layers."""
@@ -70,13 +76,17 @@ class Autoencoder(nn.Module):
         self, images: torch.Tensor, eps: torch.Tensor, level: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One training pass: images (B, C, D, H, W) and noise (B, c, d, h, w) -> reconstruction, posterior
-        mean and std.
+        mean and std; of quantised latents no std, but the loss of their quantisation, (B,).
 
         Args:
             level: (B,), standard deviation of further noise on the latents that are decoded, as a share of
                 the spread of the latents of each volume.
         """
         mean, std = self.network.encode(images)
+        if self.is_quantised:
+            reconstruction, loss = self.network.decode(mean), self.network.quantisation_loss
+            self.network.quantisation_loss = None  # else the network would hold the graph of the step
+            return reconstruction, mean, loss.expand(len(images))
         spread = std
         if level is not None:  # the sum of two normal draws is one, of the summed variances
             further = (level * mean.detach().float().flatten(1).std(1)).reshape(-1, *(1,) * (mean.dim() - 1))

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from monai.networks.nets import VQVAE
 from monai.utils import IgniteInfo
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,7 @@ from ldm import UserError, brief
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import COVARIATES, embed_covariates
 from ldm.models.layers import fuse_attention, norm_in_half
+from ldm.models.quantised import with_codebook
 from ldm.models.slicewise import on_volumes, per_volume_axis
 from ldm.models.strides import KEY, check_strides, set_strides
 from ldm.models.wavelet import Haar
@@ -162,6 +164,8 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         set_strides(built, definition[KEY], where)
     if COVARIATES in definition:
         embed_covariates(built, definition[COVARIATES], where)
+    if isinstance(built, VQVAE):
+        built = with_codebook(built)
     if definition.get("spatial_dims") == 2 and not isinstance(built, Haar):
         on_volumes(built)
     return norm_in_half(fuse_attention(built))
@@ -259,7 +263,12 @@ def downsampling_factor(definition: dict) -> tuple[int, ...]:
     the first, or as its `level_strides` say; 1 from slice to slice in 2D."""
     if KEY in definition:
         return per_volume_axis(tuple(math.prod(axis) for axis in zip(*definition[KEY], strict=True)))
-    return per_volume_axis((2 ** (_level_count(definition) - 1),) * definition["spatial_dims"])
+    halvings = _level_count(definition) - 1
+    if definition["_target_"].endswith(".VQVAE"):
+        steps = definition.get("downsample_parameters", [2, 4, 1, 1])
+        steps = steps if isinstance(steps[0], list) else [steps] * (halvings + 1)
+        return per_volume_axis((math.prod(step[0] for step in steps),) * definition["spatial_dims"])
+    return per_volume_axis((2**halvings,) * definition["spatial_dims"])
 
 
 def latent_size(config: dict, size: Sequence[int]) -> list[int]:

@@ -33,7 +33,7 @@ COMPARISON_TAG = f"scan, reconstruction, difference x {AMPLIFIED}"
 
 # What the held-out loss depends on: where one of them differs, two losses do not compare.
 HELD_OUT_LOSS = ("recon_loss", "gradient_weight", "perceptual_weight")
-HELD_OUT_LOSS += ("perceptual_network", "perceptual_slice_ratio", "val_patch_size")
+HELD_OUT_LOSS += ("background_weight", "perceptual_network", "perceptual_slice_ratio", "val_patch_size")
 
 
 class WithPosteriorDraw(WithDraws):
