@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from chain import CONFIG, ROOT, Project
 
+import edit_scan
 import export_model
 import inference
 import train_autoencoder
@@ -19,6 +21,9 @@ from ldm.data.cases import Case
 from ldm.data.datasets import stream
 from ldm.diffusion.conditioning import Conditions, check_sources, guided
 from ldm.diffusion.covariates import Covariates
+from ldm.diffusion.inversion import invert, inverting_sampler
+from ldm.diffusion.process import NoiseProcess
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import encoded_size
@@ -350,6 +355,54 @@ def test_a_number_beyond_the_range_is_told(done):
 )
 def test_bad_requests(done, more, message):
     assert message in done.refused(inference, *more)
+
+
+def test_a_real_scan_under_another_condition(done, capsys):
+    """Drawn again it is the autoencoder's reconstruction; older, it is brighter, as in the training set."""
+    files = ["-c", str(done.config_file), "-e", str(done.environment_file), "--device", "cpu"]
+    out = ["--out", str(done.folder / "edited")]
+    scan = ["--scan", str(done.data / "scan_0.nii.gz"), "--of", "age=20", "sex=f"]
+    edit_scan.main([*files, *scan, "--condition", "age=60", "--guidance", "3", *out])
+    printed = capsys.readouterr().out
+    assert float(re.search(r"([\d.]+) dB to the autoencoder's", printed)[1]) > 40
+    volumes = {
+        kind: nib.load(done.folder / f"edited/scan_0_{kind}.nii.gz").get_fdata()
+        for kind in ("scan", "again", "edited")
+    }
+    np.testing.assert_allclose(volumes["scan"], nib.load(done.data / "scan_0.nii.gz").get_fdata(), atol=1e-3)
+    assert volumes["edited"].mean() > 1.1 * volumes["again"].mean()
+    assert (done.folder / "edited/scan_0.png").is_file()
+    for more, message in (
+        (out, "scan_0_scan.nii.gz exists"),
+        (["--out", str(done.folder / "new"), "--guidance", "-1"], "--guidance -1.0: expected a number"),
+    ):
+        with pytest.raises(SystemExit):
+            edit_scan.main([*files, *scan, "--condition", "age=60", *more])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["rectified_flow", "scaled_linear_beta"])
+def test_inversion_is_exact_where_the_network_is_smooth(schedule):
+    """With the optimal network of normal data, sampling from the inverted noise gives the latents again; the
+    noise of a latent is (z_0 - mean) / std."""
+    section = configs.completed({"NoiseScheduler": {"schedule": schedule}})["NoiseScheduler"]
+    process = NoiseProcess.from_config(section)
+    mean, std = 0.3, 0.5
+
+    def model(x, t):
+        a, s = (level.reshape(-1, 1, 1, 1, 1).to(x) for level in process.levels(t))
+        z0 = mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
+        noise = (x - a * z0) / s
+        return z0 - noise if process.is_flow else noise
+
+    name = inverting_sampler(process)
+    times = process.sampling_times(50, SAMPLERS[name].even)
+    z0 = mean + std * torch.randn(2, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    noise = invert(model, process, z0, times)
+    torch.testing.assert_close(
+        SAMPLERS[name].solve(model, process, noise, times, None), z0, atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(noise, (z0 - mean) / std, atol=0.12, rtol=0.05)
 
 
 def test_brainldm(tmp_path):
