@@ -308,7 +308,7 @@ def reproduce(args: argparse.Namespace) -> None:
     condition = record.get("condition", {})
     recorded = record.get("conditions", [condition] * len(batch))
     chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
-    guidance, interval = record.get("guidance", 1.0), record.get("interval", (0, 1))
+    guidance, interval = record.get("guidance", 1.0), record.get("interval")
     volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval)
     bar.close()
     place = list(zip(batch, recorded, strict=True)).index((seed, condition))
@@ -490,11 +490,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine = mine[run.rank :: run.world_size]
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
-    interval = args.interval or (0, 1)
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
         volumes = generation.draw(
-            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, interval
+            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval
         )
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):

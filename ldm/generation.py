@@ -226,14 +226,15 @@ def draw(
     progress: Callable = iter,
     chosen: Sequence[dict] | None = None,
     guidance: float = 1.0,
-    interval: Sequence[float] = (0, 1),
+    interval: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
 
     Args:
         chosen: the condition of each sample, as of `Conditions.parse`; what it lacks is unknown.
         guidance: as of `ldm.diffusion.conditioning.guided`.
-        interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise.
+        interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise;
+            None: all of it.
 
     Raises:
         OSError: out of memory; the message names what to change.
@@ -249,7 +250,7 @@ def draw(
         run.autocast(),
     ):
         chosen = chosen or [{}] * len(seeds)
-        times = tuple(share * networks.process.num_train_timesteps for share in interval)
+        times = interval and tuple(share * networks.process.num_train_timesteps for share in interval)
         model = networks.conditions.guided_model(networks.unet, chosen, guidance, run.device, times)
         shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
         latents = sample_latents(

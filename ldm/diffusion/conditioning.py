@@ -313,7 +313,7 @@ class Conditions:
         chosen: Sequence[dict],
         guidance: float,
         device: torch.device,
-        interval: tuple[float, float] = (0, math.inf),
+        interval: tuple[float, float] | None = None,
     ) -> Callable:
         """The model function for a batch of samples, each under its condition, see `guided`."""
         cond = {key: value.to(device) for key, value in self.cond(chosen).items()}
@@ -494,7 +494,7 @@ def guided(
     cond: dict,
     unknown: dict,
     guidance: float = 1.0,
-    interval: tuple[float, float] = (0, math.inf),
+    interval: tuple[float, float] | None = None,
 ) -> Callable:
     """The model function of the samplers: classifier-free guidance (Ho & Salimans, 2022, eq. 6).
 
@@ -502,13 +502,13 @@ def guided(
     guidance - 1. At 1 it is c, in one pass of the network; else there are two.
 
     Args:
-        interval: the times, as the network takes them, within which there is guidance (Kynkaanniemi et al.,
-            2024).
+        interval: the times, as the network takes them, within which there is guidance (Kynkäänniemi et al.,
+            2024); None: all.
     """
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         conditional = predict(unet, x, t, cond).float()
-        if guidance == 1 or not interval[0] <= float(t[0]) <= interval[1]:
+        if guidance == 1 or (interval and not interval[0] <= float(t[0]) <= interval[1]):
             return conditional
         unconditional = predict(unet, x, t, unknown).float()
         return unconditional + guidance * (conditional - unconditional)
