@@ -66,7 +66,7 @@ REFERENCE_STEPS = {"cpu": 20, "cuda": 100}  # timed, of 1000
 class VolumesInMemory(Dataset):
     """Volumes in memory, with the interface of a `VolumeDataset` without augmentation."""
 
-    versions, seed = 1, 0
+    versions, seed, find_slices = 1, 0, False
 
     def __init__(self, cases: Sequence[Case], images: torch.Tensor):
         self.cases, self.images = cases, images

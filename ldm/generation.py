@@ -135,8 +135,6 @@ def load_networks(
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         unet = on_device(unet, run).eval()
         budget = None
-        if max_memory and Autoencoder(autoencoder).is_quantised:
-            raise UserError("--max-memory: quantised latents cannot be decoded in slabs. Leave it out.")
         if max_memory:
             from ldm.lowmem.slabwise import Budget, weights_bytes
 

@@ -286,7 +286,7 @@ def test_training_says_what_it_conditions_on(done):
 def test_samples_follow_a_number(done):
     more = ("--num", "3", "--guidance", "3", "--condition")
     young, old = (drawn(done, f"age{age}", *more, f"age={age}")[0] for age in (20, 60))
-    assert np.mean(old) > 1.4 * np.mean(young)
+    assert np.mean(old) > 1.2 * np.mean(young)
 
 
 def test_a_sample_by_hand(done):

@@ -134,7 +134,7 @@ def test_each_version_has_its_turn(tmp_path):
 class Volumes:
     """Three volumes in two versions."""
 
-    cases, versions, seed = [Case(name, ()) for name in "abc"], 2, 0
+    cases, versions, seed, find_slices = [Case(name, ()) for name in "abc"], 2, 0, False
 
     def __len__(self) -> int:
         return 3

@@ -147,7 +147,7 @@ def test_the_main_rank_shows_its_own_cases_by_name(monkeypatch, world_size, show
 
     monkeypatch.setattr(Run, "sum", lambda self, tensor: tensor)
     run = Run(0, world_size, torch.device("cpu"))
-    section = chain.CONFIG["autoencoder_train"] | {"recon_loss": "l1"}
+    section = chain.CONFIG["autoencoder_train"] | {"recon_loss": "l1", "background_weight": 1.0}
     criterion = AutoencoderLoss(section, None)
     _, pairs = autoencoder.validate(Halving(), criterion, HeldOut(), run)
     assert list(pairs) == [f"case {i}" for i in shown]

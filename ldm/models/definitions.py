@@ -264,7 +264,7 @@ def downsampling_factor(definition: dict) -> tuple[int, ...]:
     if KEY in definition:
         return per_volume_axis(tuple(math.prod(axis) for axis in zip(*definition[KEY], strict=True)))
     halvings = _level_count(definition) - 1
-    if definition["_target_"].endswith(".VQVAE"):
+    if definition.get("_target_", "").endswith(".VQVAE"):
         steps = definition.get("downsample_parameters", [2, 4, 1, 1])
         steps = steps if isinstance(steps[0], list) else [steps] * (halvings + 1)
         return per_volume_axis((math.prod(step[0] for step in steps),) * definition["spatial_dims"])

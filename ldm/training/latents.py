@@ -144,8 +144,6 @@ def load_autoencoder(
     network = configs.define_network(config, "autoencoder_def")
     load_weights(network, checkpoint["model"], str(path))
     budget = None
-    if max_memory and Autoencoder(network).is_quantised:
-        raise UserError("--max-memory: quantised autoencoders do not encode in slabs. Leave it out.")
     if max_memory:
         from ldm.lowmem.slabwise import Budget
 
