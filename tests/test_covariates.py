@@ -11,6 +11,7 @@ import torch
 from chain import CONFIG, ROOT, Project
 
 import edit_scan
+import evaluate
 import export_model
 import inference
 import train_autoencoder
@@ -24,6 +25,7 @@ from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.evaluation.asked import Structure, line
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import encoded_size
@@ -403,6 +405,56 @@ def test_inversion_is_exact_where_the_network_is_smooth(schedule):
         SAMPLERS[name].solve(model, process, noise, times, None), z0, atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(noise, (z0 - mean) / std, atol=0.12, rtol=0.05)
+
+
+# ---------------------------------------------------------------- do samples follow?
+
+
+def test_a_structure_is_what_thresholds_find():
+    """A dark core of 2 x 2 x 2 voxels in a block of 8, and a dark voxel at its surface; voxels of 2 mm."""
+    volume = np.zeros((12, 12, 12), np.float32)
+    volume[2:10, 2:10, 2:10] = 0.9
+    volume[5:7, 5:7, 5:7] = 0.1
+    volume[2, 5, 5] = 0.1
+    found = [
+        Structure.parse(text).millilitres(volume, (2, 2, 2)) for text in ("a=0:0.3", "a=0:0.3:4", "a=0.5:1")
+    ]
+    assert found == pytest.approx([9 * 0.008, 8 * 0.008, (512 - 9) * 0.008])
+    for text in ("a", "a=0.3", "a=0.3:0.1", "=0:1", "a=0:1:2:3", "a=0:x", "a=0:1:-1"):
+        with pytest.raises(UserError, match="expected NAME=LOW:HIGH"):
+            Structure.parse(text)
+
+
+def test_correlation_and_slope_by_hand():
+    asked = np.array([20.0, 40, 60, 80])
+    assert line(asked, 3 + 0.5 * asked) == pytest.approx((1, 0.5))
+    assert line(asked, np.array([1.0, 2, 2, 1]))[1] == pytest.approx(0)
+    assert np.isnan(line(asked, np.ones(4))).all()
+
+
+def test_the_evaluation_compares_what_was_asked_for_with_what_is_there(done):
+    files = ["-c", str(done.config_file), "-e", str(done.environment_file), "--device", "cpu"]
+    volumes, records, _ = drawn(done, "asked", "--num", "6", "--condition", "age=20:60")
+    out = done.folder / "asked/evaluation"
+    evaluate.main([*files, "--structure", "bright=0.4:1"])
+    figures = {one["key"]: one for one in json.loads((out / "metrics.json").read_text())["figures"]}
+    ages = np.array([float(one["condition"]["age"]) for one in records])
+    millilitres = np.array([((one >= 0.4) & (one < 1)).sum() / 1000 for one in volumes])
+    expected = line(ages, millilitres)
+    scans = [(age, i) for i, age in enumerate(AGES) if age != "n/a"]
+    voxels = [nib.load(done.data / f"scan_{i}.nii.gz").get_fdata() for _, i in scans]
+    real = line(
+        np.array([age for age, _ in scans], float),
+        np.array([((one >= 0.4) & (one < 1)).sum() / 1000 for one in voxels]),
+    )
+    for i, kind in enumerate(("correlation", "slope")):
+        row = figures[f"{kind}_bright_age"]
+        assert (row["value"], row["floor"]) == pytest.approx((expected[i], real[i]), rel=1e-3)
+        assert row["counts"] == "6 samples, 7 scans"
+    categories = [key for key in figures if key.startswith("mmd_own_sex")]
+    assert categories and all(
+        figures[key]["missing"] or figures[key]["floor"] is not None for key in categories
+    )
 
 
 def test_brainldm(tmp_path):
