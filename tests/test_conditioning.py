@@ -47,6 +47,7 @@ def config_of(
 ) -> dict:
     definition = {"in_channels": 2, "out_channels": 2, **({"num_class_embeds": classes} if classes else {})}
     return {
+        "spatial_dims": 3,
         "conditions": {
             "class_labels": column,
             "dropout": dropout,

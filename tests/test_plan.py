@@ -194,7 +194,7 @@ def test_a_2d_plan_knows_its_slices(forecast):
     forecast(0.1)
     config = planned(described((60, 50, 31), (1.0, 1.0, 4.0)), dims=2).checked()
     assert config["diffusion_train"]["patch_size"] == [64, 56, 31] and config["spatial_dims"] == 2
-    assert config["conditions"]["position"] == [2] and config["diffusion_def"]["in_channels"] == 5
+    assert config["conditions"]["position"] == [2] and config["diffusion_def"]["in_channels"] == 8
 
 
 def test_what_does_not_fit_is_said(forecast):

@@ -122,14 +122,15 @@ def test_windows_of_slices(known):
 
 
 def test_windows_know_their_position():
-    conditions = Conditions(position=[2]).of_latents((1, 2, 3, 8), None)
+    conditions = Conditions(position=[2], slicewise=True).of_latents((1, 2, 3, 8), None)
     drawn = WithNoise(SliceWindows(posteriors(), 2, 0), (1, 2, 3, 2), 0, conditions)
     for epoch in range(5):
         item = drawn[(epoch, 2)]
         channels = item["cond"]["channels"]
-        assert channels.shape == (1, 2, 3, 2) and item["noise"].shape == (1, 2, 3, 2)
-        slices = item["mean"] - 1  # as `volume` numbers them
-        torch.testing.assert_close(channels, -1 + slices * 2 / 7)
+        assert channels.shape == (4, 2, 3, 2) and item["noise"].shape == (1, 2, 3, 2)
+        angle = (-1 + (item["mean"][0] - 1) * 2 / 7) * np.pi / 2  # as `volume` numbers the slices
+        waves = [angle.sin(), angle.cos(), (4 * angle).sin(), (4 * angle).cos()]
+        torch.testing.assert_close(channels, torch.stack(waves))
 
 
 def test_empty_slices_count_neither_in_the_scale_factor_nor_in_the_held_out_loss():
@@ -204,7 +205,7 @@ def project(tmp_path_factory):
     config["slices"] = {"per_volume": 2, "foreground": True}
     config["autoencoder_def"] |= {"spatial_dims": 2}
     config["autoencoder_train"] |= {"max_epochs": 2, "adversarial_warmup_epochs": 0, "patch_size": [8, 8, 3]}
-    config["diffusion_def"] |= {"spatial_dims": 2, "in_channels": 7}
+    config["diffusion_def"] |= {"spatial_dims": 2, "in_channels": 10}
     config["diffusion_train"] |= {"max_epochs": 2}
     files = chain.train_in(folder, config)
     inference.main([*files, "--num", "2", "--steps", "2"])

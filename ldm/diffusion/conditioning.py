@@ -41,10 +41,11 @@ class Conditions:
         values: of the column, sorted.
         dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
         mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped.
-        position: axes along which the network is told the position, a channel from -1 to 1 for each.
+        position: axes along which the network is told the position, see `position_channels`.
         shape: of the latents, (c, d, h, w), where there are channels.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
         covariates: numbers and categories; None where there are none.
+        slicewise: whether the network is a 2D one.
     """
 
     column: str | None = None
@@ -55,6 +56,7 @@ class Conditions:
     shape: Sequence[int] = ()
     told: int = 0
     covariates: Covariates | None = None
+    slicewise: bool = False
 
     def __bool__(self) -> bool:
         return self.column is not None or self.covariates is not None
@@ -76,7 +78,8 @@ class Conditions:
         if resumed:
             return cls.from_checkpoint(resumed, config)
         section, told = config["conditions"], told_parameters(config)
-        conditions = cls(position=tuple(section["position"]), told=told, dropout=section["dropout"])
+        slicewise, axes = config["spatial_dims"] == 2, tuple(section["position"])
+        conditions = cls(position=axes, told=told, dropout=section["dropout"], slicewise=slicewise)
         if section["covariates"]:
             covariates = _covariates_of(section, train or cases)
             conditions = replace(conditions, covariates=covariates)
@@ -109,6 +112,7 @@ class Conditions:
             shape=tuple(checkpoint.get("latent_shape", ())),
             told=told_parameters(config),
             covariates=covariates,
+            slicewise=config["spatial_dims"] == 2,
         )
         if labels is None:
             return conditions
@@ -234,8 +238,9 @@ class Conditions:
         parts = [] if self.mean_latent is None else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
-            along = torch.linspace(-1, 1, sides[axis]).reshape(*(-1 if i == axis else 1 for i in range(3)))
-            parts.append(along.expand(1, *sides))
+            along = position_channels(sides[axis], self.slicewise)
+            shape = [-1 if i == axis else 1 for i in range(3)]
+            parts.append(along.reshape(len(along), *shape).expand(-1, *sides))
         return parts + ([torch.zeros(self.told, *self.shape[1:])] if self.told else [])
 
     def tell(self, channels: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
@@ -324,6 +329,17 @@ class Conditions:
 
 
 UNCONDITIONED = Conditions()
+
+
+def position_channels(count: int, slicewise: bool) -> torch.Tensor:
+    """What tells a network the position along an axis of so many voxels: -1 to 1, (1, count). For a 2D
+    network sines and cosines of it, (4, count): a slice has one position, and of a single number that is the
+    same in a whole slice, group normalisation leaves little but the sign."""
+    along = torch.linspace(-1, 1, count)
+    if not slicewise:
+        return along[None]
+    angles = [turns * math.pi / 2 * along for turns in (1, 4)]
+    return torch.stack([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)])
 
 
 def _value(case: Case, column: str) -> str | None:
@@ -453,11 +469,12 @@ def check_sources(config: dict) -> None:
     if mean or position or told or constant:
         needed.pop("channels", None)
         inputs, latent = definition["in_channels"], definition["out_channels"]
-        expected = latent * (1 + mean) + len(position) + told + constant
+        position = len(position) * len(position_channels(2, config["spatial_dims"] == 2))
+        expected = latent * (1 + mean) + position + told + constant
         if inputs != expected:
             parts = [f"{latent} of the noisy latents"]
             parts += [f"{latent} of conditions.mean_latent"] * mean
-            parts += [f"{len(position)} of conditions.position"] * bool(position)
+            parts += [f"{position} of conditions.position"] * bool(position)
             parts += [f"{told} of conditions.augmentation"] * bool(told)
             parts += [f"{constant} of conditions.covariates"] * bool(constant)
             raise UserError(

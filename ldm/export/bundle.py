@@ -18,7 +18,7 @@ from ldm import UserError
 from ldm.data.datasets import stream
 from ldm.data.intensity import from_unit_range
 from ldm.diffusion import samplers
-from ldm.diffusion.conditioning import Conditions, guided
+from ldm.diffusion.conditioning import Conditions, guided, position_channels
 from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
@@ -120,7 +120,18 @@ def sampling_script() -> str:
     process, conditions = map(_for_sampling, FOR_TRAINING)
     solvers = inspect.getsource(samplers)
     solvers = solvers[solvers.index("Model = Callable") :].strip()  # after the imports
-    functions = [stream, predict, guided, Autoguided, from_unit_range, nifti_bytes, nifti_gz, loaded, draw]
+    functions = [
+        stream,
+        position_channels,
+        predict,
+        guided,
+        Autoguided,
+        from_unit_range,
+        nifti_bytes,
+        nifti_gz,
+        loaded,
+        draw,
+    ]
     first, last = (
         [inspect.getsource(one).strip() for one in some] for some in ([encoded_size, Covariates], functions)
     )

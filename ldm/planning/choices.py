@@ -15,6 +15,7 @@ from ldm import counted
 from ldm.data.cases import rounded, size_at
 from ldm.data.nnunet import NnunetPlan
 from ldm.data.reading import by_times
+from ldm.diffusion.conditioning import position_channels
 from ldm.models.strides import KEY
 from ldm.planning import memory
 from ldm.planning.geometry import (
@@ -256,7 +257,7 @@ def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str
         made.set("diffusion_train.augment", {"flip_axes": [0], "versions": 2}, mirrored)
     if made.config["spatial_dims"] == 2:
         made.set("conditions.position", [2], "a 2D network has to know which slice it draws")
-        made.config["diffusion_def"]["in_channels"] += 1
+        made.config["diffusion_def"]["in_channels"] += len(position_channels(2, True))
     if not machine.gpu:
         made.set("data.num_workers", 0, "loader processes would compete with the training for cores")
     made.set("diffusion_train.ema_decay", 0.995 if machine.minutes else 0.999)
