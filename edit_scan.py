@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--condition", nargs="+", required=True, metavar="COLUMN=VALUE", help="what to change, such as age=70"
     )
     add("--guidance", type=float, default=1.0, help="strength of the new condition; default: 1, none")
-    add("--steps", type=int, default=None, help="sampling steps; default: those of inference.py")
+    add("--steps", type=int, default=None, help="sampling steps; default: 25 of Heun, 250 of DDIM")
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--scale-factor", type=float, default=None, help="for weights without one")

@@ -26,7 +26,7 @@ Inception Score is a JSON file such as
 and a file with its weights.
 
 Samples that were asked for by --condition are compared with that: numbers with the size of each --structure,
-such as ventricles=0:0.3:20 (values from 0 to 0.3 of the unit range, at least 20 mm inside the foreground),
+such as ventricles=0:0.35:24 (values from 0 to 0.35 of the unit range, at least 24 mm inside the foreground),
 categories with the scans that have them, by participants.tsv.
 
 Writes to --out: metrics.json, all metrics with confidence intervals and real-vs-real baselines, and each

@@ -17,6 +17,7 @@ Writes the layout of nnU-Net (version 2), which the other scripts read:
 
     DIR/imagesTr/NAME_0000.nii.gz  float32, one file a channel
     DIR/labelsTr/NAME.nii.gz       labels, where there are any: the largest of the resampled indicators wins
+    DIR/participants.tsv           a copy of RAW's, where it has one
     DIR/dataset.json               channels, labels, number of cases; written last
     DIR/preprocessing.json         all settings, the spacing too: --like repeats them on other scans
 
@@ -28,6 +29,7 @@ Exit codes: 0 done, 1 the disk failed, 2 wrong usage or a scan that cannot be us
 import argparse
 import functools
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ from ldm.generation import nifti_gz
 from ldm.system.files import read_json, write_json, written_whole
 
 SETTINGS, DATASET, DOUBTFUL = "preprocessing.json", "dataset.json", "doubtful"
+PARTICIPANTS = "participants.tsv"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     one = functools.partial(preprocess, settings, out)
     doubts = list(filter(None, tqdm(utils.parallel(one, left, args.jobs), total=len(left), unit="scan")))
 
-    # Step 3: dataset.json, which completes the folder
+    # Step 3: participants.tsv, and dataset.json, which completes the folder
+    if (args.source / PARTICIPANTS).is_file():
+        shutil.copyfile(args.source / PARTICIPANTS, out / PARTICIPANTS)
     for doubt in doubts:
         print(f"warning: {doubt}")
     write_json(out / DATASET, describe(args, out, cases))

@@ -173,6 +173,7 @@ def source(tmp_path_factory):
         "labels": {"0": "background", "2": "core"},
     }
     (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "participants.tsv").write_text("participant_id\tage\ncase0\t31\ncase2\t44\n")
     return folder
 
 
@@ -187,6 +188,7 @@ def test_writes_what_the_other_scripts_read(source, tmp_path):
     }
     cases, _ = find_cases(tmp_path / "out")
     assert [case.name for case in cases] == ["case0", "case1", "case2"]
+    assert [case.covariates.get("age") for case in cases] == ["31", None, "44"]
     assert all(len(case.images) == 2 and case.label for case in cases)
     image, coarse = (nib.load(cases[i].images[0]) for i in (0, 2))
     assert image.shape == (8, 10, 6) and coarse.shape == (12, 15, 9), "cropped, at the median spacing"

@@ -185,9 +185,11 @@ class Conditions:
         name, known = next(iter(self.covariates.columns.items()))
         if self.covariates.is_number(name):
             known = [known[0], sum(known) / 2, known[1]]
-        rest = dict(zip(self.covariates.columns, self.covariates.rows[0], strict=True))
         return {
-            f"{name}_{value:g}" if type(value) is float else f"{name}_{value}": {**rest, name: value}
+            f"{name}_{value:g}" if type(value) is float else f"{name}_{value}": {
+                **self.covariates.example,
+                name: value,
+            }
             for value in known[:most]
         }
 

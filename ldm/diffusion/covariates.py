@@ -40,6 +40,12 @@ class Covariates:
         """How many numbers encode the covariates of a volume."""
         return encoded_size(self.columns, self.unknown)
 
+    @property
+    def example(self) -> dict:
+        """Values of a training volume; of weights from elsewhere the lower ends and the first categories."""
+        first = self.rows[0] if self.rows else [known[0] for known in self.columns.values()]
+        return dict(zip(self.columns, first, strict=True))
+
     def names_of_inputs(self) -> list[str]:
         """What each of these numbers says."""
         names = []

@@ -36,7 +36,7 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str) -> "Structure":
-        """Of `ventricles=0:0.3:20`. Raises UserError: it is not of this form."""
+        """Of `ventricles=0:0.35:24`. Raises UserError: it is not of this form."""
         name, _, numbers = text.partition("=")
         try:
             low, high, *depth = map(float, numbers.split(":"))
@@ -45,7 +45,7 @@ class Structure:
         if not (name and low < high and len(depth) < 2 and all(one >= 0 for one in depth)):
             raise UserError(
                 f"--structure {text}: expected NAME=LOW:HIGH or NAME=LOW:HIGH:DEPTH, such as "
-                "ventricles=0:0.3:20: values from 0 to 1, and a depth in mm."
+                "ventricles=0:0.35:24: values from 0 to 1, and a depth in mm."
             )
         return cls(name, low, high, *depth)
 

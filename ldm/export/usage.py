@@ -122,8 +122,9 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
             label = f"\nlabel = torch.tensor([{len(conditions.values)}])  # {conditions.column}: {meaning}"
             labels, argument = ", class labels", ", label"
         if conditions.covariates:
-            row = dict(zip(conditions.covariates.columns, conditions.covariates.rows[0], strict=True))
-            encoded = [round(one, 4) for one in conditions.covariates.encode(row).tolist()]
+            encoded = [
+                round(one, 4) for one in conditions.covariates.encode(conditions.covariates.example).tolist()
+            ]
             meaning = "; ".join(conditions.covariates.names_of_inputs())
             label += f"\ncovariates = torch.tensor([{encoded}])  # {meaning}"
             labels, argument = labels + ", covariates", argument + ", covariates"
