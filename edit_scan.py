@@ -18,6 +18,7 @@ two. Nothing is overwritten. They show what the model has learned from other peo
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import utils
@@ -29,6 +30,7 @@ from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.metrics import reconstruction_metrics
+from ldm.models.slicewise import within
 from ldm.system.messages import progress_bar
 
 CHANGE = 4  # times the change that the picture shows, about a middle grey
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--out", type=Path, default=None, metavar="DIR", help="default: output_dir/edited")
     args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: expected at least 1.")
     if not 0 <= args.guidance <= records.MOST_GUIDANCE:
         raise UserError(f"--guidance {args.guidance}: expected a number from 0 to {records.MOST_GUIDANCE}.")
     utils.check_scale_factor(args.scale_factor)
@@ -113,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for kind, condition in (("again", (own,)), ("edited", (new, args.guidance)))
         }
         volumes = {
-            kind: networks.autoencoder.decode(z / networks.scale_factor).cpu() for kind, z in drawn.items()
+            kind: within(networks.autoencoder.decode(z / networks.scale_factor), geometry).cpu()
+            for kind, z in drawn.items()
         }
         alone = networks.autoencoder.reconstruct(scan).cpu()
 
@@ -123,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in files.items():
         voxels = from_unit_range(volumes[kind][0].numpy(), limits)
+        if not np.isfinite(voxels).all():
+            raise FloatingPointError(f"the volume '{kind}' is not finite. Try more --steps.")
         records.save_volume(path, generation.nifti_bytes(voxels, geometry["spacing"]))
     difference = (0.5 + CHANGE * (volumes["edited"] - volumes["again"])).clamp(0, 1)
     rows = {kind: [volume[0, 0]] for kind, volume in {**volumes, f"change x {CHANGE}": difference}.items()}

@@ -56,7 +56,7 @@ from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
 from ldm.evaluation import content, reading, table
 from ldm.evaluation.anatomy import SmoothedVolumes
-from ldm.evaluation.asked import Structure, condition_metrics
+from ldm.evaluation.asked import Structure, condition_metrics, known_values
 from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
@@ -189,13 +189,14 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
 def values_of(inputs: Inputs) -> dict[str, dict[str, dict]]:
     """By group and volume: what a sample was asked for, by its record; the covariates of a scan."""
     values = {
-        name: {case.name: case.covariates for case in source.cases} for name, source in inputs.sources.items()
+        name: {case.name: known_values(case.covariates) for case in source.cases}
+        for name, source in inputs.sources.items()
     }
     for case in inputs.sources[GENERATED].cases:
         record = None
         with contextlib.suppress(UserError):  # a damaged one is listed when its volume is read
             record = records.record_of(case.images[0])
-        values[GENERATED][case.name] = (record or {}).get("condition", {})
+        values[GENERATED][case.name] = known_values((record or {}).get("condition", {}))
     return values
 
 

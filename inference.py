@@ -45,6 +45,7 @@ import csv
 import hashlib
 import math
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,7 +371,13 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
     given = conditions.parse(args.condition)
     rows = read_conditions(args.conditions, conditions) if args.conditions else [{}] * args.num
     name, values = args.grid or ("", [])
-    columns = [(f"_{name}-{value}", conditions.parse([f"{name}={value}"])) for value in values] or [("", {})]
+    suffixes = [f"_{name}-{value}" for value in values]
+    if odd := [one for one in suffixes if re.search(r"[^\w.+-]", one)]:
+        raise UserError(f"--grid: {odd[0][1:]} cannot be part of a file's name. Use --conditions for it.")
+    columns = [
+        (one, conditions.parse([f"{name}={value}"])) for one, value in zip(suffixes, values, strict=True)
+    ]
+    columns = columns or [("", {})]
     if conditions.covariates and conditions.covariates.unknown is False and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
     samples = []
@@ -462,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sampler": sampler,
         "steps": steps,
         "scale_factor": networks.scale_factor,
-        **({"guidance": guidance} if samples[0].condition else {}),
+        **({"guidance": guidance} if any(one.condition for one in samples) else {}),
         **({"interval": args.interval} if args.interval else {}),
         "precision": run.precision,
         "compile": compiled,

@@ -100,6 +100,15 @@ def _embed_covariates(config: dict, path: str | Path) -> None:
     """
     section, definition = config.get("conditions", {}), config.get("diffusion_def")
     covariates = section.get("covariates")
+    for name, known in (covariates or {}).items():
+        if known != "number" and not isinstance(known[0], str) and not known[0] < known[1]:
+            raise UserError(
+                f"{path}: conditions.covariates.{name}: expected [low, high], found {brief(known)}."
+            )
+        if known != "number" and "unknown" in known and section.get("unknown", True):
+            raise UserError(
+                f"{path}: conditions.covariates.{name}: 'unknown' is no category. Leave such cells empty."
+            )
     if not covariates or definition is None or "embedding" not in section.get("into", ["embedding"]):
         return
     size = encoded_size(covariates, section.get("unknown", True))
@@ -185,6 +194,12 @@ def _check_slices(config: dict, path: str | Path) -> None:
             f"{path}: slices.foreground: set slices.per_volume too, such as to 4: volumes have different "
             "numbers of slices that are not empty."
         )
+    for stage in ("autoencoder_train", "diffusion_train"):
+        if section["foreground"] and config[stage]["augment"]["intensity_shift"]:
+            raise UserError(
+                f"{path}: {stage}.augment.intensity_shift: would fill empty slices, which slices.foreground "
+                "leaves out. Set one of them to 0 or false."
+            )
 
 
 def completed(config: dict) -> dict:

@@ -121,7 +121,13 @@ def load_networks(
     conditions = Conditions.from_checkpoint(second, config)
     conditions.check_size(shape, unet_path)
     conditions = conditions.of_latents(shape, conditions.mean_latent)
-    if unknown := example_cond(config["diffusion_def"], 1, shape[1:]).keys() - conditions.inputs:
+    needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
+    if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
+        raise UserError(
+            f"{unet_path}: its network takes other channels of conditions than are made here. Train 2D "
+            "networks again that were told the position by one channel."
+        )
+    if unknown := needed.keys() - given.keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
             "Use a checkpoint of train_diffusion.py."

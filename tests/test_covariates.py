@@ -25,7 +25,7 @@ from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.evaluation.asked import Structure, line
+from ldm.evaluation.asked import Structure, known_values, line
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import encoded_size
@@ -219,6 +219,21 @@ def test_an_embedding_that_does_not_fit(definition, message):
         configs.check_config(config, "config.json")
 
 
+@pytest.mark.parametrize(
+    "known, message", [([60, 20], r"expected \[low, high\]"), (["f", "unknown"], "'unknown' is no category")]
+)
+def test_columns_that_cannot_be(known, message):
+    config = copy.deepcopy(CONFIG) | {"conditions": {"covariates": {"age": known}}}
+    with pytest.raises(UserError, match=message):
+        configs.check_config(config, "config.json")
+
+
+def test_a_range_of_small_numbers_is_kept():
+    found = Covariates({"v": [0.0, 1e-4]}, rows=[[0.0]])
+    draws = {found.complete({"v": (1e-5, 5e-5)}, stream(seed))["v"] for seed in range(20)}
+    assert len(draws) == 20 and 1e-5 <= min(draws) <= max(draws) <= 5e-5
+
+
 # ---------------------------------------------------------------- guidance
 
 
@@ -353,6 +368,7 @@ def test_a_number_beyond_the_range_is_told(done):
         (["--condition", "sex=f", "--interval", "0.2:0.8"], "limits guidance"),
         (["--condition", "sex=f", "--guidance", "2", "--interval", "0.8:0.2"], "expected two numbers"),
         (["--conditions", "missing.tsv"], "missing.tsv: cannot be read"),
+        (["--grid", "age=20:30,40:50"], "cannot be part of a file's name"),
     ],
 )
 def test_bad_requests(done, more, message):
@@ -426,6 +442,11 @@ def test_a_structure_is_what_thresholds_find():
 
 
 def test_correlation_and_slope_by_hand():
+    assert np.isnan(line(np.full(6, 0.7), np.arange(6.0))).all()
+    assert known_values({"age": "31.0", "sex": " f", "site": "n/a", "arm": "unknown"}) == {
+        "age": "31",
+        "sex": "f",
+    }
     asked = np.array([20.0, 40, 60, 80])
     assert line(asked, 3 + 0.5 * asked) == pytest.approx((1, 0.5))
     assert line(asked, np.array([1.0, 2, 2, 1]))[1] == pytest.approx(0)

@@ -100,8 +100,8 @@ def test_rounding_by_hand():
     assert [len(one.unique()) for one in values[0]] == [5, 4, 3] and 0 <= numbers.min() <= numbers.max() < 60
     values.sum().backward()
     assert (raw.grad > 0).float().mean() > 0.5
-    with pytest.raises(UserError, match="expected 2 or more"):
-        instantiate(ROUNDED | {"channel_levels": [5, 1]}, NETWORKS, "here")
+    with pytest.raises(UserError, match="expected 3 or more"):
+        instantiate(ROUNDED | {"channel_levels": [5, 2]}, NETWORKS, "here")
 
 
 # ---------------------------------------------------------------- what both share

@@ -179,7 +179,8 @@ class Conditions:
         """Conditions to draw samples under during training, by name: of each class; of each category, or the
         ends and the middle of the range, of the first covariate."""
         if self.column is not None:
-            return {f"{self.column}_{value}": {self.column: value} for value in self.values[:most]}
+            rest = self.covariates.example if self.covariates else {}
+            return {f"{self.column}_{value}": {**rest, self.column: value} for value in self.values[:most]}
         if not self.covariates:
             return {}
         name, known = next(iter(self.covariates.columns.items()))
@@ -223,7 +224,7 @@ class Conditions:
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
         without inputs for what is unknown."""
-        can_drop = self.column is not None or (self.covariates and self.covariates.unknown)
+        can_drop = self.covariates.unknown if self.covariates else self.column is not None
         if can_drop and torch.rand((), generator=generator) < self.dropout:
             return {key: value[0] for key, value in self.unknown(1).items()}
         return self.of(case)
@@ -292,11 +293,11 @@ class Conditions:
         return self.cond_of(len(chosen), *given)
 
     @property
-    def inputs(self) -> set[str]:
-        """The keys of `cond`."""
+    def inputs(self) -> dict[str, torch.Size]:
+        """The shape of each entry of `cond`, for one sample."""
         given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None)
         given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
-        return {*self.cond_of(1, *given)}
+        return {key: value.shape for key, value in self.cond_of(1, *given).items()}
 
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
         """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),

@@ -131,6 +131,7 @@ class Covariates:
             share = float(torch.rand((), generator=generator))
             value = values.get(name, drawn.get(name))
             if isinstance(value, tuple):
-                value = round(value[0] + share * (value[1] - value[0]), 4)
+                drawn_value = float(f"{value[0] + share * (value[1] - value[0]):.6g}")  # as records write it
+                value = min(max(drawn_value, value[0]), value[1])
             complete[name] = value
         return complete

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from ldm import UserError
+from ldm.diffusion.conditioning import MISSING
 from ldm.evaluation import distances
 from ldm.evaluation.distances import DRAWS, KernelDistance
 from ldm.evaluation.features import OWN, FeatureSpace, stacked
@@ -59,11 +60,21 @@ class Structure:
         return float(found.sum() * np.prod(spacing) / 1000)
 
 
+def known_values(values: dict) -> dict[str, str]:
+    """Values of a table or a record that are known, as `--condition` writes them."""
+    texts = {name: str(value).strip() for name, value in values.items()}
+    return {
+        name: text if _number(text) is None else f"{_number(text):.12g}"
+        for name, text in texts.items()
+        if text.lower() not in (*MISSING, "unknown", "none")
+    }
+
+
 def line(asked: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
     """Pearson's correlation, and the slope by least squares; NaN where one of them is constant."""
-    a, m = asked - asked.mean(), measured - measured.mean()
-    if not (a.any() and m.any()):
+    if np.ptp(asked) == 0 or np.ptp(measured) == 0:
         return float("nan"), float("nan")
+    a, m = asked - asked.mean(), measured - measured.mean()
     return float((a @ m) / np.sqrt((a @ a) * (m @ m))), float((a @ m) / (a @ a))
 
 

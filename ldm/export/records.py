@@ -17,6 +17,7 @@ from ldm.system.schemas import StrictValidator, fault, fields
 FORMAT = 1
 LAST_SEED = 2**63 - 1
 MOST_STEPS, MOST_GUIDANCE = 10**6, 100
+MOST_CONDITIONS = 4  # that a summary of samples lists one by one
 CHECKPOINTS = ("autoencoder", "unet")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
 REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside condition, checkpoints and config
@@ -245,11 +246,13 @@ def check_one_model(folder: str, records: Iterable[dict]) -> None:
 
 def settings_of(records: Iterable[dict]) -> list[dict]:
     """How samples were made: each combination of `REQUEST`, condition and guidance with the number of its
-    volumes, most first."""
+    volumes, most first. Where there are more than `MOST_CONDITIONS`, only the names of the columns."""
     keys = (*REQUEST, "condition", "guidance")
-    counts = Counter()
+    counts, records = Counter(), list(records)
+    many = len({str(one.get("condition")) for one in records}) > MOST_CONDITIONS
     for one in records:
-        condition = ", ".join(f"{column}={value}" for column, value in one.get("condition", {}).items())
+        pairs = one.get("condition", {}).items()
+        condition = ", ".join(f"{column} of each" if many else f"{column}={value}" for column, value in pairs)
         counts[(*(one[key] for key in REQUEST), condition, one.get("guidance", 1.0))] += 1
     return [dict(zip(keys, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
 

@@ -16,6 +16,7 @@ from torch import nn
 DECAY = 0.99  # of the running mean and variance of the channels
 LEAST_STD = 0.1  # of a channel, as a share of the largest: a channel that is left empty is not blown up
 DEAD = 0.02  # of the mean use of a code; one that is used less is replaced
+MOST_CODES = 2**62
 FIRST_RESTART = 20  # steps, before which no code is replaced
 
 
@@ -77,10 +78,10 @@ class Quantised(nn.Module):
     def use_of_codes(self) -> dict[str, torch.Tensor]:
         """Of the last batch: `perplexity`, the number of codes that equally frequent ones would be, and the
         share of codes that occur, `codes_used`."""
-        counts = torch.bincount(self.code_numbers, minlength=self.codes).float()
+        counts = self.code_numbers.unique(return_counts=True)[1].float()
         shares = counts / counts.sum()
-        entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
-        return {"perplexity": entropy.exp(), "codes_used": (counts > 0).float().mean()}
+        used = counts.new_tensor(len(counts) / self.codes)
+        return {"perplexity": (-(shares * shares.log()).sum()).exp(), "codes_used": used}
 
 
 class RestartingQuantizer(EMAQuantizer):
@@ -165,8 +166,10 @@ class FSQ(Quantised, AutoencoderKL):
 
     def __init__(self, channel_levels: Sequence[int], **arguments):
         AutoencoderKL.__init__(self, latent_channels=len(channel_levels), **arguments)
-        if min(channel_levels) < 2:
-            raise ValueError(f"channel_levels: expected 2 or more of each channel, found {channel_levels}")
+        if min(channel_levels) < 3 or math.prod(channel_levels) > MOST_CODES:
+            raise ValueError(
+                f"channel_levels: expected 3 or more of each and at most 2^62 codes, found {channel_levels}"
+            )
         del self.quant_conv_log_sigma
         counts = torch.tensor(channel_levels, dtype=torch.float32)
         self._start(len(channel_levels), math.prod(channel_levels))
@@ -183,7 +186,7 @@ class FSQ(Quantised, AutoencoderKL):
         bounded = (raw + (offset / half).atanh()).tanh() * half - offset
         rounded = bounded + (bounded.round() - bounded).detach()
         digits = (bounded.round() + (counts / 2).floor()).long()
-        places = torch.cat([self.counts.new_ones(1), self.counts[:-1]]).cumprod(0).long()
+        places = torch.cat([self.counts.new_ones(1), self.counts[:-1]]).long().cumprod(0)
         numbers = (digits * places.reshape(counts.shape)).sum(1)
         return rounded / (counts / 2).floor(), raw.new_zeros(()), numbers.flatten()
 

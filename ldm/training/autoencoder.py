@@ -200,7 +200,7 @@ def best_loss(
     """The held-out loss of the best weights so far: as recorded, or measured now, where it was recorded with
     other terms or weights. So worse weights never replace them."""
     best, section = load_checkpoint(files.best), config["autoencoder_train"]
-    recorded = best["config"].get("autoencoder_train", {})
+    recorded = configs.completed(best["config"])["autoencoder_train"] if best["config"] else {}
     same = all(recorded.get(key) == section[key] for key in HELD_OUT_LOSS)
     if same and "loss" in best.get("validation", {}):
         return best["best"]

@@ -157,9 +157,9 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         return Autoencoder(network)
 
     with meter:
-        latent = latent_size(config, size)
-        latent = step_size(config, latent)
-        noise = torch.zeros(count, config["diffusion_def"]["out_channels"], *latent, device=run.device)
+        whole, channels = latent_size(config, size), config["diffusion_def"]["out_channels"]
+        latent = step_size(config, whole)
+        noise = torch.zeros(count, channels, *latent, device=run.device)
         mean, std, autoencoder = noise.clone(), noise.clone(), None
         if not section["latent_cache"]:
             autoencoder = define_autoencoder()
@@ -176,7 +176,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         with meter.phase("training"):
             if encodes:
                 with torch.no_grad(), run.autocast():
-                    images = image.expand(count, -1, -1, -1, -1).clone()
+                    images = image.expand(count, -1, -1, -1, -1)[..., : step_size(config, size)[-1]].clone()
                     mean, std = autoencoder.encode(images)
             z0, t = mean + std * noise, process.draw_times(torch.zeros(count, device=run.device))
             with run.autocast():
@@ -185,6 +185,9 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             learner.optimizer.backward(loss)
             take_steps([learner.optimizer])
         some = min(count, section["val_times"])
+        if whole != latent:  # of volumes of which a step takes some slices
+            z0, noise, mean = (torch.zeros(some, channels, *whole, device=run.device) for _ in range(3))
+            cond = example_cond(config["diffusion_def"], some, whole)
         few = {name: value[:some] for name, value in cond.items()}
         with torch.no_grad(), meter.phase("validation"):
             zt = process.add_noise(z0[:some], noise[:some], t[:some])
