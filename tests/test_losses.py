@@ -251,7 +251,7 @@ def test_whole_lpips_file(squeezenet, tmp_path):
 
 def test_the_held_out_loss_compares_the_same_slices_each_time(squeezenet):
     """Drawn by case, not by its place in the list; so that a validation differs by its weights alone."""
-    section = {"recon_loss": "l2", "gradient_weight": 0.5, "kl_weight": 1.0}
+    section = {"recon_loss": "l2", "gradient_weight": 0.5, "kl_weight": 1.0, "background_weight": 1.0}
     section |= {"perceptual_weight": 2.0, "perceptual_network": "squeeze", "perceptual_slice_ratio": 0.1}
     criterion, images = AutoencoderLoss(section, squeezenet[0]), numbers(2, 1, 20, 20, 20)
     encoder, found = nn.Module(), []
@@ -297,7 +297,12 @@ class OnMeta(Run):
 def test_a_step_copies_nothing_that_is_waited_for(squeezenet):
     """Both stages' losses, sums and averages. What kernels do inside is seen by tests/test_gpu.py only."""
     section = {"recon_loss": "l1", "gradient_weight": 1.0, "kl_weight": 1e-6, "adversarial_weight": 0.1}
-    section |= {"perceptual_weight": 1.0, "perceptual_network": "squeeze", "perceptual_slice_ratio": 0.2}
+    section |= {
+        "background_weight": 1.0,
+        "perceptual_weight": 1.0,
+        "perceptual_network": "squeeze",
+        "perceptual_slice_ratio": 0.2,
+    }
     config, run, meta = copy.deepcopy(chain.CONFIG), OnMeta(0, 1, torch.device("meta")), {"device": "meta"}
     config |= {"image_channels": 1, "latent_channels": 3}
     config = resolve_references(config, config, "config")
