@@ -294,17 +294,20 @@ def slice_grid(
     spacing: Sequence[float],
 ) -> None:
     """Draw the middle axial slice of volumes (D, H, W) in [0, 1]: for each row its name and its volumes."""
+    pixel = max(np.multiply(rows[0][1][0].shape, spacing)) / CELL
     lines = [
-        named(name, beside([_tile(one.numpy(), middle(one.shape)[2], spacing) for one in volumes]))
+        named(name, beside([_tile(one.numpy(), middle(one.shape)[2], spacing, pixel) for one in volumes]))
         for name, volumes in rows
     ]
     save(titled(below(lines), title), path)
 
 
-def _tile(volume: np.ndarray, index: int, spacing: Sequence[float]) -> Image.Image:
-    """An axial slice of (D, H, W) in [0, 1]."""
+def _tile(
+    volume: np.ndarray, index: int, spacing: Sequence[float], pixel: float | None = None
+) -> Image.Image:
+    """An axial slice of (D, H, W) in [0, 1], with pixels of `pixel` mm; None: of its voxels' finest side."""
     mm = pixels_of(spacing, "axial")
-    shown = np.clip(scaled(upright(volume, "axial", index), mm, min(mm)), 0, 1)
+    shown = np.clip(scaled(upright(volume, "axial", index), mm, pixel or min(mm)), 0, 1)
     return Image.fromarray(np.uint8(shown * 255 + 0.5))
 
 
