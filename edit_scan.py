@@ -18,7 +18,6 @@ two. Nothing is overwritten. They show what the model has learned from other peo
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import utils
@@ -125,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 3: files, a picture, and how large the change is beside the error
     scan = scan.cpu()
     volumes = {"scan": scan, **volumes}
+    if bad := [kind for kind, volume in volumes.items() if not volume.isfinite().all()]:
+        raise FloatingPointError(f"the volume '{bad[0]}' is not finite. Try more --steps.")
     folder.mkdir(parents=True, exist_ok=True)
     for kind, path in files.items():
         voxels = from_unit_range(volumes[kind][0].numpy(), limits)
-        if not np.isfinite(voxels).all():
-            raise FloatingPointError(f"the volume '{kind}' is not finite. Try more --steps.")
         records.save_volume(path, generation.nifti_bytes(voxels, geometry["spacing"]))
     difference = (0.5 + CHANGE * (volumes["edited"] - volumes["again"])).clamp(0, 1)
     rows = {kind: [volume[0, 0]] for kind, volume in {**volumes, f"change x {CHANGE}": difference}.items()}

@@ -378,7 +378,7 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
         (one, conditions.parse([f"{name}={value}"])) for one, value in zip(suffixes, values, strict=True)
     ]
     columns = columns or [("", {})]
-    if conditions.covariates and conditions.covariates.unknown is False and args.guidance not in (None, 1):
+    if conditions.covariates and not conditions.covariates.unknown and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
     samples = []
     for seed, row in enumerate(rows, args.seed):

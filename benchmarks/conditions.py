@@ -8,7 +8,6 @@ guidance. A volume counts as one with a tumour where its largest bright region (
 size. Brightness and size are fitted to the training scans; their accuracy is measured on held-out scans.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,8 @@ import numpy as np
 from scipy import ndimage
 
 import inference
-import simulate_brains
-import train_autoencoder
-import train_diffusion
+from benchmarks import simulated
 
-ROOT = Path(__file__).resolve().parents[1]
 BRIGHTNESS = np.arange(1.2, 2.01, 0.05)  # times the median of the brain
 
 
@@ -50,32 +46,14 @@ def read(path: Path) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, nargs=2, default=[2, 6], help="of both stages")
-    parser.add_argument("--spacing", type=float, default=4, help="mm of the volumes")
-    parser.add_argument("--num", type=int, default=16, help="samples of each class and guidance")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4])
-    args = parser.parse_args()
+    args = simulated.parser(__doc__, 16, "each class and guidance").parse_args()
 
     # Step 1: data, config, training
-    data = args.out / "data"
-    if not data.exists():
-        simulate_brains.main(["--out", str(data), "--spacing", str(args.spacing)])
-    config = json.loads((ROOT / "config/config_demo.json").read_text())
-    config["longest_side"] = round(192 / args.spacing)
+    config = simulated.demo_config(args.spacing)
     config["conditions"] = {"class_labels": "tumour"}
     config["diffusion_def"]["num_class_embeds"] = 3  # without, with, unknown
-    environment = {"data_base_dir": str(data), "model_dir": str(args.out / "models")}
-    environment |= {"tfevent_path": str(args.out / "tensorboard"), "output_dir": str(args.out / "samples")}
-    for name, content in (("config", config), ("environment", environment)):
-        (args.out / f"{name}.json").write_text(json.dumps(content))
-    files = ["-c", str(args.out / "config.json"), "-e", str(args.out / "environment.json")]
-    scripts = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}
-    for (stage, script), minutes in zip(scripts.items(), args.minutes, strict=True):
-        script.main([*files, "--set", f"{stage}_train.max_minutes={minutes}"])
+    simulated.train(args, config)
+    data = args.out / "data"
 
     # Step 2: the detector, on scans
     rows = [line.split("\t") for line in (data / "participants.tsv").read_text().splitlines()]
@@ -96,8 +74,7 @@ def main() -> None:
     for guidance in args.guidance:
         for tumour in (0, 1):
             folder = args.out / f"samples_{tumour}_{guidance:g}"
-            environment["output_dir"] = str(folder)
-            (args.out / "environment.json").write_text(json.dumps(environment))
+            files = simulated.samples_in(args.out, folder.name)
             asked = ["--condition", f"tumour={tumour}", "--guidance", str(guidance)]
             inference.main([*files, "--num", str(args.num), *asked])
             found = [

@@ -99,7 +99,8 @@ def add(
         path = folder / entry
         digest = sha256_of(path) if _is_readable(path) else None
         known = before.get(entry, {"sha256": digest})
-        if digest is None or digest != known["sha256"]:
+        is_there = digest is not None and digest == known["sha256"]
+        if not is_there:
             missing.append(i)
         records[i] = {
             "case": case.name,
@@ -109,7 +110,7 @@ def add(
             "sha256": digest,
             "files": files,
         }
-        if volumes.find_slices and i not in missing[-1:]:  # of an entry that is there
+        if volumes.find_slices and is_there:  # else `encode` finds them
             records[i]["slices"] = known.get("slices") or _slices(volumes, i)
     for i, entry, slices in encode(encoder, volumes, missing, run, workers, what):
         path = folder / records[i]["entry"]

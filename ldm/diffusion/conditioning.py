@@ -211,7 +211,7 @@ class Conditions:
         Raises:
             UserError: a value that the model does not know.
         """
-        chosen = {name: _known(case, name, self.covariates) for name in self._covariate_names()}
+        chosen = _known_values(case, self.covariates) if self.covariates else {}
         if self.column is not None and (value := _value(case, self.column)) is not None:
             if value not in self.values:
                 raise UserError(
@@ -232,9 +232,6 @@ class Conditions:
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
         """What stands for no condition, for a batch."""
         return self.cond([{}] * batch)
-
-    def _covariate_names(self) -> list[str]:
-        return list(self.covariates.columns) if self.covariates else []
 
     def _channels(self) -> list[torch.Tensor]:
         """The channels that are the same in all samples, (k, d, h, w) each."""
@@ -260,7 +257,8 @@ class Conditions:
         Raises:
             UserError: the model is unconditioned, or knows no such column or value.
         """
-        chosen, names = {}, [self.column] * (self.column is not None) + self._covariate_names()
+        chosen, names = {}, [self.column] * (self.column is not None)
+        names += self.covariates.columns if self.covariates else []
         for text in texts:
             column, equals, value = text.partition("=")
             if not self:
@@ -368,10 +366,15 @@ def _known(case: Case, name: str, covariates: Covariates) -> float | str | None:
     return text
 
 
+def _known_values(case: Case, covariates: Covariates) -> dict[str, float | str | None]:
+    """All covariates of a case, in the order of the columns."""
+    return {name: _known(case, name, covariates) for name in covariates.columns}
+
+
 def _encoded(case: Case, covariates: Covariates) -> torch.Tensor:
     """As `Covariates.encode`, of a case, which is named in errors."""
     try:
-        return covariates.encode({name: _known(case, name, covariates) for name in covariates.columns})
+        return covariates.encode(_known_values(case, covariates))
     except UserError as error:
         raise UserError(error if case.name in str(error) else f"{case.name}: {error}") from None
 
@@ -403,7 +406,7 @@ def _covariates_of(section: dict, cases: Sequence[Case]) -> Covariates:
                 raise UserError(f"conditions.covariates: {name} is {known[0]:g} in every training case.")
         columns[name] = known
     covariates = Covariates(columns, section["into"], section["unknown"])
-    rows = [[_known(case, name, covariates) for name in columns] for case in cases]
+    rows = [[*_known_values(case, covariates).values()] for case in cases]
     return replace(covariates, rows=sorted(rows, key=str))  # in an order that does not tell the cases
 
 

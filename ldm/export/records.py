@@ -253,6 +253,8 @@ def settings_of(records: Iterable[dict]) -> list[dict]:
     for one in records:
         pairs = one.get("condition", {}).items()
         condition = ", ".join(f"{column} of each" if many else f"{column}={value}" for column, value in pairs)
+        if interval := one.get("interval"):
+            condition += f", guided at times {interval[0]:g} to {interval[1]:g}"
         counts[(*(one[key] for key in REQUEST), condition, one.get("guidance", 1.0))] += 1
     return [dict(zip(keys, values, strict=True)) | {"volumes": n} for values, n in counts.most_common()]
 

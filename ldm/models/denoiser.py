@@ -1,10 +1,9 @@
 """Call a diffusion network with its conditions: `cond`, a dict of tensors, `{}` where nothing is conditioned.
 
 Its keys are the arguments of the network: `class_labels` (B,) int64, or (B, k) float32 of a network that
-embeds covariates, `context` (B, n, e), and MAISI's
-`spacing_tensor` (B, 3), `top_region_index_tensor` and `bottom_region_index_tensor` (B, 4),
-`down_block_additional_residuals` and `mid_block_additional_residual` of a ControlNet. The key `channels` is
-the exception: (B, k, d, h, w), appended to the noisy latents.
+embeds covariates, `context` (B, n, e), and MAISI's `spacing_tensor` (B, 3), `top_region_index_tensor` and
+`bottom_region_index_tensor` (B, 4), `down_block_additional_residuals` and `mid_block_additional_residual` of
+a ControlNet. The key `channels` is the exception: (B, k, d, h, w), appended to the noisy latents.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,7 +22,7 @@ FIRST_RESTART = 20  # steps, before which no code is replaced
 
 class Quantised(nn.Module):
     """What autoencoders with quantised latents share. A subclass has `_raw(images)`, `_quantise(raw)` and
-    `_decoded(quantised)`, and calls `_start(channels)` when it is built.
+    `_decoded(quantised)`, and calls `_start` when it is built.
 
     After a call of `decode` in training, `quantisation_loss` is what is added to the loss, a scalar, and
     `code_numbers` the number of each code, a flat tensor.

@@ -113,15 +113,16 @@ class Latents:
             last.
         """
         moments, total = LatentMoments(), torch.zeros(self.shape, dtype=torch.float64)
-        counts = torch.zeros(self.shape[-1])
+        counts, known = torch.zeros(self.shape[-1]), torch.zeros(())
         for i in range(run.rank, len(self.train), run.world_size):
             item = self.train[(0, i)]
             mean, std = self.posterior(one_of(item), run)
             moments.add(mean[..., among(item)], std[..., among(item)])
             total += mean[0].double().cpu()
             counts[among(item)] += 1
+            known += "slices" in item
         filled = (2 * run.sum(counts) >= len(self.train)).nonzero().flatten().tolist()
-        slices = {"slices": [filled[0], filled[-1] + 1]} if "slices" in self.train[(0, 0)] else {}
+        slices = {"slices": [filled[0], filled[-1] + 1]} if run.sum(known) else {}
         return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float(), slices
 
 
