@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = generation.load_networks(
         *paths, config, args.config_file, args.scale_factor, compiled, None, run, args.set
     )
+    if networks.labels:
+        raise UserError("with_labels: edit_scan.py edits images without labels; train a model without them.")
     conditions, process, geometry = networks.conditions, networks.process, networks.geometry
     own = conditions.parse(args.of)
     new = own | conditions.parse(args.condition)

@@ -26,8 +26,13 @@ Inception Score is a JSON file such as
 and a file with its weights.
 
 Samples that were asked for by --condition are compared with that: numbers with the size of each --structure,
-such as ventricles=0:0.35:24 (values from 0 to 0.35 of the unit range, at least 24 mm inside the foreground),
-categories with the scans that have them, by participants.tsv.
+such as ventricles=0:0.35:24 (values from 0 to 0.35 of the unit range, at least 24 mm inside the foreground)
+or ventricles=label:3 (as --segmenter finds it, or else as volumes `with_labels` have it), categories with the
+scans that have them, by participants.tsv.
+
+--segmentation asks whether samples with labels are of use: a small network is trained to segment on them, on
+as many training scans and on both, for the same number of steps, and Dice is measured on held-out scans. It
+keeps the network that was trained on scans as segmenter.safetensors, for --segmenter.
 
 Writes to --out: metrics.json, all metrics with confidence intervals and real-vs-real baselines, and each
 sample's nearest training scan; report.html, one page with pictures for any browser. docs/evaluation.md
@@ -49,18 +54,20 @@ import torch
 import utils
 from ldm import UserError, configs
 from ldm.data.cases import rounded, volume_size
+from ldm.data.checks import label_names
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
-from ldm.evaluation import content, reading, table
+from ldm.evaluation import content, reading, segmentation, table
 from ldm.evaluation.anatomy import SmoothedVolumes
-from ldm.evaluation.asked import Structure, condition_metrics, known_values
+from ldm.evaluation.asked import LabelStructure, Structure, condition_metrics, known_values
 from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
+from ldm.evaluation.segmentation import load_segmenter, save_segmenter
 from ldm.evaluation.verdicts import verdicts
 from ldm.export import records
 from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate
@@ -73,6 +80,7 @@ from ldm.system.ranks import Run
 from ldm.training.latents import load_autoencoder
 from ldm.training.logs import read_log
 
+SEGMENTER = "segmenter.safetensors"
 TONES = {"good": "good", "warn": "caution", "bad": "bad", "none": "unclear"}  # as printed
 
 
@@ -100,7 +108,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=LOW:HIGH:DEPTH",
-        help="to measure by thresholds",
+        help="to measure by thresholds, or by NAME=label:VALUE",
+    )
+    add("--segmenter", type=Path, metavar="FILE", help="segmenter.safetensors of an earlier --segmentation")
+    add(
+        "--segmentation",
+        type=int,
+        nargs="?",
+        const=segmentation.STEPS,
+        metavar="STEPS",
+        help=f"train segmenters on samples and on scans; default: {segmentation.STEPS} steps each",
     )
     add("--out", type=Path, metavar="DIR", help="default with -e: output_dir/evaluation")
     add("--device", help="cpu or cuda; default: cuda where available")
@@ -119,7 +136,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         medicalnet=(args.medicalnet or [])[:1],
         radimagenet=(args.radimagenet or [])[:1],
         classifier=args.classifier or [],
+        segmenter=[args.segmenter],
     )
+    if args.segmentation is not None and args.segmentation < 1:
+        raise UserError(f"--segmentation {args.segmentation}: expected at least 1 step.")
     args.gpus, args.amp = None, False
     return args
 
@@ -165,7 +185,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
         *sides, spacing = prepare_data(config, environment, run, for_training=False, test=True, **known)
         split, config = dict(zip(split, sides, strict=True)), configs.with_spacing(config, spacing)
     out = args.out or environment["output_dir"] / "evaluation"
-    for name in ("metrics.json", "report.html"):
+    for name in ("metrics.json", "report.html", SEGMENTER):
         if (out / name).exists():
             raise UserError(f"{out / name} exists. Give another folder by --out, or move it away.")
     sources, notes = {}, []
@@ -215,6 +235,16 @@ def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessin
     return replace(preprocessing, channels=tuple(channels))
 
 
+def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: Run) -> list[table.Metric]:
+    """Dice of segmenters trained on samples, scans and both; writes segmenter.safetensors."""
+    cases = inputs.sources[HELD_OUT].cases
+    values = read.preprocessing.labels or segmentation.values_in(cases)
+    metrics, segmenter = segmentation.utility(inputs.sources, read, values, label_names(cases), steps, run)
+    inputs.out.mkdir(parents=True, exist_ok=True)
+    save_segmenter(inputs.out / SEGMENTER, segmenter, read.preprocessing.spacing)
+    return metrics
+
+
 def read_classifier(paths: Sequence[Path] | None, run: Run) -> torch.nn.Module | None:
     """The classifier, frozen, from its definition and weights."""
     if not paths:
@@ -252,6 +282,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: read every volume once
     read = reading.Reader(preprocessing, size, run.device)
+    segmenter = load_segmenter(args.segmenter, preprocessing.spacing, run) if args.segmenter else None
+    structures = [
+        one.found_by(segmenter, preprocessing.labels) if isinstance(one, LabelStructure) else one
+        for one in structures
+    ]
     measured = {one.name: one.millilitres for one in structures}
     groups, examples = reading.read_groups(sources, read, networks, encoder, classifier, run, measured)
     counts = {group.name: len(group) for group in groups.groups}
@@ -265,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda items: progress_bar(run, "nearest training scan", items=items, unit="volume"),
     )
     metrics = table.all_metrics(groups, nearest) + condition_metrics(groups, values_of(inputs))
+    if args.segmentation:
+        metrics += segmentation_metrics(inputs, read, args.segmentation, run)
     lines += verdicts(metrics, nearest, counts)
 
     # Step 4: metrics.json and report.html

@@ -13,7 +13,8 @@ Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and,
 `--batch-size`: sampling runs in float32, on a GPU without TF32. `--amp` trades that for speed. Networks are
 read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
 or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
-trained on, their intensities in the training set's typical range. No volume is overwritten: re-running the
+trained on, their intensities in the training set's typical range; those of a model `with_labels` each beside
+their label, `sample_000003_label.nii.gz`. No volume is overwritten: re-running the
 same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
 own; use `-n`.)
 
@@ -67,6 +68,7 @@ from ldm.models.definitions import latent_size
 from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
+from ldm.system.files import label_path
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
 from ldm.training import memory
@@ -314,12 +316,17 @@ def reproduce(args: argparse.Namespace) -> None:
     bar.close()
     place = list(zip(batch, recorded, strict=True)).index((seed, condition))
     volume = generation.in_typical_units(volumes[place], networks, seed)
-    content = generation.nifti_bytes(volume, networks.geometry["spacing"])
-    records.save_volume(path, content)
+    content, label = contents(volume, volumes[place], networks)
+    records.save_volume(path, content, label=label)
 
     # Step 3: compare
     expected = record["volume"]["sha256"]
-    if hashlib.sha256(content).hexdigest() == expected:
+    same = hashlib.sha256(content).hexdigest() == expected
+    if label is not None:
+        same_label = hashlib.sha256(label).hexdigest() == record["volume"]["label"]["sha256"]
+        about = "byte-identical to" if same_label else "not byte-identical to"
+        run.print(f"reproduced: {label_path(path)}\n  {about} the recorded label")
+    if same:
         run.print(f"reproduced: {path}\n  byte-identical to the recorded volume")
         return
     before = {**record["versions"], "hardware": record["hardware"]}
@@ -505,19 +512,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
             together["conditions"] = [texts_of(one) for one in chosen]
-        power += torch.tensor([band_power(volumes).sum().item(), len(batch)])
+        images = volumes[:, : len(geometry["limits"])]
+        power += torch.tensor([band_power(images).sum().item(), len(batch)])
         for one, volume in zip(batch, volumes, strict=True):
             if one.path not in missing:
                 continue
             voxels = generation.in_typical_units(volume, networks, one.seed)
-            content = generation.nifti_bytes(voxels, geometry["spacing"])
+            content, label = contents(voxels, volume, networks)
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
                 "spacing": list(geometry["spacing"]),
                 "limits": geometry["limits"],
+                **({"label": {"sha256": hashlib.sha256(label).hexdigest()}} if label else {}),
             }
-            records.save_volume(one.path, content, {**together, **requests[one.path], "volume": about})
+            record = {**together, **requests[one.path], "volume": about}
+            records.save_volume(one.path, content, record, label)
             if networks.autoencoder.is_slicewise:
                 show_slices(networks, voxels, one.seed, one.path)
     bar.close()
@@ -535,7 +545,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        run.print(f"inference: {counted(len(samples), 'volume{s}')} in {output_dir}{sharpness}\n  {picture}")
+        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels)
+        run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
+
+
+def contents(voxels: np.ndarray, volume: torch.Tensor, networks: Networks) -> tuple[bytes, bytes | None]:
+    """The files of a volume, and of its label where one is drawn.
+
+    Args:
+        voxels: the image, in the units that are written.
+        volume: image and label as drawn, (C, D, H, W).
+    """
+    spacing, label = networks.geometry["spacing"], generation.drawn_label(volume, networks)
+    written = None if label is None else generation.nifti_bytes(label, spacing, np.uint8)
+    return generation.nifti_bytes(voxels, spacing), written
 
 
 def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
@@ -546,9 +569,13 @@ def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -
 
 
 def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
-    """Write samples.png, three planes of each volume."""
+    """Write samples.png, three planes of each volume, and of its label."""
+    rows = {"sample": [in_unit_range(networks, one) for one in samples]}
+    if networks.labels:
+        labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
+        rows["label"] = [torch.from_numpy(label / max(networks.labels)).float() for label in labels]
     figures.montage(
-        {"sample": [in_unit_range(networks, one) for one in samples]},
+        rows,
         folder / "samples.png",
         f"Generated volumes, seeds {samples[0].seed} to {samples[-1].seed}",
         spacing=networks.geometry["spacing"],

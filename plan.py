@@ -4,6 +4,7 @@
     python plan.py --data data/brains --cpu-memory 8 --minutes 20     # for a CPU; both stages together
     python plan.py --data data/brains --gpu-memory 16 --set diffusion_train.max_epochs=200
     python plan.py --data 4 --gpu-memory 24                           # $nnUNet_raw/Dataset004_*
+    python plan.py --data data/brains --gpu-memory 16 --with-labels   # images and labels together
 
 Every volume is read once. Beside the config are written
 
@@ -36,6 +37,7 @@ from ldm import UserError, counted
 from ldm.configs import flat
 from ldm.data import nnunet
 from ldm.data.fingerprint import fingerprint
+from ldm.data.labels import check_labelled
 from ldm.data.layouts import find_cases
 from ldm.data.reading import by_times
 from ldm.planning.choices import SPACES, make_plan
@@ -69,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory = round((args.gpu_memory or args.cpu_memory) * GB)
     machine = Machine(memory, args.cpu_memory is None, args.minutes)
     names = channel_names(folder, args.channels, data["contrasts"], measured)
-    plan = functools.partial(
-        make_plan, measured, names, machine, args.space, dims=args.dims, nnunet=from_nnunet
-    )
+    if args.with_labels:
+        check_labelled(cases)
+    given_data = {"dims": args.dims, "nnunet": from_nnunet, "with_labels": args.with_labels}
+    plan = functools.partial(make_plan, measured, names, machine, args.space, **given_data)
     chosen = {path: plan(spacing=args.spacing, overrides=overrides)}
     if coarser := chosen[path].lowres_spacing:
         lowres = path.with_stem(f"{path.stem}_lowres")
@@ -111,6 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dims", type=int, choices=(2, 3), default=3, help="of the networks; 2: slice by slice (default: 3)")
     add("--spacing", type=float, nargs="+", metavar="MM", help="one or three (default: by the volumes)")
     add("--channels", type=int, nargs="+", metavar="C", help="numbers of the channels to use (default: all)")
+    add("--with-labels", action="store_true", help="draw labels with images")
     add("--plans", type=Path, metavar="FILE", help="an nnUNetPlans.json to follow")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     add("-j", "--jobs", type=int, default=os.cpu_count(), metavar="N", help="volumes at a time")

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     perceptual_weights = environment["perceptual_weights"]  # read before anything is downloaded
-    criterion = AutoencoderLoss(section, perceptual_weights, config["spatial_dims"])
+    labels = configs.labels_of(config)
+    criterion = AutoencoderLoss(section, perceptual_weights, config["spatial_dims"], len(labels))
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
@@ -151,9 +152,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with run.autocast():
                         reconstruction, mean, std = model(images, posterior_noise, level)
                     terms = criterion(images, reconstruction, mean, std, slice_generator)
+                    image, made = criterion.image_of(images), criterion.image_of(reconstruction)
                     if adversarial:
                         with run.autocast():
-                            terms["adversarial_loss"] = adversarial_loss(discriminator, reconstruction)
+                            terms["adversarial_loss"] = adversarial_loss(discriminator, made)
                         terms["loss"] = (
                             terms["loss"] + section["adversarial_weight"] * terms["adversarial_loss"]
                         )
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if adversarial:
                     with optimizers["discriminator"].accumulating(last):
                         with run.autocast():
-                            loss = discriminator_loss(learner.wrapped_discriminator, reconstruction, images)
+                            loss = discriminator_loss(learner.wrapped_discriminator, made, image)
                         optimizers["discriminator"].backward(loss)
                     terms["discriminator_loss"] = loss
                 progress.add(terms, batch)
@@ -199,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.eval_network)
             printed = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
+            printed += f", Dice {scores['dice']:.3f}" if labels else ""
             progress.bar.set_description(f"autoencoder, held-out {printed}")
             if run.is_main:
                 for case, (scan, reconstruction) in pairs.items():
@@ -220,7 +223,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.print(
         f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
         f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, "
-        f"{scores['power_share']:.2f} of the high-frequency power retained, "
+        + f"Dice of labels {scores['dice']:.3f}, "
+        * bool(labels)
+        + f"{scores['power_share']:.2f} of the high-frequency power retained, "
         f"after {progress.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"

@@ -21,7 +21,7 @@ from ldm.models.embedding import COVARIATES, encoded_size
 from ldm.system.schemas import StrictValidator, explained
 
 # Keys that a checkpoint's weights depend on.
-MODEL = ("autoencoder_def", "channel", "spacing", "intensity")
+MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", "label_values")
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
 # Arguments of networks that change memory and speed, not the result.
@@ -48,7 +48,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     Raises:
         UserError: as `load_config`.
     """
-    schema, config = _schema(), _with_voxels(config, path)
+    schema, config = _schema(), _with_voxels(_with_volume_channels(config, path), path)
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
@@ -76,6 +76,24 @@ def check_config(config: dict, path: str | Path) -> dict:
     return config
 
 
+def _with_volume_channels(config: dict, path: str | Path) -> dict:
+    """The config with `volume_channels`, to which its networks may refer.
+
+    Raises:
+        UserError: it has another number already, or labels without their values.
+    """
+    images, labels = config.get("image_channels", 1), config.get("label_values")
+    with_labels = config.get("with_labels", False) is True
+    if with_labels and not labels:
+        raise UserError(f"{path}: with_labels: name the labels by label_values, such as [1, 2].")
+    if type(images) is not int or not (labels is None or isinstance(labels, list)):
+        return config  # the schema says what is wrong
+    channels = images + (len(labels) if with_labels else 0)
+    if (found := config.get("volume_channels", channels)) != channels:
+        raise UserError(f"{path}: volume_channels: expected {channels}, found {brief(found)}. Leave it out.")
+    return {**config, "volume_channels": channels}
+
+
 def _with_voxels(config: dict, path: str | Path) -> dict:
     """The config with the network that stands for no autoencoder, where the diffusion model learns voxels.
 
@@ -84,7 +102,7 @@ def _with_voxels(config: dict, path: str | Path) -> dict:
     """
     if config.get("diffusion_space") != "pixel":
         return config
-    channels = config.get("image_channels", 1)
+    channels = config.get("volume_channels", 1)
     voxels = {"_target_": "ldm.models.Haar", "spatial_dims": config.get("spatial_dims", 3)}
     voxels |= {"in_channels": channels, "levels": 0}
     if config.get("autoencoder_def", voxels) != voxels:
@@ -206,6 +224,7 @@ def completed(config: dict) -> dict:
     """A resolved config from a checkpoint, with the defaults of keys that are newer than it."""
     schema, config = _schema(), copy.deepcopy(config)
     _fill_defaults(config, schema, schema)
+    config.setdefault("volume_channels", config["image_channels"])
     return config
 
 
@@ -317,6 +336,11 @@ def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
 def channels_of(config: dict) -> tuple[int, ...]:
     """The channels of an image that are used, in this order."""
     return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
+
+
+def labels_of(config: dict) -> tuple[int, ...]:
+    """The values of the labels that are drawn with images; none without `with_labels`."""
+    return tuple(config["label_values"]) if config["with_labels"] else ()
 
 
 def define_network(config: dict, key: str) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 
 from ldm import UserError, configs
 from ldm.data.intensity import Intensity, from_unit_range
+from ldm.data.labels import label_of
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
@@ -46,7 +47,7 @@ class Networks:
     `scale_factor` brings latents to the unit variance that the UNet learned; samples are divided by it before
     they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
-    reconstructions, None where it was not measured.
+    reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn.
     """
 
     autoencoder: Autoencoder
@@ -57,6 +58,7 @@ class Networks:
     geometry: dict
     power: float | None
     conditions: Conditions = UNCONDITIONED
+    labels: tuple[int, ...] = ()
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
@@ -91,7 +93,7 @@ def load_networks(
     require_checkpoint(unet_path, "unet")
     first, second = load_checkpoint(autoencoder_path, "autoencoder"), load_checkpoint(unet_path, "unet")
     for checkpoint, path, keys in (
-        (first, autoencoder_path, ("autoencoder_def",)),
+        (first, autoencoder_path, ("autoencoder_def", "with_labels", "label_values")),
         (second, unet_path, ("diffusion_def", "NoiseScheduler", "conditions")),
     ):
         configs.check_fixed(checkpoint.get("config", config), config, keys, path, CONFIG_COPY, str(source))
@@ -148,7 +150,8 @@ def load_networks(
         autoencoder = Autoencoder(on_device(autoencoder, run, True).eval(), budget)
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
-    return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions)
+    labels = configs.labels_of(config)
+    return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels)
 
 
 def check_request(
@@ -265,18 +268,28 @@ def draw(
 
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
-    """(C, D, H, W) from the autoencoder's units to the typical range of the training set.
+    """The image of a volume (C, D, H, W) from the autoencoder's units to the typical range of the training
+    set.
 
     Raises:
         FloatingPointError: a voxel is not finite; `seed` is named.
     """
-    voxels = from_unit_range(volume.numpy(), np.array(networks.geometry["limits"]))
+    limits = np.array(networks.geometry["limits"])
+    voxels = from_unit_range(volume[: len(limits)].numpy(), limits)
     if not np.isfinite(voxels).all():
         raise FloatingPointError(
             f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
             "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
         )
     return voxels
+
+
+def drawn_label(volume: torch.Tensor, networks: Networks) -> np.ndarray | None:
+    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W) uint8; None where none is
+    drawn."""
+    if not networks.labels:
+        return None
+    return label_of(volume[-len(networks.labels) :].numpy(), networks.labels)[None]
 
 
 @contextlib.contextmanager
@@ -290,13 +303,13 @@ def out_of_memory_explained(what: str, remedy: str) -> Iterator[None]:
         raise OSError(f"out of memory: {what}.\nTry {remedy}.") from None
 
 
-def nifti_bytes(volume: np.ndarray, spacing: Sequence[float]) -> bytes:
+def nifti_bytes(volume: np.ndarray, spacing: Sequence[float], dtype: type = np.float32) -> bytes:
     """(C, D, H, W) as the content of a .nii.gz in RAS, mm, centred on the origin: 3D for one channel, else
     channels last. The same volume gives the same bytes."""
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -np.array(spacing) * (np.array(volume.shape[1:]) - 1) / 2
     voxels = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
-    return nifti_gz(voxels.astype(np.float32), affine)
+    return nifti_gz(voxels.astype(dtype), affine)
 
 
 def nifti_gz(voxels: np.ndarray, affine: np.ndarray) -> bytes:

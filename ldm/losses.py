@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from monai.losses import DiceCELoss
 from torch import nn
 
 from ldm import UserError
+from ldm.data.labels import logits, shares
 from ldm.models.perceptual import medicalnet, standardised, trunk
 from ldm.models.weights import load_weights, plain_names
 from ldm.system.checkpoints import load_checkpoint
@@ -183,20 +185,24 @@ RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
 class AutoencoderLoss(nn.Module):
     """The autoencoder's loss: reconstruction, gradient difference, KL and perceptual terms, each with its
-    weight. The adversarial term is added by the training loop after the warm-up.
+    weight, and of labels Dice and cross-entropy. The adversarial term is added by the training loop after the
+    warm-up.
 
     Args:
         section: `autoencoder_train` of the config.
         perceptual_weights: as of `PerceptualLoss`.
         dims: of the autoencoder. A 2D one sees no differences from slice to slice.
+        labels: how many channels, the last, are those of labels; the other terms are of the image alone.
     """
 
-    def __init__(self, section: dict, perceptual_weights: str | None, dims: int = 3):
+    def __init__(self, section: dict, perceptual_weights: str | None, dims: int = 3, labels: int = 0):
         super().__init__()
         self.axes = (-3, -2, -1)[:dims]
         self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
-        weights = {f"{term}_loss": section[f"{term}_weight"] for term in ("gradient", "perceptual")}
+        terms = ["gradient", "perceptual"] + ["label"] * bool(labels)
+        weights = {f"{term}_loss": section[f"{term}_weight"] for term in terms}
         self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
+        self.labels, self.label_loss = labels, DiceCELoss(softmax=True, include_background=False, batch=True)
         self.perceptual = None
         if section["perceptual_weight"]:
             self.perceptual = PerceptualLoss(
@@ -212,6 +218,14 @@ class AutoencoderLoss(nn.Module):
             return {**terms, "loss": terms["loss"] + terms["quantisation_loss"]}
         return self._terms(images, reconstruction, generator, kl_divergence(mean, std))
 
+    def image_of(self, volumes: torch.Tensor) -> torch.Tensor:
+        """The channels of volumes (B, C, D, H, W) that are the image's."""
+        return volumes[:, : volumes.shape[1] - self.labels]
+
+    def labels_of(self, volumes: torch.Tensor) -> torch.Tensor:
+        """The channels that are the label's."""
+        return volumes[:, volumes.shape[1] - self.labels :]
+
     def _reconstruction(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """The mean error, in which voxels that are 0 in all channels have the weight `background_weight`."""
         if (least := self.section["background_weight"]) == 1:
@@ -226,6 +240,8 @@ class AutoencoderLoss(nn.Module):
 
     def _terms(self, images, reconstruction, generator, kl: torch.Tensor | None) -> dict[str, torch.Tensor]:
         reconstruction, weights = reconstruction.float(), dict(self.weights)
+        given, made = self.labels_of(images), self.labels_of(reconstruction)
+        images, reconstruction = self.image_of(images), self.image_of(reconstruction)
         terms = {"recon_loss": self._reconstruction(reconstruction, images)}
         if kl is not None:
             terms["kl_loss"], weights["kl_loss"] = kl, self.section["kl_weight"]
@@ -233,4 +249,6 @@ class AutoencoderLoss(nn.Module):
             terms["gradient_loss"] = gradient_difference(reconstruction, images, self.axes)
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
+        if "label_loss" in self.weights:
+            terms["label_loss"] = self.label_loss(logits(made), shares(given))
         return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}

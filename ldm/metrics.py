@@ -32,6 +32,15 @@ def reconstruction_metrics(reconstruction: torch.Tensor, image: torch.Tensor) ->
     }
 
 
+def mean_dice(made: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Dice of label channels (1, L, D, H, W), each where it is the largest and over one half, averaged over
+    the labels that either of the two has; 1 where neither has one."""
+    masks = [(one > 0.5) & (one == one.max(1, keepdim=True).values) for one in (made, given)]
+    both, sizes = (masks[0] & masks[1]).sum((0, 2, 3, 4)), sum(one.sum((0, 2, 3, 4)) for one in masks)
+    dice = (2 * both / sizes)[sizes > 0]
+    return dice.mean() if len(dice) else both.new_ones((), dtype=torch.float32)
+
+
 def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> torch.Tensor:
     """Spectral power between two radial frequencies in cycles/voxel: (B, C, D, H, W) -> (B,).
 

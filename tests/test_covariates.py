@@ -432,9 +432,8 @@ def test_a_structure_is_what_thresholds_find():
     volume[2:10, 2:10, 2:10] = 0.9
     volume[5:7, 5:7, 5:7] = 0.1
     volume[2, 5, 5] = 0.1
-    found = [
-        Structure.parse(text).millilitres(volume, (2, 2, 2)) for text in ("a=0:0.3", "a=0:0.3:4", "a=0.5:1")
-    ]
+    volume, texts = torch.from_numpy(volume)[None, None], ("a=0:0.3", "a=0:0.3:4", "a=0.5:1")
+    found = [Structure.parse(text).millilitres(volume, (2, 2, 2)) for text in texts]
     assert found == pytest.approx([9 * 0.008, 8 * 0.008, (512 - 9) * 0.008])
     for text in ("a", "a=0.3", "a=0.3:0.1", "=0:1", "a=0:1:2:3", "a=0:x", "a=0:1:-1"):
         with pytest.raises(UserError, match="expected NAME=LOW:HIGH"):

@@ -33,6 +33,7 @@ def described(shape=(80, 96, 80), spacing=(2.0, 2.0, 2.0), count=60, **more) -> 
         "median_share_not_zero": 1.0,
         "foreground_intensity_properties_per_channel": {"0": properties},
         "labels": 0,
+        "label_values": [],
         "nan": 0,
         "subjects": count,
         "symmetry": 0.9,

@@ -19,13 +19,16 @@ from ldm.data.preprocessing import crop_or_pad
 AFFINE = ("rotate_degrees", "scale", "translate_voxels")  # maxima of what an affine change is made of
 
 
-def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Callable | None:
+def augmentation(
+    section: dict, size: Sequence[int], random_crop: bool, image_channels: int | None = None
+) -> Callable | None:
     """Random crop, flips, small affine and intensity changes, in this order. None where nothing is random.
 
     Args:
         section: the config's `augment`, with its defaults.
         size: voxels of the crop.
         random_crop: crop at a random place, else about the centre.
+        image_channels: how many of the channels are an image's; intensities of the others stay. None: all.
 
     Returns:
         `f(volume, label, rng)` -> (C, *size) float32 tensor; all random numbers are of `rng`.
@@ -47,7 +50,8 @@ def augmentation(section: dict, size: Sequence[int], random_crop: bool) -> Calla
         steps.append(RandShiftIntensity(section["intensity_shift"], prob=section["intensity_prob"]))
     if not steps and not random_crop:
         return None
-    return RandomCropAndAugment(tuple(size), random_crop, section.get("foreground_prob", 0.0), Compose(steps))
+    foreground_prob = section.get("foreground_prob", 0.0)
+    return RandomCropAndAugment(tuple(size), random_crop, foreground_prob, Compose(steps), image_channels)
 
 
 def count_parameters(section: dict) -> int:
@@ -63,6 +67,7 @@ class RandomCropAndAugment:
     random_crop: bool
     foreground_prob: float
     steps: Compose
+    image_channels: int | None = None
 
     def __call__(
         self, volume: np.ndarray, label: np.ndarray | None, rng: np.random.RandomState
@@ -71,7 +76,10 @@ class RandomCropAndAugment:
         volume = self._crop(volume, label, rng) if self.random_crop else volume
         image = torch.from_numpy(np.array(crop_or_pad(volume, self.size), np.float32))
         for step in self.steps.transforms:
-            image = step(image)
+            if isinstance(step, RandScaleIntensity | RandShiftIntensity):
+                image[: self.image_channels] = step(image[: self.image_channels])
+            else:
+                image = step(image)
         return image.as_tensor() if isinstance(image, MetaTensor) else image
 
     def parameters(self, rng: np.random.RandomState) -> torch.Tensor:

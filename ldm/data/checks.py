@@ -338,6 +338,21 @@ def label_values(dataset_json: Path) -> frozenset[int] | None:
     return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
 
 
+def label_names(cases: Sequence[Case]) -> dict[int, str]:
+    """The names of label values, by the `dataset.json` of the data set that the cases are in, where it has
+    one."""
+    files = {case.label.parent.parent / "dataset.json" for case in cases if case.label}
+    names = {}
+    for file in sorted(filter(Path.is_file, files)):
+        labels = read_json(file).get("labels")
+        for key, value in labels.items() if isinstance(labels, dict) else ():
+            if re.fullmatch("[0-9]{1,3}", key):  # Decathlon
+                names[int(key)] = str(value)
+            elif isinstance(value, int):  # nnU-Net
+                names[value] = key
+    return names
+
+
 def stray_files(cases: Sequence[Case]) -> list[Problem]:
     """The `._*` files that macOS leaves beside copies; `find_cases` ignores them."""
     files = {file for case in cases for file in [*case.images, *([case.label] if case.label else [])]}

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
+from ldm.data.labels import with_label
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.system.files import write_array
 from ldm.system.messages import print_and_log
@@ -42,7 +43,8 @@ def augmentation_rng(seed: int, version: int, case: str) -> np.random.RandomStat
 
 
 class VolumeDataset(Dataset):
-    """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked.
+    """Preprocessed volumes of a list of cases, cropped or padded, augmented where asked. Their channels are
+    those of the image, then those of the label, where `preprocessing` has labels.
 
     The key of an item is `(epoch, i)`, as `EpochSampler` gives it; the item is `{"image": (C, D, H, W)
     float32, "epoch": int, "index": int}`. Its random part is a function of (seed, epoch, case), by the
@@ -71,7 +73,7 @@ class VolumeDataset(Dataset):
         find_slices: bool = False,
     ):
         self.cases, self.preprocessing, self.size, self.seed = list(cases), preprocessing, tuple(size), seed
-        self.augmentation = augmentation(augment or {}, self.size, random_crop)
+        self.augmentation = augmentation(augment or {}, self.size, random_crop, len(preprocessing.channels))
         self._versions = augment.get("versions") if augment else None
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
         self.find_slices = find_slices
@@ -91,7 +93,13 @@ class VolumeDataset(Dataset):
 
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""
-        return self._cached(i, "image", lambda case: self.preprocessing(case.images))
+        image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
+        if not (labels := self.preprocessing.labels):
+            return image
+        label = self._cached(
+            i, f"labels {labels}", lambda case: self.preprocessing.label_channels(case.label)
+        )
+        return with_label(image, label, self.cases[i])
 
     def _label(self, i: int) -> np.ndarray | None:
         if self.cases[i].label is None:
@@ -99,7 +107,8 @@ class VolumeDataset(Dataset):
         return self._cached(i, "label", lambda case: self.preprocessing.label(case.label))
 
     def _cached(self, i: int, kind: str, make: Callable[[Case], np.ndarray]) -> np.ndarray:
-        """What `make` gives for case `i`, from the cache where it is there; `kind` is "image" or "label"."""
+        """What `make` gives for case `i`, from the cache where it is there; `kind` is "image", or a form of
+        the label."""
         case = self.cases[i]
         if i >= self.cached:
             return make(case)

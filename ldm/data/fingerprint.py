@@ -24,7 +24,7 @@ def measure_case(case: Case) -> dict:
 
     Returns:
         `spacing` in mm; `shape`, and `shape_after_crop` to what is not 0, in voxels; whether it holds `nan`;
-        the share of voxels that are `not_zero`;
+        the share of voxels that are `not_zero`; the `label_values` that are not 0;
         `foreground`, a sample (C, n) of the voxels under the label, else of those that are not 0; `small`
         (16, 16, 16), the first channel at a low resolution, between 0 and 1.
 
@@ -39,6 +39,7 @@ def measure_case(case: Case) -> dict:
         named = str(case.images[0]) in str(error) or str(case.label) in str(error)
         raise UserError(str(error) if named else f"{case.images[0]}: {error}.") from None
     inside = not_zero = (scan.voxels != 0).any(axis=0)
+    labels = [] if scan.label is None else sorted({*np.unique(scan.label).astype(int).tolist()} - {0})
     if scan.label is not None and scan.label.any():
         inside = scan.label > 0
     values = scan.voxels[:, inside]
@@ -52,6 +53,7 @@ def measure_case(case: Case) -> dict:
         "shape_after_crop": list(after),
         "nan": nan,
         "not_zero": float(not_zero.mean()),
+        "label_values": labels,
         "foreground": values,
         "small": ndimage.zoom(small, COARSE / np.array(small.shape), order=1, grid_mode=True, mode="nearest"),
     }
@@ -66,8 +68,8 @@ def fingerprint(cases: Sequence[Case], each: Callable = map) -> dict:
     Returns:
         nnU-Net's `spacings`, `shapes_after_crop`, `median_relative_size_after_cropping` and
         `foreground_intensity_properties_per_channel`; and `shapes`, the `median_share_not_zero` of voxels,
-        how many cases have a label (`labels`) or NaN (`nan`), `subjects`, and `symmetry` (median correlation
-        of a volume with its mirror image, left to right).
+        how many cases have a label (`labels`) or NaN (`nan`), the `label_values`, `subjects`, and `symmetry`
+        (median correlation of a volume with its mirror image, left to right).
 
     Raises:
         UserError: as `measure_case`; or cases with different numbers of channels.
@@ -93,6 +95,7 @@ def fingerprint(cases: Sequence[Case], each: Callable = map) -> dict:
         },
         "median_share_not_zero": float(np.median([one["not_zero"] for one in found])),
         "labels": sum(case.label is not None for case in cases),
+        "label_values": sorted({value for one in found for value in one["label_values"]}),
         "nan": sum(one["nan"] for one in found),
         "subjects": len({case.subject for case in cases}),
         "symmetry": float(np.median([_correlation(one, one[::-1]) for one in small])),

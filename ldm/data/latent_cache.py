@@ -93,7 +93,8 @@ def add(
     records, missing = {}, []
     for i in range(run.rank, len(volumes), run.world_size):
         case = volumes.cases[i]
-        files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in case.images]
+        paths = files_of(case, bool(volumes.preprocessing.labels))
+        files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
         facts = repr((key, case.name, [file["sha256"] for file in files]))
         entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
         path = folder / entry
@@ -124,6 +125,11 @@ def add(
     every = {i: record for part, _, _ in parts for i, record in part.items()}
     shape = next(shape for _, shape, _ in parts if shape)
     return [every[i] for i in range(len(volumes))], shape, sum(encoded for _, _, encoded in parts)
+
+
+def files_of(case: Case, with_label: bool) -> list[Path]:
+    """The files that the latents of a case follow from."""
+    return [*case.images, *([case.label] if with_label and case.label else [])]
 
 
 def _slices(volumes: VolumeDataset, i: int) -> list[list[int]]:
@@ -223,6 +229,7 @@ def dependencies(config: dict) -> dict:
             del about["intensity"][key]
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
+    later |= {"label_values": config["label_values"]} if config["with_labels"] else {}
     return {
         **about,
         **later,
@@ -262,7 +269,8 @@ def check_data(
     changed = []
     for record in records:
         case = by_name[record["case"]]
-        sizes = [path.stat().st_size if path.is_file() else None for path in case.images]
+        paths = files_of(case, "label_values" in manifest["about"])
+        sizes = [path.stat().st_size if path.is_file() else None for path in paths]
         then = record.get("covariates", {})
         relabelled = any(then.get(column) != case.covariates.get(column) for column in columns)
         if relabelled or sizes != [file["size"] for file in record["files"]]:

@@ -13,16 +13,21 @@ from pathlib import Path
 from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
+from ldm.data.checks import label_names
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
+from ldm.data.labels import check_labelled
 from ldm.data.layouts import find_cases
+from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
 from ldm.environment import FOLDERS
 from ldm.models.definitions import check_size, downsampling_factor, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
+
+STAGES = ("autoencoder_train", "diffusion_train")
 
 
 def own_folders(environment: dict) -> list[Path]:
@@ -101,8 +106,9 @@ def prepare_data(
         subjects = known
         if subjects is None and autoencoder and autoencoder.is_file():
             subjects = load_checkpoint(autoencoder).get("subjects")
-        stages = (config["autoencoder_train"], config["diffusion_train"])
-        labels = any(section["augment"]["foreground_prob"] for section in stages)  # else they are not read
+        stages = [config[stage] for stage in STAGES]
+        # Else they are not read.
+        labels = config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
         where = ", ".join(map(str, data_folders(environment)))
         path, data = environment["model_dir"] / splits.SPLIT, config["data"]
         splitter = splits.Splitter(path, where, for_training, run.print, data, test)
@@ -116,6 +122,9 @@ def prepare_data(
         return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
 
     train, val = run.from_main(divide)
+    if config["with_labels"]:
+        check_labelled([*train, *val])
+        warn_of_sides(config, train, run)
     if splits.is_single_subject(train, val):
         run.print(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
@@ -123,6 +132,17 @@ def prepare_data(
     spacing = config["spacing"] or choose_spacing(train, config["longest_side"])
     run.print(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
     return train, val, spacing
+
+
+def warn_of_sides(config: dict, cases: Sequence[Case], run: Run) -> None:
+    """Print one line where volumes are mirrored left to right and labels name a side."""
+    flips = any(0 in config[stage]["augment"]["flip_axes"] for stage in STAGES)
+    sides = [name for name in label_names(cases).values() if {"left", "right"} & {*words_of(name)}]
+    if flips and sides:
+        run.print(
+            f"warning: volumes are mirrored left to right, and so are labels such as {sides[0]}: a left one "
+            "is drawn on the right. Set flip_axes of both stages' augment to []"
+        )
 
 
 def volumes_to_encode(

@@ -27,7 +27,7 @@ from nibabel.orientations import io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 
 from ldm import UserError
-from ldm.configs import channels_of
+from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
 from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
@@ -54,16 +54,19 @@ class Preprocessing:
         channels: which channels of the image, in this order.
         spacing: voxel size in mm along right, anterior, superior.
         intensity: what becomes 0 and 1.
+        labels: values of the labels that become further channels, see `ldm.data.labels`.
     """
 
     channels: tuple[int, ...]
     spacing: tuple[float, float, float]
     intensity: Intensity = Intensity()
+    labels: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: dict) -> "Preprocessing":
         """As the config says, for training, validation and inference alike."""
-        return cls(channels_of(config), tuple(config["spacing"]), Intensity.from_config(config))
+        intensity = Intensity.from_config(config)
+        return cls(channels_of(config), tuple(config["spacing"]), intensity, labels_of(config))
 
     @property
     def key(self) -> str:
@@ -133,6 +136,24 @@ class Preprocessing:
             raise UserError(f"{path}: {fault}.")
         return _resample(path, image, 0, self.spacing)[None].astype(np.uint8)
 
+    def label_channels(self, path: Path) -> np.ndarray:
+        """The share of each of `labels` in each voxel of the same grid: (L, D, H, W), float32, 0 to 1.
+
+        Raises:
+            UserError: as `label`.
+        """
+        image = read_image(path)
+        voxels = np.asanyarray(image.dataobj)
+        if fault := label_fault(voxels):
+            raise UserError(f"{path}: {fault}.")
+        if others := sorted({*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
+            _tell_once(
+                f"note: labels have values that label_values lacks, and are background there: {others}"
+            )
+        voxels = voxels_of(path, image, 0)
+        indicators = [(voxels == value).astype(np.float32) for value in self.labels]
+        return np.stack([_onto_grid(path, one, image.affine, self.spacing, False) for one in indicators])
+
 
 @functools.cache
 def _tell_once(text: str) -> None:
@@ -153,8 +174,15 @@ def _resample(
         if fault := intensity.nonfinite_reason(voxels):
             raise UserError(f"{path}: {f'channel {channel} ' * (channel_count(image) > 1)}{fault}.")
         voxels = intensity.without_nan(voxels)  # before a filter that would spread NaN
-    sizes = nib.affines.voxel_sizes(image.affine)
-    to_ras = ornt_transform(io_orientation(image.affine), RAS)
+    return _onto_grid(path, voxels, image.affine, spacing, nearest)
+
+
+def _onto_grid(
+    path: Path, voxels: np.ndarray, affine: np.ndarray, spacing: Sequence[float], nearest: bool
+) -> np.ndarray:
+    """Voxels (X, Y, Z) in RAS at `spacing`: the nearest, or linearly after a low-pass filter."""
+    sizes = nib.affines.voxel_sizes(affine)
+    to_ras = ornt_transform(io_orientation(affine), RAS)
     target = np.array(spacing)[to_ras[:, 0].astype(int)]
     if np.prod(sizes * voxels.shape / target) > MAX_VOXELS:
         raise UserError(
@@ -169,7 +197,7 @@ def _resample(
     if not nearest:  # the low-pass filter of skimage's anti-aliased resizing
         sigma = np.maximum(0, (target / sizes - 1) / 2)
         voxels = gaussian_filter(voxels, sigma) if sigma.any() else voxels
-    volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(image.affine))
+    volume = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
     volume = Orientation("RAS", labels=None)(volume)
     volume = Spacing(spacing, mode="nearest" if nearest else "bilinear", padding_mode="border")(volume)
     return volume.as_tensor()[0].numpy()

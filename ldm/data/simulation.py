@@ -245,8 +245,8 @@ def draw_velocity(rng, atlas, ageing):
         velocity += deviation * np.stack(
             [random_field(rng, knots, LATTICE_STEP, atlas.lattice) for _ in range(3)]
         )
-    widening = 8.5 * ageing - 3 + rng.normal(0, 1)
-    velocity += (widening + 1.5 * random_field(rng, 50, LATTICE_STEP, atlas.lattice)) * atlas.pull
+    widening = 8.5 * ageing - 3 + 0.5 * rng.normal(0, 1)
+    velocity += (widening + 0.75 * random_field(rng, 50, LATTICE_STEP, atlas.lattice)) * atlas.pull
     return velocity / LATTICE_STEP
 
 

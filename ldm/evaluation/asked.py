@@ -1,12 +1,15 @@
 """Do samples show what they were asked for? Sizes of structures by number, and distances by category."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from scipy import ndimage
 
-from ldm import UserError
+from ldm import UserError, few
+from ldm.data.labels import label_of
 from ldm.diffusion.conditioning import MISSING
 from ldm.evaluation import distances
 from ldm.evaluation.distances import DRAWS, KernelDistance
@@ -36,9 +39,12 @@ class Structure:
     depth: float = 0.0
 
     @classmethod
-    def parse(cls, text: str) -> "Structure":
-        """Of `ventricles=0:0.35:24`. Raises UserError: it is not of this form."""
+    def parse(cls, text: str) -> "Structure | LabelStructure":
+        """Of `ventricles=0:0.35:24`, or of `ventricles=label:3`. Raises UserError: it is of neither form."""
         name, _, numbers = text.partition("=")
+        kind, _, value = numbers.partition(":")
+        if name and kind == "label" and re.fullmatch("[0-9]{1,3}", value):
+            return LabelStructure(name, int(value))
         try:
             low, high, *depth = map(float, numbers.split(":"))
         except ValueError:
@@ -46,18 +52,55 @@ class Structure:
         if not (name and low < high and len(depth) < 2 and all(one >= 0 for one in depth)):
             raise UserError(
                 f"--structure {text}: expected NAME=LOW:HIGH or NAME=LOW:HIGH:DEPTH, such as "
-                "ventricles=0:0.35:24: values from 0 to 1, and a depth in mm."
+                "ventricles=0:0.35:24: values from 0 to 1, and a depth in mm; or NAME=label:VALUE."
             )
         return cls(name, low, high, *depth)
 
-    def millilitres(self, volume: np.ndarray, spacing: Sequence[float]) -> float:
-        """Its size in a volume (D, H, W) in the unit range, with voxels of `spacing` mm."""
+    def millilitres(self, volume: torch.Tensor, spacing: Sequence[float]) -> float:
+        """Its size in a volume (1, C, D, H, W) in the unit range, with voxels of `spacing` mm."""
+        volume = volume[0, 0].cpu().numpy()
         inside = ndimage.binary_fill_holes(volume > FOREGROUND)
         found = inside & (volume >= self.low) & (volume < self.high)
         if self.depth:
             depth = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing)
             found &= depth[1:-1, 1:-1, 1:-1] > self.depth
         return float(found.sum() * np.prod(spacing) / 1000)
+
+
+@dataclass(frozen=True)
+class LabelStructure:
+    """A structure that a label names.
+
+    Args:
+        name: of the structure.
+        value: of the label.
+        find: a volume (1, C, D, H, W) -> the label, (D, H, W).
+    """
+
+    name: str
+    value: int
+    find: Callable | None = None
+
+    def found_by(self, segment: Callable | None, labels: Sequence[int]) -> "LabelStructure":
+        """As a segmenter finds it, or else by the channels of labels that volumes have.
+
+        Raises:
+            UserError: neither knows the label.
+        """
+        known = segment.values if segment else labels
+        if self.value not in known:
+            where = f"has {few(known)}" if known else "is needed; give one by --segmenter"
+            what = "the segmenter" if segment or not known else "label_values"
+            raise UserError(f"--structure {self.name}=label:{self.value}: {what} {where}.")
+
+        def drawn(volume: torch.Tensor) -> np.ndarray:
+            return label_of(volume[0, -len(labels) :].cpu().numpy(), labels)
+
+        return replace(self, find=segment or drawn)
+
+    def millilitres(self, volume: torch.Tensor, spacing: Sequence[float]) -> float:
+        """As of `Structure`."""
+        return float((self.find(volume) == self.value).sum() * np.prod(spacing) / 1000)
 
 
 def known_values(values: dict) -> dict[str, str]:

@@ -10,7 +10,7 @@ from scipy.ndimage import fourier_gaussian
 
 from ldm.evaluation import copies
 from ldm.evaluation.distances import Moments
-from ldm.evaluation.features import PLANES, RADIMAGENET, stacked
+from ldm.evaluation.features import OWN, PLANES, RADIMAGENET, stacked
 from ldm.metrics import RadialSpectrum, histogram, ms_ssim, reconstruction_metrics, scales_of, tissue_volumes
 
 HELD_OUT, GENERATED, TRAINING = "held-out", "generated", "training"  # the groups
@@ -30,7 +30,9 @@ class VolumeGroup:
         spacing: in mm.
         count: upper limit of the number of volumes.
         classifier: a network (1, C, D, H, W) -> (1, classes), or None.
-        structures: by name, what measures the ml of a structure, from a volume (D, H, W) and the spacing.
+        structures: by name, what measures the ml of a structure, from a volume and the spacing.
+        labels: how many channels of the volumes, the last, are those of labels. Own features see them, all
+            else is of the image.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class VolumeGroup:
         count: int,
         classifier: Callable | None = None,
         structures: dict[str, Callable] | None = None,
+        labels: int = 0,
     ):
+        self.labels = labels
         self.structures, self.sizes = structures or {}, {one: [] for one in structures or {}}
         self.name, self.networks, self.spectrum, self.spacing = name, networks, spectrum, spacing
         self.count, self.classifier = count, classifier
@@ -59,7 +63,10 @@ class VolumeGroup:
         """Add a volume (1, C, D, H, W) in the unit range, float32. Without `subject` it counts as a subject
         of its own."""
         for network, features in self.features.items():
-            features.append(self.networks[network](volume))
+            features.append(features_of(self.networks, network, volume, self.labels))
+        for structure, millilitres in self.structures.items():
+            self.sizes[structure].append(millilitres(volume, self.spacing))
+        volume = image_of(volume, self.labels)
         thumbnail = copies.thumbnail(volume)
         if self._thumbnails is None:
             # One block: many small ones, allocated between volumes, would fragment the memory.
@@ -69,10 +76,7 @@ class VolumeGroup:
         self.subjects.append(subject or name)
         self.spectra.append(self.spectrum(volume))
         self.histograms.append(histogram(volume))
-        first = volume[0, 0].cpu().numpy()
-        self.tissues.append(tissue_volumes(first, self.spacing))
-        for structure, millilitres in self.structures.items():
-            self.sizes[structure].append(millilitres(first, self.spacing))
+        self.tissues.append(tissue_volumes(volume[0, 0].cpu().numpy(), self.spacing))
         # Pairs share no volume: only then are they independent.
         if self._previous is None:
             self._previous = volume
@@ -84,7 +88,8 @@ class VolumeGroup:
 
     def add_reconstruction(self, reconstruction: torch.Tensor, volume: torch.Tensor) -> None:
         """Score the autoencoder's reconstruction of a volume."""
-        scores = reconstruction_metrics(reconstruction.clamp(0, 1), volume)
+        both = (image_of(one, self.labels) for one in (reconstruction.clamp(0, 1), volume))
+        scores = reconstruction_metrics(*both)
         self.reconstructions.append([float(scores[key]) for key in ("psnr", "ssim", "l1")])
 
     @property
@@ -104,6 +109,16 @@ class VolumeGroup:
         return sorted(first.values())
 
 
+def image_of(volume: torch.Tensor, labels: int) -> torch.Tensor:
+    """The channels of a volume (1, C + labels, D, H, W) that are the image's."""
+    return volume[:, : volume.shape[1] - labels]
+
+
+def features_of(networks: dict[str, Callable], name: str, volume: torch.Tensor, labels: int) -> list:
+    """Features of a volume by one of the networks: own ones also of the label's channels."""
+    return networks[name](volume if name == OWN else image_of(volume, labels))
+
+
 class DegradedScans:
     """Features of real scans after known degradations (blur, the autoencoder, halves of two scans joined), as
     a scale for distances.
@@ -111,9 +126,11 @@ class DegradedScans:
     Args:
         networks: as for `VolumeGroup`.
         reconstruct: the autoencoder, encode and decode, or None.
+        labels: as for `VolumeGroup`.
     """
 
-    def __init__(self, networks: dict[str, Callable], reconstruct: Callable | None):
+    def __init__(self, networks: dict[str, Callable], reconstruct: Callable | None, labels: int = 0):
+        self.labels = labels
         self.networks = {name: network for name, network in networks.items() if name != RADIMAGENET}
         self.degradations = {blur_name(sigma): _blur(sigma) for sigma in BLURS}
         if reconstruct:
@@ -134,8 +151,9 @@ class DegradedScans:
         self._previous = volume
 
     def _add(self, name: str, degraded: torch.Tensor) -> None:
-        for network, features in self.networks.items():
-            self.features[name][network].append(features(degraded))
+        for network in self.networks:
+            row = features_of(self.networks, network, degraded, self.labels)
+            self.features[name][network].append(row)
 
 
 def joined_halves(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

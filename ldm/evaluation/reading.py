@@ -16,6 +16,7 @@ from ldm.data import splits
 from ldm.data.cases import Case, size_at
 from ldm.data.datasets import stream
 from ldm.data.intensity import Intensity, to_unit_range
+from ldm.data.labels import with_label
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.data.reading import ras_geometry
 from ldm.evaluation.features import RADIMAGENET
@@ -68,7 +69,7 @@ def samples_of_model(folder: Path, autoencoder: Path, unet: Path) -> tuple[Sourc
             f"{folder}: found no samples of {unet}{f' ({left_out})' * bool(others)}.\n"
             "Run inference.py, or name the samples by --generated."
         )
-    cases = [Case(path.name.removesuffix(".nii.gz"), (path,)) for path in samples]
+    cases = [Case(path.name.removesuffix(".nii.gz"), (path,), records.labelled(path)) for path in samples]
     notes = [f"{GENERATED}: {left_out}."] if others else []
     return Source(GENERATED, str(folder), cases), [*samples.values()], notes
 
@@ -169,7 +170,8 @@ def split_notes(split: Path, source: Source) -> list[str]:
 
 
 class Reader:
-    """Reads volumes onto one grid in the unit range.
+    """Reads volumes onto one grid in the unit range, with the channels of their labels where `preprocessing`
+    has labels.
 
     Args:
         preprocessing: of the scans.
@@ -181,11 +183,20 @@ class Reader:
         self.preprocessing, self.size, self.device = preprocessing, tuple(size), device
 
     def __call__(self, case: Case) -> torch.Tensor:
-        """(1, C, D, H, W) float32. Raises UserError: it cannot be read, or is constant."""
+        """(1, C, D, H, W) float32. Raises UserError: it cannot be read, is constant, or has no label."""
         volume = self._unit_range(case)
         if np.ptp(volume) == 0:
             raise UserError(f"{case.images[0]}: constant, an empty image.")
+        if self.preprocessing.labels:
+            if case.label is None:
+                raise UserError(f"{case.images[0]}: has no label, which the autoencoder needs.")
+            volume = with_label(volume, self.preprocessing.label_channels(case.label), case)
         return torch.from_numpy(np.ascontiguousarray(crop_or_pad(volume, self.size)))[None].to(self.device)
+
+    @property
+    def labels(self) -> int:
+        """How many of the channels, the last, are those of labels."""
+        return len(self.preprocessing.labels)
 
     def _unit_range(self, case: Case) -> np.ndarray:
         """Scans as in training; samples by the limits in their records."""
@@ -260,13 +271,15 @@ def read_groups(
         The groups, and of each a few examples for the report: (name, (D, H, W)).
     """
     spectrum = RadialSpectrum(read.size)
-    degraded = DegradedScans(networks, encoder.reconstruct if encoder else None)
+    degraded = DegradedScans(networks, encoder.reconstruct if encoder else None, read.labels)
     groups, examples = {}, {}
     reference = TRAINING if TRAINING in sources else HELD_OUT
     for name, source in sources.items():
         chosen = set(sorted(case.name for case in source.cases)[:EXAMPLES])
         spacing, count = read.preprocessing.spacing, len(source.cases)
-        group = groups[name] = VolumeGroup(name, networks, spectrum, spacing, count, classifier, structures)
+        group = groups[name] = VolumeGroup(
+            name, networks, spectrum, spacing, count, classifier, structures, read.labels
+        )
         examples[name] = []
         for number, (case, volume) in enumerate(volumes_of(source, read, run)):
             in_reference = name == reference and (name == TRAINING or number % 2 == 0)

@@ -23,6 +23,7 @@ FEW_VOLUMES = 20  # below it, a sentence says so
 MIN_HELD_OUT = 5  # for the threshold of copies
 SUSPICIOUS_Z = -3.0  # Meehan et al. (2020)
 GOOD_PSNR, FAIR_PSNR = 30.0, 25.0  # dB
+GOOD_UTILITY, FAIR_UTILITY = 0.9, 0.7  # of the Dice of a segmenter that was trained on scans
 
 
 def verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[str, int]) -> list[dict]:
@@ -41,6 +42,7 @@ def verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[str, 
         sharpness(found["fine_power"]),
         diversity(found["ms_ssim"]),
         anatomy([metric for key, metric in found.items() if key.startswith("tissue_")]),
+        utility(found),
         autoencoder(found),
         numbers(counts),
     ]
@@ -213,6 +215,19 @@ def anatomy(metrics: Sequence[Metric]) -> tuple[str, str] | None:
         return "none", f"Too few volumes to tell whether tissue volumes are those of real scans. {most}"
     within = f"within {SHIFT_TOLERANCE:g} standard deviations"
     return "good", f"Tissue volumes are distributed as in real scans, {within}. {most}"
+
+
+def utility(found: dict[str, Metric]) -> tuple[str, str] | None:
+    """Whether samples with labels train a segmenter."""
+    alone, both = (found.get(f"dice_{kind}_mean") for kind in (GENERATED, "both"))
+    if alone is None or alone.missing:
+        return None
+    share = alone.value / alone.floor if alone.floor else 0.0
+    text = (
+        f"A segmenter trained on samples reaches {share:.0%} of the Dice of one trained on as many scans "
+        f"({alone.value:.3f}, {alone.floor:.3f}); on both {both.value:.3f}."
+    )
+    return ("good" if share >= GOOD_UTILITY else "warn" if share >= FAIR_UTILITY else "bad"), text
 
 
 def autoencoder(found: dict[str, Metric]) -> tuple[str, str] | None:

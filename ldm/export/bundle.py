@@ -17,6 +17,7 @@ from torch import nn
 from ldm import UserError
 from ldm.data.datasets import stream
 from ldm.data.intensity import from_unit_range
+from ldm.data.labels import label_of
 from ldm.diffusion import samplers
 from ldm.diffusion.conditioning import Conditions, guided, position_channels
 from ldm.diffusion.covariates import Covariates
@@ -51,6 +52,7 @@ def draw(
     latent_shape: Sequence[int],
     scale_factor: float,
     limits: Sequence,
+    labels: Sequence[int],
     spacing: Sequence[float],
     steps: int,
     sampler: str,
@@ -60,7 +62,8 @@ def draw(
     device: torch.device,
     output_dir: str,
 ) -> Path:
-    """Sample the volume of a seed, and write it as `sample_000003.nii.gz`: RAS, mm, centred on the origin.
+    """Sample the volume of a seed, and write it as `sample_000003.nii.gz`: RAS, mm, centred on the origin;
+    where labels are drawn, its label beside it.
 
     Raises:
         FileExistsError: the file exists.
@@ -75,10 +78,14 @@ def draw(
     model = conditions.guided_model(network, [chosen], guidance, device)
     latents = sample_latents(model, process, latent_shape, [seed], steps, sampler, device)
     volume = autoencoder.decode(latents / scale_factor)[0].float().cpu()
-    voxels = from_unit_range(volume.numpy(), np.array(limits))
+    voxels = from_unit_range(volume[: len(limits)].numpy(), np.array(limits))
     if not np.isfinite(voxels).all():
         raise FloatingPointError(f"the volume of seed {seed} is not finite, and is not written.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if labels:
+        label = label_of(volume[len(limits) :].numpy(), labels)[None]
+        beside = path.with_name(f"sample_{seed:06d}_label.nii.gz")
+        beside.write_bytes(nifti_bytes(label, spacing, np.uint8))
     path.write_bytes(nifti_bytes(voxels, spacing))
     print(path)
     return path
@@ -127,6 +134,7 @@ def sampling_script() -> str:
         guided,
         Autoguided,
         from_unit_range,
+        label_of,
         nifti_bytes,
         nifti_gz,
         loaded,
@@ -246,6 +254,7 @@ def inference_config(networks: Networks, config: dict) -> dict:
         "scale_factor": networks.scale_factor,
         "spacing": list(networks.geometry["spacing"]),
         "limits": networks.geometry["limits"],
+        "labels": list(networks.labels),
         "network_def": _fused(config["diffusion_def"]),
         "autoencoder_def": _fused(config["autoencoder_def"]),
         **unet,
@@ -297,6 +306,8 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
     shape, process, conditions = networks.latent_shape, networks.process, networks.conditions
     latent = _tensor("latent", [f"latent channel {i}" for i in range(shape[0])], shape[1:])
     image = _tensor("magnitude", about["channels"], networks.geometry["size"])
+    named = [*about["channels"], *(f"label {value}" for value in networks.labels)]
+    volume = _tensor("magnitude", named, networks.geometry["size"])
     times = {"type": "tuples", "value_range": [0, process.num_train_timesteps]}
     inputs = {"latent": latent, "timesteps": _tensor("timesteps", ["time, one a volume"], []) | times}
     if conditions.column is not None:
@@ -356,8 +367,8 @@ def bundle_metadata(networks: Networks, config: dict, about: dict, figures: Sequ
             "post_processed_outputs": {"image": image},
         },
         "autoencoder_data_format": {
-            "inputs": {"image": {**image, "value_range": [0, 1]}},
-            "outputs": {"reconstruction": image, "mean": latent, "std": latent},
+            "inputs": {"image": {**volume, "value_range": [0, 1]}},
+            "outputs": {"reconstruction": volume, "mean": latent, "std": latent},
         },
     }
 

@@ -97,7 +97,7 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
         return predict(network, latents, times, conditions.cond_of(len(latents), *given))
 
     def images(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        return (torch.rand(batch, config["image_channels"], *size, generator=generator),)
+        return (torch.rand(batch, config["volume_channels"], *size, generator=generator),)
 
     def latents(batch: int, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return (torch.randn(batch, networks.latent_shape[0], *size, generator=generator),)

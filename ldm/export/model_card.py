@@ -108,7 +108,8 @@ def describe(networks: Networks, config: dict) -> str:
     size, spacing = (by(networks.geometry[key]) for key in ("size", "spacing"))
     kind = "rectified flow" if networks.process.is_flow else "diffusion"
     channels = f" of {config['image_channels']} channels" if config["image_channels"] > 1 else ""
-    return f"A latent {kind} model that generates volumes{channels} of {size} voxels of {spacing} mm."
+    labels = f" with labels {', '.join(map(str, networks.labels))}" if networks.labels else ""
+    return f"A latent {kind} model that generates volumes{channels}{labels} of {size} voxels of {spacing} mm."
 
 
 def version_of(package: str) -> str | None:

@@ -11,7 +11,7 @@ from ldm import UserError, brief, configs, few
 from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.system.checkpoints import POSITIVE, SCALE_FACTOR, SIZE
-from ldm.system.files import read_json, record_path, sha256_of, write_json, written_whole
+from ldm.system.files import label_path, read_json, record_path, sha256_of, write_json, written_whole
 from ldm.system.schemas import StrictValidator, fault, fields
 
 FORMAT = 1
@@ -57,7 +57,10 @@ SCHEMA["properties"] |= {  # of some records
     },  # of the batch
 }
 # The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
-SCHEMA["properties"]["volume"]["properties"]["limits"] = {"type": "array", "items": INTERVAL}
+SCHEMA["properties"]["volume"]["properties"] |= {
+    "limits": {"type": "array", "items": INTERVAL},
+    "label": fields(sha256=HASH),  # of the label beside it, where one was drawn
+}
 
 
 def config_hash(config: dict) -> str:
@@ -133,16 +136,32 @@ def find_checkpoint(record: dict, key: str, folder: Path, given: Path | None) ->
     )
 
 
-def save_volume(path: Path, content: bytes, record: dict | None = None) -> None:
-    """Write a volume; its record first, so that a kill between the two leaves no volume without a record.
+def save_volume(path: Path, content: bytes, record: dict | None = None, label: bytes | None = None) -> None:
+    """Write a volume; its record and label first, so that a kill between them leaves no volume without
+    these.
 
     Raises:
         OSError: as `written_whole`.
     """
     if record:
         write_json(record_path(path), {"format": FORMAT, **record})
-    with written_whole(path) as file:
-        file.write(content)
+    for one, bytes_of in ((label_path(path), label), (path, content)):
+        if bytes_of is not None:
+            with written_whole(one) as file:
+                file.write(bytes_of)
+
+
+def labelled(path: Path) -> Path | None:
+    """The label that was drawn with a generated volume, or None."""
+    return label if (label := label_path(path)).is_file() else None
+
+
+def is_label(path: Path) -> bool:
+    """Whether a file is the label of a generated volume beside it."""
+    end = label_path(Path(".nii.gz")).name
+    return (
+        path.name.endswith(end) and record_path(path.with_name(path.name.replace(end, ".nii.gz"))).is_file()
+    )
 
 
 def record_of(path: Path) -> dict | None:
@@ -192,6 +211,8 @@ def samples_of(folder: Path, checkpoints: dict[str, Path]) -> tuple[dict[Path, d
     for path in sorted(folder.rglob("*")):
         if not path.name.lower().endswith(IMAGE_SUFFIXES) or path.name.startswith("."):
             continue
+        if is_label(path):
+            continue
         inside = path.relative_to(folder).parts
         record, reason = None, f"in {inside[0]}/"
         if len(inside) == 1:
@@ -217,9 +238,17 @@ def _own(path: Path, checkpoints: dict[str, Path], hashes: dict[str, str]) -> tu
         if record[key]["sha256"] != hashes[key]:
             same_file = Path(record[key]["path"]).resolve() == checkpoints[key].resolve()
             return None, f"from before {checkpoints[key].name} changed" if same_file else f"of another {key}"
-    if sha256_of(path) != record["volume"]["sha256"]:
+    if _is_changed(path, record):
         return None, "changed since inference.py wrote them"
     return record, ""
+
+
+def _is_changed(path: Path, record: dict) -> bool:
+    """Whether a volume, or its label, is not as its record says."""
+    label = record["volume"].get("label")
+    return sha256_of(path) != record["volume"]["sha256"] or bool(
+        label and (labelled(path) is None or sha256_of(label_path(path)) != label["sha256"])
+    )
 
 
 def listed(others: dict[str, list[str]]) -> str:
@@ -268,12 +297,13 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
     made, taken = set(), []
     for path, request in requests.items():
         record = record_path(path)
-        found = [one for one in (path, record) if one.exists()]
+        label = [label_path(path)] if request["config"]["with_labels"] else []
+        found = [one for one in (path, *label, record) if one.exists()]
         if not found:
             continue
         how = differences(record, request)
-        if not how and path in found and sha256_of(path) != read_record(record)["volume"]["sha256"]:
-            how = "it was changed since"
+        if not how and path in found and _is_changed(path, read_record(record)):
+            how = "it or its label was changed since" if label else "it was changed since"
         if how:
             taken.append((found[0], how))
         elif path in found:

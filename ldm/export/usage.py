@@ -25,8 +25,8 @@ unet.load_state_dict(weights)
 """
 
 TORCHSCRIPT = """\
-`torchscript/`: `encode.ts` (images in [0, 1] -> mean and standard deviation of the scaled latents),
-`decode.ts` (scaled latents -> images in [0, 1]) and `unet.ts` (latents, times{labels} -> {prediction}), in
+`torchscript/`: `encode.ts` ({images} -> mean and standard deviation of the scaled latents),
+`decode.ts` (scaled latents -> {images}) and `unet.ts` (latents, times{labels} -> {prediction}), in
 float32, with weights and scale factor inside, and `model.json` with the other facts.
 {takes}
 A volume by {method}:
@@ -47,12 +47,18 @@ with torch.inference_mode():
 {loop}
     volume = decode(z)[0].numpy(){outside}
 low, high = np.array(geometry["limits"]).T[:, :, None, None, None]
-voxels = np.moveaxis((volume * (high - low) + low).astype(np.float32), 0, -1).squeeze()
+image = volume[:len(low)] * (high - low) + low
+voxels = np.moveaxis(image.astype(np.float32), 0, -1).squeeze()
 affine = np.diag([*geometry["spacing"], 1.0])
 affine[:3, 3] = -affine.diagonal()[:3] * (np.array(geometry["size"]) - 1) / 2  # centred on the origin
-nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz")
+nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz"){drawn}
 ```
 """
+
+DRAWN_LABEL = """
+channels = volume[len(low):]  # one for each label; 0 is background
+label = np.where(channels.max(0) > 0.5, np.array({values}, np.uint8)[channels.argmax(0)], 0)
+nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), affine), "sample_label.nii.gz")"""
 
 SHARED = "\nz = z[..., :1].expand_as(z)  # slices of a volume begin with the same noise"
 OUTSIDE = """
@@ -95,8 +101,9 @@ python -m monai.bundle run --config_file configs/inference.json --meta_file conf
     --seed 3 --num 2
 ```
 
-writes `outputs/sample_000003.nii.gz` and `outputs/sample_000004.nii.gz`. `--steps`, `--sampler` ({samplers}),
-{condition}`--output_dir` and `--device` may be added; from elsewhere `--bundle_root FOLDER`.
+writes `outputs/sample_000003.nii.gz` and `outputs/sample_000004.nii.gz`{pairs}. `--steps`,
+`--sampler` ({samplers}), {condition}`--output_dir` and `--device` may be added; from elsewhere
+`--bundle_root FOLDER`.
 """
 
 
@@ -131,6 +138,7 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
         parts.append(
             TORCHSCRIPT.format(
                 prediction=process.prediction,
+                images="images in [0, 1]" + " and a channel for each label" * bool(networks.labels),
                 takes=_takes(takes),
                 method=method,
                 steps=SAMPLERS[name].steps,
@@ -138,6 +146,7 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
                 label=label,
                 shared=SHARED if networks.autoencoder.is_slicewise else "",
                 outside=OUTSIDE if "slices" in networks.geometry else "",
+                drawn=DRAWN_LABEL.format(values=list(networks.labels)) if networks.labels else "",
                 loop=loop.format(argument=argument, estimates=ESTIMATES.get(process.prediction)),
             )
         )
@@ -147,7 +156,8 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
         names += conditions.covariates.columns if conditions.covariates else []
         asked = ",".join(f"{name}=VALUE" for name in names)
         condition = f"`--condition {asked}`, `--guidance`,\n" if conditions else ""
-        parts.append(BUNDLE.format(samplers=", ".join(fitting), condition=condition))
+        pairs = ", each with its `_label.nii.gz`" if networks.labels else ""
+        parts.append(BUNDLE.format(samplers=", ".join(fitting), condition=condition, pairs=pairs))
     return "\n".join(parts).rstrip()
 
 

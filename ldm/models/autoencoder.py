@@ -152,15 +152,17 @@ def set_posterior_std(network: nn.Module, std: float) -> None:
     Raises:
         UserError: the network has no such layer.
     """
-    layer = getattr(network, "quant_conv_log_sigma", None)
-    if layer is None:
-        raise UserError(
-            "autoencoder_train.initial_posterior_std: this network has no log-variance layer. Set it to null."
-        )
-    conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
-    with torch.no_grad():
-        conv.weight.mul_(0.1)
-        conv.bias.fill_(2 * torch.tensor(std).log().item())
+    for part in getattr(network, "parts", [network]):
+        layer = getattr(part, "quant_conv_log_sigma", None)
+        if layer is None:
+            raise UserError(
+                "autoencoder_train.initial_posterior_std: this network has no log-variance layer. Set it to "
+                "null."
+            )
+        conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
+        with torch.no_grad():
+            conv.weight.mul_(0.1)
+            conv.bias.fill_(2 * torch.tensor(std).log().item())
 
 
 class LatentMoments:

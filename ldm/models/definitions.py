@@ -208,7 +208,7 @@ def check_networks(config: dict) -> None:
 def small_input(config: dict, key: str) -> torch.Tensor:
     """The smallest images (1, C, D, H, W) that both networks take or, for `diffusion_def`, such inputs of the
     UNet, with the channels of its conditions; on torch's meta device."""
-    sides, channels = [2 * side for side in network_divisor(config)], config["image_channels"]
+    sides, channels = [2 * side for side in network_divisor(config)], config["volume_channels"]
     if key == "diffusion_def":
         sides, channels = latent_size(config, sides), config[key]["in_channels"]
     return torch.empty(1, channels, *sides, device="meta")

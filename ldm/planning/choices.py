@@ -42,6 +42,7 @@ NOT_ZERO = 0.75  # of the voxels, below which intensities are those of what is n
 HOUNSFIELD = [-1000.0, 1000.0]
 TRIED = "docs/PERFORMANCE.md, what was tried for sharper samples"
 STEPS = {"autoencoder_train": 10_000, "diffusion_train": 40_000}
+FEW_SUBJECTS, HELD_OUT_OF_FEW = 200, 0.2
 SLICES = 4  # of each volume in a step, for 2D networks
 VALIDATIONS = 40  # over a training that is not limited by the clock
 STEPS_OF_A_VALIDATION = 200  # in one that is
@@ -57,6 +58,7 @@ def make_plan(
     dims: int = 3,
     nnunet: NnunetPlan | None = None,
     overrides: dict[str, tuple[object, str]] | None = None,
+    with_labels: bool = False,
 ) -> Plan:
     """Choose a config.
 
@@ -68,6 +70,7 @@ def make_plan(
         dims: 2 or 3, of the networks.
         nnunet: whose spacing, strides and windows are used.
         overrides: as of `Plan`.
+        with_labels: whether labels are drawn with images.
 
     Raises:
         UserError: not even the smallest networks fit the memory.
@@ -98,6 +101,9 @@ def make_plan(
         why = "a step takes some of many volumes, and none that is empty"
         made.set("slices", {"per_volume": min(SLICES, size[2]), "foreground": True}, why)
     made.set("image_channels", len(used))
+    if with_labels:
+        made.set("with_labels", True, "asked for: labels are drawn with images, one more channel each")
+        made.set("label_values", fingerprint["label_values"], "those of the labels")
     _choose_intensity(made, fingerprint, names, nnunet)
 
     # Latents or voxels, and the levels of both networks
@@ -112,6 +118,7 @@ def make_plan(
     why = f"the 95th percentile of the volumes at {by_times(chosen)} mm is {by_times(size)}"
     made.set("autoencoder_train.patch_size", volume)
     made.set("diffusion_train.patch_size", volume, f"{why}, rounded up to what the networks divide")
+    _choose_split(made, fingerprint)
     _choose_training(made, fingerprint, machine, space)
     memory.start(made, machine)
     if space == "latent":
@@ -170,24 +177,26 @@ def _choose_networks(
     made: Plan, space: str, first: list, second: list, longest: int, machine: Machine
 ) -> None:
     """Classes, strides and latent channels. The widths follow from the memory."""
+    coded = made.config["image_channels"] + len(made.config.get("label_values", ()))
     if space == "pixel":
         made.set("diffusion_space", "pixel", "asked for: voxels, without an autoencoder")
-        latent = made.config["image_channels"]
+        latent = coded
     elif space == "haar":
         target = {"_target_": "ldm.models.Haar", "spatial_dims": "@spatial_dims"}
-        target |= {"in_channels": "@image_channels", "levels": len(first)}
+        target |= {"in_channels": "@volume_channels", "levels": len(first)}
         made.set("autoencoder_def", target, "asked for: a wavelet, without loss and without training")
-        latent = made.config["image_channels"] * 2 ** (made.config["spatial_dims"] * len(first))
+        latent = coded * 2 ** (made.config["spatial_dims"] * len(first))
     else:
-        latent = (4 if len(first) == 1 else 8) * min(made.config["image_channels"], 4)
+        kinds = made.config["image_channels"] + made.config.get("with_labels", False)
+        latent = (4 if len(first) == 1 else 8) * min(kinds, 4)
         halved = all(2 in level and 1 not in level for level in first)
         made.set(
             "autoencoder_def",
             {
                 "_target_": "monai.networks.nets.AutoencoderKL",
                 "spatial_dims": "@spatial_dims",
-                "in_channels": "@image_channels",
-                "out_channels": "@image_channels",
+                "in_channels": "@volume_channels",
+                "out_channels": "@volume_channels",
                 "latent_channels": "@latent_channels",
                 "norm_num_groups": 8,
                 "attention_levels": [False] * (len(first) + 1),
@@ -219,6 +228,13 @@ def _choose_networks(
     )
     if any(1 in level for level in second):
         made.set(f"diffusion_def.{KEY}", second)
+
+
+def _choose_split(made: Plan, fingerprint: dict) -> None:
+    """The share of subjects that is held out."""
+    if (count := fingerprint["subjects"]) <= FEW_SUBJECTS:
+        why = f"{counted(count, 'subject{s}')}: a smaller share would leave too few to evaluate with"
+        made.set("data.val_fraction", HELD_OUT_OF_FEW, why)
 
 
 def _choose_training(made: Plan, fingerprint: dict, machine: Machine, space: str) -> None:

@@ -48,6 +48,11 @@ def read_json(path: str | Path, what: str = "", kind: type = dict) -> dict | lis
     return content
 
 
+def label_path(path: Path) -> Path:
+    """The label beside a generated volume `sample_000003.nii.gz`: `sample_000003_label.nii.gz`."""
+    return path.with_name(f"{path.name.removesuffix('.nii.gz')}_label.nii.gz")
+
+
 def record_path(path: Path) -> Path:
     """The record of a volume `sample_000003.nii.gz`: `sample_000003.json`."""
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")

@@ -14,7 +14,7 @@ from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, WithDraws, among, stream
 from ldm.data.prepare import step_size
 from ldm.losses import UNTRAINED, AutoencoderLoss, adversarial_loss, discriminator_loss
-from ldm.metrics import band_power, reconstruction_metrics
+from ldm.metrics import band_power, mean_dice, reconstruction_metrics
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.definitions import check_discriminator_size, latent_size, small_input
 from ldm.models.layers import freeze_unreached, on_device
@@ -32,7 +32,7 @@ AMPLIFIED = 4  # as small differences are hard to see
 COMPARISON_TAG = f"scan, reconstruction, difference x {AMPLIFIED}"
 
 # What the held-out loss depends on: where one of them differs, two losses do not compare.
-HELD_OUT_LOSS = ("recon_loss", "gradient_weight", "perceptual_weight")
+HELD_OUT_LOSS = ("recon_loss", "gradient_weight", "perceptual_weight", "label_weight")
 HELD_OUT_LOSS += ("background_weight", "perceptual_network", "perceptual_slice_ratio", "val_patch_size")
 
 
@@ -127,7 +127,7 @@ def build_learner(
     if section["adversarial_weight"]:
         discriminator = PatchDiscriminator(
             spatial_dims=dims,
-            in_channels=config["image_channels"],
+            in_channels=config["image_channels"],  # of labels, shares and numbers would give it away
             out_channels=1,
             **section["discriminator"],
         )
@@ -157,11 +157,16 @@ def compare_with_reconstruction(
     slices: torch.Generator,
     run: Run,
 ) -> tuple[torch.Tensor, dict]:
-    """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, and the held-out loss with its
-    terms. `slices` draws those that a 2D perceptual network compares."""
+    """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, Dice of labels, high-frequency
+    power, and the held-out loss with its terms. `slices` draws those that a 2D perceptual network compares.
+    """
     with run.autocast():
         reconstruction = autoencoder.reconstruct(image)
-    numbers = reconstruction_metrics(reconstruction.clamp(0, 1), image.clamp(0, 1))
+    both = criterion.image_of(reconstruction), criterion.image_of(image)
+    numbers = reconstruction_metrics(*(one.clamp(0, 1) for one in both))
+    numbers |= dict(zip(("power", "real power"), map(band_power, both), strict=True))
+    if criterion.labels:
+        numbers["dice"] = mean_dice(criterion.labels_of(reconstruction), criterion.labels_of(image))
     return reconstruction, {**numbers, **criterion.held_out(image, reconstruction, slices)}
 
 
@@ -172,19 +177,19 @@ def validate(
     """Reconstruct the held-out volumes, each rank its share. What is random is a function of the case alone.
 
     Returns:
-        Means over all volumes of the held-out loss and its terms, PSNR, SSIM, L1 and the share of
-        high-frequency power that is retained; and up to 4 pairs of image and reconstruction (C, D, H, W) by
-        the name of the case, for pictures: of a rank, the same cases each time.
+        Means over all volumes of the held-out loss and its terms, PSNR, SSIM, L1, Dice of labels and the
+        share of high-frequency power that is retained; and up to 4 pairs of image and reconstruction
+        (C, D, H, W) by the name of the case, for pictures: of a rank, the same cases each time.
     """
     autoencoder.eval()
     names = ["loss", *criterion.weights, "psnr", "ssim", "l1", "power", "real power"]
+    names += ["dice"] * bool(criterion.labels)
     sums, pairs = torch.zeros(len(names) + 1, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
         case, item = dataset.cases[i].name, dataset[(0, i)]
         image = item["image"][None, ..., among(item)].to(run.device)
         slices = stream(dataset.seed, "slices", "validation", case)
         reconstruction, numbers = compare_with_reconstruction(autoencoder, criterion, image, slices, run)
-        numbers |= {"power": band_power(reconstruction), "real power": band_power(image)}
         sums += torch.tensor([*(float(numbers[name]) for name in names), 1.0], dtype=torch.float64)
         if len(pairs) < 4:
             pairs[case] = image[0].cpu(), reconstruction[0].cpu()
@@ -229,10 +234,11 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     """Do what takes memory in this stage, on tensors without values: a training step with all terms of the
     loss, and the validation of a volume. `sizes` are those of `prepare.patch_sizes`."""
     patch_size, val_size = step_size(config, sizes[0]), sizes[2]
-    section, channels, device = config["autoencoder_train"], config["image_channels"], run.device
+    section, channels, device = config["autoencoder_train"], config["volume_channels"], run.device
     with meter:
         network = configs.define_network(config, "autoencoder_def")
-        criterion = AutoencoderLoss(section, UNTRAINED, config["spatial_dims"])
+        labels = len(configs.labels_of(config))
+        criterion = AutoencoderLoss(section, UNTRAINED, config["spatial_dims"], labels)
         learner = build_learner(config, network, patch_size, val_size, criterion, False, run)
         meter.hold("weights", learner.autoencoder, learner.criterion, learner.discriminator)
         meter.hold("averaged weights", learner.ema_model)
@@ -247,11 +253,12 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             loss = criterion(images, reconstruction, mean, std, slices)["loss"]
             if learner.discriminator:
                 with run.autocast():
-                    loss = loss + adversarial_loss(learner.discriminator, reconstruction)
+                    loss = loss + adversarial_loss(learner.discriminator, criterion.image_of(reconstruction))
             learner.optimizer.backward(loss)
             if learner.discriminator:
                 with run.autocast():
-                    loss = discriminator_loss(learner.wrapped_discriminator, reconstruction, images)
+                    both = criterion.image_of(reconstruction), criterion.image_of(images)
+                    loss = discriminator_loss(learner.wrapped_discriminator, *both)
                 learner.discriminator_optimizer.backward(loss)
             take_steps(list(learner.optimizers.values()))
         with meter.phase("validation"):

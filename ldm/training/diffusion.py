@@ -163,7 +163,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         mean, std, autoencoder = noise.clone(), noise.clone(), None
         if not section["latent_cache"]:
             autoencoder = define_autoencoder()
-            image = torch.zeros(1, config["image_channels"], *size, device=run.device)
+            image = torch.zeros(1, config["volume_channels"], *size, device=run.device)
             with torch.no_grad(), meter.phase("encoding"):  # in float32, as `posteriors.encode`
                 autoencoder.encode(image)
         learner = build_learner(config, False, run)

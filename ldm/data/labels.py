@@ -1,0 +1,57 @@
+"""Labels as further channels of a volume.
+
+After the channels of the image comes one for each label value: 1 where a voxel has it, 0 elsewhere, and a
+share between where the grid is coarser than the label's. Background is 0 in all of them. An autoencoder gives
+them back as numbers of the same scale, whose `logits` the loss compares and `label_of` reads.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ldm import UserError
+from ldm.data.cases import Case
+
+LOGIT_SCALE = 8.0  # a channel of 1 is a probability of 0.98 against background
+
+
+def with_label(image: np.ndarray, label: np.ndarray, case: Case) -> np.ndarray:
+    """(C, D, H, W) and (L, D, H, W) -> (C + L, D, H, W). Raises UserError: they are of different grids."""
+    if image.shape[1:] != label.shape[1:]:
+        raise UserError(
+            f"{case.label}: its grid {label.shape[1:]} is not that of its image {image.shape[1:]}."
+        )
+    return np.concatenate([image, label])
+
+
+def check_labelled(cases: Sequence[Case]) -> None:
+    """Raise UserError where a case has no label."""
+    if without := [case.name for case in cases if case.label is None]:
+        raise UserError(
+            f"with_labels: {len(without)} of {len(cases)} cases have no label, such as {without[0]}. "
+            "Add them (docs/data.md says where), or set with_labels to false."
+        )
+
+
+def logits(channels: torch.Tensor) -> torch.Tensor:
+    """Label channels (B, L, D, H, W) -> logits of background and labels, (B, 1 + L, D, H, W)."""
+    scaled = LOGIT_SCALE * (channels - 0.5)
+    return torch.cat([torch.zeros_like(scaled[:, :1]), scaled], 1)
+
+
+def shares(channels: torch.Tensor) -> torch.Tensor:
+    """Label channels of a scan -> shares of background and labels, (B, 1 + L, D, H, W), which sum to 1."""
+    return torch.cat([(1 - channels.sum(1, keepdim=True)).clamp_min(0), channels], 1)
+
+
+def label_of(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Label channels (L, D, H, W) -> the label, (D, H, W) uint8: the value of the largest channel, where it
+    is over one half, else 0."""
+    best = channels.argmax(0)
+    return np.where(channels.max(0) > 0.5, np.array(values, np.uint8)[best], 0).astype(np.uint8)
+
+
+def channels_of_label(label: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """A label (D, H, W) -> its channels, (L, D, H, W) float32."""
+    return np.stack([label == value for value in values]).astype(np.float32)
