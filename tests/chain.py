@@ -87,13 +87,13 @@ CONFIG = {
 
 
 def with_all_on(config: dict) -> dict:
-    """The sections of a config whose stage 2 has Muon, the mean latent, autoguidance, and augmentation that
-    the network is told, all at once."""
+    """The sections of a config whose stage 2 has Muon, the mean latent, a covariate, autoguidance, and
+    augmentation that the network is told, all at once."""
     augment = {"flip_axes": [0], "rotate_degrees": 5, "versions": 2}
     more = {"optimizer": "muon", "snapshot": 0.3, "autoguidance": 1.5, "augment": augment}
     latent = config["latent_channels"]
     return {
-        "conditions": {"mean_latent": True, "augmentation": True},
+        "conditions": {"mean_latent": True, "augmentation": True, "covariates": {"age": "number"}},
         "diffusion_def": config["diffusion_def"] | {"in_channels": 2 * latent + 1 + 3},
         "diffusion_train": config["diffusion_train"] | more,
     }
@@ -101,7 +101,8 @@ def with_all_on(config: dict) -> dict:
 
 def make_data(folder: Path, cases: int = 6, channels: int = 1, shape: tuple = SHAPE) -> Path:
     """A Decathlon folder of bright ellipsoids on a dim noisy ground, `SPACING` mm: each case is smaller and
-    1.5 times as bright as the one before, each channel 10 times as bright as the one before."""
+    1.5 times as bright as the one before, each channel 10 times as bright as the one before; `age` is 20, 21
+    and so on."""
     rng = np.random.default_rng(cases + channels)
     axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     (folder / "imagesTr").mkdir(parents=True)
@@ -113,7 +114,7 @@ def make_data(folder: Path, cases: int = 6, channels: int = 1, shape: tuple = SH
         voxels = (1000 * np.stack(stack, -1)).astype(np.float32)
         image = nib.Nifti1Image(voxels if channels > 1 else voxels[..., 0], np.diag([*SPACING, 1]))
         nib.save(image, folder / "imagesTr" / f"scan_{i}.nii.gz")
-    listed = [{"image": f"./imagesTr/scan_{i}.nii.gz"} for i in range(cases)]
+    listed = [{"image": f"./imagesTr/scan_{i}.nii.gz", "age": 20 + i} for i in range(cases)]
     (folder / "dataset.json").write_text(json.dumps({"training": listed}))
     return folder
 

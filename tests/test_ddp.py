@@ -12,6 +12,7 @@ import chain
 import pytest
 import torch
 from chain import ROOT, Project, copy_of
+from test_quantised import CODEBOOK
 
 import cache_latents
 import inference
@@ -26,6 +27,7 @@ from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.losses import AutoencoderLoss
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import predict
 from ldm.training.autoencoder import WithPosteriorDraw
 from ldm.training.diffusion import build_learner
@@ -93,6 +95,7 @@ def one_step(config_file: Path, data: Path) -> dict:
     """Gradients of one step, with and without accumulation, and the draws they rest on, of this process."""
     config = utils.load_config(config_file)
     config["diffusion_def"]["in_channels"] = config["latent_channels"]  # without the conditions
+    config["diffusion_def"].pop("covariate_embed", None)
     section = config["autoencoder_train"]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     section["batch_size"] = 2 // world_size
@@ -127,6 +130,7 @@ def one_step(config_file: Path, data: Path) -> dict:
         found[accumulate] = [p.grad.clone() for p in encoder.parameters()]
     found["muon"] = step_of_muon(config, run)
     found["unused"] = steps_with_unused_parameters(config, run)
+    found["codes"] = codes_after_steps(run)
     return found
 
 
@@ -168,6 +172,19 @@ def steps_with_unused_parameters(config: dict, run) -> dict:
         learner.optimizer.clip()
         learner.optimizer.step(1e-3, torch.zeros(()))
     return learner.unet.state_dict()
+
+
+def codes_after_steps(run) -> dict:
+    """The codebook and the measured latents of a VQ-VAE after three steps of two volumes over all ranks."""
+    torch.manual_seed(0)
+    network = instantiate(CODEBOOK, NETWORKS, "here")
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        images = torch.rand(2, 1, 8, 8, 8, generator=generator)[run.rank :: run.world_size]
+        network.decode(network.encode(images)[0])
+    return {
+        name: one for name, one in network.state_dict().items() if "quantizer" in name or "channel_" in name
+    }
 
 
 def launch(command: list[str]) -> subprocess.Popen:
@@ -272,6 +289,15 @@ def test_ranks_share_the_work_of_muon_and_take_the_same_step(steps):
     whole, *ranks = (one["muon"] for one in steps)
     for weights in ranks:
         assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def test_ranks_keep_one_codebook(steps):
+    whole, *ranks = (one["codes"] for one in steps)
+    assert whole["channel_mean"].abs().max() > 1e-3
+    for codes in ranks:
+        for name, value in whole.items():
+            torch.testing.assert_close(codes[name], value, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in whole)
 
 
 def test_ranks_draw_noise_of_their_own(steps):

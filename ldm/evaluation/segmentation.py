@@ -210,7 +210,7 @@ def load_segmenter(path: Path, spacing: Sequence[float], run: Run) -> Segmenter:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[FACTS])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no dictionary
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError):
         raise UserError(f"{path}: holds no segmenter. Use the one that --segmentation writes.") from None
     if not np.allclose(facts["spacing"], spacing, rtol=1e-3):
