@@ -32,7 +32,8 @@ scans that have them, by participants.tsv.
 
 --segmentation asks whether samples with labels are of use: a small network is trained to segment on them, on
 as many training scans and on both, for the same number of steps, and Dice is measured on held-out scans. It
-keeps the network that was trained on scans as segmenter.safetensors, for --segmenter.
+keeps the network that was trained on scans as segmenter.safetensors. --segmenter FILE then says how well the
+labels of samples fit what it finds in their images.
 
 Writes to --out: metrics.json, all metrics with confidence intervals and real-vs-real baselines, and each
 sample's nearest training scan; report.html, one page with pictures for any browser. docs/evaluation.md
@@ -110,7 +111,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=LOW:HIGH:DEPTH",
         help="to measure by thresholds, or by NAME=label:VALUE",
     )
-    add("--segmenter", type=Path, metavar="FILE", help="segmenter.safetensors of an earlier --segmentation")
+    add("--segmenter", type=Path, metavar="FILE", help="that --segmentation wrote")
     add(
         "--segmentation",
         type=int,
@@ -300,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda items: progress_bar(run, "nearest training scan", items=items, unit="volume"),
     )
     metrics = table.all_metrics(groups, nearest) + condition_metrics(groups, values_of(inputs))
+    if segmenter:
+        names = label_names(sources[HELD_OUT].cases)
+        metrics += segmentation.agreement(sources, read, segmenter, names, run)
     if args.segmentation:
         metrics += segmentation_metrics(inputs, read, args.segmentation, run)
     lines += verdicts(metrics, nearest, counts)

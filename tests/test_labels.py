@@ -114,17 +114,15 @@ def test_dice_by_hand():
 
 
 def test_the_rows_of_the_table_by_hand():
-    scores = {
-        "generated": np.array([[0.5, np.nan], [0.7, 0.4]]),
-        "scans": np.array([[0.6, np.nan], [0.8, 0.6]]),
-        "both": np.array([[0.9, np.nan], [0.9, np.nan]]),
-    }
-    rows = {row.key: row for row in rows_of(scores, [2, 5], {2: "core"}, "")}
-    mean = rows["dice_generated_mean"]
+    found, real = (np.array([[a, np.nan], [b, c]]) for a, b, c in ((0.5, 0.7, 0.4), (0.6, 0.8, 0.6)))
+    rows = {row.key: row for row in rows_of("dice", "here", found, real, [2, 5], {2: "core"}, "")}
+    mean = rows["dice_mean"]
     assert mean.value == pytest.approx(1.6 / 3) and mean.floor == pytest.approx(2 / 3)
-    assert "core" in rows["dice_both_2"].name and "label 5" in rows["dice_both_5"].name
-    assert rows["dice_both_5"].missing and not rows["dice_both_2"].missing
-    assert rows["dice_generated_2"].interval == pytest.approx([0.5, 0.7])
+    assert "core" in rows["dice_2"].name and "label 5" in rows["dice_5"].name
+    assert rows["dice_2"].interval == pytest.approx([0.5, 0.7])
+    found[:, 1] = np.nan
+    rows = {row.key: row for row in rows_of("dice", "here", found, real, [2, 5], {}, "")}
+    assert rows["dice_5"].missing and not rows["dice_2"].missing
 
 
 def test_a_segmenter_learns_what_is_bright(tmp_path):
@@ -265,6 +263,8 @@ def test_evaluation_compares_pairs_and_trains_segmenters(pairs):
     assert "Segmentation" in (out / "report.html").read_text()
     again = ["--out", str(pairs.folder / "again"), "--segmenter", str(out / "segmenter.safetensors")]
     pairs.run(evaluate, *again, "--structure", "core=label:5")
+    rows = {row["key"] for row in json.loads((pairs.folder / "again/metrics.json").read_text())["figures"]}
+    assert {"agreement_mean", "agreement_2", "agreement_5"} <= rows
 
 
 def test_latents_of_pairs_are_cached_and_follow_the_label(pairs):

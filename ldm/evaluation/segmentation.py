@@ -2,7 +2,7 @@
 many real pairs and on both, for the same number of steps, and segments the held-out scans."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -276,39 +276,75 @@ def utility(
         if name == SCANS:
             of_scans = Segmenter(segment.network, segment.channels, values, run)
     about = f"{counted(count, 'pair{s}')} each, {steps} steps; held-out: {len(held_out)}"
-    return rows_of(scores, values, names, about), of_scans
+    metrics = []
+    for name, trained in ((GENERATED, "samples"), (BOTH, "samples and scans")):
+        rows = rows_of(
+            f"dice_{name}", f"trained on {trained}", scores[name], scores[SCANS], values, names, about
+        )
+        for row in rows:
+            row.about = "Beside it, the same network trained on as many scans."
+        metrics += rows
+    return metrics, of_scans
 
 
-def rows_of(scores: dict[str, np.ndarray], values: Sequence[int], names: dict[int, str], about: str):
-    """Rows of the table, of all structures together and of each: Dice of a segmenter that was trained on
-    samples, and on both, beside one that was trained on scans.
+def agreement(
+    sources: dict[str, Source], read: Reader, segmenter: Segmenter, names: dict[int, str], run: Run
+) -> list[Metric]:
+    """Rows of the table: Dice of each sample's label with what a segmenter finds in its image, beside that of
+    held-out scans; nothing where one of the groups has no labels.
 
     Args:
-        scores: by what was trained on, (held-out scans, structures).
+        read: onto the grid of the samples.
+        names: of the labels.
+    """
+    scores, indices = [], range(1, len(segmenter.values) + 1)
+    for source in (sources[GENERATED], sources[HELD_OUT]):
+        pairs = read_pairs(source, None, read, segmenter.values, run)
+        if not len(pairs):
+            return []
+        index = {value: i for i, value in enumerate((0, *segmenter.values))}
+        found = [np.vectorize(index.get)(segmenter(image[None])) for image in pairs.images]
+        scores.append(np.stack([dice(*both, indices) for both in zip(found, pairs.labels, strict=True)]))
+    about = f"{len(scores[0])} samples, {len(scores[1])} scans"
+    rows = rows_of("agreement", "label and segmenter", *scores, segmenter.values, names, about)
+    for row in rows:
+        row.about = "Of each sample's own label with what the segmenter finds; of held-out scans likewise."
+    return rows
+
+
+def rows_of(
+    key: str,
+    what: str,
+    found: np.ndarray,
+    real: np.ndarray,
+    values: Sequence[int],
+    names: dict[int, str],
+    counts: str,
+) -> list[Metric]:
+    """Dice of all structures together and of each, beside a baseline.
+
+    Args:
+        key, what: of the rows.
+        found, real: (volumes, structures), NaN where a volume has no such structure.
     """
     metrics = []
-    parts: list[tuple[str, str, Callable]] = [("mean", "mean of the structures", lambda one: one)]
+    parts: list[tuple[str, str, slice]] = [("mean", "mean of the structures", slice(None))]
     parts += [
-        (str(value), names.get(value, f"label {value}"), lambda one, i=i: one[:, i : i + 1])
-        for i, value in enumerate(values)
+        (str(value), names.get(value, f"label {value}"), slice(i, i + 1)) for i, value in enumerate(values)
     ]
     rng = np.random.default_rng(0)
-    draws = rng.integers(len(scores[SCANS]), size=(DRAWS, len(scores[SCANS])))
-    for key, name, part in parts:
-        for kind, trained in ((GENERATED, "samples"), (BOTH, "samples and scans")):
-            metric = Metric(
-                f"dice_{kind}_{key}", GROUP, f"Dice, {name}: trained on {trained}", better="higher"
-            )
-            metric.about = "Beside it, the same network trained on as many scans."
-            metric.counts = about
-            metrics.append(metric)
-            found, real = part(scores[kind]), part(scores[SCANS])
-            if np.isnan(found).all() or np.isnan(real).all():
-                metric.missing = "not in the held-out scans"
-                continue
-            with np.errstate(invalid="ignore"):
-                samples_of, real_of = (_means(one, draws) for one in (found, real))
-            metric.fill(np.nanmean(found), np.nanmean(real), samples_of, real_of, len(found))
+    draws = [rng.integers(len(one), size=(DRAWS, len(one))) for one in (found, real)]
+    if len(found) == len(real):  # the same scans
+        draws[1] = draws[0]
+    for part, name, columns in parts:
+        metric = Metric(f"{key}_{part}", GROUP, f"Dice, {name}: {what}", better="higher", counts=counts)
+        metrics.append(metric)
+        both = found[:, columns], real[:, columns]
+        if any(np.isnan(one).all() for one in both):
+            metric.missing = "not in these volumes"
+            continue
+        drawn = [_means(*pair) for pair in zip(both, draws, strict=True)]
+        metric.fill(*(float(np.nanmean(one)) for one in both), *drawn, min(map(len, both)))
     return metrics
 
 
