@@ -220,12 +220,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sweep = figures.axial_sweep([scans[0], reconstructions[0]], ("held-out scan", "reconstruction"))
         figures.animate(sweep, model_dir / "reconstruction.gif")
+    dice = f"Dice of labels {scores['dice']:.3f}, " if labels else ""
     run.print(
         f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
-        f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, "
-        + f"Dice of labels {scores['dice']:.3f}, "
-        * bool(labels)
-        + f"{scores['power_share']:.2f} of the high-frequency power retained, "
+        f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, {dice}"
+        f"{scores['power_share']:.2f} of the high-frequency power retained, "
         f"after {progress.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"
