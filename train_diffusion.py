@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         conditions.check_size(latents.shape, resumed["path"])
     else:
         scale_factor, mean, slices = latents.moments(run)
+        if "mean_latent" in (config["conditions"]["into"] if conditions.covariates else ()):
+            mean = latents.regression(mean, conditions.deviations(latents.train.cases), run)
         mean = mean * scale_factor if config["conditions"]["mean_latent"] else None
         conditions = conditions.of_latents(latents.shape, mean)
     geometry = resumed["geometry"] if resumed else latents.geometry | slices

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ldm.system.schemas import StrictValidator, explained
 # Keys that a checkpoint's weights depend on.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", "label_values")
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
+FIXED["controlnet"] = (*FIXED["diffusion"], "controlnet_def")
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
 # Arguments of networks that change memory and speed, not the result.
 RESULT_FREE = {
@@ -321,7 +323,7 @@ def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
     """Fill in missing keys; and make numbers floats, since torch does not always accept an int."""
     for key, about in schema.get("properties", {}).items():
         if "$ref" in about:
-            about = root["$defs"][about["$ref"].rpartition("/")[2]]
+            about = functools.reduce(dict.__getitem__, about["$ref"].removeprefix("#/").split("/"), root)
         if key not in section and "default" in about and not (key != "_target_" and "_target_" in section):
             section[key] = copy.deepcopy(about["default"])
         value = section.get(key)

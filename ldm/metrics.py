@@ -37,8 +37,8 @@ def mean_dice(made: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     the labels that either of the two has; 1 where neither has one."""
     masks = [(one > 0.5) & (one == one.max(1, keepdim=True).values) for one in (made, given)]
     both, sizes = (masks[0] & masks[1]).sum((0, 2, 3, 4)), sum(one.sum((0, 2, 3, 4)) for one in masks)
-    dice = (2 * both / sizes)[sizes > 0]
-    return dice.mean() if len(dice) else both.new_ones((), dtype=torch.float32)
+    count = (sizes > 0).sum()
+    return torch.where(count > 0, (2 * both / sizes.clamp_min(1)).sum() / count.clamp_min(1), 1.0)
 
 
 def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> torch.Tensor:

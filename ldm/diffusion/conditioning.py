@@ -40,7 +40,9 @@ class Conditions:
         column: of `participants.tsv`, or a key of a list's entries. None: the model is unconditioned.
         values: of the column, sorted.
         dropout: share of conditions that training drops (Ho & Salimans, 2022, alg. 1).
-        mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped.
+        mean_latent: of the training set, (c, d, h, w), scaled as z_0 is. It is never dropped. Where it
+            follows the covariates, (1 + n, c, d, h, w): the mean, and its slope over each of the n numbers
+            that encode them.
         position: axes along which the network is told the position, see `position_channels`.
         shape: of the latents, (c, d, h, w), where there are channels.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
@@ -126,11 +128,17 @@ class Conditions:
 
     def check_size(self, shape: Sequence[int], where: str | Path) -> None:
         """Raise UserError unless the mean latent, where there is one, has the shape of the latents."""
-        if self.mean_latent is not None and (found := [*self.mean_latent.shape]) != [*shape]:
+        follows = self.covariates is not None and "mean_latent" in self.covariates.into
+        expected = [1 + self.covariates.size, *shape] if follows else [*shape]
+        if self.mean_latent is not None and (found := [*self.mean_latent.shape]) != expected:
             raise UserError(
                 f"{where}: its mean latent is {found}, its latents are {[*shape]}. Use the "
                 "checkpoint as train_diffusion.py wrote it."
             )
+
+    def deviations(self, cases: Sequence[Case]) -> torch.Tensor:
+        """How the covariates of cases differ from the mean, (cases, n), see `Covariates.deviations`."""
+        return self.covariates.deviations(torch.stack([_encoded(case, self.covariates) for case in cases]))
 
     def check_classes(self, config: dict) -> None:
         """Raise UserError unless the network has a class for each value and one for unknown."""
@@ -235,7 +243,7 @@ class Conditions:
 
     def _channels(self) -> list[torch.Tensor]:
         """The channels that are the same in all samples, (k, d, h, w) each."""
-        parts = [] if self.mean_latent is None else [self.mean_latent]
+        parts = [] if self.mean_latent is None or self.mean_latent.dim() > 4 else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
             along = position_channels(sides[axis], self.slicewise)
@@ -309,6 +317,10 @@ class Conditions:
                 cond["class_labels"] = vectors
             if "cross_attention" in self.covariates.into:
                 cond["context"] = vectors[:, None]
+            if self.mean_latent is not None and self.mean_latent.dim() > 4:
+                mean, slopes = self.mean_latent[0], self.mean_latent[1:]
+                deviations = self.covariates.deviations(vectors)
+                channels.insert(0, mean + torch.tensordot(deviations, slopes.to(deviations.device), 1))
             if "channels" in self.covariates.into:
                 channels.append(vectors[..., None, None, None].expand(batch, -1, *self.shape[1:]))
         return {**cond, "channels": torch.cat(channels, 1)} if channels else cond
@@ -471,6 +483,8 @@ def check_sources(config: dict) -> None:
                 f"diffusion_def.cross_attention_dim: expected {size}, as many numbers as encode "
                 f"conditions.covariates, and with_conditioning true; found {brief(found)}."
             )
+    if "mean_latent" in into and not mean:
+        raise UserError("conditions.into: mean_latent needs conditions.mean_latent true.")
     constant = size if "channels" in into else 0
     if mean or position or told or constant:
         needed.pop("channels", None)

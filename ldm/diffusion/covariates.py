@@ -1,5 +1,6 @@
 """Numbers and categories of `participants.tsv` that a model is conditioned on, such as age and sex."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class Covariates:
     Args:
         columns: of the table; for each the range [low, high] of a number, or the categories, a list of texts.
         into: `embedding`, added to the time embedding; `cross_attention`, as a context of one token;
-            `channels`, constant channels beside the latents (Pinaya et al., 2022); or several of them.
+            `channels`, constant channels beside the latents (Pinaya et al., 2022); `mean_latent`, by what is
+            expected of the latents, see `deviations`; or several of them.
         unknown: whether values may be unknown. Weights from elsewhere may have no inputs for that.
         rows: the values of training volumes, None where unknown, from which a sample draws what it is not
             given.
@@ -74,6 +76,33 @@ class Covariates:
                 numbers += [float(one == value) for one in known]
             numbers += [float(value is None)] * self.unknown
         return torch.tensor(numbers)
+
+    @functools.cached_property
+    def centres(self) -> torch.Tensor:
+        """The mean of each encoded number over the training volumes where it is known, (size,)."""
+        rows = torch.stack([self.encode(dict(zip(self.columns, row, strict=True))) for row in self.rows])
+        known = 1 - rows @ self._flags
+        return (rows * known).sum(0) / known.sum(0).clamp_min(1)
+
+    @functools.cached_property
+    def _flags(self) -> torch.Tensor:
+        """(size, size): from encoded values to 1 where a number belongs to a covariate that is unknown, and
+        where it is such a flag itself."""
+        flags = torch.zeros(self.size, self.size)
+        first = 0
+        for name, known in self.columns.items():
+            last = first + (1 if self.is_number(name) else len(known))
+            if self.unknown:
+                flags[last, first : last + 1] = 1
+            first = last + self.unknown
+        return flags
+
+    def deviations(self, vectors: torch.Tensor) -> torch.Tensor:
+        """How encoded covariates (B, size) differ from the mean of the training set; 0 where unknown. On
+        these the latents of the training set are regressed (`ldm.training.latents.Latents.regression`)."""
+        flags, centres = self._flags.to(vectors.device), self.centres.to(vectors.device)
+        is_flag = flags.diagonal()
+        return (vectors - centres) * (1 - vectors @ flags).clamp_min(0) * (1 - is_flag)
 
     def parse(self, name: str, text: str) -> float | tuple[float, float] | str | None:
         """The value in `--condition name=text`: a number, or the two ends of a range, `20:80`; a category;

@@ -22,6 +22,8 @@ from ldm.system.checkpoints import load_checkpoint, weights_hash
 from ldm.system.ranks import Run
 from ldm.training.memory import GB
 
+RIDGE = 0.1  # of the regression: the weight of a volume whose covariates are the mean, almost nothing
+
 
 class WithNoise(WithDraws):
     """A data set whose items also hold `posterior_noise` and `noise`, (c, d, h, w) each, the `uniform`
@@ -124,6 +126,26 @@ class Latents:
         filled = (2 * run.sum(counts) >= len(self.train)).nonzero().flatten().tolist()
         slices = {"slices": [filled[0], filled[-1] + 1]} if run.sum(known) else {}
         return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float(), slices
+
+    @torch.no_grad()
+    def regression(self, mean: torch.Tensor, deviations: torch.Tensor, run: Run) -> torch.Tensor:
+        """What latents are expected under covariates: by ridge regression over the training set.
+
+        Args:
+            mean: of the latents, (c, d, h, w).
+            deviations: of each volume's covariates from their mean, (volumes, n).
+
+        Returns:
+            (1 + n, c, d, h, w) float32: the mean, and its slope over each of the n numbers.
+        """
+        count = deviations.shape[1]
+        products = torch.zeros(count, *self.shape, dtype=torch.float64)
+        for i in range(run.rank, len(self.train), run.world_size):
+            z = self.posterior(one_of(self.train[(0, i)]), run)[0][0].double().cpu() - mean.double()
+            products += torch.tensordot(deviations[i].double(), z, 0)
+        squares = deviations.double().T @ deviations.double() + RIDGE * torch.eye(count, dtype=torch.float64)
+        slopes = torch.linalg.solve(squares, run.sum(products).flatten(1)).reshape(count, *self.shape)
+        return torch.cat([mean[None], slopes.float()])
 
 
 def one_of(item: dict) -> dict:

@@ -1,0 +1,116 @@
+"""A ControlNet beside a frozen diffusion network: the image follows a mask (Zhang et al., 2023).
+
+The mask enters as binary-coded channels, as many as the largest label has bits, which MONAI's
+`ControlNetConditioningEmbedding` brings to the grid of the latents.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ldm import UserError
+from ldm.models.strides import KEY
+
+MASK = "mask"  # the argument of `Controlled`, in `cond`
+TARGET = "monai.networks.nets.ControlNet"
+DIFFUSION = "monai.networks.nets.DiffusionModelUNet"
+EMBEDDING = ("conditioning_embedding_in_channels", "conditioning_embedding_num_channels")
+ONLY_IN_UNET = ("_target_", "out_channels", "dropout_cattn")  # arguments that the ControlNet lacks
+EMBEDDING_WIDTHS = (16, 32, 64, 96, 128)
+
+
+def bits_of(values: Sequence[int]) -> int:
+    """How many bits code these labels."""
+    return max(values).bit_length()
+
+
+def coded(mask: torch.Tensor, bits: int) -> torch.Tensor:
+    """A mask (B, D, H, W) of whole numbers -> its binary digits, the lowest first, (B, bits, D, H, W).
+
+    Raises:
+        UserError: a label needs more bits, and would become another.
+    """
+    if int(mask.max()) >= 2**bits:
+        raise UserError(f"mask: label {int(mask.max())} needs more than the {bits} bits of this ControlNet.")
+    return torch.stack([(mask.long() >> bit) & 1 for bit in range(bits)], 1).float()
+
+
+def control_definition(diffusion: dict, factor: Sequence[int], values: Sequence[int]) -> dict:
+    """The definition of a ControlNet for a diffusion network.
+
+    Args:
+        diffusion: the config's `diffusion_def`.
+        factor: voxels per latent voxel along each axis.
+        values: of the labels.
+
+    Raises:
+        UserError: MONAI has no ControlNet for such a network.
+    """
+    if diffusion["_target_"] != DIFFUSION or diffusion["spatial_dims"] != 3 or KEY in diffusion:
+        raise UserError(
+            f"controlnet_def: missing. A ControlNet is derived for {DIFFUSION} in 3D with equal strides "
+            "alone; define it for others."
+        )
+    halvings = factor[0].bit_length() - 1
+    if tuple(factor) != (2**halvings,) * 3 or halvings >= len(EMBEDDING_WIDTHS):
+        raise UserError(
+            f"controlnet_def: latents are {' x '.join(map(str, factor))} times coarser than the mask; "
+            "MONAI's embedding of masks needs a power of two up to 16, the same along each axis."
+        )
+    definition = {key: value for key, value in diffusion.items() if key not in ONLY_IN_UNET}
+    widths = list(EMBEDDING_WIDTHS[: halvings + 1])
+    return {"_target_": TARGET, **definition, **dict(zip(EMBEDDING, (bits_of(values), widths), strict=True))}
+
+
+class Controlled(nn.Module):
+    """A diffusion network that follows a mask. It is called as the network is, with `mask` beside the other
+    conditions.
+
+    Args:
+        unet: frozen; takes `down_block_additional_residuals` and `mid_block_additional_residual`.
+        control: the ControlNet.
+    """
+
+    def __init__(self, unet: nn.Module, control: nn.Module):
+        super().__init__()
+        self.unet, self.control = unet.requires_grad_(False), control
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, mask: torch.Tensor, **cond: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, c, d, h, w), times (B,) and a coded mask (B, bits, D, H, W) -> the prediction."""
+        down, middle = self.control(x, timesteps=timesteps, controlnet_cond=mask.to(x.dtype), **cond)
+        added = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        return self.unet(x, timesteps=timesteps, **cond, **added)
+
+
+def start_as_unet(control: nn.Module, unet: nn.Module) -> int:
+    """Copy the weights that a ControlNet shares with the diffusion network, its encoder, by name and shape;
+    return how many tensors."""
+    own, theirs = control.state_dict(), unet.state_dict()
+    shared = {name: one for name, one in theirs.items() if name in own and own[name].shape == one.shape}
+    control.load_state_dict(shared, strict=False)
+    return len(shared)
+
+
+def region_weights(
+    mask: torch.Tensor, labels: Sequence[int], weight: float, size: Sequence[int]
+) -> torch.Tensor:
+    """Weights of latent voxels: `weight` where a voxel of one of the labels lies in or beside them, else 1;
+    of mean 1 in each volume, so that the scale of the loss does not follow the size of a structure.
+
+    Regions are found by maximum, so that a structure of one voxel counts.
+
+    Args:
+        mask: (B, D, H, W) whole numbers.
+        size: of the latents, (d, h, w).
+
+    Returns:
+        (B, 1, d, h, w) float32.
+    """
+    inside = torch.isin(mask.long(), torch.tensor(labels, device=mask.device)).float()[:, None]
+    region = nn.functional.adaptive_max_pool3d(inside, tuple(size))
+    region = nn.functional.max_pool3d(region, 3, 1, 1)
+    weights = 1 + (weight - 1) * region
+    return weights / weights.mean((1, 2, 3, 4), keepdim=True)
