@@ -56,6 +56,7 @@ import utils
 from ldm import UserError, configs
 from ldm.data.cases import rounded, volume_size
 from ldm.data.checks import label_names
+from ldm.data.labels import values_in
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import prepare_data
 from ldm.data.preprocessing import Preprocessing
@@ -239,7 +240,7 @@ def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessin
 def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: Run) -> list[table.Metric]:
     """Dice of segmenters trained on samples, scans and both; writes segmenter.safetensors."""
     cases = inputs.sources[HELD_OUT].cases
-    values = read.preprocessing.labels or segmentation.values_in(cases)
+    values = read.preprocessing.labels or values_in(cases)
     metrics, segmenter = segmentation.utility(inputs.sources, read, values, label_names(cases), steps, run)
     inputs.out.mkdir(parents=True, exist_ok=True)
     save_segmenter(inputs.out / SEGMENTER, segmenter, read.preprocessing.spacing)

@@ -5,6 +5,7 @@
     python inference.py -c CONFIG -e ENV --num 8 --condition group=1 age=20:40 --guidance 2
     python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
+    python inference.py -c CONFIG -e ENV --mask masks/ --seed 100
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -24,6 +25,8 @@ training volume, drawn by the seed. `--conditions TABLE` has a row for each samp
 makes each seed under each value, to be compared in `grid.png`. `--guidance` strengthens conditions by
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
+`--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
+train_controlnet.py; it is brought to the grid of the volumes and written beside each.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -58,6 +61,7 @@ import utils
 from ldm import UserError, configs, counted, few, figures, generation
 from ldm.data.datasets import stream
 from ldm.data.intensity import to_unit_range
+from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
@@ -86,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = utils.script_parser(__doc__)
     utils.add_dry_run(parser)
     add = parser.add_argument
-    add("-n", "--num", type=int, default=1, help="how many volumes")
+    add("-n", "--num", type=int, default=None, help="how many volumes; default: 1, or one for each mask")
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
     add("--batch-size", type=int, default=1, help="volumes at a time")
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
@@ -120,6 +124,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
+    add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add("--scale-factor", type=float, default=None, help="for weights without one")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
@@ -127,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.reproduce:
         unset = argparse.Namespace(**dict.fromkeys(vars(args)))
         given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
-        if others := sorted(given - {"reproduce", "autoencoder", "unet", "device"}):
+        if others := sorted(given - {"reproduce", *records.CHECKPOINTS, records.CONTROL, "device"}):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             raise UserError(f"--reproduce: takes everything from its file; leave out {names}.")
     for name in ("num", "batch_size", "steps"):
@@ -135,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1.")
     if args.steps is not None and args.steps > records.MOST_STEPS:
         raise UserError(f"--steps {args.steps}: at most {records.MOST_STEPS} are possible.")
-    if not 0 <= args.seed <= records.LAST_SEED - args.num:
+    if not 0 <= args.seed <= records.LAST_SEED - (args.num or 1):
         raise UserError(f"--seed {args.seed}: expected 0 or more, and less than 2^63 for all.")
     most = records.MOST_GUIDANCE
     for name in ("guidance", "autoguidance"):
@@ -153,10 +159,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(
                 f"--grid {name}{equals}{values}: expected different values, such as age=20,40,60."
             )
-    if args.conditions and args.num != 1:
+    if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
+    if args.controlnet and not args.mask:
+        raise UserError("--controlnet: follows a mask. Give one by --mask.")
+    args.masks = masks_below(args.mask) if args.mask else []
+    args.num = args.num or max(1, len(args.masks))
     utils.check_scale_factor(args.scale_factor)
     return args
+
+
+def masks_below(path: Path) -> list[Path]:
+    """A mask, or all NIfTI files in a folder. Raises UserError: there are none."""
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.name.lower().endswith(IMAGE_SUFFIXES))
+        found = [one for one in files if not one.name.startswith(".")]
+    else:
+        found = [path] if path.is_file() else []
+    if not found:
+        raise UserError(f"--mask {path}: no such file, or a folder without {', '.join(IMAGE_SUFFIXES)}.")
+    return found
 
 
 def interval_of(text: str, guidance: float | None) -> list[float]:
@@ -290,6 +312,9 @@ def reproduce(args: argparse.Namespace) -> None:
     checkpoints = [
         records.find_checkpoint(record, key, folder, getattr(args, key)) for key in records.CHECKPOINTS
     ]
+    control = None
+    if records.CONTROL in record:
+        control = records.find_checkpoint(record, records.CONTROL, folder, args.controlnet)
 
     # Step 1: the same device, precision, threads and networks
     args.device, args.amp = args.device or record["device"], False
@@ -302,7 +327,7 @@ def reproduce(args: argparse.Namespace) -> None:
     torch.set_num_threads(record["threads"])
     scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
     networks = generation.load_networks(
-        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run
+        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run, control_path=control
     )
 
     # Step 2: the same batch
@@ -312,11 +337,14 @@ def reproduce(args: argparse.Namespace) -> None:
     recorded = record.get("conditions", [condition] * len(batch))
     chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
     guidance, interval = record.get("guidance", 1.0), record.get("interval")
-    volumes = generation.draw(networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval)
+    masks = recorded_masks(args.reproduce, batch, networks) if control else None
+    volumes = generation.draw(
+        networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval, masks
+    )
     bar.close()
     place = list(zip(batch, recorded, strict=True)).index((seed, condition))
     volume = generation.in_typical_units(volumes[place], networks, seed)
-    content, label = contents(volume, volumes[place], networks)
+    content, label = contents(volume, volumes[place], networks, masks and masks[place])
     records.save_volume(path, content, label=label)
 
     # Step 3: compare
@@ -346,6 +374,20 @@ def reproduce(args: argparse.Namespace) -> None:
     run.print(f"reproduced: {result}: equal up to rounding")
 
 
+def recorded_masks(record: Path, batch: Sequence[int], networks: Networks) -> list[torch.Tensor]:
+    """The masks of the samples of a batch, which lie beside the record; where one is missing, that of the
+    record stands for it.
+
+    Raises:
+        UserError: that of the record itself is missing.
+    """
+    own = label_path(record.with_suffix("").with_suffix(".nii.gz"))
+    if not own.is_file():
+        raise UserError(f"{own}: no such mask, which the volume was made for. Put it beside the record.")
+    files = [label_path(record.with_name(f"sample_{seed:06d}.nii.gz")) for seed in batch]
+    return [generation.read_mask(file if file.is_file() else own, networks)[0] for file in files]
+
+
 def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
     """As a share of the range of `original`; NaN where a voxel is."""
     if volume.shape != original.shape:
@@ -363,10 +405,16 @@ class Sample:
     seed: int
     condition: dict  # as of `Conditions.parse`
     path: Path
+    mask: Path | None = None
 
     def record(self) -> dict:
         """The entries of its record that are its own."""
-        return {"seed": self.seed, **({"condition": texts_of(self.condition)} if self.condition else {})}
+        entries = {"seed": self.seed}
+        if self.condition:
+            entries["condition"] = texts_of(self.condition)
+        if self.mask:
+            entries["mask"] = {"path": self.mask.as_posix(), "sha256": records.sha256_of(self.mask)}
+        return entries
 
 
 def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, run: Run) -> list[Sample]:
@@ -391,7 +439,8 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
     for seed, row in enumerate(rows, args.seed):
         for suffix, column in columns:
             condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
-            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz"))
+            mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
+            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz", mask))
     asked = {**given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
@@ -456,6 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or model_dir / "autoencoder.pt",
         "unet": args.unet or model_dir / "diffusion_unet.pt",
     }
+    control = (args.controlnet or model_dir / "controlnet.pt") if args.mask else None
     networks = generation.load_networks(
         *checkpoints.values(),
         config,
@@ -465,6 +515,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.max_memory,
         run,
         args.set,
+        control,
     )
     geometry = networks.geometry
 
@@ -485,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         **{
             key: {"path": path.as_posix(), "sha256": records.sha256_of(path)}
-            for key, path in checkpoints.items()
+            for key, path in {**checkpoints, **({records.CONTROL: control} if control else {})}.items()
         },
         "config_sha256": records.config_hash(config),
         "config": config,
@@ -494,6 +545,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
+    read = {}
+    for path in dict.fromkeys(args.masks):
+        read[path], note = generation.read_mask(path, networks)
+        if note:
+            run.print(f"warning: {note}")
     if len(missing) < len(samples):
         run.print(f"inference: {len(samples) - len(missing)} of {len(samples)} volumes already exist")
 
@@ -506,8 +562,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
+        masks = [read[one.mask] for one in batch] if control else None
         volumes = generation.draw(
-            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval
+            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval, masks
         )
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
@@ -518,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if one.path not in missing:
                 continue
             voxels = generation.in_typical_units(volume, networks, one.seed)
-            content, label = contents(voxels, volume, networks)
+            content, label = contents(voxels, volume, networks, read.get(one.mask))
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
@@ -545,18 +602,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels)
+        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels or control)
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
 
 
-def contents(voxels: np.ndarray, volume: torch.Tensor, networks: Networks) -> tuple[bytes, bytes | None]:
-    """The files of a volume, and of its label where one is drawn.
+def contents(
+    voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
+) -> tuple[bytes, bytes | None]:
+    """The files of a volume, and of its label where one is drawn or was given as a mask.
 
     Args:
         voxels: the image, in the units that are written.
         volume: image and label as drawn, (C, D, H, W).
+        mask: (D, H, W).
     """
-    spacing, label = networks.geometry["spacing"], generation.drawn_label(volume, networks)
+    spacing = networks.geometry["spacing"]
+    label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
     written = None if label is None else generation.nifti_bytes(label, spacing, np.uint8)
     return generation.nifti_bytes(voxels, spacing), written
 
@@ -571,9 +632,9 @@ def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -
 def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
     """Write samples.png, three planes of each volume, and of its label."""
     rows = {"sample": [in_unit_range(networks, one) for one in samples]}
-    if networks.labels:
+    if values := networks.labels or (networks.masks and networks.masks.values):
         labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
-        rows["label"] = [torch.from_numpy(label / max(networks.labels)).float() for label in labels]
+        rows["label"] = [torch.from_numpy(label / max(values)).float() for label in labels]
     figures.montage(
         rows,
         folder / "samples.png",

@@ -39,6 +39,8 @@ def rows(section: dict, schema: dict, prefix: str = "") -> list[str]:
     """Table rows of a section's own keys."""
     lines = []
     for key, about in section["properties"].items():
+        if about.get("$ref", "").startswith("#/properties/"):
+            continue  # listed where it is defined
         about = schema["$defs"][about["$ref"].rpartition("/")[2]] if "$ref" in about else about
         kinds = about.get("type") or [option["type"] for option in about.get("oneOf", [])]
         kinds = ", ".join([kinds] if isinstance(kinds, str) else kinds).replace("null", "`null`")
@@ -53,7 +55,7 @@ def page(schema: dict) -> str:
     """The whole page."""
     tables = {"General": {}}
     for key, about in schema["properties"].items():
-        stage = key in ("autoencoder_train", "diffusion_train", "NoiseScheduler")
+        stage = key in ("autoencoder_train", "diffusion_train", "controlnet_train", "NoiseScheduler")
         tables.setdefault(f"`{key}`" if stage else "General", {})
         if not stage:
             tables["General"][key] = about

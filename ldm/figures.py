@@ -339,6 +339,8 @@ def loss_figure(records: Sequence[dict]) -> Figure:
         ("diffusion", ("loss",), "Diffusion: loss in training", True),
         ("diffusion", ("val_loss",), "Diffusion: held-out loss", True),
         ("diffusion", tuple(QUARTERS), "Diffusion: held-out loss by noise", True),
+        ("controlnet", ("loss",), "ControlNet: loss in training", True),
+        ("controlnet", ("val_loss",), "ControlNet: held-out loss", True),
     ]
     logged = {(entry["stage"], key) for entry in records for key in entry}
     panels = [panel for panel in panels if any((panel[0], key) in logged for key in panel[1])]

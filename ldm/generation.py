@@ -1,6 +1,7 @@
 """From trained networks to volumes: load, sample, map to scanner units, encode as a NIfTI file."""
 
 import contextlib
+import functools
 import gzip
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +12,18 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldm import UserError, configs
+from ldm import UserError, configs, few
+from ldm.data.cases import Case
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.data.labels import label_of
+from ldm.data.labels import label_of, values_in
+from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.control import Controlled, coded
 from ldm.models.definitions import check_size, latent_size, network_divisor
-from ldm.models.denoiser import example_cond
+from ldm.models.denoiser import Autoguided, example_cond
 from ldm.models.layers import on_device
 from ldm.models.slicewise import within
 from ldm.models.weights import load_weights
@@ -27,6 +31,7 @@ from ldm.system.checkpoints import load_checkpoint, require_checkpoint, weights_
 from ldm.system.errors import NO_MEMORY
 from ldm.system.ranks import Run, amp_dtype
 from ldm.training import memory
+from ldm.training.controlnet import define_control
 
 CONFIG_COPY = "Use the config it was trained with; config_*.json beside the checkpoint is a copy."
 OPTIONS = {  # that replace a key of the config here
@@ -47,7 +52,8 @@ class Networks:
     `scale_factor` brings latents to the unit variance that the UNet learned; samples are divided by it before
     they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
-    reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn.
+    reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
+    `masks` what a ControlNet takes.
     """
 
     autoencoder: Autoencoder
@@ -59,11 +65,74 @@ class Networks:
     power: float | None
     conditions: Conditions = UNCONDITIONED
     labels: tuple[int, ...] = ()
+    masks: "Masks | None" = None
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
         sampler = choose_sampler(sampler, self.process)
         return sampler, steps or SAMPLERS[sampler].steps or self.process.num_train_timesteps
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a ControlNet takes: the `values` of labels that it was trained on, in so many `bits`."""
+
+    values: tuple[int, ...]
+    bits: int
+
+
+def with_control(
+    unet: torch.nn.Module, path: Path, config: dict, unet_hash: str, run: Run
+) -> tuple[torch.nn.Module, Masks]:
+    """A diffusion network on the device, under autoguidance or not, that follows masks.
+
+    Args:
+        unet_hash: `weights_hash` of the diffusion network.
+
+    Raises:
+        UserError: the file is no ControlNet of this diffusion network.
+    """
+    require_checkpoint(path, "controlnet")
+    checkpoint = load_checkpoint(path)
+    if "label_values" not in checkpoint:
+        raise UserError(f"{path}: is no checkpoint of train_controlnet.py.")
+    trained = configs.completed(checkpoint["config"])
+    if checkpoint["unet"] != unet_hash:
+        raise UserError(
+            f"{path}: was trained on another diffusion model. Name that one by --unet FILE, or the "
+            "ControlNet of this one by --controlnet FILE."
+        )
+    values = tuple(checkpoint["label_values"])
+    definition = {key: trained[key] for key in ("controlnet_def",) if key in trained}
+    control, bits = define_control({**config, **definition}, values)
+    load_weights(control, checkpoint["model"], str(path))
+    control = on_device(control, run).eval()
+    if isinstance(unet, Autoguided):
+        parts = (Controlled(one, control).eval() for one in (unet.unet, unet.guide))
+        return Autoguided(*parts, unet.weight), Masks(values, bits)
+    return Controlled(unet, control).eval(), Masks(values, bits)
+
+
+def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
+    """A mask on the grid of the volumes, (D, H, W) uint8, and what was done to it, "" where nothing.
+
+    Raises:
+        UserError: it cannot be read, is empty, or has labels that the ControlNet was not trained on.
+    """
+    geometry, values = networks.geometry, networks.masks.values
+    preprocessing = Preprocessing((0,), tuple(geometry["spacing"]), labels=values)
+    if others := sorted({*values_in([Case(path.name, (), path)])} - {*values}):
+        raise UserError(
+            f"{path}: has labels that the ControlNet was not trained on ({few(list(map(str, others)))}). "
+            f"It knows {few(list(map(str, values)), 12)}."
+        )
+    whole = label_of(preprocessing.label_channels(path), values)
+    mask = crop_or_pad(whole[None], geometry["size"])[0]
+    if not mask.any():
+        raise UserError(f"{path}: has no labelled voxel on the grid of the volumes.")
+    lost = (whole > 0).sum() - (mask > 0).sum()
+    note = f"{path.name}: {lost} labelled voxels lie outside of the volumes and are cut off" if lost else ""
+    return torch.from_numpy(np.ascontiguousarray(mask)), note
 
 
 def load_networks(
@@ -76,6 +145,7 @@ def load_networks(
     max_memory: float | None,
     run: Run,
     overrides: Sequence[str] | None = None,
+    control_path: Path | None = None,
 ) -> Networks:
     """The networks of a config with the weights of two checkpoints, on the device.
 
@@ -85,6 +155,7 @@ def load_networks(
         max_memory: GB to decode in.
         overrides: what `--set` changed in the config; None: the config is that of a record, where only the
             networks count.
+        control_path: of a ControlNet, if images should follow masks.
 
     Raises:
         UserError: the files, the config and `max_memory` do not fit each other.
@@ -142,6 +213,9 @@ def load_networks(
         process = NoiseProcess.from_config(noise, shape[1:])
     with out_of_memory_explained("the networks do not fit", "--device cpu, or a GPU that nothing else uses"):
         unet = on_device(unet, run).eval()
+        masks = None
+        if control_path:
+            unet, masks = with_control(unet, control_path, config, weights_hash(second["model"]), run)
         budget = None
         if max_memory:
             from ldm.lowmem.slabwise import Budget, weights_bytes
@@ -151,7 +225,9 @@ def load_networks(
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
     labels = configs.labels_of(config)
-    return Networks(autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels)
+    return Networks(
+        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks
+    )
 
 
 def check_request(
@@ -234,6 +310,7 @@ def draw(
     chosen: Sequence[dict] | None = None,
     guidance: float = 1.0,
     interval: Sequence[float] | None = None,
+    masks: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Sample and decode one batch: (B, C, D, H, W), float32 on the CPU, in units of the autoencoder.
 
@@ -242,6 +319,7 @@ def draw(
         guidance: as of `ldm.diffusion.conditioning.guided`.
         interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise;
             None: all of it.
+        masks: of each sample, (D, H, W), for networks with a ControlNet.
 
     Raises:
         OSError: out of memory; the message names what to change.
@@ -258,7 +336,12 @@ def draw(
     ):
         chosen = chosen or [{}] * len(seeds)
         times = interval and tuple(share * networks.process.num_train_timesteps for share in interval)
-        model = networks.conditions.guided_model(networks.unet, chosen, guidance, run.device, times)
+        unet = networks.unet
+        if masks is not None:
+            unet = functools.partial(
+                unet, mask=coded(torch.stack([*masks]), networks.masks.bits).to(run.device)
+            )
+        model = networks.conditions.guided_model(unet, chosen, guidance, run.device, times)
         shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
         latents = sample_latents(
             model, networks.process, shape, seeds, steps, sampler, run.device, progress, slicewise

@@ -93,7 +93,12 @@ def with_all_on(config: dict) -> dict:
     more = {"optimizer": "muon", "snapshot": 0.3, "autoguidance": 1.5, "augment": augment}
     latent = config["latent_channels"]
     return {
-        "conditions": {"mean_latent": True, "augmentation": True, "covariates": {"age": "number"}},
+        "conditions": {
+            "mean_latent": True,
+            "augmentation": True,
+            "covariates": {"age": "number"},
+            "into": ["embedding", "mean_latent"],
+        },
         "diffusion_def": config["diffusion_def"] | {"in_channels": 2 * latent + 1 + 3},
         "diffusion_train": config["diffusion_train"] | more,
     }

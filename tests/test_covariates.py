@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +21,7 @@ import utils
 from ldm import UserError, configs
 from ldm.data.cases import Case
 from ldm.data.datasets import stream
+from ldm.data.posteriors import Posteriors
 from ldm.diffusion.conditioning import Conditions, check_sources, guided
 from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.inversion import invert, inverting_sampler
@@ -29,6 +31,8 @@ from ldm.evaluation.asked import Structure, known_values, line
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import encoded_size
+from ldm.system.ranks import Run
+from ldm.training.latents import Latents
 
 COLUMNS = {"age": [20.0, 60.0], "sex": ["f", "m"]}
 SIDE, AGES = 8, [20, 60, 20, 60, 40, 40, "n/a", 50]
@@ -173,6 +177,36 @@ def test_three_ways_into_a_network():
     assert torch.equal(cond["channels"][:, 1:], vector[..., None, None, None].expand(2, 5, 3, 4, 5))
     alone = Conditions(covariates=covariates()).cond([{}])
     assert alone.keys() == {"class_labels"}
+
+
+def test_the_mean_latent_follows_the_covariates():
+    """Latents that are linear in the covariates are regressed exactly, but for the ridge; what is unknown is
+    at the mean, a category too."""
+    rows = [[20.0, "f"], [30.0, "m"], [50.0, "f"], [60.0, "m"], [40.0, None]]
+    known = Covariates({"age": [20, 60], "sex": ["f", "m"]}, ("mean_latent",), True, rows)
+    assert known.centres.tolist() == pytest.approx([0.5, 0, 0.5, 0.5, 0])
+    vectors = torch.stack([known.encode({"age": age, "sex": sex}) for age, sex in rows])
+    found = known.deviations(vectors)
+    assert found[0].tolist() == pytest.approx([-0.5, 0, 0.5, -0.5, 0])
+    assert found[4].tolist() == pytest.approx([0, 0, 0, 0, 0])
+    assert not known.deviations(known.encode({})[None]).any()
+
+    base, slope = torch.randn(2, 3, 3, 3), torch.randn(2, 3, 3, 3)
+    z = [base + (age - 40) / 40 * slope + 0.5 * (-1) ** (sex == "m") * (sex is not None) for age, sex in rows]
+    entries = torch.stack([torch.stack([one, torch.zeros_like(one)])[None] for one in z])
+    cases = [Case(f"s{i}", ()) for i in range(5)]
+    data = Latents(Posteriors(cases, entries, 0), None, None, "", [2, 3, 3, 3], {})
+    run = Run(0, 1, torch.device("cpu"))
+    mean = data.moments(run)[1]
+    fitted = data.regression(mean, found.repeat(1, 1), run)
+    conditions = Conditions(covariates=known, shape=(2, 3, 3, 3), mean_latent=fitted)
+    expected = conditions.cond([{"age": 60.0, "sex": "m"}, {}, {"age": 20.0}])["channels"]
+    torch.testing.assert_close(expected[1], mean)
+    torch.testing.assert_close(expected[0], base + 0.5 * slope - 0.5, atol=0.25, rtol=0)
+    assert (expected[2] - mean + 0.5 * slope).abs().max() < 0.35 * slope.abs().max()
+    conditions.check_size((2, 3, 3, 3), "here")
+    with pytest.raises(UserError, match="its mean latent is"):
+        replace(conditions, mean_latent=mean).check_size((2, 3, 3, 3), "here")
 
 
 def test_the_embedding_is_added_to_that_of_the_time():

@@ -12,6 +12,7 @@ import torch
 
 from ldm import UserError
 from ldm.data.cases import Case
+from ldm.data.reading import label_fault, read_image
 
 LOGIT_SCALE = 8.0  # a channel of 1 is a probability of 0.98 against background
 
@@ -32,6 +33,22 @@ def check_labelled(cases: Sequence[Case]) -> None:
             f"with_labels: {len(without)} of {len(cases)} cases have no label, such as {without[0]}. "
             "Add them (docs/data.md says where), or set with_labels to false."
         )
+
+
+def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
+    """The values other than 0 of the labels of some cases. Raises UserError: there are none."""
+    values = set()
+    for case in cases:
+        if case.label is not None:
+            voxels = np.asanyarray(read_image(case.label).dataobj)
+            if fault := label_fault(voxels):
+                raise UserError(f"{case.label}: {fault}.")
+            values |= {*np.unique(voxels).astype(int).tolist()}
+    if not values - {0}:
+        raise UserError(
+            f"no label of {len(cases)} cases has a value other than 0. docs/data.md says where labels go."
+        )
+    return tuple(sorted(values - {0}))
 
 
 def logits(channels: torch.Tensor) -> torch.Tensor:

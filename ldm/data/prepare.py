@@ -146,11 +146,19 @@ def warn_of_sides(config: dict, cases: Sequence[Case], run: Run) -> None:
 
 
 def volumes_to_encode(
-    config: dict, environment: dict, train: Sequence[Case], val: Sequence[Case], run: Run
+    config: dict,
+    environment: dict,
+    train: Sequence[Case],
+    val: Sequence[Case],
+    run: Run,
+    augment: dict | None = None,
 ) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and validation volumes that stage 2 encodes, as images."""
+    """The training and validation volumes that stage 2 encodes, as images. `augment` is another stage's."""
     _, size, _ = patch_sizes(config, [*train, *val])
-    preprocessing, augment = Preprocessing.from_config(config), config["diffusion_train"]["augment"]
+    preprocessing, augment = (
+        Preprocessing.from_config(config),
+        augment or config["diffusion_train"]["augment"],
+    )
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
     common["find_slices"] = config["slices"]["foreground"]

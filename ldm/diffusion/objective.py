@@ -1,5 +1,7 @@
 """What the diffusion network learns: its loss, and the held-out loss at fixed noise and times."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -41,6 +43,7 @@ def validate(
     seed: int,
     run: Run,
     conditions: Conditions = UNCONDITIONED,
+    further: Callable[[int], dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, float]:
     """Losses over the held-out volumes at fixed noise and fixed times, each rank its share.
 
@@ -49,7 +52,8 @@ def validate(
 
     Args:
         dataset: its items hold a posterior's `mean`.
-        section: `diffusion_train` of the config.
+        section: of the config, of the stage that is trained.
+        further: what else case `i` is conditioned on, without a batch dimension.
 
     Returns:
         The mean as `loss`; `loss_quarter_1` is that of the quarter of the times with the least noise,
@@ -65,6 +69,7 @@ def validate(
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
         one, errors = conditions.of(dataset.cases[i]), []
+        one |= further(i) if further else {}
         if "channels" in one:
             one["channels"] = one["channels"][..., among(item)]
         for some, at in zip(noise.split(batch_size), t.split(batch_size), strict=True):

@@ -16,11 +16,9 @@ from torch import nn
 
 from ldm import UserError, counted
 from ldm.data.augmentation import augmentation
-from ldm.data.cases import Case
 from ldm.data.datasets import stream
 from ldm.data.labels import channels_of_label
 from ldm.data.preprocessing import crop_or_pad
-from ldm.data.reading import label_fault, read_image
 from ldm.evaluation.distances import DRAWS
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset
 from ldm.evaluation.reading import Reader, Source
@@ -50,22 +48,6 @@ SCANS, BOTH = "scans", "both"  # what a segmenter was trained on, beside GENERAT
 
 
 # ---------------------------------------------------------------- data
-
-
-def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
-    """The values other than 0 of the labels of some cases. Raises UserError: they have none."""
-    values = set()
-    for case in cases:
-        if case.label is not None:
-            voxels = np.asanyarray(read_image(case.label).dataobj)
-            if fault := label_fault(voxels):
-                raise UserError(f"{case.label}: {fault}.")
-            values |= {*np.unique(voxels).astype(int).tolist()}
-    if not values - {0}:
-        raise UserError(
-            "--segmentation: the held-out scans have no labels. Add them: docs/data.md says where."
-        )
-    return tuple(sorted(values - {0}))
 
 
 @dataclass

@@ -19,6 +19,7 @@ LAST_SEED = 2**63 - 1
 MOST_STEPS, MOST_GUIDANCE = 10**6, 100
 MOST_CONDITIONS = 4  # that a summary of samples lists one by one
 CHECKPOINTS = ("autoencoder", "unet")
+CONTROL = "controlnet"  # a third, of samples that follow a mask
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # tf32: on a GPU, float32 with products of 10 bits
 REQUEST = ("sampler", "steps", "scale_factor", "precision")  # beside condition, checkpoints and config
 REPRODUCED = "_reproduced"  # what --reproduce appends to a sample's name
@@ -48,6 +49,8 @@ SCHEMA = fields(
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
+    "mask": fields(path=TEXT, sha256=HASH),
+    CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
     "interval": INTERVAL,  # of guidance
@@ -106,7 +109,9 @@ def differences(path: Path, request: dict) -> str:
     keys = ("seed", *REQUEST, "condition", "guidance", "interval")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
-    found += [f"another {key}" for key in CHECKPOINTS if record[key]["sha256"] != request[key]["sha256"]]
+    for key in (*CHECKPOINTS, CONTROL, "mask"):
+        if record.get(key, {}).get("sha256") != request.get(key, {}).get("sha256"):
+            found.append(f"another {key}")
     if config_hash(configs.completed(record["config"])) != request["config_sha256"]:
         found.append("another config")
     return "; ".join(found)
@@ -297,7 +302,7 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
     made, taken = set(), []
     for path, request in requests.items():
         record = record_path(path)
-        label = [label_path(path)] if request["config"]["with_labels"] else []
+        label = [label_path(path)] if request["config"]["with_labels"] or "mask" in request else []
         found = [one for one in (path, *label, record) if one.exists()]
         if not found:
             continue

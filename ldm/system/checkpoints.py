@@ -125,6 +125,9 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
         },
     },
     MEAN_LATENT: FLOATS,  # an input of the network
+    # of a ControlNet: the `weights_hash` of its diffusion model, and the labels of its masks
+    "unet": {"type": "string"},
+    "label_values": {"type": "array", "items": SIZE, "minItems": 1},
     "shift": POSITIVE,  # of the times of rectified flow; 1 in other schedules
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
@@ -220,6 +223,7 @@ def weights_hash(state: dict[str, torch.Tensor]) -> str:
 # ---------------------------------------------------------------- reading
 
 MADE_BY = {"autoencoder": "train_autoencoder.py", "unet": "train_diffusion.py"}
+MADE_BY["controlnet"] = "train_controlnet.py"
 
 
 def require_checkpoint(path: Path, role: str) -> None:

@@ -28,7 +28,7 @@ class TrainLog:
     the log has neither gaps nor repeats.
 
     Args:
-        stage: `autoencoder` or `diffusion`; both write to the same file.
+        stage: `autoencoder`, `diffusion` or `controlnet`; all write to the same file.
         path: of the `train_log.jsonl`.
         events: folder of the TensorBoard files.
         step, lines: steps and lines of this stage in the checkpoint.

@@ -263,7 +263,7 @@ class Forecast:
     Args:
         rehearse: `(config, sizes, meter, run)`: builds and computes within the meter what the script does, in
             phases.
-        stage: the config's section, "autoencoder_train" or "diffusion_train".
+        stage: the config's section, such as "autoencoder_train".
         sizes: in voxels: stage 1's patches, the volumes that stage 2 encodes, those that stage 1 is validated
             on. They are used where the config leaves one open.
         gpu: estimate for a GPU, else for this CPU.
@@ -321,7 +321,7 @@ class Forecast:
             (section["ema_decay"] and phase != "encoding", {"ema_decay": 0}),
             (phase == "sampling", {"sample_interval": 0}),
             (first and phase == "validation" and list(shown) != list(patch), {"val_patch_size": list(patch)}),
-            (True, {"patch_size": smaller}),
+            ("patch_size" in section, {"patch_size": smaller}),
         ]
         return [change for helps, change in options if helps]
 
@@ -362,7 +362,7 @@ def training_report(
         config = config | {stage: section}
     forecast = Forecast(rehearse, stage, sizes, gpu, half_precision(gpu), world_size)
     peaks = forecast.peaks(config)
-    half, size = forecast.half if section["amp"] else None, sizes[stage == "diffusion_train"]
+    half, size = forecast.half if section["amp"] else None, sizes[stage != "autoencoder_train"]
     lower = forecast.savings(config, peaks)
     return note + report(peaks, lower, gpu, half, section["batch_size"], size)
 

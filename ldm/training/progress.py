@@ -107,7 +107,7 @@ class Progress:
     Making one opens the log and the TensorBoard files, writes the resolved config, and listens for signals.
 
     Args:
-        stage: `autoencoder` or `diffusion`; its section of the config is `stage`_train.
+        stage: `autoencoder`, `diffusion` or `controlnet`; its section of the config is `stage`_train.
         loader: of `make_loader`.
         files: the stage's checkpoints.
         facts: what else goes into each checkpoint, `config` among it.

@@ -20,6 +20,7 @@ COMMON = ("stepper", *COUNTS, "seconds", "sums", "ema")  # "stepper" is the stat
 ENTRIES = {  # that the newest checkpoint of each stage has, and the best need not have
     "autoencoder": (*COMMON, "discriminator", "discriminator_stepper"),
     "diffusion_unet": (*COMMON, "scale_factor"),
+    "controlnet": (*COMMON, "unet", "label_values"),
 }
 
 
@@ -28,7 +29,7 @@ class StageFiles:
 
     Args:
         model_dir: their folder.
-        name: `autoencoder` or `diffusion_unet`.
+        name: `autoencoder`, `diffusion_unet` or `controlnet`.
     """
 
     def __init__(self, model_dir: Path, name: str):
@@ -154,7 +155,7 @@ def resume_or_start(
     which `Progress` creates.
 
     Args:
-        stage: `autoencoder` or `diffusion`.
+        stage: `autoencoder`, `diffusion` or `controlnet`.
         resume, fresh: `--resume` and `--fresh`.
 
     Raises:
@@ -229,9 +230,17 @@ def keep_pair(environment: dict, best: Path, run: Run) -> None:
 
 
 STAGE_FILES = {
-    # A diffusion model goes with its autoencoder.
+    # A diffusion model goes with its autoencoder, a ControlNet with its diffusion model.
     "autoencoder": ("*.pt", "*.json", "samples", "*.gif", "losses.png", "log.txt"),
-    "diffusion": ("diffusion_unet*.pt", "config_diffusion.json", "samples", "samples.gif", "losses.png"),
+    "diffusion": (
+        "diffusion_unet*.pt",
+        "controlnet*.pt",
+        "config_diffusion.json",
+        "samples",
+        "samples.gif",
+        "losses.png",
+    ),
+    "controlnet": ("controlnet*.pt", "config_controlnet.json", "losses.png"),
 }
 
 
@@ -244,9 +253,8 @@ def set_aside(environment: dict, stage: str, copy: bool = False) -> Path:
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     old = next(p for n in itertools.count(1) if not (p := model_dir / f"old-{n}").exists())
     old.mkdir()
-    log, text, stages = model_dir / "train_log.jsonl", model_dir / "log.txt", [stage]
-    if stage == "autoencoder":
-        stages.append("diffusion")
+    log, text = model_dir / "train_log.jsonl", model_dir / "log.txt"
+    stages = [*STAGE_FILES][[*STAGE_FILES].index(stage) :]
     pictures = [output_dir / "reconstructions.png"] if stage == "autoencoder" else []
     for path in [p for pattern in STAGE_FILES[stage] for p in model_dir.glob(pattern)] + pictures:
         if path.is_dir() and copy:
