@@ -21,15 +21,16 @@ VENTRICLES = "ventricles=0:0.35:24"
 
 def main() -> None:
     parser = simulated.parser(__doc__, 24, "each guidance")
-    parser.add_argument("--into", nargs="+", default=["embedding"])
+    parser.add_argument("--into", nargs="+", default=["embedding", "mean_latent"])
     args = parser.parse_args()
 
     # Step 1: data, config, training
     config = simulated.demo_config(args.spacing) | {"channel": 1}
-    config["conditions"] = {"covariates": COVARIATES, "into": args.into}
+    follows = "mean_latent" in args.into
+    config["conditions"] = {"covariates": COVARIATES, "into": args.into, "mean_latent": follows}
     size = encoded_size(COVARIATES, True)
-    if "channels" in args.into:
-        config["diffusion_def"]["in_channels"] = config["latent_channels"] + size
+    added = config["latent_channels"] * follows + size * ("channels" in args.into)
+    config["diffusion_def"]["in_channels"] = config["latent_channels"] + added
     if "cross_attention" in args.into:
         config["diffusion_def"] |= {"with_conditioning": True, "cross_attention_dim": size}
     simulated.train(args, config, ["--tumour-fraction", "0"])

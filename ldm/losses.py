@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from monai.losses import DiceCELoss
 from torch import nn
 
 from ldm import UserError
@@ -180,6 +179,19 @@ def _lpips(network: str, state: dict | None, where: str) -> nn.Module:
     return model
 
 
+def dice_and_cross_entropy(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """1 - soft Dice over the batch, the mean of all labels but background (Milletari et al., 2016), plus
+    cross-entropy: logits and shares of background and labels, (B, 1 + L, D, H, W) each -> a scalar.
+
+    The values of MONAI's `DiceCELoss`, which reads its inputs on the CPU, so that a GPU would wait for it.
+    """
+    axes, probabilities = (0, 2, 3, 4), logits.softmax(1)
+    overlap = (probabilities * shares).sum(axes)[1:]
+    sizes = (probabilities + shares).sum(axes)[1:]
+    dice = (2 * overlap + 1e-5) / (sizes + 1e-5)
+    return 1 - dice.mean() + nn.functional.cross_entropy(logits, shares)
+
+
 RECON_LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
 
@@ -202,7 +214,7 @@ class AutoencoderLoss(nn.Module):
         terms = ["gradient", "perceptual"] + ["label"] * bool(labels)
         weights = {f"{term}_loss": section[f"{term}_weight"] for term in terms}
         self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
-        self.labels, self.label_loss = labels, DiceCELoss(softmax=True, include_background=False, batch=True)
+        self.labels = labels
         self.perceptual = None
         if section["perceptual_weight"]:
             self.perceptual = PerceptualLoss(
@@ -250,5 +262,5 @@ class AutoencoderLoss(nn.Module):
         if self.perceptual is not None:
             terms["perceptual_loss"] = self.perceptual(reconstruction, images, generator)
         if "label_loss" in self.weights:
-            terms["label_loss"] = self.label_loss(logits(made), shares(given))
+            terms["label_loss"] = dice_and_cross_entropy(logits(made), shares(given))
         return {**terms, "loss": sum(weights[name] * term for name, term in terms.items())}

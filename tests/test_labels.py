@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from chain import SHAPE, Project, make_data
+from monai.losses import DiceCELoss
 
 import cache_latents
 import edit_scan
@@ -17,7 +18,7 @@ import train_autoencoder
 import train_diffusion
 from ldm import UserError, configs, generation
 from ldm.data.augmentation import augmentation
-from ldm.data.labels import channels_of_label, label_of
+from ldm.data.labels import channels_of_label, label_of, logits, shares
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.evaluation.asked import LabelStructure, Structure
@@ -97,6 +98,8 @@ def test_the_labels_term_by_hand():
     overlap, sizes = (p[:, 1:] * given).sum(axes), p[:, 1:].sum(axes) + given.sum(axes)
     expected = cross_entropy + (1 - (2 * overlap + 1e-5) / (sizes + 1e-5)).mean()
     assert float(terms["label_loss"]) == pytest.approx(float(expected), rel=1e-5)
+    monai = DiceCELoss(softmax=True, include_background=False, batch=True)
+    torch.testing.assert_close(terms["label_loss"], monai(logits(drawn), shares(given)))
     alone = AutoencoderLoss(section, None).held_out(image, made, None)
     assert terms["recon_loss"] == alone["recon_loss"] and terms["gradient_loss"] == alone["gradient_loss"]
     assert float(terms["loss"]) == pytest.approx(float(alone["loss"] + 0.25 * terms["label_loss"]), rel=1e-5)

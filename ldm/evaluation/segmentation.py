@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from monai.networks.nets import SegResNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -23,6 +22,7 @@ from ldm.evaluation.distances import DRAWS
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset
 from ldm.evaluation.reading import Reader, Source
 from ldm.evaluation.table import Metric
+from ldm.losses import dice_and_cross_entropy
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.files import written_whole
@@ -146,7 +146,6 @@ def train_segmenter(
     network = on_device(define_segmenter(channels, len(values)), run).train()
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    criterion = DiceCELoss(softmax=True, include_background=False, batch=True)
     indices = range(1, len(values) + 1)
     half = amp_dtype(run.device)
     half = half if half is torch.bfloat16 else None  # float16 would need its loss scaled
@@ -162,7 +161,7 @@ def train_segmenter(
         target = torch.cat([(1 - shares.sum(1, keepdim=True)).clamp_min(0), shares], 1)
         with torch.autocast(run.device.type, half, enabled=half is not None):
             output = network(images)
-        loss = criterion(output.float(), target)
+        loss = dice_and_cross_entropy(output.float(), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
