@@ -58,6 +58,17 @@ def forecast(monkeypatch):
 # ---------------------------------------------------------------- rules
 
 
+def test_labels_are_drawn_with_images(forecast):
+    forecast(1)
+    config = planned(described(label_values=[1, 3]), with_labels=True).checked()
+    assert config["label_values"] == [1, 3] and config["volume_channels"] == 3
+    assert config["autoencoder_def"]["in_channels"] == 3 and config["latent_channels"] == 8
+    plain = planned(described(label_values=[1, 3])).checked()
+    assert not plain["with_labels"] and plain["latent_channels"] == 4
+    assert plain["data"]["val_fraction"] == 0.2
+    assert planned(described(count=500)).checked()["data"]["val_fraction"] == 0.1
+
+
 def test_spacing_is_the_median_but_finer_along_thick_slices():
     spacings = np.array([[0.5, 0.5, 6.0]] * 8 + [[0.5, 0.5, 3.0]] * 2)
     shapes = np.array([[400, 400, 30]] * 10)

@@ -157,14 +157,12 @@ def compare_with_reconstruction(
     slices: torch.Generator,
     run: Run,
 ) -> tuple[torch.Tensor, dict]:
-    """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, Dice of labels, high-frequency
-    power, and the held-out loss with its terms. `slices` draws those that a 2D perceptual network compares.
-    """
+    """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, Dice of labels, and the held-out
+    loss with its terms. `slices` draws those that a 2D perceptual network compares."""
     with run.autocast():
         reconstruction = autoencoder.reconstruct(image)
     both = criterion.image_of(reconstruction), criterion.image_of(image)
     numbers = reconstruction_metrics(*(one.clamp(0, 1) for one in both))
-    numbers |= dict(zip(("power", "real power"), map(band_power, both), strict=True))
     if criterion.labels:
         numbers["dice"] = mean_dice(criterion.labels_of(reconstruction), criterion.labels_of(image))
     return reconstruction, {**numbers, **criterion.held_out(image, reconstruction, slices)}
@@ -190,6 +188,8 @@ def validate(
         image = item["image"][None, ..., among(item)].to(run.device)
         slices = stream(dataset.seed, "slices", "validation", case)
         reconstruction, numbers = compare_with_reconstruction(autoencoder, criterion, image, slices, run)
+        for key, one in (("power", reconstruction), ("real power", image)):
+            numbers[key] = band_power(criterion.image_of(one))
         sums += torch.tensor([*(float(numbers[name]) for name in names), 1.0], dtype=torch.float64)
         if len(pairs) < 4:
             pairs[case] = image[0].cpu(), reconstruction[0].cpu()
