@@ -69,7 +69,7 @@ from ldm.evaluation.features import ANATOMY, feature_networks
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
-from ldm.evaluation.segmentation import load_segmenter, save_segmenter
+from ldm.evaluation.segmentation import Segmenter, load_segmenter, save_segmenter
 from ldm.evaluation.verdicts import verdicts
 from ldm.export import records
 from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate
@@ -184,6 +184,7 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     split = dict.fromkeys((TRAINING, HELD_OUT))
     if needs_split:
         known = {"autoencoder": autoencoder, "known": checkpoint.get("subjects")}
+        known["labels"] = bool(args.segmentation or args.segmenter)
         *sides, spacing = prepare_data(config, environment, run, for_training=False, test=True, **known)
         split, config = dict(zip(split, sides, strict=True)), configs.with_spacing(config, spacing)
     out = args.out or environment["output_dir"] / "evaluation"
@@ -241,10 +242,19 @@ def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: 
     """Dice of segmenters trained on samples, scans and both; writes segmenter.safetensors."""
     cases = inputs.sources[HELD_OUT].cases
     values = read.preprocessing.labels or values_in(cases)
+    if not values:
+        raise UserError("--segmentation: the labels of the held-out scans are 0 everywhere.")
     metrics, segmenter = segmentation.utility(inputs.sources, read, values, label_names(cases), steps, run)
     inputs.out.mkdir(parents=True, exist_ok=True)
     save_segmenter(inputs.out / SEGMENTER, segmenter, read.preprocessing.spacing)
     return metrics
+
+
+def read_segmenter(path: Path | None, preprocessing: Preprocessing, run: Run) -> Segmenter | None:
+    """The segmenter of `--segmenter`."""
+    if path is None:
+        return None
+    return load_segmenter(path, len(preprocessing.channels), preprocessing.spacing, run)
 
 
 def read_classifier(paths: Sequence[Path] | None, run: Run) -> torch.nn.Module | None:
@@ -268,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = find_inputs(args, run)
     sources, notes = inputs.sources, inputs.notes
     lines = reading.remove_scans(sources)
+    if args.segmentation:
+        segmentation.check_labels(sources)
 
     # Step 1: one grid for all volumes, and the networks
     preprocessing = preprocessing_of(inputs, args.channel)
@@ -284,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: read every volume once
     read = reading.Reader(preprocessing, size, run.device)
-    segmenter = load_segmenter(args.segmenter, preprocessing.spacing, run) if args.segmenter else None
+    segmenter = read_segmenter(args.segmenter, preprocessing, run)
     structures = [
         one.found_by(segmenter, preprocessing.labels) if isinstance(one, LabelStructure) else one
         for one in structures
@@ -304,7 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = table.all_metrics(groups, nearest) + condition_metrics(groups, values_of(inputs))
     if segmenter:
         names = label_names(sources[HELD_OUT].cases)
-        metrics += segmentation.agreement(sources, read, segmenter, names, run)
+        metrics += (rows := segmentation.agreement(sources, read, segmenter, names, run))
+        if not rows:
+            notes.append("samples or held-out scans have no labels to compare with what the segmenter finds.")
     if args.segmentation:
         metrics += segmentation_metrics(inputs, read, args.segmentation, run)
     lines += verdicts(metrics, nearest, counts)

@@ -31,7 +31,8 @@ import torch
 import utils
 from ldm import configs, generation
 from ldm.export import bundle, formats, model_card
-from ldm.system.checkpoints import MADE_BY, require_checkpoint
+from ldm.export.records import CHECKPOINTS
+from ldm.system.checkpoints import require_checkpoint
 from ldm.system.files import new_folder, written_whole
 from ldm.system.ranks import Run
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or environment["model_dir"] / "autoencoder.pt",
         "diffusion_unet": args.unet or environment["model_dir"] / "diffusion_unet.pt",
     }
-    for path, role in zip(paths.values(), MADE_BY, strict=True):
+    for path, role in zip(paths.values(), CHECKPOINTS, strict=True):
         require_checkpoint(path, role)
     origin = {name: model_card.history(path, name) for name, path in paths.items()}
     digests = [one["sha256"] for one in origin.values()]

@@ -65,9 +65,10 @@ from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
-from ldm.generation import Networks
+from ldm.generation import Networks, controlled
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.control import MASK
 from ldm.models.definitions import latent_size
 from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
@@ -76,6 +77,7 @@ from ldm.system.files import label_path
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
 from ldm.training import memory
+from ldm.training.controlnet import define_control
 
 SHOWN = 8  # volumes in the picture
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
@@ -217,16 +219,27 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
 
 
 def rehearse(
-    config: dict, size: Sequence[int], batch: int, meter: memory.Meter, run: Run, guidance: float = 1.0
+    config: dict,
+    size: Sequence[int],
+    batch: int,
+    meter: memory.Meter,
+    run: Run,
+    guidance: float = 1.0,
+    masks: bool = False,
 ) -> None:
-    """What takes memory: a step of sampling, and decoding, of a batch of volumes of `size` voxels."""
+    """What takes memory: a step of sampling, with a ControlNet for `masks`, and decoding, of a batch of
+    volumes of `size` voxels."""
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
     with meter, torch.no_grad(), run.autocast():
         autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
         unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
         unet = with_any_guide(unet, config, run.device)
-        meter.hold("weights", autoencoder, unet)
         latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
+        meter.hold("weights", autoencoder, unet)
+        if masks:
+            control, bits = define_control(config, config["label_values"] or [255])
+            meter.hold("weights", control)
+            unet, cond[MASK] = controlled(unet, control.eval()), torch.zeros(batch, bits, *size)
         with meter.phase("sampling"):
             guided(unet, cond, cond, guidance)(latents, torch.zeros(batch))
         with meter.phase("decoding"):
@@ -246,7 +259,7 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
     def peaks(batch: int, amp: bool, limit: float | None) -> dict[str, memory.Peak]:
         meter, run = memory.Meter(gpu), Run(0, 1, torch.device("cpu"), half if amp else None)
         with memory.forecasting():
-            rehearse(config, size, batch, meter, run, args.guidance or 1.0)
+            rehearse(config, size, batch, meter, run, args.guidance or 1.0, bool(args.masks))
         if limit:
             weights = meter.peaks["decoding"].parts["weights"]
             meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
@@ -306,8 +319,9 @@ def reproduce(args: argparse.Namespace) -> None:
     config = configs.check_config(record["config"], args.reproduce)
     original = args.reproduce.with_name(f"{args.reproduce.stem}.nii.gz")
     path = args.reproduce.with_name(f"{args.reproduce.stem}{records.REPRODUCED}.nii.gz")
-    if path.exists():
-        raise UserError(f"{path} already exists. Move it away first.")
+    for one in (path, label_path(path)):
+        if one.exists():
+            raise UserError(f"{one} already exists. Move it away first.")
     folder = args.reproduce.parent
     checkpoints = [
         records.find_checkpoint(record, key, folder, getattr(args, key)) for key in records.CHECKPOINTS
@@ -337,12 +351,12 @@ def reproduce(args: argparse.Namespace) -> None:
     recorded = record.get("conditions", [condition] * len(batch))
     chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
     guidance, interval = record.get("guidance", 1.0), record.get("interval")
-    masks = recorded_masks(args.reproduce, batch, networks) if control else None
+    place = list(zip(batch, recorded, strict=True)).index((seed, condition))
+    masks = recorded_masks(original, record, place, networks) if control else None
     volumes = generation.draw(
         networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval, masks
     )
     bar.close()
-    place = list(zip(batch, recorded, strict=True)).index((seed, condition))
     volume = generation.in_typical_units(volumes[place], networks, seed)
     content, label = contents(volume, volumes[place], networks, masks and masks[place])
     records.save_volume(path, content, label=label)
@@ -374,18 +388,24 @@ def reproduce(args: argparse.Namespace) -> None:
     run.print(f"reproduced: {result}: equal up to rounding")
 
 
-def recorded_masks(record: Path, batch: Sequence[int], networks: Networks) -> list[torch.Tensor]:
-    """The masks of the samples of a batch, which lie beside the record; where one is missing, that of the
-    record stands for it.
+def recorded_masks(volume: Path, record: dict, place: int, networks: Networks) -> list[torch.Tensor]:
+    """The masks of the samples of a batch, which lie beside the volume; where one is missing, its own stands
+    for it. Other samples of a batch change a sample by rounding alone.
+
+    Args:
+        volume: the one that is made again, at this place of the batch.
 
     Raises:
-        UserError: that of the record itself is missing.
+        UserError: its own mask is missing or was changed.
     """
-    own = label_path(record.with_suffix("").with_suffix(".nii.gz"))
-    if not own.is_file():
-        raise UserError(f"{own}: no such mask, which the volume was made for. Put it beside the record.")
-    files = [label_path(record.with_name(f"sample_{seed:06d}.nii.gz")) for seed in batch]
-    return [generation.read_mask(file if file.is_file() else own, networks)[0] for file in files]
+    own = label_path(volume)
+    if not own.is_file() or records.sha256_of(own) != record["volume"]["label"]["sha256"]:
+        what = "was changed" if own.is_file() else "no such mask"
+        raise UserError(f"{own}: {what}; the volume was made for it. Put it beside the record.")
+    files = [label_path(volume.with_name(f"sample_{seed:06d}.nii.gz")) for seed in record["batch"]]
+    files = [file if file.is_file() else own for file in files]
+    files[place] = own
+    return [generation.read_mask(file, networks)[0] for file in files]
 
 
 def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
@@ -546,7 +566,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
     read = {}
-    for path in dict.fromkeys(args.masks):
+    for path in dict.fromkeys(one.mask for one in samples if one.mask):
         read[path], note = generation.read_mask(path, networks)
         if note:
             run.print(f"warning: {note}")

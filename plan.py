@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = Machine(memory, args.cpu_memory is None, args.minutes)
     names = channel_names(folder, args.channels, data["contrasts"], measured)
     if args.with_labels:
-        check_labelled(cases)
+        check_labelled(cases, "--with-labels")
     given_data = {"dims": args.dims, "nnunet": from_nnunet, "with_labels": args.with_labels}
     plan = functools.partial(make_plan, measured, names, machine, args.space, **given_data)
     chosen = {path: plan(spacing=args.spacing, overrides=overrides)}

@@ -37,17 +37,18 @@ from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.environment import FOLDERS
-from ldm.models.control import MASK
+from ldm.models.control import MASK, coded
 from ldm.models.denoiser import predict
 from ldm.system.checkpoints import require_checkpoint, weights_hash
 from ldm.training.controlnet import (
     WithMask,
     build_learner,
     check_frozen,
+    check_values,
     load_unet,
-    mask_input,
     masks_of,
     rehearse,
+    told_augmentation,
     weighted_loss,
 )
 from ldm.training.latents import WithNoise, encode_data
@@ -98,10 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 2: pairs of latents and masks
     train_cases, val_cases, _ = prepare_data(
-        config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file
+        config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file, labels=True
     )
-    check_labelled([*train_cases, *val_cases])
-    values = run.from_main(lambda: config["label_values"] or values_in([*train_cases, *val_cases]))
+    cases = [*train_cases, *val_cases]
+    check_labelled(cases, "masks")
+    values = run.from_main(lambda: list(config["label_values"] or values_in(cases)))
+    check_values(values, section, resumed)
+    told = told_augmentation(config, conditions)
     config["diffusion_train"]["patch_size"] = geometry["size"]
     volumes = volumes_to_encode(config, environment, train_cases, val_cases, run, section["augment"])
     check_fits(rehearse, config, "controlnet_train", [geometry["size"]] * 3, run)
@@ -110,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{unet_file}: was trained on the latents of another autoencoder than {autoencoder_file}."
         )
+    latents.autoencoder = None  # all is encoded
     masks, val_masks = (
         masks_of(one, values, run, f"masks of {name}")
         for one, name in zip(volumes, ("training", "held-out"), strict=True)
@@ -119,13 +124,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(seed)  # the same initial weights on every rank
     learner = build_learner(config, unet, values, section["compile"], run)
     model, optimizer, ema_model = learner.model, learner.optimizer, learner.ema_model
-    drawn = WithMask(WithNoise(latents.train, shape, seed, conditions), masks, seed)
+    drawn = WithMask(WithNoise(latents.train, shape, seed, conditions, told), masks, seed)
     workers = 0 if run.device.type == "cpu" else None
     loader = utils.make_loader(drawn, section, config, run, workers)
     facts = {
         "config": config,
         "unet": unet_hash,
-        "label_values": list(values),
+        "label_values": values,
         "subjects": subjects_of(train_cases, val_cases),
     }
     if resumed:
@@ -137,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def mask_of(i: int) -> dict[str, torch.Tensor]:
         """The mask of a held-out case, without a batch dimension."""
-        return {MASK: mask_input(val_masks[i, :1], learner.bits, run)[0]}
+        return {MASK: coded(val_masks[i, :1].to(run.device), learner.bits)[0]}
 
     # Step 4: train
     with profiled(args.profile, model_dir, run) as after_step:
@@ -146,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for batch, last in progress.batches():  # `last`: the optimiser steps after this batch
                 # Batch: latents, scaled to unit variance, and their masks
                 cond = {name: value.to(run.device) for name, value in batch["cond"].items()}
-                cond[MASK] = mask_input(batch[MASK], learner.bits, run)
+                mask = batch[MASK].to(run.device, non_blocking=True)
+                cond[MASK] = coded(mask, learner.bits)
                 posterior_noise, noise, uniform = (
                     batch[key].to(run.device, non_blocking=True)
                     for key in ("posterior_noise", "noise", "uniform")
@@ -161,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with run.autocast():
                         prediction = predict(model, zt, t, cond)
                     made = {"z0": z0, "noise": noise, "t": t}
-                    loss = weighted_loss(process, prediction, made, section, batch[MASK].to(run.device))
+                    loss = weighted_loss(process, prediction, made, section, mask)
                     optimizer.backward(loss)
                 progress.add({"loss": loss}, batch)
                 if not last:

@@ -44,7 +44,7 @@ from ldm.training.latents import WithNoise, encode_data, load_autoencoder, read_
 from ldm.training.memory import check_fits
 from ldm.training.profiler import profiled
 from ldm.training.progress import Progress
-from ldm.training.run_folder import StageFiles, lock_run_folder, resume_or_start
+from ldm.training.run_folder import StageFiles, keep_pair, lock_run_folder, resume_or_start
 
 
 @utils.command
@@ -186,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 scores = validate(
                     learner.eval_network, latents.val, scale_factor, process, section, seed, run, conditions
                 )
+                if progress.is_best(scores["loss"]):
+                    keep_pair(environment, files.best, run, "diffusion")
                 progress.keep_best(scores, learner.eval_network, guide=learner.guide)
                 progress.bar.set_description(f"diffusion, held-out loss {scores['loss']:.4f}")
             if run.is_main and sample_interval and (progress.done or epoch % sample_interval == 0):

@@ -21,8 +21,9 @@ from ldm.models.definitions import (
 from ldm.models.embedding import COVARIATES, encoded_size
 from ldm.system.schemas import StrictValidator, explained
 
-# Keys that a checkpoint's weights depend on.
-MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", "label_values")
+LABELS = "label_values"
+# Keys that a checkpoint's weights depend on. `LABELS` count where labels are drawn, or are masks.
+MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", LABELS)
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
 FIXED["controlnet"] = (*FIXED["diffusion"], "controlnet_def")
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
@@ -287,7 +288,10 @@ def check_fixed(
     Raises:
         UserError: a value differs; the key is named.
     """
-    for key, (was, now) in differences(completed(trained), config).items():
+    trained = completed(trained)
+    if not (trained["with_labels"] or config["with_labels"] or "controlnet_def" in keys):
+        keys = [key for key in keys if key != LABELS]
+    for key, (was, now) in differences(trained, config).items():
         if not any(f"{key}.".startswith(f"{one}.") for one in keys):
             continue
         if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:

@@ -15,7 +15,7 @@ import torch
 from ldm import UserError, configs, few
 from ldm.data.cases import Case
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.data.labels import label_of, values_in
+from ldm.data.labels import label_of, largest_share, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
@@ -75,10 +75,12 @@ class Networks:
 
 @dataclass(frozen=True)
 class Masks:
-    """What a ControlNet takes: the `values` of labels that it was trained on, in so many `bits`."""
+    """What a ControlNet takes: the `values` of labels that it was trained on, in so many `bits`. Where these
+    were `chosen` by the config, others were background; else there were no others."""
 
     values: tuple[int, ...]
     bits: int
+    chosen: bool
 
 
 def with_control(
@@ -94,7 +96,7 @@ def with_control(
     """
     require_checkpoint(path, "controlnet")
     checkpoint = load_checkpoint(path)
-    if "label_values" not in checkpoint:
+    if not {"label_values", "unet"} <= checkpoint.keys():
         raise UserError(f"{path}: is no checkpoint of train_controlnet.py.")
     trained = configs.completed(checkpoint["config"])
     if checkpoint["unet"] != unet_hash:
@@ -103,30 +105,35 @@ def with_control(
             "ControlNet of this one by --controlnet FILE."
         )
     values = tuple(checkpoint["label_values"])
-    definition = {key: trained[key] for key in ("controlnet_def",) if key in trained}
-    control, bits = define_control({**config, **definition}, values)
+    control, bits = define_control({**trained, "diffusion_def": config["diffusion_def"]}, values)
     load_weights(control, checkpoint["model"], str(path))
-    control = on_device(control, run).eval()
+    control, masks = on_device(control, run).eval(), Masks(values, bits, trained["label_values"] is not None)
+    return controlled(unet, control), masks
+
+
+def controlled(unet: torch.nn.Module, control: torch.nn.Module) -> torch.nn.Module:
+    """A diffusion network with its ControlNet; under autoguidance its guide gets the same."""
     if isinstance(unet, Autoguided):
         parts = (Controlled(one, control).eval() for one in (unet.unet, unet.guide))
-        return Autoguided(*parts, unet.weight), Masks(values, bits)
-    return Controlled(unet, control).eval(), Masks(values, bits)
+        return Autoguided(*parts, unet.weight)
+    return Controlled(unet, control).eval()
 
 
 def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
     """A mask on the grid of the volumes, (D, H, W) uint8, and what was done to it, "" where nothing.
 
     Raises:
-        UserError: it cannot be read, is empty, or has labels that the ControlNet was not trained on.
+        UserError: it cannot be read, is empty, or has labels that the training data had not.
     """
     geometry, values = networks.geometry, networks.masks.values
     preprocessing = Preprocessing((0,), tuple(geometry["spacing"]), labels=values)
-    if others := sorted({*values_in([Case(path.name, (), path)])} - {*values}):
+    others = sorted({*values_in([Case(path.name, (), path)])} - {*values})
+    if others and not networks.masks.chosen:
         raise UserError(
             f"{path}: has labels that the ControlNet was not trained on ({few(list(map(str, others)))}). "
             f"It knows {few(list(map(str, values)), 12)}."
         )
-    whole = label_of(preprocessing.label_channels(path), values)
+    whole = largest_share(preprocessing.label_channels(path), values)
     mask = crop_or_pad(whole[None], geometry["size"])[0]
     if not mask.any():
         raise UserError(f"{path}: has no labelled voxel on the grid of the volumes.")

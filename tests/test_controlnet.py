@@ -26,7 +26,7 @@ from ldm.models.control import (
     start_as_unet,
 )
 from ldm.models.definitions import NETWORKS, instantiate
-from ldm.training.controlnet import weighted_loss
+from ldm.training.controlnet import define_control, weighted_loss
 
 # ---------------------------------------------------------------- arithmetic
 
@@ -36,8 +36,10 @@ def test_masks_in_bits():
     assert bits_of([1, 5, 6]) == 3 and bits_of([255]) == 8 and bits_of([256]) == 9
     digits = coded(mask, 3)[0, :, :, 0, 0]
     assert digits.T.tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1]]
-    with pytest.raises(UserError, match="label 6 needs more than the 2 bits"):
-        coded(mask, 2)
+    definition = control_definition(CONFIG["diffusion_def"], (2, 2, 2), [3])
+    config = CONFIG | {"controlnet_def": definition}
+    with pytest.raises(UserError, match="2 bits cannot code label 6"):
+        define_control(config, [1, 6])
 
 
 def test_a_structure_of_one_voxel_is_weighted():
@@ -127,7 +129,7 @@ def project(tmp_path_factory) -> Project:
     project.run(train_autoencoder, "--no-amp")
     project.run(train_diffusion, "--no-amp")
     project.before = {path.name: path.read_bytes() for path in project.model_dir.glob("*.pt")}
-    project.printed["controlnet"] = project.run(train_controlnet, "--no-amp")
+    project.printed["controlnet"] = project.run(train_controlnet, "--no-amp", "--set", "spacing=null")
     mask = project.data / "labelsTr/scan_1.nii.gz"
     project.printed["inference"] = project.run(
         inference, "--num", "2", "--steps", "2", "--mask", str(mask), "--condition", "age=22"
@@ -219,7 +221,7 @@ def save(path, voxels):
 def test_bad_masks(project, tmp_path):
     for voxels, what in (
         (np.full(SHAPE, 3), r"labels that the ControlNet was not trained on \(3\). It knows 2, 5"),
-        (np.zeros(SHAPE), "value other than 0"),
+        (np.zeros(SHAPE), "has no labelled voxel"),
     ):
         assert re.search(what, project.refused(inference, *save(tmp_path / "m.nii.gz", voxels)))
     assert "no such file" in project.refused(inference, "--mask", str(tmp_path / "none.nii.gz"))
@@ -243,6 +245,12 @@ def test_what_a_controlnet_needs(project, tmp_path):
         "--set",
         "autoencoder_def.out_channels=3",
     )
+    for override, what in (
+        ("label_values=[2]", "was trained with label_values null"),
+        ("controlnet_train.weighted_loss_label=[7]", "7 not among the labels, 2, 5"),
+        ("controlnet_train.augment.versions=null", "set versions"),
+    ):
+        assert what in project.refused(train_controlnet, "--no-amp", "--set", override)
     without = Project(tmp_path / "run", make_data(tmp_path / "data"), config=project.config)
     without.model_dir.mkdir()
     assert "Run train_autoencoder.py first" in without.refused(train_controlnet)

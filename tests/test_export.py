@@ -320,7 +320,7 @@ def test_the_bundle_has_the_projects_defaults_and_none_of_its_modules(flow, step
 def test_a_bundle_overwrites_nothing(flow, tmp_path):
     (tmp_path / "sample_000000.nii.gz").write_text("mine")
     with pytest.raises(FileExistsError, match="sample_000000"):
-        bundle.draw(0, *[None] * 13, output_dir=str(tmp_path))
+        bundle.draw(0, *[None] * 14, output_dir=str(tmp_path))
 
 
 def test_monai_accepts_the_metadata(flow, steps_of_betas, tmp_path):

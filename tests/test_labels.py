@@ -147,15 +147,17 @@ def test_a_segmenter_learns_what_is_bright(tmp_path):
     assert dice(found, 7 * label, [7])[0] > 0.7
 
     save_segmenter(tmp_path / "segmenter.safetensors", segment, (2.0, 2.0, 2.0))
-    again = load_segmenter(tmp_path / "segmenter.safetensors", (2.0, 2.0, 2.0), CPU)
+    again = load_segmenter(tmp_path / "segmenter.safetensors", 1, (2.0, 2.0, 2.0), CPU)
     np.testing.assert_array_equal(again(volume.clone()), found)
     core = Structure.parse("core=label:7").found_by(again, ())
     assert core.millilitres(volume, (2, 2, 2)) == pytest.approx((found == 7).sum() * 0.008)
     with pytest.raises(UserError, match="was trained at"):
-        load_segmenter(tmp_path / "segmenter.safetensors", (1.0, 2.0, 2.0), CPU)
+        load_segmenter(tmp_path / "segmenter.safetensors", 1, (1.0, 2.0, 2.0), CPU)
+    with pytest.raises(UserError, match="was trained on 1 channel"):
+        load_segmenter(tmp_path / "segmenter.safetensors", 2, (2.0, 2.0, 2.0), CPU)
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="holds no segmenter"):
-        load_segmenter(tmp_path / "other.pt", (2.0, 2.0, 2.0), CPU)
+        load_segmenter(tmp_path / "other.pt", 1, (2.0, 2.0, 2.0), CPU)
 
 
 def test_a_structure_by_the_volumes_own_label():

@@ -26,17 +26,17 @@ def with_label(image: np.ndarray, label: np.ndarray, case: Case) -> np.ndarray:
     return np.concatenate([image, label])
 
 
-def check_labelled(cases: Sequence[Case]) -> None:
-    """Raise UserError where a case has no label."""
+def check_labelled(cases: Sequence[Case], why: str) -> None:
+    """Raise UserError where a case has no label. `why` is what needs one."""
     if without := [case.name for case in cases if case.label is None]:
         raise UserError(
-            f"with_labels: {len(without)} of {len(cases)} cases have no label, such as {without[0]}. "
-            "Add them (docs/data.md says where), or set with_labels to false."
+            f"{why}: {len(without)} of {len(cases)} cases have no label, such as {without[0]}. docs/data.md "
+            "says where labels go."
         )
 
 
 def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
-    """The values other than 0 of the labels of some cases. Raises UserError: there are none."""
+    """The values other than 0 of the labels of some cases. Raises UserError: they cannot be read."""
     values = set()
     for case in cases:
         if case.label is not None:
@@ -44,10 +44,6 @@ def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
             if fault := label_fault(voxels):
                 raise UserError(f"{case.label}: {fault}.")
             values |= {*np.unique(voxels).astype(int).tolist()}
-    if not values - {0}:
-        raise UserError(
-            f"no label of {len(cases)} cases has a value other than 0. docs/data.md says where labels go."
-        )
     return tuple(sorted(values - {0}))
 
 
@@ -67,6 +63,13 @@ def label_of(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
     is over one half, else 0."""
     best = channels.argmax(0)
     return np.where(channels.max(0) > 0.5, np.array(values, np.uint8)[best], 0).astype(np.uint8)
+
+
+def largest_share(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Label channels of a scan (L, D, H, W) -> the label, (D, H, W) uint8: the value with the largest share
+    of a voxel, background among them."""
+    whole = np.concatenate([1 - channels.sum(0, keepdims=True), channels])
+    return np.array([0, *values], np.uint8)[whole.argmax(0)]
 
 
 def channels_of_label(label: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -68,6 +68,7 @@ def prepare_data(
     autoencoder: Path | None = None,
     known: dict | None = None,
     test: bool = False,
+    labels: bool = False,
 ) -> tuple[list[Case], list[Case], list[float]]:
     """Find the cases and split them as `model_dir/split.json` says; where it is missing, make and write it.
 
@@ -83,6 +84,7 @@ def prepare_data(
             not trained on are held out.
         known: the `subjects` in that file, if it was read already.
         test: as of `ldm.data.splits.Splitter`.
+        labels: check labels too, as is done where the config uses them.
 
     Returns:
         Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
@@ -108,7 +110,7 @@ def prepare_data(
             subjects = load_checkpoint(autoencoder).get("subjects")
         stages = [config[stage] for stage in STAGES]
         # Else they are not read.
-        labels = config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
+        used = labels or config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
         where = ", ".join(map(str, data_folders(environment)))
         path, data = environment["model_dir"] / splits.SPLIT, config["data"]
         splitter = splits.Splitter(path, where, for_training, run.print, data, test)
@@ -116,14 +118,14 @@ def prepare_data(
             *splitter.select(*found),
             configs.channels_of(config),
             Intensity.from_config(config),
-            labels,
+            used,
             skip_bad,
         )
         return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
-        check_labelled([*train, *val])
+        check_labelled([*train, *val], "with_labels")
         warn_of_sides(config, train, run)
     if splits.is_single_subject(train, val):
         run.print(

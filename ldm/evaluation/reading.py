@@ -69,6 +69,7 @@ def samples_of_model(folder: Path, autoencoder: Path, unet: Path) -> tuple[Sourc
             f"{folder}: found no samples of {unet}{f' ({left_out})' * bool(others)}.\n"
             "Run inference.py, or name the samples by --generated."
         )
+    records.check_one_model(folder, samples.values())
     cases = [Case(path.name.removesuffix(".nii.gz"), (path,), records.labelled(path)) for path in samples]
     notes = [f"{GENERATED}: {left_out}."] if others else []
     return Source(GENERATED, str(folder), cases), [*samples.values()], notes

@@ -15,8 +15,9 @@ from torch import nn
 
 from ldm import UserError, counted
 from ldm.data.augmentation import augmentation
+from ldm.data.cases import Case
 from ldm.data.datasets import stream
-from ldm.data.labels import channels_of_label
+from ldm.data.labels import channels_of_label, largest_share, shares
 from ldm.data.preprocessing import crop_or_pad
 from ldm.evaluation.distances import DRAWS
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset
@@ -70,17 +71,31 @@ def read_pairs(source: Source, count: int | None, read: Reader, values: Sequence
     Args:
         read: without channels of labels.
     """
-    cases = [case for case in source.cases if case.label is not None and case.name not in source.left_out]
+    cases = labelled(source)
     chosen = range(len(cases)) if count is None else subset(len(cases), count, 0)
     read = Reader(replace(read.preprocessing, labels=tuple(values)), read.size, torch.device("cpu"))
     pairs = Pairs([], [])
     for i in progress_bar(run, f"pairs of {source.name}", items=chosen, unit="volume"):
         volume = read(cases[i])[0]
         image, channels = volume[: -len(values)], volume[-len(values) :].numpy()
-        found = np.concatenate([1 - channels.sum(0, keepdims=True), channels]).argmax(0)
         pairs.images.append(image.clone())
-        pairs.labels.append(found.astype(np.uint8))
+        pairs.labels.append(largest_share(channels, range(1, len(values) + 1)))
     return pairs
+
+
+def labelled(source: Source) -> list[Case]:
+    """The cases of a group that can be read and have a label."""
+    return [case for case in source.cases if case.label is not None and case.name not in source.left_out]
+
+
+def check_labels(sources: dict[str, Source]) -> None:
+    """Raise UserError where a group has no labels, before anything is read."""
+    groups = (GENERATED, TRAINING, HELD_OUT)
+    if missing := [name for name in groups if name not in sources or not labelled(sources[name])]:
+        raise UserError(
+            f"--segmentation: no {missing[0]} volume has a label. It needs labels of samples, training and "
+            "held-out scans."
+        )
 
 
 # ---------------------------------------------------------------- a segmenter
@@ -157,8 +172,7 @@ def train_segmenter(
             volume = np.concatenate([pairs.images[i].numpy(), channels_of_label(label, indices)])
             items.append(change(volume, label[None], rng))
         batch = torch.stack(items).to(run.device)
-        images, shares = batch[:, :channels], batch[:, channels:]
-        target = torch.cat([(1 - shares.sum(1, keepdim=True)).clamp_min(0), shares], 1)
+        images, target = batch[:, :channels], shares(batch[:, channels:])
         with torch.autocast(run.device.type, half, enabled=half is not None):
             output = network(images)
         loss = dice_and_cross_entropy(output.float(), target)
@@ -182,23 +196,27 @@ def save_segmenter(path: Path, segmenter: Segmenter, spacing: Sequence[float]) -
         file.write(to_safetensors(state, {FACTS: json.dumps(facts)}))
 
 
-def load_segmenter(path: Path, spacing: Sequence[float], run: Run) -> Segmenter:
+def load_segmenter(path: Path, channels: int, spacing: Sequence[float], run: Run) -> Segmenter:
     """A segmenter that `save_segmenter` wrote.
 
     Raises:
-        UserError: the file holds no such segmenter, or one for another spacing.
+        UserError: the file holds no such segmenter, or one for another spacing or number of image channels.
     """
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[FACTS])
+            trained = facts["spacing"], facts["channels"], facts["values"]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError):
         raise UserError(f"{path}: holds no segmenter. Use the one that --segmentation writes.") from None
-    if not np.allclose(facts["spacing"], spacing, rtol=1e-3):
-        raise UserError(f"{path}: was trained at {facts['spacing']} mm; volumes are at {list(spacing)} mm.")
-    network = define_segmenter(facts["channels"], len(facts["values"]))
+    own, count, values = trained
+    if not np.allclose(own, spacing, rtol=1e-3):
+        raise UserError(f"{path}: was trained at {own} mm; volumes are at {list(spacing)} mm.")
+    if count != channels:
+        raise UserError(f"{path}: was trained on {count} channel(s); volumes have {channels}.")
+    network = define_segmenter(count, len(values))
     load_weights(network, state, str(path))
-    return Segmenter(network, facts["channels"], facts["values"], run)
+    return Segmenter(network, count, values, run)
 
 
 # ---------------------------------------------------------------- Dice
@@ -230,18 +248,10 @@ def utility(
         Rows of the table, and the segmenter that was trained on scans.
 
     Raises:
-        UserError: a group has no labels.
+        UserError: a group has no labels that can be read.
     """
-    counts = {
-        name: sum(case.label is not None for case in sources[name].cases) if name in sources else 0
-        for name in (GENERATED, TRAINING, HELD_OUT)
-    }
-    if missing := [name for name, count in counts.items() if not count]:
-        raise UserError(
-            f"--segmentation: no {missing[0]} volume has a label. It needs labels of samples, training and "
-            "held-out scans."
-        )
-    count = min(counts[GENERATED], counts[TRAINING])
+    check_labels(sources)
+    count = min(len(labelled(sources[name])) for name in (GENERATED, TRAINING))
     samples, scans = (read_pairs(sources[name], count, read, values, run) for name in (GENERATED, TRAINING))
     held_out = read_pairs(sources[HELD_OUT], None, read, values, run)
     scores, of_scans = {}, None
@@ -330,6 +340,8 @@ def rows_of(
 
 
 def _means(scores: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The mean of (volumes, structures) over each draw of volumes, without NaN."""
+    """The mean of (volumes, structures) over each draw of volumes, without NaN; where a draw has no volume
+    with the structure, that of all."""
     filled, known = np.nan_to_num(scores), ~np.isnan(scores)
-    return filled[draws].sum((1, 2)) / np.maximum(known[draws].sum((1, 2)), 1)
+    counts = known[draws].sum((1, 2))
+    return np.where(counts, filled[draws].sum((1, 2)) / np.maximum(counts, 1), np.nanmean(scores))

@@ -70,8 +70,10 @@ def draw(
         FloatingPointError: a voxel is not finite.
     """
     path = Path(output_dir) / f"sample_{seed:06d}.nii.gz"
-    if path.exists():
-        raise FileExistsError(f"{path} already exists. Move it away, or give another --output_dir.")
+    beside = path.with_name(f"sample_{seed:06d}_label.nii.gz")
+    for one in (path, beside):
+        if one.exists():
+            raise FileExistsError(f"{one} already exists. Move it away, or give another --output_dir.")
     chosen = conditions.for_sample(
         conditions.parse(condition.split(",") if condition else []), stream(seed, "conditions")
     )
@@ -84,7 +86,6 @@ def draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     if labels:
         label = label_of(volume[len(limits) :].numpy(), labels)[None]
-        beside = path.with_name(f"sample_{seed:06d}_label.nii.gz")
         beside.write_bytes(nifti_bytes(label, spacing, np.uint8))
     path.write_bytes(nifti_bytes(voxels, spacing))
     print(path)
@@ -117,7 +118,7 @@ UserError = ValueError
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
     Conditions: "of_training from_checkpoint of_latents check_size check_classes summary describe "
-    "examples state of draw tell",
+    "examples state of draw tell deviations",
 }
 
 

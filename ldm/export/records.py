@@ -267,10 +267,11 @@ def listed(others: dict[str, list[str]]) -> str:
 def check_one_model(folder: str, records: Iterable[dict]) -> None:
     """Raise UserError where the samples of a folder, by their records, are of several models."""
     records = list(records)
-    key = next((key for key in CHECKPOINTS[::-1] if len({one[key]["sha256"] for one in records}) > 1), None)
+    keys, none = (CONTROL, *CHECKPOINTS[::-1]), {"path": f"no {CONTROL}", "sha256": "-"}
+    key = next((key for key in keys if len({one.get(key, none)["sha256"] for one in records}) > 1), None)
     if key is None:
         return
-    counts = Counter((one[key]["path"], one[key]["sha256"][:12]) for one in records)
+    counts = Counter((one.get(key, none)["path"], one.get(key, none)["sha256"][:12]) for one in records)
     each = ", ".join(f"{count} of {path} (SHA-256 {digest})" for (path, digest), count in counts.items())
     raise UserError(
         f"{folder}: holds samples of {len(counts)} models: {each}.\n"
@@ -320,7 +321,7 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
             "Choose another --seed or output_dir."
         )
     folder = next(iter(requests)).parent
-    stems = {path.name.partition(".")[0] for path in requests}
+    stems = {one.name.partition(".")[0] for path in requests for one in (path, label_path(path))}
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob(".*.part"):  # of a write that was killed
         if part.name.split(".")[1] in stems:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm import UserError
 from ldm.models.quantised import Quantised
+from ldm.models.side_by_side import SideBySide
 from ldm.models.slicewise import SliceWise, as_volumes, per_volume_axis
 
 if TYPE_CHECKING:
@@ -104,7 +105,11 @@ class Autoencoder(nn.Module):
         elif self.budget and self.learns:
             from ldm.lowmem.slabwise import encode_within
 
-            mean, std = encode_within(self.network, images, self.budget)
+            pairs = [(self.network, images)]
+            if isinstance(self.network, SideBySide):
+                pairs = zip(self.network.parts, self.network.parts_of(images), strict=True)
+            found = [encode_within(*pair, self.budget) for pair in pairs]
+            mean, std = (torch.cat(both, 1) for both in zip(*found, strict=True))
         else:
             mean, std = self.network.encode(images)
         return mean.float(), std.float()
@@ -117,7 +122,10 @@ class Autoencoder(nn.Module):
         if self.budget and self.learns:
             from ldm.lowmem.slabwise import decode_within
 
-            return decode_within(self.network, latents, self.budget).float()
+            pairs = [(self.network, latents)]
+            if isinstance(self.network, SideBySide):
+                pairs = zip(self.network.parts, latents.split(self.network.latent_split, 1), strict=True)
+            return torch.cat([decode_within(*pair, self.budget) for pair in pairs], 1).float()
         return self.network.decode(latents).float()
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:

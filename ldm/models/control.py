@@ -26,14 +26,9 @@ def bits_of(values: Sequence[int]) -> int:
 
 
 def coded(mask: torch.Tensor, bits: int) -> torch.Tensor:
-    """A mask (B, D, H, W) of whole numbers -> its binary digits, the lowest first, (B, bits, D, H, W).
-
-    Raises:
-        UserError: a label needs more bits, and would become another.
-    """
-    if int(mask.max()) >= 2**bits:
-        raise UserError(f"mask: label {int(mask.max())} needs more than the {bits} bits of this ControlNet.")
-    return torch.stack([(mask.long() >> bit) & 1 for bit in range(bits)], 1).float()
+    """A mask (B, D, H, W) of whole numbers below 2^bits -> its binary digits, the lowest first,
+    (B, bits, D, H, W) float32."""
+    return torch.stack([(mask >> bit) & 1 for bit in range(bits)], 1).float()
 
 
 def control_definition(diffusion: dict, factor: Sequence[int], values: Sequence[int]) -> dict:
@@ -109,7 +104,7 @@ def region_weights(
     Returns:
         (B, 1, d, h, w) float32.
     """
-    inside = torch.isin(mask.long(), torch.tensor(labels, device=mask.device)).float()[:, None]
+    inside = sum(mask == label for label in labels).float()[:, None]
     region = nn.functional.adaptive_max_pool3d(inside, tuple(size))
     region = nn.functional.max_pool3d(region, 3, 1, 1)
     weights = 1 + (weight - 1) * region

@@ -1,19 +1,22 @@
 """What stage 3 trains: a ControlNet beside the frozen diffusion network, on latents and their masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ldm import UserError, configs
+from ldm import UserError, configs, few
+from ldm.data.augmentation import AFFINE, count_parameters
 from ldm.data.datasets import VolumeDataset, version_of
-from ldm.data.labels import label_of
+from ldm.data.labels import largest_share
+from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
-from ldm.models.control import MASK, Controlled, coded, control_definition, region_weights, start_as_unet
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.control import MASK, Controlled, control_definition, region_weights, start_as_unet
 from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate, latent_size
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import on_device
@@ -41,16 +44,20 @@ def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str)
         replace(volumes.preprocessing, labels=tuple(values)),
         volumes.size,
         cache_dir=volumes.cache_dir,
-        cache_rate=bool(volumes.cached),
+        cache_rate=volumes.cached / len(volumes),
         seed=volumes.seed,
     )
     pairs.augmentation, pairs._versions = volumes.augmentation, volumes._versions
+    if pairs.versions is None:
+        raise UserError(
+            "controlnet_train.augment: set versions, such as to 2: latents and masks are made once for each."
+        )
     found = torch.zeros(len(pairs), pairs.versions, *volumes.size, dtype=torch.uint8)
     mine = range(run.rank, len(pairs), run.world_size)
     for i in progress_bar(run, what, items=mine, unit="volume"):
         for version in range(pairs.versions):
             channels = pairs.image(i, version)[-len(values) :].numpy()
-            found[i, version] = torch.from_numpy(label_of(channels, values))
+            found[i, version] = torch.from_numpy(largest_share(channels, values))
     return run.sum(found)
 
 
@@ -89,7 +96,6 @@ class ControlLearner:
     optimizer: Optimizer
     ema_model: EMA | None
     bits: int
-    frozen: list[str] = field(default_factory=list)
 
     @property
     def eval_control(self) -> nn.Module:
@@ -153,6 +159,44 @@ def build_learner(
     return ControlLearner(control, unet, model, optimizer, ema_model, bits)
 
 
+def check_values(values: Sequence[int], section: dict, resumed: dict | None) -> None:
+    """Check the labels of the masks.
+
+    Raises:
+        UserError: there are none, a weighted one is not among them, or they are not those of the checkpoint
+            that is resumed.
+    """
+    if not values:
+        raise UserError("masks: the labels are 0 everywhere.")
+    if others := sorted({*section["weighted_loss_label"]} - {*values}):
+        raise UserError(
+            f"controlnet_train.weighted_loss_label: {few(others)} not among the labels, {few(values, 12)}."
+        )
+    if resumed and resumed["label_values"] != list(values):
+        raise UserError(
+            f"{resumed['path']}: was trained on labels {few(resumed['label_values'], 12)}; now they are "
+            f"{few(values, 12)}. Restore the labels, or start over with --fresh."
+        )
+
+
+def told_augmentation(config: dict, conditions: Conditions) -> dict | None:
+    """The augmentation that the network is told, where its diffusion model was (`conditions.augmentation`).
+
+    Raises:
+        UserError: it is another than that of stage 2, for which the network has its inputs.
+    """
+    augment = config["controlnet_train"]["augment"]
+    if not conditions.told or not count_parameters(augment):
+        return None
+    keys = ("flip_axes", *AFFINE)
+    if any(augment[key] != config["diffusion_train"]["augment"][key] for key in keys):
+        raise UserError(
+            "controlnet_train.augment: the diffusion model is told how volumes were augmented. Set the same "
+            "flips and affine changes as in diffusion_train.augment, or none."
+        )
+    return augment
+
+
 def load_unet(path: Path, config: dict, run: Run) -> tuple[nn.Module, dict]:
     """The frozen diffusion network of stage 2 on the device, and its checkpoint without the weights.
 
@@ -162,7 +206,8 @@ def load_unet(path: Path, config: dict, run: Run) -> tuple[nn.Module, dict]:
     checkpoint = load_checkpoint(path, "unet")
     if "scale_factor" not in checkpoint or "geometry" not in checkpoint:
         raise UserError(f"{path}: has no scale factor or geometry. Use a checkpoint of train_diffusion.py.")
-    configs.check_fixed(checkpoint["config"], config, configs.FIXED["diffusion"], path)
+    keys = [key for key in configs.FIXED["diffusion"] if key != "spacing" or config["spacing"]]
+    configs.check_fixed(checkpoint["config"], config, keys, path)
     unet = configs.define_network(config, "diffusion_def")
     load_weights(unet, checkpoint.pop("model"), str(path))
     return on_device(unet, run).eval().requires_grad_(False), checkpoint
@@ -193,14 +238,19 @@ def weighted_loss(
 
 
 def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Run) -> None:
-    """Do what takes memory in this stage, on tensors without values: a training step and the validation of a
-    volume. `sizes` are those of `prepare.patch_sizes`."""
+    """Do what takes memory in this stage, on tensors without values: encoding a volume, a training step and
+    the validation of a volume. `sizes` are those of `prepare.patch_sizes`."""
     section, size = config["controlnet_train"], sizes[1]
     values = config["label_values"] or [255]
     process = NoiseProcess.from_config(config["NoiseScheduler"])
     count, latent = section["batch_size"], latent_size(config, size)
     channels = config["diffusion_def"]["out_channels"]
     with meter:
+        network = configs.define_network(config, "autoencoder_def").eval().requires_grad_(False)
+        image = torch.zeros(1, config["volume_channels"], *size, device=run.device)
+        with torch.no_grad(), meter.phase("encoding"):
+            Autoencoder(network).encode(image)
+        del network, image
         unet = configs.define_network(config, "diffusion_def").requires_grad_(False)
         learner = build_learner(config, unet, values, False, run)
         meter.hold("weights", learner.unet, learner.control)
@@ -223,8 +273,3 @@ def check_frozen(unet: nn.Module, expected: str) -> None:
     """Raise RuntimeError where the weights of the frozen network changed: a defect."""
     if weights_hash(unet.state_dict()) != expected:
         raise RuntimeError("the frozen diffusion network changed during the training of its ControlNet")
-
-
-def mask_input(mask: torch.Tensor, bits: int, run: Run) -> torch.Tensor:
-    """A mask (B, D, H, W) uint8 -> what the network takes, on the device."""
-    return coded(mask.to(run.device, non_blocking=True), bits)

@@ -22,7 +22,7 @@ from ldm.system.checkpoints import load_checkpoint, weights_hash
 from ldm.system.ranks import Run
 from ldm.training.memory import GB
 
-RIDGE = 0.1  # of the regression: the weight of a volume whose covariates are the mean, almost nothing
+RIDGE = 0.01  # of the regression, as a share of the squares of each number
 
 
 class WithNoise(WithDraws):
@@ -31,7 +31,7 @@ class WithNoise(WithDraws):
 
     Args:
         dataset: has `cases`, `versions`, and keys `(epoch, i)`.
-        augment: the `augment` section of the config, whose parameters the network is told.
+        augment: the `augment` section of the config, whose parameters the network is told; None: none.
     """
 
     purpose = "diffusion"
@@ -47,7 +47,7 @@ class WithNoise(WithDraws):
         super().__init__(dataset, shape, seed)
         self.conditions = conditions
         self.augmentation = self.versions = None
-        if conditions.told:
+        if conditions.told and augment is not None:
             self.augmentation, self.versions = augmentation(augment, shape, False), dataset.versions
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -143,7 +143,8 @@ class Latents:
         for i in range(run.rank, len(self.train), run.world_size):
             z = self.posterior(one_of(self.train[(0, i)]), run)[0][0].double().cpu() - mean.double()
             products += torch.tensordot(deviations[i].double(), z, 0)
-        squares = deviations.double().T @ deviations.double() + RIDGE * torch.eye(count, dtype=torch.float64)
+        squares = deviations.double().T @ deviations.double()
+        squares += torch.diag(RIDGE * squares.diagonal() + 1e-9)  # flags of the unknown have no squares
         slopes = torch.linalg.solve(squares, run.sum(products).flatten(1)).reshape(count, *self.shape)
         return torch.cat([mean[None], slopes.float()])
 

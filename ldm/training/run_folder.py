@@ -214,17 +214,24 @@ def resume_or_start(
     return content
 
 
-def keep_pair(environment: dict, best: Path, run: Run) -> None:
-    """Before stage 1's best weights are replaced, copy them to `old-N` with the diffusion model that was
-    trained on them, if there is one: it is of no use without them."""
-    unet = environment["model_dir"] / "diffusion_unet.pt"
+FOLLOWS = {  # of each stage the file of the next, and its entry with the hash of these weights
+    "autoencoder": ("diffusion_unet.pt", "autoencoder"),
+    "diffusion": ("controlnet.pt", "unet"),
+}
+
+
+def keep_pair(environment: dict, best: Path, run: Run, stage: str = "autoencoder") -> None:
+    """Before a stage's best weights are replaced, copy them to `old-N` with the model of the next stage that
+    was trained on them, if there is one: it is of no use without them."""
+    name, entry = FOLLOWS[stage]
+    following = environment["model_dir"] / name
 
     def copy():
-        if not (unet.is_file() and best.is_file()):
+        if not (following.is_file() and best.is_file()):
             return
-        if load_checkpoint(unet).get("autoencoder") == weights_hash(load_checkpoint(best)["model"]):
-            old = set_aside(environment, "autoencoder", copy=True)
-            run.print(f"{unet} was trained on {best}, which is now replaced: a copy of both is in {old}")
+        if load_checkpoint(following).get(entry) == weights_hash(load_checkpoint(best)["model"]):
+            old = set_aside(environment, stage, copy=True)
+            run.print(f"{following} was trained on {best}, which is now replaced: a copy of both is in {old}")
 
     run.from_main(copy)
 
@@ -235,6 +242,7 @@ STAGE_FILES = {
     "diffusion": (
         "diffusion_unet*.pt",
         "controlnet*.pt",
+        "config_controlnet.json",
         "config_diffusion.json",
         "samples",
         "samples.gif",
