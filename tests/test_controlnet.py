@@ -36,7 +36,7 @@ def test_masks_in_bits():
     assert bits_of([1, 5, 6]) == 3 and bits_of([255]) == 8 and bits_of([256]) == 9
     digits = coded(mask, 3)[0, :, :, 0, 0]
     assert digits.T.tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1]]
-    definition = control_definition(CONFIG["diffusion_def"], (2, 2, 2), [3])
+    definition = control_definition(unet_of()[1], (2, 2, 2), [3])
     config = CONFIG | {"controlnet_def": definition}
     with pytest.raises(UserError, match="2 bits cannot code label 6"):
         define_control(config, [1, 6])
@@ -200,8 +200,8 @@ def test_a_sample_of_a_mask_is_reproduced(project, tmp_path, capsys):
         )
     inference.main(["--reproduce", str(tmp_path / "sample_000001.json")])
     assert capsys.readouterr().out.count("byte-identical to the recorded") == 2
-    for name in ("sample_000001_label.nii.gz", "sample_000001_reproduced.nii.gz"):
-        (tmp_path / name).unlink()
+    for path in [*tmp_path.glob("*_reproduced*"), tmp_path / "sample_000001_label.nii.gz"]:
+        path.unlink()
     with pytest.raises(SystemExit):
         inference.main(["--reproduce", str(tmp_path / "sample_000001.json")])
     assert "no such mask" in capsys.readouterr().err

@@ -27,8 +27,10 @@ from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.losses import AutoencoderLoss
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.control import MASK, coded
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import predict
+from ldm.training import controlnet
 from ldm.training.autoencoder import WithPosteriorDraw
 from ldm.training.diffusion import build_learner
 from ldm.training.latents import WithNoise
@@ -131,6 +133,7 @@ def one_step(config_file: Path, data: Path) -> dict:
     found["muon"] = step_of_muon(config, run)
     found["unused"] = steps_with_unused_parameters(config, run)
     found["codes"] = codes_after_steps(run)
+    found["control"] = control_after_steps(utils.load_config(config_file), run)
     return found
 
 
@@ -172,6 +175,29 @@ def steps_with_unused_parameters(config: dict, run) -> dict:
         learner.optimizer.clip()
         learner.optimizer.step(1e-3, torch.zeros(()))
     return learner.unet.state_dict()
+
+
+def control_after_steps(config: dict, run) -> dict:
+    """The weights of a ControlNet after two steps of two volumes over all ranks."""
+    config["diffusion_def"]["in_channels"] = config["latent_channels"]
+    config["diffusion_def"].pop("covariate_embed", None)
+    config["controlnet_train"] |= {"scale_lr": False, "ema_decay": 0.0, "lr": 1e-3}
+    torch.manual_seed(0)
+    unet = configs.define_network(config, "diffusion_def")
+    torch.nn.init.normal_(unet.out[2].conv.weight)  # MONAI begins with zeros
+    learner = controlnet.build_learner(config, unet, [1, 5], False, run)
+    process = NoiseProcess.from_config(config["NoiseScheduler"])
+    generator, mine = torch.Generator().manual_seed(1), slice(run.rank, None, run.world_size)
+    for _ in range(2):
+        z0, noise = torch.randn(2, 2, 3, 8, 8, 8, generator=generator)[:, mine]
+        mask = torch.randint(6, (2, 16, 16, 16), generator=generator)[mine]
+        with learner.optimizer.accumulating(True):
+            t, cond = torch.full((len(z0),), 500.0), {MASK: coded(mask, learner.bits)}
+            prediction = predict(learner.model, process.add_noise(z0, noise, t), t, cond)
+            learner.optimizer.backward(diffusion_loss(process, prediction, z0, noise, t))
+        learner.optimizer.clip()
+        learner.optimizer.step(1e-3, torch.zeros(()))
+    return learner.control.state_dict()
 
 
 def codes_after_steps(run) -> dict:
@@ -289,6 +315,13 @@ def test_ranks_share_the_work_of_muon_and_take_the_same_step(steps):
     whole, *ranks = (one["muon"] for one in steps)
     for weights in ranks:
         assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def test_ranks_train_the_controlnet_of_one(steps):
+    whole, *ranks = (one["control"] for one in steps)
+    assert whole["controlnet_mid_block.conv.weight"].abs().max() > 1e-4  # it began with zeros
+    for weights in ranks:
+        chain.assert_weights_close(whole, weights)
 
 
 def test_ranks_keep_one_codebook(steps):
