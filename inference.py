@@ -37,10 +37,10 @@ program itself, about half a GB.
 
 Beside each volume lies its record, `sample_000003.json`: seed, sampler, steps, hashes of checkpoints and
 config, the config itself, versions. `--reproduce` makes the volume of a record again, from the checkpoints
-that it names (or `--autoencoder`, `--unet`: moved, but the same files), in the same batch, precision and
-number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and prints whether the bytes
-are the same, or how far the volumes are apart; over 1e-4 of the range is exit code 1. `--device` is the only
-other option that it takes.
+that it names (or `--autoencoder`, `--unet`, `--controlnet`: moved, but the same files), in the same batch,
+precision and number of threads. It writes `sample_000003_reproduced.nii.gz` beside the record and prints
+whether the bytes are the same, or how far the volumes are apart; over 1e-4 of the range is exit code 1.
+`--device` is the only other option that it takes.
 """
 
 import argparse

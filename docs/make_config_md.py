@@ -17,8 +17,8 @@ A training config is a JSON file, given by `-c`. This page is generated from `co
 - `--set autoencoder_train.lr=8e-5` overrides the file, the file overrides the default.
 - `"@name"` (or `"$@name"`) is replaced by the value of another key, `"@section::key"` by that of a nested
   one. Other expressions are refused.
-- The resolved config, with all defaults, is written to `model_dir/config_autoencoder.json` and
-  `config_diffusion.json`, and into the checkpoints.
+- The resolved config, with all defaults, is written to `model_dir/config_autoencoder.json`,
+  `config_diffusion.json` and `config_controlnet.json`, and into the checkpoints.
 
 The environment file, given by `-e`, sets paths, relative to the working directory or absolute.
 

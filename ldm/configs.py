@@ -63,7 +63,7 @@ def check_config(config: dict, path: str | Path) -> dict:
         if "n_epochs" in config.get(section, {}):
             config[section].setdefault("max_epochs", config[section].pop("n_epochs"))
     stated = dict(config.get("intensity", {}))
-    _fill_defaults(config, schema, schema)
+    _fill(config, schema)
     if "_target_" in config["NoiseScheduler"]:
         check_definition(config["NoiseScheduler"], SCHEDULERS, "NoiseScheduler")
     if len(channels_of(config)) != config["image_channels"]:
@@ -226,7 +226,7 @@ def _check_slices(config: dict, path: str | Path) -> None:
 def completed(config: dict) -> dict:
     """A resolved config from a checkpoint, with the defaults of keys that are newer than it."""
     schema, config = _schema(), copy.deepcopy(config)
-    _fill_defaults(config, schema, schema)
+    _fill(config, schema)
     config.setdefault("volume_channels", config["image_channels"])
     return config
 
@@ -323,10 +323,19 @@ def _schema() -> dict:
     return json.loads(SCHEMA.read_text(encoding="utf-8"))
 
 
+def _fill(config: dict, schema: dict) -> None:
+    """Fill in missing keys: of `controlnet_train` with the values that `diffusion_train` has, of all others
+    with the schema's defaults."""
+    stated = set(config.get("controlnet_train", {}))
+    _fill_defaults(config, schema, schema)
+    for key in config["controlnet_train"].keys() & config["diffusion_train"].keys() - stated:
+        config["controlnet_train"][key] = copy.deepcopy(config["diffusion_train"][key])
+
+
 def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
     """Fill in missing keys; and make numbers floats, since torch does not always accept an int."""
     for key, about in schema.get("properties", {}).items():
-        if "$ref" in about:
+        while "$ref" in about:
             about = functools.reduce(dict.__getitem__, about["$ref"].removeprefix("#/").split("/"), root)
         if key not in section and "default" in about and not (key != "_target_" and "_target_" in section):
             section[key] = copy.deepcopy(about["default"])

@@ -42,6 +42,15 @@ def test_masks_in_bits():
         define_control(config, [1, 6])
 
 
+def test_what_stage_3_does_not_say_is_as_in_stage_2():
+    config = configs.completed(
+        {"diffusion_train": {"lr": 0.5, "ema_decay": 0.3}, "controlnet_train": {"lr": 0.1}}
+    )
+    section = config["controlnet_train"]
+    assert (section["lr"], section["ema_decay"], section["weighted_loss"]) == (0.1, 0.3, 100)
+    assert section["augment"] == config["diffusion_train"]["augment"] and "sample_steps" not in section
+
+
 def test_a_structure_of_one_voxel_is_weighted():
     """8 x 8 x 8 voxels on 4 x 4 x 4 latents: the voxel's latent and the 17 beside it at a corner of 3."""
     mask = torch.zeros(2, 8, 8, 8, dtype=torch.uint8)
@@ -119,6 +128,7 @@ def project(tmp_path_factory) -> Project:
             "batch_size": 2,
             "max_epochs": 6,
             "val_interval": 2,
+            "lr_schedule": "constant",
             "lr": 1e-2,
             "ema_decay": 0.5,
             "optimizer": "muon",
