@@ -301,6 +301,9 @@ def check_fixed(
 def changes(trained: dict, config: dict) -> str:
     """How a config differs from a checkpoint's, on one line. A spacing that the data decide is no change."""
     found = differences(completed(trained), config)
+    for key in [key for key in found if key.startswith("controlnet_train.")]:
+        if found.get(key.replace("controlnet_train.", "diffusion_train.")) == found[key]:
+            del found[key]  # taken from there
     if config["spacing"] is None:
         found = {key: pair for key, pair in found.items() if key not in ("spacing", "longest_side")}
     return "; ".join(f"{key} {now}, was {was}" for key, (was, now) in found.items())

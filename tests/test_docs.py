@@ -101,8 +101,10 @@ def config_keys() -> frozenset[str]:
 
     def below(section: dict, prefix: str):
         for key, about in section.get("properties", {}).items():
-            if "$ref" in about:
-                about = schema["$defs"][about["$ref"].rpartition("/")[2]]
+            while "$ref" in about:
+                about = functools.reduce(
+                    dict.__getitem__, about["$ref"].removeprefix("#/").split("/"), schema
+                )
             yield prefix + key
             yield from below(about, f"{prefix}{key}.")
             if "_target_" in about.get("properties", {}):

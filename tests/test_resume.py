@@ -96,7 +96,9 @@ def test_no_tensor_of_a_checkpoint_outlives_the_start(whole, tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", load)
     monkeypatch.setattr(Progress, "epochs", epochs)
     assert "resumed in epoch" in project.run(script, "--no-amp", *longer)
-    kept = [] if script is train_autoencoder else [(3, 8, 10, 6)]  # the mean latent, which is an input
+    kept = (
+        [] if script is train_autoencoder else [(3, 3, 8, 10, 6)]
+    )  # the mean latent and its slopes, an input
     assert len(read) > 100 and alive == kept
 
 
