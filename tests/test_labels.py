@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from chain import CONFIG, SHAPE, Project, make_data
+from chain import SHAPE, Project, make_data
 from monai.losses import DiceCELoss
 
 import cache_latents
@@ -25,9 +25,6 @@ from ldm.evaluation.asked import LabelStructure, Structure
 from ldm.evaluation.segmentation import Pairs, dice, load_segmenter, rows_of, save_segmenter, train_segmenter
 from ldm.losses import AutoencoderLoss
 from ldm.metrics import mean_dice
-from ldm.models.autoencoder import Autoencoder, set_posterior_std
-from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate
-from ldm.models.initialisation import start_as_block_transform
 from ldm.system.ranks import Run
 
 VALUES = [2, 5]
@@ -168,32 +165,6 @@ def test_a_structure_by_the_volumes_own_label():
     for labels, what in (((2, 5), "label_values has 2, 5"), ((), "the segmenter is needed")):
         with pytest.raises(UserError, match=what):
             LabelStructure("core", 9).found_by(None, labels)
-
-
-def test_image_and_labels_side_by_side():
-    """Their latents do not mix; both start as block transforms, with the posterior that is asked for."""
-    definition = CONFIG["autoencoder_def"] | {"_target_": "ldm.models.SideBySide", "use_convtranspose": True}
-    definition |= {"in_channels": 3, "out_channels": 3, "image_channels": 1, "latent_channels": 24}
-    definition |= {"label_latents": 16, "label_widths": [16, 16], "channels": [8, 16]}
-    torch.manual_seed(0)
-    network = instantiate(definition, NETWORKS, "here")
-    autoencoder, volumes = Autoencoder(network.eval()), torch.rand(2, 3, 8, 12, 8)
-    assert autoencoder.latent_channels == 24 and autoencoder.factor == downsampling_factor(definition)
-    start_as_block_transform(network, volumes)
-    set_posterior_std(network, 0.05)
-    with torch.no_grad():
-        mean, std = autoencoder.encode(volumes)
-        assert mean.shape == (2, 24, 4, 6, 4) and std.mean() == pytest.approx(0.05, rel=0.1)
-        torch.testing.assert_close(network.decode(mean), volumes, atol=0.05, rtol=0)
-        changed = mean.clone()
-        changed[:, 8:] += 1
-        before, after = network.decode(mean), network.decode(changed)
-        assert torch.equal(before[:, :1], after[:, :1]) and (after - before)[:, 1:].abs().mean() > 0.1
-        other = torch.cat([volumes[:, :1], torch.rand(2, 2, 8, 12, 8)], 1)
-        assert torch.equal(autoencoder.encode(other)[0][:, :8], mean[:, :8])
-    for wrong in ({"label_latents": 24}, {"image_channels": 3}, {"label_widths": [16]}):
-        with pytest.raises(UserError, match="refuses these arguments"):
-            instantiate(definition | wrong, NETWORKS, "here")
 
 
 # ---------------------------------------------------------------- all scripts

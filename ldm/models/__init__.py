@@ -12,11 +12,10 @@ slicewise       2D networks on volumes, slice by slice
 wavelet         Haar wavelets in the place of an autoencoder
 quantised       autoencoders with quantised latents: VQ-VAE, FSQ
 embedding       covariates added to the time embedding
-side_by_side    an autoencoder of the image and one of its labels
+control         a ControlNet beside a frozen diffusion network
 """
 
 from ldm.models.quantised import FSQ
-from ldm.models.side_by_side import SideBySide
 from ldm.models.wavelet import Haar
 
-__all__ = ["FSQ", "Haar", "SideBySide"]  # what a config may name as ldm.models.Haar
+__all__ = ["FSQ", "Haar"]  # what a config may name as ldm.models.Haar

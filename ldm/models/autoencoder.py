@@ -9,7 +9,6 @@ from torch import nn
 
 from ldm import UserError
 from ldm.models.quantised import Quantised
-from ldm.models.side_by_side import SideBySide
 from ldm.models.slicewise import SliceWise, as_volumes, per_volume_axis
 
 if TYPE_CHECKING:
@@ -105,11 +104,7 @@ class Autoencoder(nn.Module):
         elif self.budget and self.learns:
             from ldm.lowmem.slabwise import encode_within
 
-            pairs = [(self.network, images)]
-            if isinstance(self.network, SideBySide):
-                pairs = zip(self.network.parts, self.network.parts_of(images), strict=True)
-            found = [encode_within(*pair, self.budget) for pair in pairs]
-            mean, std = (torch.cat(both, 1) for both in zip(*found, strict=True))
+            mean, std = encode_within(self.network, images, self.budget)
         else:
             mean, std = self.network.encode(images)
         return mean.float(), std.float()
@@ -122,10 +117,7 @@ class Autoencoder(nn.Module):
         if self.budget and self.learns:
             from ldm.lowmem.slabwise import decode_within
 
-            pairs = [(self.network, latents)]
-            if isinstance(self.network, SideBySide):
-                pairs = zip(self.network.parts, latents.split(self.network.latent_split, 1), strict=True)
-            return torch.cat([decode_within(*pair, self.budget) for pair in pairs], 1).float()
+            return decode_within(self.network, latents, self.budget).float()
         return self.network.decode(latents).float()
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
@@ -160,17 +152,15 @@ def set_posterior_std(network: nn.Module, std: float) -> None:
     Raises:
         UserError: the network has no such layer.
     """
-    for part in getattr(network, "parts", [network]):
-        layer = getattr(part, "quant_conv_log_sigma", None)
-        if layer is None:
-            raise UserError(
-                "autoencoder_train.initial_posterior_std: this network has no log-variance layer. Set it to "
-                "null."
-            )
-        conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
-        with torch.no_grad():
-            conv.weight.mul_(0.1)
-            conv.bias.fill_(2 * torch.tensor(std).log().item())
+    layer = getattr(network, "quant_conv_log_sigma", None)
+    if layer is None:
+        raise UserError(
+            "autoencoder_train.initial_posterior_std: this network has no log-variance layer. Set it to null."
+        )
+    conv = next(module for module in layer.modules() if isinstance(module, CONVOLUTIONS))
+    with torch.no_grad():
+        conv.weight.mul_(0.1)
+        conv.bias.fill_(2 * torch.tensor(std).log().item())
 
 
 class LatentMoments:

@@ -13,7 +13,6 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample, AEKLResBlock
 from torch import nn
 
 from ldm import UserError
-from ldm.models.side_by_side import SideBySide
 
 WHITENING = 0.5  # 0 keeps the variances of the components, 1 makes them equal
 
@@ -33,10 +32,6 @@ def start_as_block_transform(autoencoder: nn.Module, volumes: torch.Tensor) -> N
     Raises:
         UserError: the network is of another kind, or has too few channels.
     """
-    if isinstance(autoencoder, SideBySide):
-        for part, some in zip(autoencoder.parts, autoencoder.parts_of(volumes), strict=True):
-            start_as_block_transform(part, some)
-        return
     if not isinstance(autoencoder, AutoencoderKL) or not any(
         isinstance(m, nn.ConvTranspose3d) for m in autoencoder.modules()
     ):

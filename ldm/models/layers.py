@@ -52,11 +52,8 @@ def add_checkpointing(network: nn.Module) -> None:
     `DiffusionModelUNet` has no option for it, and that of `AutoencoderKL` takes encoder and decoder as one
     block each, which saves little. Names in the state dict stay the same.
     """
-    for part in getattr(network, "parts", ()):  # of `SideBySide`
-        add_checkpointing(part)
     lists = [getattr(network, name, None) for name in ("down_blocks", "up_blocks")]
-    if not hasattr(network, "parts"):
-        lists += [getattr(getattr(network, part, None), "blocks", None) for part in ("encoder", "decoder")]
+    lists += [getattr(getattr(network, part, None), "blocks", None) for part in ("encoder", "decoder")]
     for blocks in lists:
         for i, block in enumerate(blocks if isinstance(blocks, nn.ModuleList) else []):
             blocks[i] = checkpoint_wrapper(block)
