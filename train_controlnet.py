@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = run.from_main(lambda: list(config["label_values"] or values_in(cases)))
     check_values(values, section, resumed)
     told = told_augmentation(config, conditions)
-    config["diffusion_train"]["patch_size"] = geometry["size"]
-    volumes = volumes_to_encode(config, environment, train_cases, val_cases, run, section["augment"])
+    sized = {**config, "diffusion_train": {**config["diffusion_train"], "patch_size": geometry["size"]}}
+    volumes = volumes_to_encode(sized, environment, train_cases, val_cases, run, section["augment"])
     check_fits(rehearse, config, "controlnet_train", [geometry["size"]] * 3, run)
     latents = encode_data(config, *volumes, autoencoder_file, None, run)
     if latents.autoencoder_hash != trained["autoencoder"]:

@@ -165,9 +165,9 @@ def test_resume_is_exact(project):
     for name in ("autoencoder.pt", "diffusion_unet.pt", "split.json"):
         (other.model_dir / name).write_bytes((project.model_dir / name).read_bytes())
     for epochs in ("2", "6"):
-        other.run(train_controlnet, "--no-amp", "--set", f"controlnet_train.max_epochs={epochs}")
+        said = other.run(train_controlnet, "--no-amp", "--set", f"controlnet_train.max_epochs={epochs}")
+    assert "config: controlnet_train.max_epochs 6, was 2\n" in said
     whole, parts = (one.checkpoint("controlnet_last.pt")["model"] for one in (project, other))
-    # With the number of epochs unknown at first, a constant rate is the same.
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
