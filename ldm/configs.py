@@ -92,7 +92,8 @@ def _with_volume_channels(config: dict, path: str | Path) -> dict:
     if type(images) is not int or not (labels is None or isinstance(labels, list)):
         return config  # the schema says what is wrong
     channels = images + (len(labels) if with_labels else 0)
-    if (found := config.get("volume_channels", channels)) != channels:
+    found = config.get("volume_channels", channels)
+    if type(found) is not int or found != channels:
         raise UserError(f"{path}: volume_channels: expected {channels}, found {brief(found)}. Leave it out.")
     return {**config, "volume_channels": channels}
 

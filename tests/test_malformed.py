@@ -6,6 +6,7 @@ expects, and random changes of good files. Scripts run where only they can refus
 """
 
 import copy
+import functools
 import gzip
 import io
 import json
@@ -582,7 +583,8 @@ def schema_keys(schema: dict, root: dict, path: str = "") -> list[tuple[str, dic
     """All keys of the schema with what it says of them."""
     found = []
     for key, about in schema.get("properties", {}).items():
-        about = root["$defs"][about["$ref"].rpartition("/")[2]] if "$ref" in about else about
+        while "$ref" in about:
+            about = functools.reduce(dict.__getitem__, about["$ref"].removeprefix("#/").split("/"), root)
         found += [(path + key, about), *schema_keys(about, root, f"{path}{key}.")]
     return found
 

@@ -424,6 +424,7 @@ def networks_of(dims: int = 3, **unet) -> dict:
     return {
         "spatial_dims": dims,
         "image_channels": 1,
+        "volume_channels": 1,
         "autoencoder_def": autoencoder,
         "diffusion_def": {**UNET, **names, "spatial_dims": dims, **unet},
     }
