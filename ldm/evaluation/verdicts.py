@@ -24,6 +24,7 @@ MIN_HELD_OUT = 5  # for the threshold of copies
 SUSPICIOUS_Z = -3.0  # Meehan et al. (2020)
 GOOD_PSNR, FAIR_PSNR = 30.0, 25.0  # dB
 GOOD_UTILITY, FAIR_UTILITY = 0.9, 0.7  # of the Dice of a segmenter that was trained on scans
+WEAK_DICE = 0.6  # of that one, below which it has not learned its structures
 
 
 def verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[str, int]) -> list[dict]:
@@ -222,7 +223,12 @@ def utility(found: dict[str, Metric]) -> tuple[str, str] | None:
     alone, both = (found.get(f"dice_{kind}_mean") for kind in (GENERATED, "both"))
     if alone is None or alone.missing:
         return None
-    share = alone.value / alone.floor if alone.floor else 0.0
+    if alone.floor < WEAK_DICE:
+        return "none", (
+            f"The segmenter trained on scans is too weak to compare with (Dice {alone.floor:.3f} on held-out "
+            "scans). Train for more steps: --segmentation STEPS."
+        )
+    share = alone.value / alone.floor
     text = (
         f"A segmenter trained on samples reaches {share:.0%} of the Dice of one trained on as many scans "
         f"({alone.value:.3f}, {alone.floor:.3f}); on both {both.value:.3f}."
