@@ -4,9 +4,9 @@ import copy
 from dataclasses import dataclass
 
 from ldm.configs import check_config, drop, put
+from ldm.data.prepare import STAGES as STAGES
 
 REMOVED = object()  # in the place of a value that was deleted by hand
-STAGES = ("autoencoder_train", "diffusion_train")
 
 
 @dataclass(frozen=True)
