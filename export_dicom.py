@@ -1,4 +1,4 @@
-"""Write generated volumes as DICOM: an image series each, and its label as SEG and RTSTRUCT.
+"""Write generated volumes as DICOM: an image series each, and their labels as SEG and RTSTRUCT.
 
     python export_dicom.py outputs/ --modality MR --out dicom --names data/brains/dataset.json
     python export_dicom.py outputs/sample_000003.nii.gz --modality CT --out dicom --segmentation RTSTRUCT
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.segmentation and len(without) < len(volumes):
         print(f"  {' and '.join(args.segmentation)} of {len(volumes) - len(without)}")
     if args.segmentation and without:
-        print(f"  no label, or an empty one, has {few(without)}: image only")
+        print(f"  only images of {few(without)}: no labelled voxel")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -161,7 +161,7 @@ def test_every_file_says_that_it_is_synthetic(tmp_path):
         assert one.PatientID.startswith("SYNTHETIC-") and "Synthetic" in one.SeriesDescription
         assert not one.PatientBirthDate and not one.StudyDate
         comment = one.StructureSetDescription if one.Modality == "RTSTRUCT" else one.ImageComments
-        assert "No patient was scanned" in comment and made in comment
+        assert "drawn, wholly or in part, by a latent diffusion model" in comment and made in comment
     assert files[0].ImageType[0] == "DERIVED" and "latent diffusion" in files[0].DerivationDescription
     for key, count in (("StudyInstanceUID", 1), ("FrameOfReferenceUID", 1), ("SeriesInstanceUID", 3)):
         assert len({one[key].value for one in files}) == count
@@ -261,7 +261,7 @@ def test_a_folder_of_samples_is_a_patient_each(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "left out, without a record of inference.py: scan.nii.gz" in out
     assert "exported 2 volumes as MR" in out and "SEG and RTSTRUCT of 1" in out
-    assert "no label, or an empty one, has sample_000000_age-20.5: image only" in out
+    assert "only images of sample_000000_age-20.5: no labelled voxel" in out
     folders = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert sorted(folders) == ["sample_000000_age-20.5", "sample_000001_age-20.5"]
     assert len({one.PatientID for folder in folders.values() for one in read(folder)}) == 2

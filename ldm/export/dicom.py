@@ -30,7 +30,7 @@ ACROSS = 1e-4  # cosine of the angle between two axes, up to which they count as
 SAME_GRID = 0.01  # of a voxel: how far the corners of two grids may be apart
 LONGEST_NAME = 64  # characters of DICOM's LO
 SOFTWARE = "3D latent diffusion"
-SYNTHETIC = "Synthetic: drawn by a latent diffusion model. No patient was scanned."
+SYNTHETIC = "Synthetic: drawn, wholly or in part, by a latent diffusion model. Not for diagnosis."
 
 
 def package(name: str):
