@@ -23,6 +23,7 @@ from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
+from ldm.data.structures import structures_of
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
 from ldm.training.latents import load_autoencoder
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "spacing": config["spacing"],
                 "size": list(train.size),
                 "limits": typical_limits(train.preprocessing, train.cases),
+                **structures_of(train.preprocessing, train.cases),
             },
             "training": training,
             "validation": validation,

@@ -27,6 +27,9 @@ classifier-free guidance, which doubles the passes of the network; `--interval 0
 times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
 train_controlnet.py; it is brought to the grid of the volumes and written beside each.
+Samples with a label are checked: the median intensity of each structure should be within four standard
+deviations of that of scans, and, with `--segmenter` of evaluate.py --segmentation, the label should be found
+in the image. One that fails is drawn again, `--tries` times in all, then written to `output_dir`/failed.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -51,7 +54,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,7 @@ from ldm.data.intensity import to_unit_range
 from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.evaluation.segmentation import load_segmenter
 from ldm.export import records
 from ldm.generation import Networks, controlled
 from ldm.metrics import band_power
@@ -71,6 +75,7 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.models.control import MASK
 from ldm.models.definitions import latent_size
 from ldm.models.denoiser import example_cond
+from ldm.quality import Check, draw_until_fit, seed_again
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import label_path
@@ -80,6 +85,7 @@ from ldm.training import memory
 from ldm.training.controlnet import define_control
 
 SHOWN = 8  # volumes in the picture
+FAILED = "failed"  # the folder of samples that do not pass the check, in output_dir
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
 
@@ -129,6 +135,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add("--scale-factor", type=float, default=None, help="for weights without one")
+    add("--tries", type=int, default=3, help="draws of a sample whose label does not fit; 0: no check")
+    add(
+        "--segmenter",
+        type=Path,
+        metavar="FILE",
+        help="that also checks labels, of evaluate.py --segmentation",
+    )
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -163,6 +176,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
+    if args.tries < 0:
+        raise UserError(f"--tries {args.tries}: expected 0 or more.")
+    if args.segmenter and not args.tries:
+        raise UserError("--segmenter: checks samples. Leave out --tries 0.")
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
     args.masks = masks_below(args.mask) if args.mask else []
@@ -351,7 +368,8 @@ def reproduce(args: argparse.Namespace) -> None:
     recorded = record.get("conditions", [condition] * len(batch))
     chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
     guidance, interval = record.get("guidance", 1.0), record.get("interval")
-    place = list(zip(batch, recorded, strict=True)).index((seed, condition))
+    noise_seed = record.get("again", {}).get("seed", seed)
+    place = list(zip(batch, recorded, strict=True)).index((noise_seed, condition))
     masks = recorded_masks(original, record, place, networks) if control else None
     volumes = generation.draw(
         networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval, masks
@@ -563,6 +581,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
     }
+    check = checking(args, networks, run)
+    if check:
+        segmenter = {"segmenter": records.sha256_of(args.segmenter)} if args.segmenter else {}
+        request["check"] = {"tries": args.tries, **segmenter}
+    failed = output_dir / FAILED
+    before = [failed / one.path.name for one in samples]  # they stay there
+    samples = [
+        replace(one, path=path) if check and path.exists() else one
+        for one, path in zip(samples, before, strict=True)
+    ]
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
     read = {}
@@ -580,12 +608,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine = mine[run.rank :: run.world_size]
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
+
+    def draw(seeds: Sequence[int], batch: Sequence[Sample], progress: Callable = iter) -> torch.Tensor:
+        chosen = [one.condition for one in batch]
+        masks = [read[one.mask] for one in batch] if control else None
+        return generation.draw(
+            networks, seeds, sampler, steps, run, progress, chosen, guidance, args.interval, masks
+        )
+
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
-        masks = [read[one.mask] for one in batch] if control else None
-        volumes = generation.draw(
-            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval, masks
-        )
+        volumes = draw(seeds, batch, counting(bar))
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
             together["conditions"] = [texts_of(one) for one in chosen]
@@ -594,6 +627,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         for one, volume in zip(batch, volumes, strict=True):
             if one.path not in missing:
                 continue
+            path, own = one.path, together
+            if check:
+                volume, number, faults = draw_until_fit(
+                    one.seed,
+                    volume,
+                    lambda seed, one=one: draw([seed], [one])[0],
+                    lambda volume, one=one: faults_of(check, networks, volume, read.get(one.mask)),
+                    args.tries,
+                )
+                if number:
+                    seed = seed_again(one.seed, number)
+                    own = {"batch": [seed], "again": {"draws": number, "seed": seed}}
+                if faults:
+                    path, own = failed / one.path.name, {**own, "faults": faults}
+                    failed.mkdir(exist_ok=True)
+                    run.print(f"{one.path.name}: drawn {counted(number + 1, 'time{s}')}, {faults[0]}")
             voxels = generation.in_typical_units(volume, networks, one.seed)
             content, label = contents(voxels, volume, networks, read.get(one.mask))
             about = {
@@ -603,15 +652,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "limits": geometry["limits"],
                 **({"label": {"sha256": hashlib.sha256(label).hexdigest()}} if label else {}),
             }
-            record = {**together, **requests[one.path], "volume": about}
-            records.save_volume(one.path, content, record, label)
+            record = {**own, **requests[one.path], "volume": about}
+            records.save_volume(path, content, record, label)
             if networks.autoencoder.is_slicewise:
-                show_slices(networks, voxels, one.seed, one.path)
+                show_slices(networks, voxels, one.seed, path)
     bar.close()
     power, count = run.sum(power).tolist()  # once all ranks have written
 
     # Step 4: a picture, and how sharp the samples are compared with the autoencoder's reconstructions
-    if run.is_main:
+    asked = len(samples)
+    samples = [one for one in samples if one.path.parent != failed and one.path.exists()]
+    if run.is_main and len(samples) < asked:
+        run.print(
+            f"warning: {asked - len(samples)} of {asked} volumes do not fit their labels and are in "
+            f"{failed}; their records say why"
+        )
+    if run.is_main and samples:
         if args.grid:
             picture = show_grid(networks, samples, *args.grid, output_dir)
         else:
@@ -626,6 +682,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
 
 
+def checking(args: argparse.Namespace, networks: Networks, run: Run) -> Check | None:
+    """The check of samples with labels; None where there is nothing to check, or `--tries` is 0."""
+    if not args.tries or not (networks.labels or networks.masks):
+        if args.segmenter:
+            raise UserError("--segmenter: checks samples with labels; this model has none, and no --mask.")
+        return None
+    channels = len(networks.geometry["limits"])
+    segment = (
+        load_segmenter(args.segmenter, channels, networks.geometry["spacing"], run)
+        if args.segmenter
+        else None
+    )
+    return Check(networks.structures, segment)
+
+
+def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+    """What is wrong with a volume (C, D, H, W) as drawn."""
+    label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
+    return check.faults(volume[: len(networks.geometry["limits"])], label[0])
+
+
 def contents(
     voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
 ) -> tuple[bytes, bytes | None]:
@@ -638,7 +715,7 @@ def contents(
     """
     spacing = networks.geometry["spacing"]
     label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
-    written = None if label is None else generation.nifti_bytes(label, spacing, np.uint8)
+    written = None if label is None else generation.nifti_bytes(label, spacing, label.dtype.type)
     return generation.nifti_bytes(voxels, spacing), written
 
 

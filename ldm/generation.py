@@ -1,6 +1,7 @@
 """From trained networks to volumes: load, sample, map to scanner units, encode as a NIfTI file."""
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import io
@@ -15,7 +16,7 @@ import torch
 from ldm import UserError, configs, few
 from ldm.data.cases import Case
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.data.labels import label_of, largest_share, values_in
+from ldm.data.labels import label_of, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
@@ -53,7 +54,8 @@ class Networks:
     they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
     reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
-    `masks` what a ControlNet takes.
+    `masks` what a ControlNet takes, `structures` the usual medians of labels (`ldm.data.structures`), where
+    training measured them.
     """
 
     autoencoder: Autoencoder
@@ -66,21 +68,41 @@ class Networks:
     conditions: Conditions = UNCONDITIONED
     labels: tuple[int, ...] = ()
     masks: "Masks | None" = None
+    structures: dict = dataclasses.field(default_factory=dict)
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
         sampler = choose_sampler(sampler, self.process)
         return sampler, steps or SAMPLERS[sampler].steps or self.process.num_train_timesteps
 
+    def model(
+        self,
+        chosen: Sequence[dict],
+        guidance: float,
+        run: Run,
+        masks: Sequence[torch.Tensor] | None = None,
+        interval: Sequence[float] | None = None,
+    ) -> Callable:
+        """The model function of the samplers for a batch; the arguments are those of `draw`."""
+        unet, times = self.unet, None
+        if interval:
+            times = tuple(share * self.process.num_train_timesteps for share in interval)
+        if masks is not None:
+            unet = functools.partial(unet, mask=coded(torch.stack([*masks]), self.masks.bits).to(run.device))
+        return self.conditions.guided_model(unet, chosen, guidance, run.device, times)
+
 
 @dataclass(frozen=True)
 class Masks:
     """What a ControlNet takes: the `values` of labels that it was trained on, in so many `bits`. Where these
-    were `chosen` by the config, others were background; else there were no others."""
+    were `chosen` by the config, others were background; else there were no others. `empty`: some masks were
+    empty. `structures`: as of `Networks`."""
 
     values: tuple[int, ...]
     bits: int
     chosen: bool
+    empty: bool
+    structures: dict
 
 
 def with_control(
@@ -107,8 +129,9 @@ def with_control(
     values = tuple(checkpoint["label_values"])
     control, bits = define_control({**trained, "diffusion_def": config["diffusion_def"]}, values)
     load_weights(control, checkpoint["model"], str(path))
-    control, masks = on_device(control, run).eval(), Masks(values, bits, trained["label_values"] is not None)
-    return controlled(unet, control), masks
+    chosen, empty = trained["label_values"] is not None, checkpoint.get("empty_masks", False)
+    masks = Masks(values, bits, chosen, empty, checkpoint.get("structures", {}))
+    return controlled(unet, on_device(control, run).eval()), masks
 
 
 def controlled(unet: torch.nn.Module, control: torch.nn.Module) -> torch.nn.Module:
@@ -120,7 +143,7 @@ def controlled(unet: torch.nn.Module, control: torch.nn.Module) -> torch.nn.Modu
 
 
 def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
-    """A mask on the grid of the volumes, (D, H, W) uint8, and what was done to it, "" where nothing.
+    """A mask on the grid of the volumes, (D, H, W), and what was done to it, "" where nothing.
 
     Raises:
         UserError: it cannot be read, is empty, or has labels that the training data had not.
@@ -133,10 +156,12 @@ def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
             f"{path}: has labels that the ControlNet was not trained on ({few(list(map(str, others)))}). "
             f"It knows {few(list(map(str, values)), 12)}."
         )
-    whole = largest_share(preprocessing.label_channels(path), values)
+    whole = preprocessing.mask(path)
     mask = crop_or_pad(whole[None], geometry["size"])[0]
-    if not mask.any():
+    if whole.any() and not mask.any():
         raise UserError(f"{path}: has no labelled voxel on the grid of the volumes.")
+    if not mask.any() and not networks.masks.empty:
+        raise UserError(f"{path}: is empty; no mask that the ControlNet was trained on was.")
     lost = (whole > 0).sum() - (mask > 0).sum()
     note = f"{path.name}: {lost} labelled voxels lie outside of the volumes and are cut off" if lost else ""
     return torch.from_numpy(np.ascontiguousarray(mask)), note
@@ -232,8 +257,9 @@ def load_networks(
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
     labels = configs.labels_of(config)
+    usual = masks.structures if masks else geometry.get("structures", {})
     return Networks(
-        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks
+        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks, usual
     )
 
 
@@ -341,14 +367,7 @@ def draw(
         ),
         run.autocast(),
     ):
-        chosen = chosen or [{}] * len(seeds)
-        times = interval and tuple(share * networks.process.num_train_timesteps for share in interval)
-        unet = networks.unet
-        if masks is not None:
-            unet = functools.partial(
-                unet, mask=coded(torch.stack([*masks]), networks.masks.bits).to(run.device)
-            )
-        model = networks.conditions.guided_model(unet, chosen, guidance, run.device, times)
+        model = networks.model(chosen or [{}] * len(seeds), guidance, run, masks, interval)
         shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
         latents = sample_latents(
             model, networks.process, shape, seeds, steps, sampler, run.device, progress, slicewise
@@ -375,7 +394,7 @@ def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.
 
 
 def drawn_label(volume: torch.Tensor, networks: Networks) -> np.ndarray | None:
-    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W) uint8; None where none is
+    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W); None where none is
     drawn."""
     if not networks.labels:
         return None

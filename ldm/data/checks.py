@@ -247,7 +247,7 @@ def check_voxels(
     labels: bool = True,
     expected: frozenset[int] | None = None,
 ) -> Reading:
-    """Read every byte of one case. `expected` are the values that its label may have; None: 0 to 255."""
+    """Read every byte of one case. `expected` are the values that its label may have; None: any."""
     problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
     for number, file in enumerate(case.images):
         try:
@@ -316,8 +316,8 @@ def _wrapped(voxels: np.ndarray) -> str | None:
 
 
 def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
-    """Which values of a label (0 to 255) dataset.json does not name; an empty label is fine."""
-    counts = np.bincount(label.astype(np.uint8).ravel())
+    """Which values of a label dataset.json does not name; an empty label is fine."""
+    counts = np.bincount(label.astype(np.int64).ravel())
     unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
     if unexpected:
         found = ", ".join(f"{value} ({counts[value]} voxels)" for value in unexpected)
@@ -332,7 +332,7 @@ def label_values(dataset_json: Path) -> frozenset[int] | None:
     labels = read_json(dataset_json).get("labels")
     if not isinstance(labels, dict) or not labels:
         return None
-    if all(re.fullmatch("[0-9]{1,3}", key) for key in labels):  # Decathlon: {"1": "edema"}
+    if all(re.fullmatch("[0-9]{1,5}", key) for key in labels):  # Decathlon: {"1": "edema"}
         return frozenset(map(int, labels))
     values = [value for one in labels.values() for value in (one if isinstance(one, list) else [one])]
     return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
@@ -346,7 +346,7 @@ def label_names(cases: Sequence[Case]) -> dict[int, str]:
     for file in sorted(filter(Path.is_file, files)):
         labels = read_json(file).get("labels")
         for key, value in labels.items() if isinstance(labels, dict) else ():
-            if re.fullmatch("[0-9]{1,3}", key):  # Decathlon
+            if re.fullmatch("[0-9]{1,5}", key):  # Decathlon
                 names[int(key)] = str(value)
             elif isinstance(value, int):  # nnU-Net
                 names[value] = key

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from ldm import UserError
 from ldm.data.cases import Case
-from ldm.data.reading import label_fault, read_image
+from ldm.data.reading import label_fault, label_type, read_image
 
+SURROUNDINGS = "surroundings"  # what may replace a structure, see `without_structure`
 LOGIT_SCALE = 8.0  # a channel of 1 is a probability of 0.98 against background
 
 
@@ -59,17 +61,30 @@ def shares(channels: torch.Tensor) -> torch.Tensor:
 
 
 def label_of(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Label channels (L, D, H, W) -> the label, (D, H, W) uint8: the value of the largest channel, where it
-    is over one half, else 0."""
+    """Label channels (L, D, H, W) -> the label, (D, H, W) of `label_type`: the value of the largest channel,
+    where it is over one half, else 0."""
     best = channels.argmax(0)
-    return np.where(channels.max(0) > 0.5, np.array(values, np.uint8)[best], 0).astype(np.uint8)
+    known = np.array(values, label_type(values))
+    return np.where(channels.max(0) > 0.5, known[best], 0).astype(known.dtype)
 
 
 def largest_share(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Label channels of a scan (L, D, H, W) -> the label, (D, H, W) uint8: the value with the largest share
-    of a voxel, background among them."""
+    """Label channels of a scan (L, D, H, W) -> the label, (D, H, W) of `label_type`: the value with the
+    largest share of a voxel, background among them."""
     whole = np.concatenate([1 - channels.sum(0, keepdims=True), channels])
-    return np.array([0, *values], np.uint8)[whole.argmax(0)]
+    return np.array([0, *values], label_type(values))[whole.argmax(0)]
+
+
+def without_structure(mask: np.ndarray, value: int, instead: int | str) -> np.ndarray:
+    """A mask (D, H, W) with another label in the place of one: that of the nearest other voxel, for
+    `SURROUNDINGS`."""
+    inside = mask == value
+    if instead != SURROUNDINGS:
+        return np.where(inside, mask.dtype.type(instead), mask)
+    if inside.all() or not inside.any():
+        return mask
+    nearest = ndimage.distance_transform_edt(inside, return_distances=False, return_indices=True)
+    return mask[tuple(nearest)]
 
 
 def channels_of_label(label: np.ndarray, values: Sequence[int]) -> np.ndarray:

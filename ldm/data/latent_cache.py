@@ -48,7 +48,7 @@ COMPLETE = StrictValidator(
         **ABOUT,
         versions=COUNT,
         latent_shape={"type": "array", "items": COUNT, "minItems": 4, "maxItems": 4},
-        geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),
+        geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),  # and `structures`, of labels
         training=RECORDS,
         validation=RECORDS,
         left_out={"type": "array", "items": TEXT},

@@ -9,7 +9,7 @@ validation and inference all use `Preprocessing`.
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from scipy.ndimage import gaussian_filter
 from ldm import UserError
 from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
-from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
+from ldm.data.reading import RAS, by_times, channel_count, label_fault, label_type, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import print_and_log
 
@@ -126,15 +126,16 @@ class Preprocessing:
         return self.intensity.limits(self.read(images))
 
     def label(self, path: Path) -> np.ndarray:
-        """The label on the same grid: (1, D, H, W), uint8.
+        """The label on the same grid: (1, D, H, W), of `label_type`.
 
         Raises:
-            UserError: as `read_image`, and for values other than whole numbers from 0 to 255.
+            UserError: as `read_image`, and for values that are no labels.
         """
         image = read_image(path)
-        if fault := label_fault(np.asanyarray(image.dataobj)):
+        voxels = np.asanyarray(image.dataobj)
+        if fault := label_fault(voxels):
             raise UserError(f"{path}: {fault}.")
-        return _resample(path, image, 0, self.spacing)[None].astype(np.uint8)
+        return _resample(path, image, 0, self.spacing)[None].astype(label_type([voxels.max()]))
 
     def label_channels(self, path: Path) -> np.ndarray:
         """The share of each of `labels` in each voxel of the same grid: (L, D, H, W), float32, 0 to 1.
@@ -142,6 +143,25 @@ class Preprocessing:
         Raises:
             UserError: as `label`.
         """
+        return np.stack([*self._shares(path)])
+
+    def mask(self, path: Path) -> np.ndarray:
+        """Which of `labels` has the largest share of each voxel of the same grid, 0 where background has:
+        (D, H, W), of `label_type`. One channel at a time is in memory.
+
+        Raises:
+            UserError: as `label`.
+        """
+        total, largest, mask = 0.0, 0.0, None
+        for value, share in zip(self.labels, self._shares(path), strict=True):
+            mask = np.zeros(share.shape, label_type(self.labels)) if mask is None else mask
+            mask[share > largest] = value
+            largest, total = np.maximum(largest, share), total + share
+        mask[1 - total >= largest] = 0
+        return mask
+
+    def _shares(self, path: Path) -> Iterator[np.ndarray]:
+        """The channels of `label_channels`, (D, H, W) each."""
         image = read_image(path)
         voxels = np.asanyarray(image.dataobj)
         if fault := label_fault(voxels):
@@ -151,8 +171,9 @@ class Preprocessing:
                 f"note: labels have values that label_values lacks, and are background there: {others}"
             )
         voxels = voxels_of(path, image, 0)
-        indicators = [(voxels == value).astype(np.float32) for value in self.labels]
-        return np.stack([_onto_grid(path, one, image.affine, self.spacing, False) for one in indicators])
+        for value in self.labels:
+            indicator = (voxels == value).astype(np.float32)
+            yield _onto_grid(path, indicator, image.affine, self.spacing, False)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ldm import UserError, counted, few
 from ldm.data import foreign
 from ldm.data.layouts import find_cases
 from ldm.data.names import stem_of, suffix_of
-from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
+from ldm.data.reading import channel_count, corners_apart, label_fault, label_type, read_image, voxels_of
 from ldm.data.scan import Scan
 
 SAME_GRID = 0.01  # of a voxel
@@ -124,7 +124,7 @@ def read_raw(case: RawCase, brain_mask: str | None = None) -> Scan:
         label = np.asanyarray(image.dataobj).reshape(shape)
         if fault := label_fault(label):
             raise UserError(f"{case.label}: {fault}.")
-        label = label.astype(np.uint8)
+        label = label.astype(label_type([label.max()]))
     if brain_mask == AUTO:
         mask = automatic_mask(voxels[0])
     elif path := _mask_file(case, brain_mask):

@@ -18,6 +18,7 @@ from ldm import UserError
 from ldm.data.datasets import stream
 from ldm.data.intensity import from_unit_range
 from ldm.data.labels import label_of
+from ldm.data.reading import label_type
 from ldm.diffusion import samplers
 from ldm.diffusion.conditioning import Conditions, guided, position_channels
 from ldm.diffusion.covariates import Covariates
@@ -86,7 +87,7 @@ def draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     if labels:
         label = label_of(volume[len(limits) :].numpy(), labels)[None]
-        beside.write_bytes(nifti_bytes(label, spacing, np.uint8))
+        beside.write_bytes(nifti_bytes(label, spacing, label.dtype.type))
     path.write_bytes(nifti_bytes(voxels, spacing))
     print(path)
     return path
@@ -135,6 +136,7 @@ def sampling_script() -> str:
         guided,
         Autoguided,
         from_unit_range,
+        label_type,
         label_of,
         nifti_bytes,
         nifti_gz,

@@ -54,6 +54,11 @@ SCHEMA["properties"] |= {  # of some records
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
     "interval": INTERVAL,  # of guidance
+    # of samples with a label, which are checked; `again` is of those whose first draw failed, with the seed
+    # of the noise of the draw that is kept
+    "check": {"type": "object"},
+    "again": fields(draws=SIZE, seed=SEED),
+    "faults": {"type": "array", "items": TEXT},
     "conditions": {
         "type": "array",
         "items": {"type": "object", "additionalProperties": TEXT},
@@ -87,8 +92,8 @@ def read_record(path: Path) -> dict:
         )
     if what := fault(StrictValidator(SCHEMA), record):
         raise UserError(f"record {path}: {what}.")
-    if record["seed"] not in record["batch"]:
-        raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
+    if (seed := record.get("again", record)["seed"]) not in record["batch"]:
+        raise UserError(f"record {path}: batch: the seed {seed} is not in it.")
     if config_hash(record["config"]) != record["config_sha256"]:
         raise UserError(f"record {path}: config: was changed; its hash is not config_sha256.")
     return record
@@ -106,7 +111,7 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance", "interval")
+    keys = ("seed", *REQUEST, "condition", "guidance", "interval", "check")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     for key in (*CHECKPOINTS, CONTROL, "mask"):
@@ -320,10 +325,10 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
             f"{path} already exists ({len(taken)} of {len(requests)}) and differs: {how}. "
             "Choose another --seed or output_dir."
         )
-    folder = next(iter(requests)).parent
     stems = {one.name.partition(".")[0] for path in requests for one in (path, label_path(path))}
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(".*.part"):  # of a write that was killed
-        if part.name.split(".")[1] in stems:
-            part.unlink()
+    for folder in {path.parent for path in requests}:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):  # of a write that was killed
+            if part.name.split(".")[1] in stems:
+                part.unlink()
     return set(requests) - made

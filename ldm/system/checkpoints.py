@@ -135,6 +135,9 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
         limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
     ),
 }
+ENTRIES["structures"] = {"type": "object"}  # of a ControlNet: as of `ldm.data.structures.usual_medians`
+ENTRIES["empty_masks"] = {"type": "boolean"}
+ENTRIES["geometry"]["properties"]["structures"] = ENTRIES["structures"]  # of a model of labels
 ENTRIES["geometry"]["properties"]["slices"] = _array({"type": "integer", "minimum": 0}, 2)  # of 2D networks
 CHECKPOINT = Validator(
     {

@@ -14,6 +14,7 @@ from ldm.data.datasets import VolumeDataset, WithDraws, among, augmentation_rng,
 from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
+from ldm.data.structures import structures_of
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.models.autoencoder import Autoencoder, LatentMoments
 from ldm.models.layers import on_device
@@ -184,6 +185,7 @@ def encode_data(
     check_same(resumed, weights, path)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
     geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
+    geometry |= run.from_main(lambda: structures_of(train.preprocessing, train.cases))
     val = encode_all(autoencoder, val, run, workers, "encode held-out")
     if train.versions is not None:
         train = encode_all(autoencoder, train, run, workers, "encode training")
