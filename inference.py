@@ -134,6 +134,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
+    add(
+        "--clear-background",
+        action="store_true",
+        default=None,
+        help="where the mask is 0, write the lowest value, such as air outside of a body",
+    )
     add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--tries", type=int, default=3, help="draws of a sample whose label does not fit; 0: no check")
     add(
@@ -176,6 +182,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
+    if args.clear_background and not args.mask:
+        raise UserError("--clear-background: is for volumes that follow a --mask.")
     if args.tries < 0:
         raise UserError(f"--tries {args.tries}: expected 0 or more.")
     if args.segmenter and not args.tries:
@@ -375,6 +383,7 @@ def reproduce(args: argparse.Namespace) -> None:
         networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval, masks
     )
     bar.close()
+    volumes = cleared(volumes, masks) if record.get("clear_background") else volumes
     volume = generation.in_typical_units(volumes[place], networks, seed)
     content, label = contents(volume, volumes[place], networks, masks and masks[place])
     records.save_volume(path, content, label=label)
@@ -430,6 +439,7 @@ def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
     """As a share of the range of `original`; NaN where a voxel is."""
     if volume.shape != original.shape:
         return math.inf
+    volume, original = volume.astype(np.float64), original.astype(np.float64)  # int16 would overflow
     return float(np.abs(volume - original).max() / (np.ptp(original) or 1))
 
 
@@ -580,6 +590,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config": config,
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
+        **({"clear_background": True} if args.clear_background else {}),
     }
     check = checking(args, networks, run)
     if check:
@@ -612,9 +623,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     def draw(seeds: Sequence[int], batch: Sequence[Sample], progress: Callable = iter) -> torch.Tensor:
         chosen = [one.condition for one in batch]
         masks = [read[one.mask] for one in batch] if control else None
-        return generation.draw(
+        drawn = generation.draw(
             networks, seeds, sampler, steps, run, progress, chosen, guidance, args.interval, masks
         )
+        return cleared(drawn, masks) if args.clear_background else drawn
 
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
@@ -703,6 +715,11 @@ def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torc
     return check.faults(volume[: len(networks.geometry["limits"])], label[0])
 
 
+def cleared(volumes: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Volumes (B, C, D, H, W) that are 0 where their masks are, (D, H, W) each."""
+    return volumes * (torch.stack([*masks])[:, None] > 0)
+
+
 def contents(
     voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
 ) -> tuple[bytes, bytes | None]:
@@ -716,7 +733,7 @@ def contents(
     spacing = networks.geometry["spacing"]
     label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
     written = None if label is None else generation.nifti_bytes(label, spacing, label.dtype.type)
-    return generation.nifti_bytes(voxels, spacing), written
+    return generation.nifti_bytes(voxels, spacing, voxels.dtype.type), written
 
 
 def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:

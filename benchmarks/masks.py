@@ -63,7 +63,7 @@ def main() -> None:
     common = ["--batch-size", "4", "--steps", "20"]
     files = simulated.samples_in(args.out, "samples")
     inference.main([*files, "--mask", str(masks["training"]), "--num", str(args.num), *common])
-    evaluate.main([*files, "--segmentation", "600"])
+    evaluate.main([*files, "--segmentation", "400"])
     segmenter = args.out / "samples/evaluation/segmenter.safetensors"
     files = simulated.samples_in(args.out, "held_out")
     inference.main([*files, "--mask", str(masks["validation"]), "--seed", "5000", *common])
@@ -115,8 +115,10 @@ def report(out: simulated.Path, kinds: list[str]) -> None:
             outside.append(change[(distance > REACH_MM) & brain].mean())
         print(f"{kind}: change inside {np.mean(inside):.4f}, outside {np.mean(outside):.4f} of the range")
     rows = []
-    for i in range(len(volumes[kinds[0]])):
-        rows.append((f"mask {i}", [torch.from_numpy(volumes[kind][i][0]).float() for kind in kinds]))
+    for i, first in enumerate(volumes[kinds[0]]):
+        depth = round(ndimage.center_of_mass(labels[kinds[0]][i] > 0)[2]) - first.shape[3] // 2
+        at = [np.roll(volumes[kind][i][0], -depth, 2) for kind in kinds]  # the slice through the tumour
+        rows.append((f"mask {i}", [torch.from_numpy(one).float() for one in at]))
     slice_grid(rows, out / "edits.png", "FLAIR: " + ", ".join(kinds), spacing)
 
 

@@ -55,7 +55,7 @@ class Networks:
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
     reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
     `masks` what a ControlNet takes, `structures` the usual medians of labels (`ldm.data.structures`), where
-    training measured them.
+    training measured them. Volumes are written as `whole_numbers`, or as float32.
     """
 
     autoencoder: Autoencoder
@@ -69,6 +69,7 @@ class Networks:
     labels: tuple[int, ...] = ()
     masks: "Masks | None" = None
     structures: dict = dataclasses.field(default_factory=dict)
+    whole_numbers: bool = False
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
@@ -258,8 +259,20 @@ def load_networks(
     power = first.get("validation", {}).get("power")
     labels = configs.labels_of(config)
     usual = masks.structures if masks else geometry.get("structures", {})
+    whole = config["intensity"]["whole_numbers"]
     return Networks(
-        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks, usual
+        autoencoder,
+        scale_factor,
+        unet,
+        process,
+        shape,
+        geometry,
+        power,
+        conditions,
+        labels,
+        masks,
+        usual,
+        whole,
     )
 
 
@@ -378,7 +391,7 @@ def draw(
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
     """The image of a volume (C, D, H, W) from the autoencoder's units to the typical range of the training
-    set.
+    set, float32 or int16, as it is written.
 
     Raises:
         FloatingPointError: a voxel is not finite; `seed` is named.
@@ -390,6 +403,9 @@ def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.
             f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
             "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
         )
+    if networks.whole_numbers:
+        ends = np.iinfo(np.int16)
+        voxels = np.rint(voxels).clip(ends.min, ends.max).astype(np.int16)
     return voxels
 
 

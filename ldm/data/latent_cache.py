@@ -227,6 +227,7 @@ def dependencies(config: dict) -> dict:
     for key in LATER:
         if not about["intensity"][key]:
             del about["intensity"][key]
+    del about["intensity"]["whole_numbers"]  # of what is written
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     later |= {"label_values": config["label_values"]} if config["with_labels"] else {}

@@ -57,6 +57,7 @@ SCHEMA["properties"] |= {  # of some records
     # of samples with a label, which are checked; `again` is of those whose first draw failed, with the seed
     # of the noise of the draw that is kept
     "check": {"type": "object"},
+    "clear_background": {"type": "boolean"},
     "again": fields(draws=SIZE, seed=SEED),
     "faults": {"type": "array", "items": TEXT},
     "conditions": {
@@ -111,7 +112,7 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance", "interval", "check")
+    keys = ("seed", *REQUEST, "condition", "guidance", "interval", "check", "clear_background")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     for key in (*CHECKPOINTS, CONTROL, "mask"):

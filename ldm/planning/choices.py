@@ -162,6 +162,7 @@ def _choose_intensity(
         why = f"CTNormalization in {nnunet.path}: percentiles 0.5 and 99.5 of the foreground"
     if all(windows):
         made.set("intensity.window", windows if len(windows) > 1 else windows[0], why)
+        made.set("intensity.whole_numbers", True, "CT is kept as int16, in Hounsfield units")
     else:
         why = "not CT alone: values without a unit, so percentiles of each volume"
         made.set("intensity.upper_percentile", 99.5, why)
