@@ -43,6 +43,7 @@ import utils
 from ldm import UserError, brief, counted, figures
 from ldm.data import scan as steps
 from ldm.data.cases import rounded
+from ldm.data.labels import named_values
 from ldm.data.nnunet import dataset_folder
 from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
 from ldm.generation import nifti_gz
@@ -244,9 +245,7 @@ def describe(args: argparse.Namespace, out: Path, cases: Sequence[RawCase]) -> d
         names = {str(c): end.strip("_") for c, end in enumerate(ends)}
     content = {"channel_names": names, "labels": {"background": 0}, "numTraining": len(cases)}
     if (out / "labelsTr").is_dir():
-        labels = known.get("labels") or {}
-        by_value = {int(k): v for k, v in labels.items() if k.isdigit()}  # Decathlon: {"1": "edema"}
-        by_value |= {v: k for k, v in labels.items() if isinstance(v, int)}  # nnU-Net: {"edema": 1}
+        by_value = named_values(known.get("labels"))
         files = sorted((out / "labelsTr").glob("*.nii.gz"))
         values = set().union(*(np.unique(np.asanyarray(nib.load(file).dataobj)).tolist() for file in files))
         content["labels"] |= {by_value.get(value, f"label {value}"): value for value in sorted(values - {0})}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.intensity import Intensity
+from ldm.data.labels import named_values
 from ldm.data.masks import mask_values, masks_among
 from ldm.data.reading import (
     channel_count,
@@ -344,12 +345,7 @@ def label_names(cases: Sequence[Case]) -> dict[int, str]:
     files = {case.label.parent.parent / "dataset.json" for case in cases if case.label}
     names = {}
     for file in sorted(filter(Path.is_file, files)):
-        labels = read_json(file).get("labels")
-        for key, value in labels.items() if isinstance(labels, dict) else ():
-            if re.fullmatch("[0-9]{1,5}", key):  # Decathlon
-                names[int(key)] = str(value)
-            elif isinstance(value, int):  # nnU-Net
-                names[value] = key
+        names |= named_values(read_json(file).get("labels"))
     return names
 
 
