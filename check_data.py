@@ -64,6 +64,7 @@ def main(argv=None):
     if args.environment_file:
         environment = utils.load_environment(args.environment_file)
         source, where["outputs"] = environment["data_base_dir"], own_folders(environment)
+        where["lists"] = environment["json_data_list"]
     elif len(source) == 1:
         source = source[0]
     if args.config_file:

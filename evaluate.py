@@ -55,7 +55,7 @@ import torch
 import utils
 from ldm import UserError, configs
 from ldm.data.cases import rounded, volume_size
-from ldm.data.checks import label_names
+from ldm.data.label_names import label_names
 from ldm.data.labels import values_in
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import prepare_data

@@ -43,7 +43,7 @@ import utils
 from ldm import UserError, brief, counted, figures
 from ldm.data import scan as steps
 from ldm.data.cases import rounded
-from ldm.data.labels import named_values
+from ldm.data.label_names import named_values
 from ldm.data.nnunet import dataset_folder
 from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
 from ldm.generation import nifti_gz

@@ -5,7 +5,6 @@ Nothing here raises because a file is bad: it becomes a `Problem`, a row of a ta
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.intensity import Intensity
-from ldm.data.labels import named_values
+from ldm.data.label_names import folders_of, label_values, names_file
 from ldm.data.masks import mask_values, masks_among
 from ldm.data.reading import (
     channel_count,
@@ -32,7 +31,6 @@ from ldm.data.reading import (
     read_image,
     voxels_of,
 )
-from ldm.system.files import read_json
 
 AS_BY_DEFAULT = Intensity()
 ABOVE_WINDOW, TIMES_USUAL = 0.1, 5  # share of the voxels above the window, and above that of most cases
@@ -192,11 +190,11 @@ def check_cases(
         (problems, intensities): the least and the greatest value of each case that could be read, by name.
     """
     problems = _header_problems(cases, channels, labels)
-    folders = {case.label.parent.parent for case in cases if labels and case.label}
-    values = {folder: label_values(folder / "dataset.json") for folder in folders}
+    folders = {case.label.parent: folders_of(case.label) for case in cases if labels and case.label}
+    files = {folder: names_file(some) for folder, some in folders.items()}
 
     def read_case(case: Case) -> Reading:
-        expected = values[case.label.parent.parent] if labels and case.label else None
+        expected = files[case.label.parent] if labels and case.label else None
         return check_voxels(case, channels, intensity, labels, expected)
 
     # Threads: gzip, numpy and hashlib, which take nearly all the time, release Python's lock, and a process
@@ -246,9 +244,10 @@ def check_voxels(
     channels: Sequence[int] | None = None,
     intensity: Intensity = AS_BY_DEFAULT,
     labels: bool = True,
-    expected: frozenset[int] | None = None,
+    expected: Path | None = None,
 ) -> Reading:
-    """Read every byte of one case. `expected` are the values that its label may have; None: any."""
+    """Read every byte of one case. `expected` is the file that names the values which its label may have;
+    None: any."""
     problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
     for number, file in enumerate(case.images):
         try:
@@ -316,37 +315,15 @@ def _wrapped(voxels: np.ndarray) -> str | None:
     )
 
 
-def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
-    """Which values of a label dataset.json does not name; an empty label is fine."""
+def _unexpected(label: np.ndarray, expected: Path | None) -> str | None:
+    """Which values of a label a file does not name; an empty label is fine."""
+    known = expected and label_values(expected)
     counts = np.bincount(label.astype(np.int64).ravel())
-    unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
+    unexpected = [value for value in np.flatnonzero(counts) if known and value not in known]
     if unexpected:
         found = ", ".join(f"{value} ({counts[value]} voxels)" for value in unexpected)
-        return f"label has values that dataset.json does not name: {found}"
+        return f"label has values that {expected.name} does not name: {found}"
     return None
-
-
-def label_values(dataset_json: Path) -> frozenset[int] | None:
-    """The values that a Decathlon or nnU-Net `dataset.json` gives labels; None where it gives none."""
-    if not dataset_json.is_file():
-        return None
-    labels = read_json(dataset_json).get("labels")
-    if not isinstance(labels, dict) or not labels:
-        return None
-    if all(re.fullmatch("[0-9]{1,5}", key) for key in labels):  # Decathlon: {"1": "edema"}
-        return frozenset(map(int, labels))
-    values = [value for one in labels.values() for value in (one if isinstance(one, list) else [one])]
-    return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
-
-
-def label_names(cases: Sequence[Case]) -> dict[int, str]:
-    """The names of label values, by the `dataset.json` of the data set that the cases are in, where it has
-    one."""
-    files = {case.label.parent.parent / "dataset.json" for case in cases if case.label}
-    names = {}
-    for file in sorted(filter(Path.is_file, files)):
-        names |= named_values(read_json(file).get("labels"))
-    return names
 
 
 def stray_files(cases: Sequence[Case]) -> list[Problem]:

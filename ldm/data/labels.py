@@ -5,7 +5,6 @@ share between where the grid is coarser than the label's. Background is 0 in all
 them back as numbers of the same scale, whose `logits` the loss compares and `label_of` reads.
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,18 +47,6 @@ def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
                 raise UserError(f"{case.label}: {fault}.")
             values |= {*np.unique(voxels).astype(int).tolist()}
     return tuple(sorted(values - {0}))
-
-
-def named_values(labels: object) -> dict[int, str]:
-    """The names of label values by the `labels` of a dataset.json, Decathlon's `{"1": "edema"}` or nnU-Net's
-    `{"edema": 1}`; what says neither has none."""
-    names = {}
-    for key, value in labels.items() if isinstance(labels, dict) else ():
-        if re.fullmatch("[0-9]{1,3}", key):
-            names[int(key)] = str(value)
-        elif isinstance(value, int):
-            names[value] = key
-    return names
 
 
 def logits(channels: torch.Tensor) -> torch.Tensor:

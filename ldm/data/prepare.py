@@ -13,10 +13,10 @@ from pathlib import Path
 from ldm import UserError, configs
 from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
-from ldm.data.checks import label_names
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
+from ldm.data.label_names import label_names
 from ldm.data.labels import check_labelled
 from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
@@ -54,6 +54,7 @@ def find_data(
         subject=data["subject"],
         outputs=own_folders(environment),
         generated=False,
+        lists=environment.get("json_data_list"),
         log=log,
     )
 

@@ -43,7 +43,7 @@ class Structure:
         """Of `ventricles=0:0.35:24`, or of `ventricles=label:3`. Raises UserError: it is of neither form."""
         name, _, numbers = text.partition("=")
         kind, _, value = numbers.partition(":")
-        if name and kind == "label" and re.fullmatch("[0-9]{1,3}", value):
+        if name and kind == "label" and re.fullmatch("[0-9]{1,5}", value):
             return LabelStructure(name, int(value))
         try:
             low, high, *depth = map(float, numbers.split(":"))

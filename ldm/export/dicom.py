@@ -17,7 +17,7 @@ from scipy.ndimage import find_objects
 
 from ldm import UserError
 from ldm.data.foreign import TO_RAS
-from ldm.data.labels import named_values
+from ldm.data.label_names import named_values
 from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
 from ldm.export import records
 from ldm.system.files import read_json, sha256_of
