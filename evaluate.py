@@ -170,6 +170,8 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     environment = utils.load_environment(args.environment_file) if args.environment_file else None
     config = utils.load_config(args.config_file, args.set) if args.config_file else None
     autoencoder = utils.autoencoder_path(args, environment) if environment else args.autoencoder
+    if config and config["with_labels"] == configs.ONLY:
+        raise UserError("with_labels: evaluate.py compares images; this is a model of label maps alone.")
     log = read_log(environment["model_dir"] / "train_log.jsonl") if environment else []
     checkpoint = load_checkpoint(autoencoder, "autoencoder") if autoencoder else None
     needs_split = bool(environment) and not (args.real and args.train)

@@ -15,9 +15,9 @@ Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and,
 read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
 or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
 trained on, their intensities in the training set's typical range; those of a model `with_labels` each beside
-their label, `sample_000003_label.nii.gz`. No volume is overwritten: re-running the
-same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
-own; use `-n`.)
+their label, `sample_000003_label.nii.gz`, which is all that a model of label maps writes. No volume is
+overwritten: re-running the same command makes the missing ones, another request is refused. (torchrun takes
+`--num` for an option of its own; use `-n`.)
 
 `--condition` asks for a class, a category or a number of a model that was trained with `conditions`; of a
 range, `age=20:80`, each sample draws its own. Without it a class is unknown, and a covariate is that of a
@@ -82,6 +82,7 @@ from ldm.training.controlnet import define_control
 SHOWN = 8  # volumes in the picture
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
+LABELS_TOLERANCE = 1e-3  # share of the voxels of a label map
 
 
 # ---------------------------------------------------------------- command line
@@ -381,10 +382,15 @@ def reproduce(args: argparse.Namespace) -> None:
             f"{original.name} is missing or was changed, so they cannot be compared"
         )
         return
-    apart = largest_difference(volume, generation.read_volume(original))
-    result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
-    if not apart <= TOLERANCE:
-        raise FloatingPointError(f"{result}.\nMore than {TOLERANCE} is not rounding: not reproduced.")
+    before, tolerance = generation.read_volume(original), TOLERANCE
+    if networks.label_maps:
+        apart, tolerance = float(np.mean(volume != before)), LABELS_TOLERANCE
+        result = f"{path}: differs from {original.name} in {apart:.1e} of its voxels ({changed})"
+    else:
+        apart = largest_difference(volume, before)
+        result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
+    if not apart <= tolerance:
+        raise FloatingPointError(f"{result}.\nMore than {tolerance} is not rounding: not reproduced.")
     run.print(f"reproduced: {result}: equal up to rounding")
 
 
@@ -437,8 +443,11 @@ class Sample:
         return entries
 
 
-def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, run: Run) -> list[Sample]:
-    """The volumes of the command line; with `--grid` those of a seed follow each other.
+def requested(
+    args: argparse.Namespace, conditions: Conditions, folder: Path, end: str, run: Run
+) -> list[Sample]:
+    """The volumes of the command line; with `--grid` those of a seed follow each other. `end` is that of
+    their names.
 
     Raises:
         UserError: a condition that the model does not know.
@@ -460,7 +469,7 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
         for suffix, column in columns:
             condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
             mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
-            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz", mask))
+            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}{end}", mask))
     asked = {**given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
@@ -542,7 +551,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
     guidance = 1.0 if args.guidance is None else args.guidance
-    samples = requested(args, networks.conditions, output_dir, run)
+    end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
+    samples = requested(args, networks.conditions, output_dir, end, run)
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -589,8 +599,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
             together["conditions"] = [texts_of(one) for one in chosen]
-        images = volumes[:, : len(geometry["limits"])]
-        power += torch.tensor([band_power(images).sum().item(), len(batch)])
+        if not networks.label_maps:
+            images = volumes[:, : len(geometry["limits"])]
+            power += torch.tensor([band_power(images).sum().item(), len(batch)])
         for one, volume in zip(batch, volumes, strict=True):
             if one.path not in missing:
                 continue
@@ -622,29 +633,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels or control)
+        kind = "label map{s}" if networks.label_maps else "volume{s}"
+        beside = not networks.label_maps and (networks.labels or control)
+        what = counted(len(samples), kind) + " and their labels" * bool(beside)
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
 
 
 def contents(
     voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
 ) -> tuple[bytes, bytes | None]:
-    """The files of a volume, and of its label where one is drawn or was given as a mask.
+    """The files of a volume, and of its label where one is drawn beside it or was given as a mask.
 
     Args:
-        voxels: the image, in the units that are written.
+        voxels: what is written: the image, in its units, or the label map.
         volume: image and label as drawn, (C, D, H, W).
         mask: (D, H, W).
     """
     spacing = networks.geometry["spacing"]
     label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
     written = None if label is None else generation.nifti_bytes(label, spacing, np.uint8)
-    return generation.nifti_bytes(voxels, spacing), written
+    return generation.nifti_bytes(voxels, spacing, voxels.dtype), written
 
 
 def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
     """Write the slices of a volume (C, D, H, W) as a PNG beside it."""
-    unit = to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=True)[0]
+    unit = as_picture(networks, voxels).clip(0, 1)
     picture = path.with_name(path.name.removesuffix(".nii.gz") + ".png")
     figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
 
@@ -652,7 +665,8 @@ def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -
 def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
     """Write samples.png, three planes of each volume, and of its label."""
     rows = {"sample": [in_unit_range(networks, one) for one in samples]}
-    if values := networks.labels or (networks.masks and networks.masks.values):
+    values = networks.labels or (networks.masks and networks.masks.values)
+    if values and not networks.label_maps:
         labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
         rows["label"] = [torch.from_numpy(label / max(values)).float() for label in labels]
     figures.montage(
@@ -679,9 +693,16 @@ def show_grid(
 
 
 def in_unit_range(networks: Networks, sample: Sample) -> torch.Tensor:
-    """The first channel of a volume that was written, (D, H, W), 0 to 1 in the typical range."""
-    limits = np.array(networks.geometry["limits"])
-    return torch.from_numpy(to_unit_range(generation.read_volume(sample.path), limits, clip=False)[0])
+    """What pictures show of a volume that was written, (D, H, W)."""
+    return torch.from_numpy(as_picture(networks, generation.read_volume(sample.path)))
+
+
+def as_picture(networks: Networks, voxels: np.ndarray) -> np.ndarray:
+    """The first channel of a volume (C, D, H, W), 0 to 1 in the typical range; of a label map the place of
+    each label among all, as a share: (D, H, W) float32."""
+    if networks.label_maps:
+        return (np.searchsorted([0, *sorted(networks.labels)], voxels[0]) / len(networks.labels)).astype("f4")
+    return to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=False)[0]
 
 
 if __name__ == "__main__":

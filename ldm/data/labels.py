@@ -6,6 +6,7 @@ them back as numbers of the same scale, whose `logits` the loss compares and `la
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ def check_labelled(cases: Sequence[Case], why: str) -> None:
             f"{why}: {len(without)} of {len(cases)} cases have no label, such as {without[0]}. docs/data.md "
             "says where labels go."
         )
+
+
+def as_label_maps(cases: Sequence[Case]) -> list[Case]:
+    """The cases of a data set as label maps without images: their labels; where none has a label, their
+    images are the label maps. Raises UserError: only some have one."""
+    if not any(case.label for case in cases):
+        return [replace(case, label=case.images[0]) for case in cases]
+    check_labelled(cases, "label maps")
+    return [replace(case, images=(case.label,)) for case in cases]
 
 
 def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
@@ -70,6 +80,14 @@ def largest_share(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
     of a voxel, background among them."""
     whole = np.concatenate([1 - channels.sum(0, keepdims=True), channels])
     return np.array([0, *values], np.uint8)[whole.argmax(0)]
+
+
+def shown(volume: torch.Tensor, labels: int) -> torch.Tensor:
+    """What pictures show of a volume (C, D, H, W) whose last channels are those of `labels`: its first
+    channel; of a label map alone, the place of the label among them, as a share: (D, H, W)."""
+    if labels < len(volume):
+        return volume[0]
+    return torch.from_numpy(label_of(volume.float().cpu().numpy(), range(1, labels + 1)) / labels).float()
 
 
 def channels_of_label(label: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ldm import UserError, brief, counted, few
+from ldm.configs import ONLY
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices
 from ldm.data.intensity import LATER
@@ -129,7 +130,7 @@ def add(
 
 def files_of(case: Case, with_label: bool) -> list[Path]:
     """The files that the latents of a case follow from."""
-    return [*case.images, *([case.label] if with_label and case.label else [])]
+    return [*dict.fromkeys([*case.images, *([case.label] if with_label and case.label else [])])]
 
 
 def _slices(volumes: VolumeDataset, i: int) -> list[list[int]]:
@@ -230,6 +231,7 @@ def dependencies(config: dict) -> dict:
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     later |= {"label_values": config["label_values"]} if config["with_labels"] else {}
+    later |= {"with_labels": ONLY} if config["with_labels"] == ONLY else {}
     return {
         **about,
         **later,

@@ -54,6 +54,7 @@ def find_data(
         subject=data["subject"],
         outputs=own_folders(environment),
         generated=False,
+        label_maps=config["with_labels"] == configs.ONLY,
         log=log,
     )
 
@@ -125,7 +126,7 @@ def prepare_data(
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
-        check_labelled([*train, *val], "with_labels")
+        check_labelled([*train, *val], "with_labels")  # label maps are their own labels
         warn_of_sides(config, train, run)
     if splits.is_single_subject(train, val):
         run.print(
