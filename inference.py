@@ -21,7 +21,8 @@ overwritten: re-running the same command makes the missing ones, another request
 
 `--condition` asks for a class, a category or a number of a model that was trained with `conditions`; of a
 range, `age=20:80`, each sample draws its own. Without it a class is unknown, and a covariate is that of a
-training volume, drawn by the seed. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
+training volume, drawn by the seed. `--structure-size "ventricles=0.8"` asks for the size of a structure, as a
+share of the range that was trained on. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
 makes each seed under each value, to be compared in `grid.png`. `--guidance` strengthens conditions by
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
@@ -50,7 +51,7 @@ import hashlib
 import math
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="such as age=20:80",
     )
     add(
+        "--structure-size",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="the size of a structure, from 0, the smallest of training, to 1, the largest",
+    )
+    add(
         "--conditions",
         type=Path,
         metavar="TABLE",
@@ -151,7 +159,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         strength = getattr(args, name)
         if strength is not None and not 0 <= strength <= most:
             raise UserError(f"--{name} {strength}: expected a number from 0 to {most}.")
-    if args.guidance is not None and not (args.condition or args.conditions or args.grid):
+    conditioned = args.condition or args.structure_size or args.conditions or args.grid
+    if args.guidance is not None and not conditioned:
         raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     if args.interval is not None:
         args.interval = interval_of(args.interval, args.guidance)
@@ -444,15 +453,27 @@ class Sample:
 
 
 def requested(
-    args: argparse.Namespace, conditions: Conditions, folder: Path, end: str, run: Run
+    args: argparse.Namespace,
+    conditions: Conditions,
+    structures: Collection[str],
+    folder: Path,
+    end: str,
+    run: Run,
 ) -> list[Sample]:
-    """The volumes of the command line; with `--grid` those of a seed follow each other. `end` is that of
-    their names.
+    """The volumes of the command line; with `--grid` those of a seed follow each other.
+
+    Args:
+        structures: whose sizes the model is conditioned on.
+        folder, end: of the files.
 
     Raises:
         UserError: a condition that the model does not know.
     """
     given = conditions.parse(args.condition)
+    sizes = conditions.parse_sizes(args.structure_size, structures)
+    if twice := given.keys() & sizes.keys():
+        raise UserError(f"--structure-size: {min(twice)} is given by --condition, too. Leave one out.")
+    given |= sizes
     rows = read_conditions(args.conditions, conditions) if args.conditions else [{}] * args.num
     name, values = args.grid or ("", [])
     suffixes = [f"_{name}-{value}" for value in values]
@@ -552,7 +573,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler, steps = networks.sampling(args.sampler, args.steps)
     guidance = 1.0 if args.guidance is None else args.guidance
     end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
-    samples = requested(args, networks.conditions, output_dir, end, run)
+    structures = config["conditions"]["structure_sizes"]
+    samples = requested(args, networks.conditions, structures, output_dir, end, run)
     request = {
         "sampler": sampler,
         "steps": steps,

@@ -58,6 +58,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
+        _sizes_as_covariates(config, path)
         _embed_covariates(config, path)
     except RecursionError:
         raise UserError(f"{path}: lists or references are nested too deeply.") from None
@@ -120,6 +121,22 @@ def _with_voxels(config: dict, path: str | Path) -> dict:
     if config.get("autoencoder_def", voxels) != voxels:
         raise UserError(f"{path}: diffusion_space pixel: needs no autoencoder_def. Remove one of the two.")
     return {**config, "autoencoder_def": voxels, "latent_channels": config.get("latent_channels", channels)}
+
+
+def _sizes_as_covariates(config: dict, path: str | Path) -> None:
+    """Make each of `conditions.structure_sizes` a number among the covariates, with a list of label values.
+
+    Raises:
+        UserError: it is a covariate with categories.
+    """
+    section = config.get("conditions", {})
+    for name, values in (sizes := section.get("structure_sizes", {})).items():
+        sizes[name] = [values] if isinstance(values, int) else values
+        known = section.setdefault("covariates", {}).setdefault(name, "number")
+        if known != "number" and isinstance(known[0], str):
+            raise UserError(
+                f"{path}: conditions.covariates.{name}: a size is a number, or [low, high] in ml."
+            )
 
 
 def _embed_covariates(config: dict, path: str | Path) -> None:

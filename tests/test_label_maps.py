@@ -19,11 +19,12 @@ import train_diffusion
 from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.checks import check_headers, check_voxels
-from ldm.data.labels import shown
+from ldm.data.labels import shown, with_sizes
 from ldm.data.layouts import find_cases
 from ldm.losses import AutoencoderLoss, dice_and_cross_entropy
 
 VALUES = [2, 5]
+SIZES = {"inner core": 5, "whole": [2, 5]}
 
 
 def save(path, voxels, spacing=SPACING):
@@ -32,16 +33,16 @@ def save(path, voxels, spacing=SPACING):
     return path
 
 
-def label_map(core: float) -> np.ndarray:
-    """An ellipsoid of label 2 around one of label 5 with this share of its radii."""
+def label_map(core: float, whole: float = 1.0) -> np.ndarray:
+    """An ellipsoid of label 2 around one of label 5, by their radii."""
     axes = np.meshgrid(*[np.linspace(-1.2, 1.2, n) for n in SHAPE], indexing="ij")
     radius = np.sqrt(sum(axis**2 for axis in axes))
-    return np.select([radius < core, radius < 1], [5, 2], 0)
+    return np.select([radius < core, radius < whole], [5, 2], 0)
 
 
 def make_label_maps(folder, cases=8):
     for i in range(cases):
-        save(folder / f"seg_{i:02d}.nii.gz", label_map(0.3 + 0.06 * i))
+        save(folder / f"seg_{i:02d}.nii.gz", label_map(0.3 + 0.06 * i, 1.1 - 0.02 * i))
     return folder
 
 
@@ -115,7 +116,8 @@ def maps(tmp_path_factory) -> Project:
     augment = {"intensity_scale": 0.5, "intensity_shift": 0.5, "intensity_prob": 1.0, "flip_axes": [0]}
     project.config["autoencoder_train"] |= {"max_epochs": 40, "val_interval": 20, "augment": augment}
     project.config["diffusion_train"] |= {"sample_interval": 100}
-    project.change(with_labels="only", label_values=VALUES)
+    conditions = {"structure_sizes": SIZES, "covariates": {"whole": [0, 20]}}
+    project.change(with_labels="only", label_values=VALUES, conditions=conditions)
     for script, more in (
         (train_autoencoder, ["--no-amp"]),
         (train_diffusion, ["--no-amp"]),
@@ -171,6 +173,56 @@ def test_latents_of_label_maps_are_cached(maps):
     other.set_environment(cache_dir=str(other.folder / "cache"))
     other.run(train_diffusion, "--no-amp", "--set", "diffusion_train.max_epochs=1")
     assert other.checkpoint("diffusion_unet.pt")["geometry"]["limits"] == []
+
+
+def test_sizes_are_those_of_the_training_labels(maps):
+    """In ml, by hand; the range of `whole` is the config's."""
+    labels = [np.asarray(nib.load(maps.data / f"{name}.nii.gz").dataobj) for name in maps.split()["training"]]
+    ml = np.prod(SPACING) / 1000
+    found = [[float(f"{np.isin(one, some).sum() * ml:.6g}") for some in ([2, 5], [5])] for one in labels]
+    saved = maps.checkpoint("diffusion_unet.pt")["conditions"]["covariates"]
+    cores = [core for _, core in found]
+    assert saved["columns"] == {"whole": [0, 20], "inner core": [min(cores), max(cores)]}
+    assert sorted(saved["rows"]) == sorted(found)
+    assert maps.checkpoint("diffusion_unet.pt")["config"]["conditions"]["structure_sizes"]["inner core"] == [
+        5
+    ]
+    assert f"inner core {min(cores):g} to {max(cores):g}" in maps.printed["train_diffusion"]
+
+
+def test_sizes_are_asked_for_as_shares_or_in_ml(maps):
+    low, high = maps.checkpoint("diffusion_unet.pt")["conditions"]["covariates"]["columns"]["inner core"]
+
+    def condition(seed, *more):
+        maps.run(inference, "--seed", str(seed), "--steps", "1", *more)
+        return json.loads((maps.output_dir / f"sample_{seed:06d}_label.json").read_text())["condition"]
+
+    found = condition(20, "--structure-size", "inner core=0.8", "--structure-size", "whole=0.5")
+    assert float(found["inner core"]) == pytest.approx(low + 0.8 * (high - low), rel=1e-5)
+    assert float(found["whole"]) == 10
+    assert condition(21, "--condition", "inner core=1.5")["inner core"] == "1.5"
+    drawn = float(condition(22, "--structure-size", "inner core=0.2:0.4")["inner core"])
+    assert low + 0.2 * (high - low) <= drawn <= low + 0.4 * (high - low)
+    for argv, what in (
+        (["--structure-size", "core=0.5"], 'expected one "whole=SHARE" or "inner core=SHARE"'),
+        (["--structure-size", "whole=1.2"], "expected a share from 0, the smallest, to 1"),
+        (["--structure-size", "whole=big"], "expected a share from 0, the smallest, to 1"),
+        (["--structure-size", "whole=1", "--condition", "whole=3"], "whole is given by --condition, too"),
+    ):
+        assert what in maps.refused(inference, "--seed", "30", *argv)
+
+
+def test_what_sizes_need(maps, tmp_path):
+    message = maps.refused(
+        train_diffusion, "--set", 'conditions={"structure_sizes": {"a": 5}, "covariates": {"a": ["x", "y"]}}'
+    )
+    assert "conditions.covariates.a: a size is a number" in message
+    for sizes in ({"a": 0}, {"a=b": 1}, {"a": []}):
+        message = maps.refused(train_diffusion, "--set", f"conditions.structure_sizes={json.dumps(sizes)}")
+        assert "structure_sizes" in message
+    images = [Case(name, (tmp_path / name,)) for name in ("a", "b")]
+    with pytest.raises(UserError, match="structure_sizes: no case has a label"):
+        with_sizes(images, {"a": [5]})
 
 
 def test_what_label_maps_need(maps, tmp_path, capsys):

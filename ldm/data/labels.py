@@ -6,10 +6,12 @@ them back as numbers of the same scale, whose `logits` the loss compares and `la
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
 
 from ldm import UserError
 from ldm.data.cases import Case
@@ -55,6 +57,38 @@ def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
                 raise UserError(f"{case.label}: {fault}.")
             values |= {*np.unique(voxels).astype(int).tolist()}
     return tuple(sorted(values - {0}))
+
+
+def structure_sizes(label: np.ndarray, voxel: float, structures: dict[str, Sequence[int]]) -> dict:
+    """{name: ml} of structures, each of one or more values of a label whose voxels have `voxel` mm³."""
+    counts = np.bincount(label.astype(np.uint8).ravel(), minlength=256)
+    return {
+        name: float(f"{counts[list(values)].sum() * voxel / 1000:.6g}") for name, values in structures.items()
+    }
+
+
+def with_sizes(cases: Sequence[Case], structures: dict[str, Sequence[int]]) -> list[Case]:
+    """The cases with the sizes of structures in their labels, as files have them, among their covariates;
+    without a label they are unknown.
+
+    Raises:
+        UserError: no case has a label, or one cannot be read.
+    """
+    if cases and all(case.label is None for case in cases):
+        raise UserError("conditions.structure_sizes: no case has a label. docs/data.md says where labels go.")
+
+    def measured(case: Case) -> Case:
+        if case.label is None:
+            return case
+        image = read_image(case.label)
+        voxels = np.asanyarray(image.dataobj)
+        if fault := label_fault(voxels):
+            raise UserError(f"{case.label}: {fault}.")
+        sizes = structure_sizes(voxels, float(np.prod(voxel_sizes(image.affine))), structures)
+        return replace(case, covariates={**case.covariates, **sizes})
+
+    with ThreadPoolExecutor(8) as pool:  # reading waits for disk and gzip
+        return list(pool.map(measured, cases))
 
 
 def logits(channels: torch.Tensor) -> torch.Tensor:

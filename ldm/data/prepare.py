@@ -17,7 +17,7 @@ from ldm.data.checks import label_names
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
-from ldm.data.labels import check_labelled
+from ldm.data.labels import check_labelled, with_sizes
 from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
@@ -104,6 +104,7 @@ def prepare_data(
 
         run.from_main(download)
     found = find_data(config, environment, run.print)
+    sizes = config["conditions"]["structure_sizes"]
 
     def divide() -> splits.Sides:
         subjects = known
@@ -111,7 +112,8 @@ def prepare_data(
             subjects = load_checkpoint(autoencoder).get("subjects")
         stages = [config[stage] for stage in STAGES]
         # Else they are not read.
-        used = labels or config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
+        used = labels or sizes or config["with_labels"]
+        used = bool(used) or any(one["augment"]["foreground_prob"] for one in stages)
         where = ", ".join(map(str, data_folders(environment)))
         path, data = environment["model_dir"] / splits.SPLIT, config["data"]
         splitter = splits.Splitter(path, where, for_training, run.print, data, test)
@@ -122,7 +124,8 @@ def prepare_data(
             used,
             skip_bad,
         )
-        return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        sides = splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        return tuple(with_sizes(some, sizes) for some in sides) if sizes else sides
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
