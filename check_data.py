@@ -70,6 +70,7 @@ def main(argv=None):
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
         where |= {key: config["data"][key] for key in ("pattern", "contrasts", "subject")}
+        where["label_maps"] = config["with_labels"] == configs.ONLY
         how["channels"], how["intensity"] = configs.channels_of(config), Intensity.from_config(config)
 
     # Step 2: read it

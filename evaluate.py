@@ -27,8 +27,9 @@ and a file with its weights.
 
 Samples that were asked for by --condition are compared with that: numbers with the size of each --structure,
 such as ventricles=0:0.35:24 (values from 0 to 0.35 of the unit range, at least 24 mm inside the foreground)
-or ventricles=label:3 (as --segmenter finds it, or else as volumes `with_labels` have it), categories with the
-scans that have them, by participants.tsv.
+or ventricles=label:3 (as --segmenter finds it, or else as volumes `with_labels` have it; structures of
+`conditions.structure_sizes` need not be named), categories with the scans that have them, by
+participants.tsv.
 
 --segmentation asks whether samples with labels are of use: a small network is trained to segment on them, on
 as many training scans and on both, for the same number of steps, and Dice is measured on held-out scans. It
@@ -110,7 +111,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=LOW:HIGH:DEPTH",
-        help="to measure by thresholds, or by NAME=label:VALUE",
+        help="to measure by thresholds, or by NAME=label:VALUE,...",
     )
     add("--segmenter", type=Path, metavar="FILE", help="that --segmentation wrote")
     add(
@@ -170,6 +171,8 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     environment = utils.load_environment(args.environment_file) if args.environment_file else None
     config = utils.load_config(args.config_file, args.set) if args.config_file else None
     autoencoder = utils.autoencoder_path(args, environment) if environment else args.autoencoder
+    if config and config["with_labels"] == configs.ONLY:
+        raise UserError("with_labels: evaluate.py compares images; this is a model of label maps alone.")
     log = read_log(environment["model_dir"] / "train_log.jsonl") if environment else []
     checkpoint = load_checkpoint(autoencoder, "autoencoder") if autoencoder else None
     needs_split = bool(environment) and not (args.real and args.train)
@@ -238,6 +241,16 @@ def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessin
     return replace(preprocessing, channels=tuple(channels))
 
 
+def sized_structures(config: dict | None, named: Sequence, found: bool) -> list[LabelStructure]:
+    """The structures of `conditions.structure_sizes` that `--structure` does not name, where volumes have
+    labels or a segmenter finds them (`found`)."""
+    if config is None or not (found or config["with_labels"]):
+        return []
+    names = {one.name for one in named}
+    sizes = config["conditions"]["structure_sizes"]
+    return [LabelStructure(name, values) for name, values in sizes.items() if name not in names]
+
+
 def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: Run) -> list[table.Metric]:
     """Dice of segmenters trained on samples, scans and both; writes segmenter.safetensors."""
     cases = inputs.sources[HELD_OUT].cases
@@ -276,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("evaluate.py runs in one process: start it without torchrun.")
     structures = [Structure.parse(text) for text in args.structure]
     inputs = find_inputs(args, run)
+    structures += sized_structures(inputs.config, structures, bool(args.segmenter))
     sources, notes = inputs.sources, inputs.notes
     lines = reading.remove_scans(sources)
     if args.segmentation:

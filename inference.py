@@ -15,13 +15,14 @@ Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and,
 read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
 or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
 trained on, their intensities in the training set's typical range; those of a model `with_labels` each beside
-their label, `sample_000003_label.nii.gz`. No volume is overwritten: re-running the
-same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
-own; use `-n`.)
+their label, `sample_000003_label.nii.gz`, which is all that a model of label maps writes. No volume is
+overwritten: re-running the same command makes the missing ones, another request is refused. (torchrun takes
+`--num` for an option of its own; use `-n`.)
 
 `--condition` asks for a class, a category or a number of a model that was trained with `conditions`; of a
 range, `age=20:80`, each sample draws its own. Without it a class is unknown, and a covariate is that of a
-training volume, drawn by the seed. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
+training volume, drawn by the seed. `--structure-size "ventricles=0.8"` asks for the size of a structure, as a
+share of the range that was trained on. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
 makes each seed under each value, to be compared in `grid.png`. `--guidance` strengthens conditions by
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
@@ -53,7 +54,7 @@ import hashlib
 import math
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,7 @@ SHOWN = 8  # volumes in the picture
 FAILED = "failed"  # the folder of samples that do not pass the check, in output_dir
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
+LABELS_TOLERANCE = 1e-3  # share of the voxels of a label map
 
 
 # ---------------------------------------------------------------- command line
@@ -111,6 +113,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="COLUMN=VALUE",
         help="such as age=20:80",
+    )
+    add(
+        "--structure-size",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="the size of a structure, from 0, the smallest of training, to 1, the largest",
     )
     add(
         "--conditions",
@@ -169,7 +178,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         strength = getattr(args, name)
         if strength is not None and not 0 <= strength <= most:
             raise UserError(f"--{name} {strength}: expected a number from 0 to {most}.")
-    if args.guidance is not None and not (args.condition or args.conditions or args.grid):
+    conditioned = args.condition or args.structure_size or args.conditions or args.grid
+    if args.guidance is not None and not conditioned:
         raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     if args.interval is not None:
         args.interval = interval_of(args.interval, args.guidance)
@@ -408,10 +418,15 @@ def reproduce(args: argparse.Namespace) -> None:
             f"{original.name} is missing or was changed, so they cannot be compared"
         )
         return
-    apart = largest_difference(volume, generation.read_volume(original))
-    result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
-    if not apart <= TOLERANCE:
-        raise FloatingPointError(f"{result}.\nMore than {TOLERANCE} is not rounding: not reproduced.")
+    before, tolerance = generation.read_volume(original), TOLERANCE
+    if networks.label_maps:
+        apart, tolerance = float(np.mean(volume != before)), LABELS_TOLERANCE
+        result = f"{path}: differs from {original.name} in {apart:.1e} of its voxels ({changed})"
+    else:
+        apart = largest_difference(volume, before)
+        result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
+    if not apart <= tolerance:
+        raise FloatingPointError(f"{result}.\nMore than {tolerance} is not rounding: not reproduced.")
     run.print(f"reproduced: {result}: equal up to rounding")
 
 
@@ -465,13 +480,28 @@ class Sample:
         return entries
 
 
-def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, run: Run) -> list[Sample]:
+def requested(
+    args: argparse.Namespace,
+    conditions: Conditions,
+    structures: Collection[str],
+    folder: Path,
+    end: str,
+    run: Run,
+) -> list[Sample]:
     """The volumes of the command line; with `--grid` those of a seed follow each other.
+
+    Args:
+        structures: whose sizes the model is conditioned on.
+        folder, end: of the files.
 
     Raises:
         UserError: a condition that the model does not know.
     """
     given = conditions.parse(args.condition)
+    sizes = conditions.parse_sizes(args.structure_size, structures)
+    if twice := given.keys() & sizes.keys():
+        raise UserError(f"--structure-size: {min(twice)} is given by --condition, too. Leave one out.")
+    given |= sizes
     rows = read_conditions(args.conditions, conditions) if args.conditions else [{}] * args.num
     name, values = args.grid or ("", [])
     suffixes = [f"_{name}-{value}" for value in values]
@@ -488,7 +518,7 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
         for suffix, column in columns:
             condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
             mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
-            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz", mask))
+            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}{end}", mask))
     asked = {**given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
@@ -570,7 +600,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
     guidance = 1.0 if args.guidance is None else args.guidance
-    samples = requested(args, networks.conditions, output_dir, run)
+    end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
+    structures = config["conditions"]["structure_sizes"]
+    samples = requested(args, networks.conditions, structures, output_dir, end, run)
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -634,8 +666,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
             together["conditions"] = [texts_of(one) for one in chosen]
-        images = volumes[:, : len(geometry["limits"])]
-        power += torch.tensor([band_power(images).sum().item(), len(batch)])
+        if not networks.label_maps:
+            images = volumes[:, : len(geometry["limits"])]
+            power += torch.tensor([band_power(images).sum().item(), len(batch)])
         for one, volume in zip(batch, volumes, strict=True):
             if one.path not in missing:
                 continue
@@ -690,15 +723,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels or control)
+        kind = "label map{s}" if networks.label_maps else "volume{s}"
+        beside = not networks.label_maps and (networks.labels or control)
+        what = counted(len(samples), kind) + " and their labels" * bool(beside)
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
 
 
 def checking(args: argparse.Namespace, networks: Networks, run: Run) -> Check | None:
     """The check of samples with labels; None where there is nothing to check, or `--tries` is 0."""
-    if not args.tries or not (networks.labels or networks.masks):
+    if not args.tries or networks.label_maps or not (networks.labels or networks.masks):
         if args.segmenter:
-            raise UserError("--segmenter: checks samples with labels; this model has none, and no --mask.")
+            raise UserError("--segmenter: checks images with labels, which this model does not draw.")
         return None
     channels = len(networks.geometry["limits"])
     segment = (
@@ -723,10 +758,10 @@ def cleared(volumes: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tenso
 def contents(
     voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
 ) -> tuple[bytes, bytes | None]:
-    """The files of a volume, and of its label where one is drawn or was given as a mask.
+    """The files of a volume, and of its label where one is drawn beside it or was given as a mask.
 
     Args:
-        voxels: the image, in the units that are written.
+        voxels: what is written: the image, in its units, or the label map.
         volume: image and label as drawn, (C, D, H, W).
         mask: (D, H, W).
     """
@@ -738,7 +773,7 @@ def contents(
 
 def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
     """Write the slices of a volume (C, D, H, W) as a PNG beside it."""
-    unit = to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=True)[0]
+    unit = as_picture(networks, voxels).clip(0, 1)
     picture = path.with_name(path.name.removesuffix(".nii.gz") + ".png")
     figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
 
@@ -746,7 +781,8 @@ def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -
 def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
     """Write samples.png, three planes of each volume, and of its label."""
     rows = {"sample": [in_unit_range(networks, one) for one in samples]}
-    if values := networks.labels or (networks.masks and networks.masks.values):
+    values = networks.labels or (networks.masks and networks.masks.values)
+    if values and not networks.label_maps:
         labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
         rows["label"] = [torch.from_numpy(label / max(values)).float() for label in labels]
     figures.montage(
@@ -773,9 +809,16 @@ def show_grid(
 
 
 def in_unit_range(networks: Networks, sample: Sample) -> torch.Tensor:
-    """The first channel of a volume that was written, (D, H, W), 0 to 1 in the typical range."""
-    limits = np.array(networks.geometry["limits"])
-    return torch.from_numpy(to_unit_range(generation.read_volume(sample.path), limits, clip=False)[0])
+    """What pictures show of a volume that was written, (D, H, W)."""
+    return torch.from_numpy(as_picture(networks, generation.read_volume(sample.path)))
+
+
+def as_picture(networks: Networks, voxels: np.ndarray) -> np.ndarray:
+    """The first channel of a volume (C, D, H, W), 0 to 1 in the typical range; of a label map the place of
+    each label among all, as a share: (D, H, W) float32."""
+    if networks.label_maps:
+        return (np.searchsorted([0, *sorted(networks.labels)], voxels[0]) / len(networks.labels)).astype("f4")
+    return to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=False)[0]
 
 
 if __name__ == "__main__":

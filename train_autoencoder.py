@@ -36,11 +36,12 @@ import utils
 from ldm import UserError, configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, stream
+from ldm.data.labels import shown
 from ldm.data.prepare import in_steps, patch_sizes, prepare_data, step_size
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.environment import FOLDERS
-from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
+from ldm.losses import adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 from ldm.system.checkpoints import save_checkpoint
@@ -49,7 +50,9 @@ from ldm.training.autoencoder import (
     WithPosteriorDraw,
     best_loss,
     build_learner,
+    in_words,
     latent_shape_of,
+    make_criterion,
     rehearse,
     side_by_side,
     validate,
@@ -73,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     perceptual_weights = environment["perceptual_weights"]  # read before anything is downloaded
-    labels = configs.labels_of(config)
-    criterion = AutoencoderLoss(section, perceptual_weights, config["spatial_dims"], len(labels))
+    criterion = make_criterion(config, perceptual_weights)
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
@@ -200,31 +202,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             if progress.is_best(scores["loss"]):
                 keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.eval_network)
-            printed = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
-            printed += f", Dice {scores['dice']:.3f}" if labels else ""
+            brief = [f"PSNR {scores['psnr']:.2f} dB"] if criterion.image else []
+            brief += [f"Dice {scores['dice']:.3f}"] if criterion.labels else []
+            printed = ", ".join([f"loss {scores['loss']:.4f}", *brief])
             progress.bar.set_description(f"autoencoder, held-out {printed}")
             if run.is_main:
-                for case, (scan, reconstruction) in pairs.items():
-                    picture = side_by_side(scan[0], reconstruction[0], spacing)
+                for case, pair in pairs.items():
+                    picture = side_by_side(*(shown(one, criterion.labels) for one in pair), spacing)
                     progress.log.image(f"{COMPARISON_TAG}/{case}", picture, progress.clock.step)
 
     # Step 4: pictures, and what was reached
     progress.close()
     if run.is_main:
-        scans, reconstructions = ([pair[i][0] for pair in pairs.values()] for i in (0, 1))
+        scans, reconstructions = (
+            [shown(pair[i], criterion.labels) for pair in pairs.values()] for i in (0, 1)
+        )
         figures.montage(
             {"held-out scan": scans, "reconstruction": reconstructions},
             output_dir / "reconstructions.png",
-            f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
+            f"Held-out volumes: {in_words(scores).partition(', L1')[0]}",
             spacing=spacing,
         )
         sweep = figures.axial_sweep([scans[0], reconstructions[0]], ("held-out scan", "reconstruction"))
         figures.animate(sweep, model_dir / "reconstruction.gif")
-    dice = f"Dice of labels {scores['dice']:.3f}, " if labels else ""
     run.print(
-        f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
-        f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, {dice}"
-        f"{scores['power_share']:.2f} of the high-frequency power retained, "
+        f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), {in_words(scores)}, "
         f"after {progress.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"
@@ -255,7 +257,7 @@ def fit_wavelets(config, environment, files, criterion, args, run):
     facts = {"config": config, "subjects": subjects_of(train_cases, val_cases), "model": network.state_dict()}
     content = {**facts, "epoch": 0, "batch": 0, "step": 0, "best": scores["loss"], "validation": scores}
     run.from_main(lambda: save_checkpoint(files.best, content))
-    run.print(f"autoencoder: PSNR {scores['psnr']:.2f} dB\n  {files.best}")
+    run.print(f"autoencoder: {in_words(scores)}\n  {files.best}")
 
 
 if __name__ == "__main__":

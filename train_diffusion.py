@@ -194,12 +194,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 shape, steps = latents.shape, section["sample_steps"]
                 sampled = learner.sampling_network(config, run)
+                labels = len(configs.labels_of(config))
                 samples = draw_samples(
-                    sampled, decoder, scale_factor, process, shape, geometry, steps, run, conditions
+                    sampled, decoder, scale_factor, process, shape, geometry, steps, run, conditions, labels
                 )
-                save_pictures(samples, config["spacing"], epoch, model_dir)
+                save_pictures([*samples.values()], config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
-                    picture = figures.three_planes(volume[0], config["spacing"])
+                    picture = figures.three_planes(volume, config["spacing"])
                     progress.log.image(f"samples/{name}", picture, progress.clock.step)
 
     # Step 5: what was reached

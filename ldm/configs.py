@@ -22,6 +22,7 @@ from ldm.models.embedding import COVARIATES, encoded_size
 from ldm.system.schemas import StrictValidator, explained
 
 LABELS = "label_values"
+ONLY = "only"  # of `with_labels`: label maps without images
 # Keys that a checkpoint's weights depend on. `LABELS` count where labels are drawn, or are masks.
 MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", LABELS)
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
@@ -37,6 +38,8 @@ RESULT_FREE = {
     "print_info",
 }
 ONLY_IN_TRAINING = {"conditions.dropout"}
+
+IMAGE_TERMS = ("gradient_weight", "perceptual_weight", "adversarial_weight")  # of stage 1's loss
 
 ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
@@ -55,6 +58,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
+        _sizes_as_covariates(config, path)
         _embed_covariates(config, path)
     except RecursionError:
         raise UserError(f"{path}: lists or references are nested too deeply.") from None
@@ -66,7 +70,11 @@ def check_config(config: dict, path: str | Path) -> dict:
     _fill(config, schema)
     if "_target_" in config["NoiseScheduler"]:
         check_definition(config["NoiseScheduler"], SCHEDULERS, "NoiseScheduler")
-    if len(channels_of(config)) != config["image_channels"]:
+    if config["with_labels"] == ONLY:
+        config["autoencoder_train"] |= dict.fromkeys(IMAGE_TERMS, 0.0)  # there is no image to compare
+        if not config["autoencoder_train"]["label_weight"]:
+            raise UserError(f"{path}: autoencoder_train.label_weight: the only term; set it above 0.")
+    elif len(channels_of(config)) != config["image_channels"]:
         raise UserError(
             f"{path}: channel names {len(channels_of(config))} channel(s), "
             f"image_channels is {config['image_channels']}."
@@ -86,12 +94,13 @@ def _with_volume_channels(config: dict, path: str | Path) -> dict:
         UserError: it has another number already, or labels without their values.
     """
     images, labels = config.get("image_channels", 1), config.get("label_values")
-    with_labels = config.get("with_labels", False) is True
-    if with_labels and not labels:
+    with_labels = config.get("with_labels", False)
+    drawn = with_labels is True or with_labels == ONLY
+    if drawn and not labels:
         raise UserError(f"{path}: with_labels: name the labels by label_values, such as [1, 2].")
     if type(images) is not int or not (labels is None or isinstance(labels, list)):
         return config  # the schema says what is wrong
-    channels = images + (len(labels) if with_labels else 0)
+    channels = (images if with_labels != ONLY else 0) + (len(labels) if drawn else 0)
     found = config.get("volume_channels", channels)
     if type(found) is not int or found != channels:
         raise UserError(f"{path}: volume_channels: expected {channels}, found {brief(found)}. Leave it out.")
@@ -112,6 +121,22 @@ def _with_voxels(config: dict, path: str | Path) -> dict:
     if config.get("autoencoder_def", voxels) != voxels:
         raise UserError(f"{path}: diffusion_space pixel: needs no autoencoder_def. Remove one of the two.")
     return {**config, "autoencoder_def": voxels, "latent_channels": config.get("latent_channels", channels)}
+
+
+def _sizes_as_covariates(config: dict, path: str | Path) -> None:
+    """Make each of `conditions.structure_sizes` a number among the covariates, with a list of label values.
+
+    Raises:
+        UserError: it is a covariate with categories.
+    """
+    section = config.get("conditions", {})
+    for name, values in (sizes := section.get("structure_sizes", {})).items():
+        sizes[name] = [values] if isinstance(values, int) else values
+        known = section.setdefault("covariates", {}).setdefault(name, "number")
+        if known != "number" and isinstance(known[0], str):
+            raise UserError(
+                f"{path}: conditions.covariates.{name}: a size is a number, or [low, high] in ml."
+            )
 
 
 def _embed_covariates(config: dict, path: str | Path) -> None:
@@ -353,12 +378,14 @@ def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
 
 
 def channels_of(config: dict) -> tuple[int, ...]:
-    """The channels of an image that are used, in this order."""
+    """The channels of an image that are used, in this order; none of label maps alone."""
+    if config["with_labels"] == ONLY:
+        return ()
     return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
 
 
 def labels_of(config: dict) -> tuple[int, ...]:
-    """The values of the labels that are drawn with images; none without `with_labels`."""
+    """The values of the labels that are drawn, with images or alone; none without `with_labels`."""
     return tuple(config["label_values"]) if config["with_labels"] else ()
 
 

@@ -71,6 +71,11 @@ class Networks:
     structures: dict = dataclasses.field(default_factory=dict)
     whole_numbers: bool = False
 
+    @property
+    def label_maps(self) -> bool:
+        """Whether volumes are label maps without images."""
+        return not self.geometry["limits"]
+
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
         sampler = choose_sampler(sampler, self.process)
@@ -331,8 +336,8 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
     if "geometry" in checkpoint:
         geometry = checkpoint["geometry"]
         check_size(geometry["size"], network_divisor(config), f"{path}: geometry.size")
-        if (count := len(geometry["limits"])) != config["image_channels"]:
-            raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
+        if (count := len(geometry["limits"])) != (expected := len(configs.channels_of(config))):
+            raise UserError(f"{path}: has limits of {count} channel(s), not {expected}.")
         return geometry
     spacing, size = config["spacing"], config["diffusion_train"]["patch_size"]
     if not spacing or not size:
@@ -342,7 +347,7 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
         )
     check_size(size, network_divisor(config), "diffusion_train.patch_size")
     window = Intensity.from_config(config).window
-    limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
+    limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * len(configs.channels_of(config))
     return {"spacing": spacing, "size": size, "limits": limits}
 
 
@@ -391,28 +396,32 @@ def draw(
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
     """The image of a volume (C, D, H, W) from the autoencoder's units to the typical range of the training
-    set, float32 or int16, as it is written.
+    set, float32 or int16, as it is written; of a model of label maps the label, (1, D, H, W).
 
     Raises:
         FloatingPointError: a voxel is not finite; `seed` is named.
     """
     limits = np.array(networks.geometry["limits"])
-    voxels = from_unit_range(volume[: len(limits)].numpy(), limits)
-    if not np.isfinite(voxels).all():
+    if networks.label_maps:
+        voxels, finite = label_of(volume.numpy(), networks.labels)[None], volume.isfinite().all()
+    else:
+        voxels = from_unit_range(volume[: len(limits)].numpy(), limits)
+        finite = np.isfinite(voxels).all()
+    if not finite:
         raise FloatingPointError(
             f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
             "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
         )
-    if networks.whole_numbers:
+    if networks.whole_numbers and not networks.label_maps:
         ends = np.iinfo(np.int16)
         voxels = np.rint(voxels).clip(ends.min, ends.max).astype(np.int16)
     return voxels
 
 
 def drawn_label(volume: torch.Tensor, networks: Networks) -> np.ndarray | None:
-    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W); None where none is
-    drawn."""
-    if not networks.labels:
+    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W); None where none is drawn
+    beside an image."""
+    if not networks.labels or networks.label_maps:
         return None
     return label_of(volume[-len(networks.labels) :].numpy(), networks.labels)[None]
 

@@ -181,11 +181,11 @@ def test_a_segmenter_learns_what_is_bright(tmp_path):
 def test_a_structure_by_the_volumes_own_label():
     volume = torch.zeros(1, 3, 4, 4, 4)
     volume[0, 2, 0, 0, :3] = 0.9
-    core = LabelStructure("core", 5).found_by(None, (2, 5))
+    core = LabelStructure("core", (5,)).found_by(None, (2, 5))
     assert core.millilitres(volume, (10, 10, 10)) == pytest.approx(3)
     for labels, what in (((2, 5), "label_values has 2, 5"), ((), "the segmenter is needed")):
         with pytest.raises(UserError, match=what):
-            LabelStructure("core", 9).found_by(None, labels)
+            LabelStructure("core", (9,)).found_by(None, labels)
 
 
 # ---------------------------------------------------------------- all scripts

@@ -20,7 +20,8 @@ class Case:
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
-    keys of its entry in a list, whose `fold` is kept apart.
+    keys of its entry in a list, whose `fold` is kept apart. A label map without an image is both: `images`
+    holds the file of `label`.
     """
 
     name: str
@@ -29,6 +30,11 @@ class Case:
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
     fold: int | None = field(default=None, compare=False)
+
+    @property
+    def is_label_map(self) -> bool:
+        """Whether it is a label map without an image."""
+        return self.images == (self.label,)
 
 
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
@@ -73,5 +79,8 @@ def warn_of_padding(
 
 
 def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
-    """The intensities that become 0 and 1, (C, 2): the median over the first `TYPICAL_CASES` cases."""
+    """The intensities that become 0 and 1, (C, 2): the median over the first `TYPICAL_CASES` cases. Without
+    channels of an image there are none."""
+    if not preprocessing.channels:
+        return []
     return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()

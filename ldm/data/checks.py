@@ -97,7 +97,7 @@ def check_headers(
     """
     problems = _header_problems(cases, channels, labels)
     bad = {problem.case for problem in problems if not problem.note}
-    masks = masks_among([case for case in cases if case.name not in bad])
+    masks = masks_among([case for case in cases if case.name not in bad and not case.is_label_map])
     return _in_order([*problems, *(_mask_problem(*mask) for mask in masks)], cases)
 
 
@@ -142,9 +142,9 @@ def check_header(
         name = "the image" if file == case.label else first.name
         if first in opened and (reason := _misplaced(image, opened[first], name)):
             add(file, reason)
-        if (several or file != first) and channel_count(image) > 1:
+        if (several or file != first or case.is_label_map) and channel_count(image) > 1:
             add(file, f"4D, {channel_count(image)} volumes; expected 3D")
-        if file != case.label:
+        if file != case.label or case.is_label_map:
             if min(image.shape[:3]) == 1:
                 add(file, f"shape {tuple(map(int, image.shape))}: a single slice; expected a volume")
             for reason in header_notes(image):
@@ -152,7 +152,7 @@ def check_header(
     if not all(file in opened for file in case.images):
         return problems, 0
     count = len(case.images) if several else channel_count(opened[first])
-    if channels is not None and max(channels) >= count:
+    if channels and max(channels) >= count:
         add(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
 
@@ -257,24 +257,27 @@ def check_voxels(
             continue
         several = len(case.images) > 1
         stored = [0] if several else range(channel_count(image))
-        if channels is not None:
+        if channels is not None and not case.is_label_map:
             stored = [c for c in stored if (number if several else c) in channels]
         hashed, faults = hashlib.sha256(), []
         for channel in stored:
             voxels = voxels_of(file, image, channel)
             used = number if several else channel
-            way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
-            fault, what = _voxel_fault(voxels, way)
-            if image.get_data_dtype() == np.uint16:
-                what = what or _wrapped(voxels)
+            if case.is_label_map:  # its values are no intensities
+                fault, what, window = None if voxels.any() else "all zero: an empty label map", None, None
+            else:
+                way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
+                (fault, what), window = _voxel_fault(voxels, way), way.window
+                if image.get_data_dtype() == np.uint16:
+                    what = what or _wrapped(voxels)
+                if values := mask_values(voxels):
+                    masks[file] = values
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
-            if values := mask_values(voxels):
-                masks[file] = values
             if fault is None:
                 extremes += [np.nanmin(voxels), np.nanmax(voxels)]
-                above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
+                above = max(above, np.mean(voxels > window[0][1]) if window else 0.0)
             voxels = apply_orientation(voxels, io_orientation(image.affine))  # RAS, whatever the storage
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))

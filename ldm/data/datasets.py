@@ -93,13 +93,15 @@ class VolumeDataset(Dataset):
 
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""
-        image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
-        if not (labels := self.preprocessing.labels):
+        labels, image = self.preprocessing.labels, None
+        if self.preprocessing.channels:
+            image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
+        if not labels:
             return image
         label = self._cached(
             i, f"labels {labels}", lambda case: self.preprocessing.label_channels(case.label)
         )
-        return with_label(image, label, self.cases[i])
+        return label if image is None else with_label(image, label, self.cases[i])
 
     def _label(self, i: int) -> np.ndarray | None:
         if self.cases[i].label is None:

@@ -74,7 +74,10 @@ def label_names(cases: Sequence[Case]) -> dict[int, str]:
     """The names of label values, by the files that name them beside the labels of the cases."""
     folders = {tuple(folders_of(case.label)) for case in cases if case.label}
     files = {names_file(some) for some in folders}
-    return {value: name for file in sorted(files - {None}) for value, name in named_values(_labels(file)).items()}
+    names = {}
+    for file in sorted(files - {None}):
+        names |= named_values(_labels(file))
+    return names
 
 
 # ---------------------------------------------------------------- renumbering

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ldm import UserError, brief, counted, few
+from ldm.configs import ONLY
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices
 from ldm.data.intensity import LATER
@@ -31,6 +32,7 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 FOLDER = "latents"  # in `cache_dir`
 MANIFEST = "manifest.json"
+SIZES = "conditions.structure_sizes"  # a key of the config
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
@@ -93,7 +95,7 @@ def add(
     records, missing = {}, []
     for i in range(run.rank, len(volumes), run.world_size):
         case = volumes.cases[i]
-        paths = files_of(case, bool(volumes.preprocessing.labels))
+        paths = files_of(case, _reads_labels(manifest["about"]))
         files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
         facts = repr((key, case.name, [file["sha256"] for file in files]))
         entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
@@ -128,8 +130,13 @@ def add(
 
 
 def files_of(case: Case, with_label: bool) -> list[Path]:
-    """The files that the latents of a case follow from."""
-    return [*case.images, *([case.label] if with_label and case.label else [])]
+    """The files that an entry of a case follows from."""
+    return [*dict.fromkeys([*case.images, *([case.label] if with_label and case.label else [])])]
+
+
+def _reads_labels(about: dict) -> bool:
+    """Whether latents, or the conditions beside them, follow from labels."""
+    return not about.keys().isdisjoint(("label_values", SIZES))
 
 
 def _slices(volumes: VolumeDataset, i: int) -> list[list[int]]:
@@ -231,6 +238,9 @@ def dependencies(config: dict) -> dict:
     later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     later |= {"label_values": config["label_values"]} if config["with_labels"] else {}
+    sizes = config["conditions"]["structure_sizes"]
+    later |= {SIZES: sizes} if sizes else {}
+    later |= {"with_labels": ONLY} if config["with_labels"] == ONLY else {}
     return {
         **about,
         **later,
@@ -270,7 +280,7 @@ def check_data(
     changed = []
     for record in records:
         case = by_name[record["case"]]
-        paths = files_of(case, "label_values" in manifest["about"])
+        paths = files_of(case, _reads_labels(manifest["about"]))
         sizes = [path.stat().st_size if path.is_file() else None for path in paths]
         then = record.get("covariates", {})
         relabelled = any(then.get(column) != case.covariates.get(column) for column in columns)

@@ -17,7 +17,7 @@ from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
 from ldm.data.intensity import Intensity
 from ldm.data.label_names import label_names
-from ldm.data.labels import check_labelled
+from ldm.data.labels import check_labelled, with_sizes
 from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
@@ -55,6 +55,7 @@ def find_data(
         outputs=own_folders(environment),
         generated=False,
         lists=environment.get("json_data_list"),
+        label_maps=config["with_labels"] == configs.ONLY,
         log=log,
     )
 
@@ -104,6 +105,7 @@ def prepare_data(
 
         run.from_main(download)
     found = find_data(config, environment, run.print)
+    sizes = config["conditions"]["structure_sizes"]
 
     def divide() -> splits.Sides:
         subjects = known
@@ -111,7 +113,8 @@ def prepare_data(
             subjects = load_checkpoint(autoencoder).get("subjects")
         stages = [config[stage] for stage in STAGES]
         # Else they are not read.
-        used = labels or config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
+        used = labels or sizes or config["with_labels"]
+        used = bool(used) or any(one["augment"]["foreground_prob"] for one in stages)
         where = ", ".join(map(str, data_folders(environment)))
         path, data = environment["model_dir"] / splits.SPLIT, config["data"]
         splitter = splits.Splitter(path, where, for_training, run.print, data, test)
@@ -122,11 +125,12 @@ def prepare_data(
             used,
             skip_bad,
         )
-        return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        sides = splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        return tuple(with_sizes(some, sizes) for some in sides) if sizes else sides
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
-        check_labelled([*train, *val], "with_labels")
+        check_labelled([*train, *val], "with_labels")  # label maps are their own labels
         warn_of_sides(config, train, run)
     if splits.is_single_subject(train, val):
         run.print(

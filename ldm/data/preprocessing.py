@@ -51,7 +51,7 @@ class Preprocessing:
     """Files of a case -> normalised volume (C, D, H, W), float32, RAS, at `spacing`.
 
     Args:
-        channels: which channels of the image, in this order.
+        channels: which channels of the image, in this order; none of label maps alone.
         spacing: voxel size in mm along right, anterior, superior.
         intensity: what becomes 0 and 1.
         labels: values of the labels that become further channels, see `ldm.data.labels`.

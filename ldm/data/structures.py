@@ -51,6 +51,7 @@ def usual_medians(
 
 
 def structures_of(preprocessing: Preprocessing, cases: Sequence[Case]) -> dict:
-    """The entry `structures` of a geometry, `usual_medians`, where volumes have labels; else nothing."""
-    labels = preprocessing.labels
-    return {"structures": usual_medians(preprocessing, cases, labels)} if labels else {}
+    """The entry `structures` of a geometry, `usual_medians`, where images have labels; else nothing."""
+    if not (preprocessing.labels and preprocessing.channels):
+        return {}
+    return {"structures": usual_medians(preprocessing, cases, preprocessing.labels)}

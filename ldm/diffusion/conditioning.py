@@ -9,7 +9,7 @@ augmentation did to a volume, which samples are drawn without (Karras et al., 20
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -280,6 +280,27 @@ class Conditions:
                 raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
             else:
                 chosen[column] = value
+        return chosen
+
+    def parse_sizes(self, texts: Sequence[str], structures: Collection[str]) -> dict:
+        """As `parse`, of `["ventricles=0.8"]`: shares of the range of structures' sizes.
+
+        Args:
+            structures: the names of `conditions.structure_sizes`.
+
+        Raises:
+            UserError: the model knows no such structure, or a share is none.
+        """
+        chosen = {}
+        for text in texts:
+            name, equals, share = text.rpartition("=")
+            if not equals or name not in structures or name in chosen:
+                expected = " or ".join(f'"{one}=SHARE"' for one in structures)
+                raise UserError(
+                    f"--structure-size {text}: "
+                    + (f"expected one {expected}." if structures else "this model was trained without sizes.")
+                )
+            chosen[name] = self.covariates.at_share(name, share)
         return chosen
 
     def for_sample(self, chosen: dict, generator: torch.Generator) -> dict:

@@ -309,7 +309,8 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
     made, taken = set(), []
     for path, request in requests.items():
         record = record_path(path)
-        label = [label_path(path)] if request["config"]["with_labels"] or "mask" in request else []
+        labelled = request["config"]["with_labels"] is True or "mask" in request
+        label = [label_path(path)] if labelled else []
         found = [one for one in (path, *label, record) if one.exists()]
         if not found:
             continue

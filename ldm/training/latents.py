@@ -215,6 +215,7 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
             train, val = find_data(config, environment, run.print)
             section = config["conditions"]
             columns = [section["class_labels"], *section["covariates"]][section["class_labels"] is None :]
+            columns = [name for name in columns if name not in section["structure_sizes"]]  # by the labels
             if others := latent_cache.check_data(folder, manifest, [*train, *val], columns):
                 run.print(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
