@@ -22,6 +22,7 @@ import utils
 from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
+from ldm.data.extent import trained_geometry
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
@@ -78,11 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "autoencoder": autoencoder,
             "versions": train.versions,
             "latent_shape": shape[2:],
-            "geometry": {
-                "spacing": config["spacing"],
-                "size": list(train.size),
-                "limits": typical_limits(train.preprocessing, train.cases),
-            },
+            "geometry": trained_geometry(
+                train.cases, train.size, config["spacing"], typical_limits(train.preprocessing, train.cases)
+            ),
             "training": training,
             "validation": validation,
             "left_out": [case.name for cases in found for case in cases if case.name not in used],

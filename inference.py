@@ -6,6 +6,7 @@
     python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --mask masks/ --seed 100
+    python inference.py -c CONFIG -e ENV --num 4 --size 96,112,96
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -27,6 +28,8 @@ classifier-free guidance, which doubles the passes of the network; `--interval 0
 times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
 train_controlnet.py; it is brought to the grid of the volumes and written beside each.
+`--size` asks for volumes of other voxels than were trained on; the networks need multiples of their factors.
+What lies beyond the field of view of the training volumes is warned of, and drawn.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -60,6 +63,7 @@ import torch
 import utils
 from ldm import UserError, configs, counted, few, figures, generation
 from ldm.data.datasets import stream
+from ldm.data.extent import beyond_training, three_numbers
 from ldm.data.intensity import to_unit_range
 from ldm.data.reading import IMAGE_SUFFIXES
 from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
@@ -69,7 +73,7 @@ from ldm.generation import Networks, controlled
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.control import MASK
-from ldm.models.definitions import latent_size
+from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.denoiser import example_cond
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
@@ -129,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add("--scale-factor", type=float, default=None, help="for weights without one")
+    add("--size", metavar="X,Y,Z", help="voxels of the volumes; default: as trained")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -165,6 +170,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
+    args.size = three_numbers(args.size, "--size", True) if args.size is not None else None
     args.masks = masks_below(args.mask) if args.mask else []
     args.num = args.num or max(1, len(args.masks))
     utils.check_scale_factor(args.scale_factor)
@@ -301,7 +307,10 @@ def peak_within(
 
 
 def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
-    """Voxels of the volumes: by the config, else by the checkpoint, else by the data's headers."""
+    """Voxels of the volumes: as asked, else by the config, the checkpoint, or the data's headers."""
+    if args.size:
+        check_size(args.size, network_divisor(config), "--size")
+        return args.size
     if not config["diffusion_train"]["patch_size"]:
         path = args.unet or utils.load_environment(args.environment_file)["model_dir"] / "diffusion_unet.pt"
         if path.is_file():
@@ -340,8 +349,17 @@ def reproduce(args: argparse.Namespace) -> None:
     ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
+    asked = {key: record[key] for key in ("size", "spacing") if key in record}
     networks = generation.load_networks(
-        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run, control_path=control
+        *checkpoints,
+        config,
+        args.reproduce,
+        scale_factor,
+        compiled,
+        limit,
+        run,
+        control_path=control,
+        **asked,
     )
 
     # Step 2: the same batch
@@ -536,8 +554,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         args.set,
         control,
+        args.size,
     )
     geometry = networks.geometry
+    for what in beyond_training(geometry) if networks.asked else []:
+        run.print(f"warning: {what}. Such samples may be wrong")
 
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
@@ -562,6 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config": config,
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
+        **networks.asked,
     }
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes

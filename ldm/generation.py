@@ -5,7 +5,7 @@ import functools
 import gzip
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +14,7 @@ import torch
 
 from ldm import UserError, configs, few
 from ldm.data.cases import Case
+from ldm.data.extent import asked_geometry
 from ldm.data.intensity import Intensity, from_unit_range
 from ldm.data.labels import label_of, largest_share, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
@@ -53,7 +54,7 @@ class Networks:
     they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
     reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
-    `masks` what a ControlNet takes.
+    `masks` what a ControlNet takes; `asked` holds size and spacing where they are not those of the model.
     """
 
     autoencoder: Autoencoder
@@ -66,6 +67,7 @@ class Networks:
     conditions: Conditions = UNCONDITIONED
     labels: tuple[int, ...] = ()
     masks: "Masks | None" = None
+    asked: dict = field(default_factory=dict)
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
@@ -153,6 +155,8 @@ def load_networks(
     run: Run,
     overrides: Sequence[str] | None = None,
     control_path: Path | None = None,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> Networks:
     """The networks of a config with the weights of two checkpoints, on the device.
 
@@ -163,9 +167,11 @@ def load_networks(
         overrides: what `--set` changed in the config; None: the config is that of a record, where only the
             networks count.
         control_path: of a ControlNet, if images should follow masks.
+        size, spacing: of the volumes to draw, in voxels and mm; None: those of the model.
 
     Raises:
-        UserError: the files, the config and `max_memory` do not fit each other.
+        UserError: the files, the config and `max_memory` do not fit each other, or the model cannot draw such
+            volumes.
     """
     require_checkpoint(autoencoder_path, "autoencoder")
     require_checkpoint(unet_path, "unet")
@@ -200,6 +206,11 @@ def load_networks(
         )
     conditions = Conditions.from_checkpoint(second, config)
     conditions.check_size(shape, unet_path)
+    asked = {"size": size, "spacing": spacing}
+    asked = {key: list(one) for key, one in asked.items() if one and list(one) != list(geometry[key])}
+    geometry = asked_geometry(geometry, asked.get("size"), asked.get("spacing"), network_divisor(config))
+    conditions.check_asked(asked)
+    shape = [shape[0], *latent_size(config, geometry["size"])]
     conditions = conditions.of_latents(shape, conditions.mean_latent)
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
     if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
@@ -233,7 +244,7 @@ def load_networks(
     power = first.get("validation", {}).get("power")
     labels = configs.labels_of(config)
     return Networks(
-        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks
+        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks, asked
     )
 
 
@@ -337,7 +348,7 @@ def draw(
     with (
         out_of_memory_explained(
             f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
-            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
+            ", or ".join([*smaller, "a smaller --size, best of networks that were trained on it"]),
         ),
         run.autocast(),
     ):

@@ -20,7 +20,8 @@ class Case:
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
-    keys of its entry in a list.
+    keys of its entry in a list. `spacing` in mm and `size` in voxels are those that its volume is brought to,
+    where cases differ (`ldm.data.prepare.with_own_extent`).
     """
 
     name: str
@@ -28,6 +29,8 @@ class Case:
     label: Path | None = None
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
+    spacing: tuple[float, ...] | None = field(default=None, compare=False)
+    size: tuple[int, ...] | None = field(default=None, compare=False)
 
 
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:

@@ -45,6 +45,8 @@ class Conditions:
             that encode them.
         position: axes along which the network is told the position, see `position_channels`.
         shape: of the latents, (c, d, h, w), where there are channels.
+        frame: sides of the latents (d, h, w) that were trained on, along which positions go from -1 to 1;
+            none: those of `shape`.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
         covariates: numbers and categories; None where there are none.
         slicewise: whether the network is a 2D one.
@@ -59,6 +61,7 @@ class Conditions:
     told: int = 0
     covariates: Covariates | None = None
     slicewise: bool = False
+    frame: Sequence[int] = ()
 
     def __bool__(self) -> bool:
         return self.column is not None or self.covariates is not None
@@ -112,6 +115,7 @@ class Conditions:
             mean_latent=checkpoint.get("mean_latent"),
             position=tuple(section["position"]),
             shape=tuple(checkpoint.get("latent_shape", ())),
+            frame=tuple(checkpoint.get("latent_shape", ())[1:]),
             told=told_parameters(config),
             covariates=covariates,
             slicewise=config["spatial_dims"] == 2,
@@ -134,6 +138,21 @@ class Conditions:
             raise UserError(
                 f"{where}: its mean latent is {found}, its latents are {[*shape]}. Use the "
                 "checkpoint as train_diffusion.py wrote it."
+            )
+
+    def check_asked(self, asked: dict) -> None:
+        """Raise UserError where the model cannot draw volumes of another `size` or `spacing` than its own,
+        if they are in `asked`."""
+        if "spacing" in asked:
+            raise UserError(
+                "--spacing: this model was not told spacings, and draws volumes of its own alone. Leave it "
+                "out, or train with conditions.spacing."
+            )
+        if "size" in asked and self.mean_latent is not None:
+            trained = " x ".join(map(str, self.mean_latent.shape[-3:]))
+            raise UserError(
+                f"--size: this model is told the mean latent of its training set ({trained}), and draws no "
+                "other size. Leave it out, or train without conditions.mean_latent."
             )
 
     def deviations(self, cases: Sequence[Case]) -> torch.Tensor:
@@ -246,7 +265,7 @@ class Conditions:
         parts = [] if self.mean_latent is None or self.mean_latent.dim() > 4 else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
-            along = position_channels(sides[axis], self.slicewise)
+            along = position_channels(sides[axis], self.slicewise, (self.frame or sides)[axis])
             shape = [-1 if i == axis else 1 for i in range(3)]
             parts.append(along.reshape(len(along), *shape).expand(-1, *sides))
         return parts + ([torch.zeros(self.told, *self.shape[1:])] if self.told else [])
@@ -344,11 +363,14 @@ class Conditions:
 UNCONDITIONED = Conditions()
 
 
-def position_channels(count: int, slicewise: bool) -> torch.Tensor:
+def position_channels(count: int, slicewise: bool, frame: int | None = None) -> torch.Tensor:
     """What tells a network the position along an axis of so many voxels: -1 to 1, (1, count). For a 2D
     network sines and cosines of it, (4, count): a slice has one position, and of a single number that is the
-    same in a whole slice, group normalisation leaves little but the sign."""
+    same in a whole slice, group normalisation leaves little but the sign. Where `frame` voxels were trained
+    on, these go from -1 to 1, and others about the same centre keep their distances."""
     along = torch.linspace(-1, 1, count)
+    if frame not in (None, count):
+        along = along * (count - 1) / max(frame - 1, 1)
     if not slicewise:
         return along[None]
     angles = [turns * math.pi / 2 * along for turns in (1, 4)]

@@ -116,9 +116,9 @@ from torch import nn
 UserError = ValueError
 '''
 FOR_TRAINING = {  # methods that sampling does not need
-    NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint of_latents check_size check_classes summary describe "
-    "examples state of draw tell deviations",
+    NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
+    Conditions: "of_training from_checkpoint of_latents check_size check_asked check_classes summary "
+    "describe examples state of draw tell deviations",
 }
 
 

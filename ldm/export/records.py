@@ -49,6 +49,8 @@ SCHEMA = fields(
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
+    "size": {"type": "array", "items": SIZE, "minItems": 3, "maxItems": 3},  # where it is not the model's own
+    "spacing": {"type": "array", "items": POSITIVE, "minItems": 3, "maxItems": 3},
     "mask": fields(path=TEXT, sha256=HASH),
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
@@ -106,7 +108,7 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance", "interval")
+    keys = ("seed", *REQUEST, "size", "spacing", "condition", "guidance", "interval")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     for key in (*CHECKPOINTS, CONTROL, "mask"):

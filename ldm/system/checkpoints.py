@@ -136,6 +136,8 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     ),
 }
 ENTRIES["geometry"]["properties"]["slices"] = _array({"type": "integer", "minimum": 0}, 2)  # of 2D networks
+for _range in ("spacing_range", "fov_range"):  # that were trained on, a pair for each axis
+    ENTRIES["geometry"]["properties"][_range] = _array(_array(POSITIVE, 2), 3)
 CHECKPOINT = Validator(
     {
         "type": "object",
