@@ -6,7 +6,7 @@
     python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --mask masks/ --seed 100
-    python inference.py -c CONFIG -e ENV --num 4 --size 96,112,96
+    python inference.py -c CONFIG -e ENV --num 4 --size 96,112,96 --spacing 2,2,2
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -29,7 +29,8 @@ times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
 train_controlnet.py; it is brought to the grid of the volumes and written beside each.
 `--size` asks for volumes of other voxels than were trained on; the networks need multiples of their factors.
-What lies beyond the field of view of the training volumes is warned of, and drawn.
+`--spacing` asks for voxels of other mm, of a model with `conditions.spacing`. What lies beyond the field of
+view or the spacings of training is warned of, and drawn.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -66,7 +67,7 @@ from ldm.data.datasets import stream
 from ldm.data.extent import beyond_training, three_numbers
 from ldm.data.intensity import to_unit_range
 from ldm.data.reading import IMAGE_SUFFIXES
-from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
+from ldm.diffusion.conditioning import REGION_NAME, Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.generation import Networks, controlled
@@ -134,6 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--size", metavar="X,Y,Z", help="voxels of the volumes; default: as trained")
+    add("--spacing", metavar="X,Y,Z", help="their spacing in mm; default: as trained")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -171,6 +173,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
     args.size = three_numbers(args.size, "--size", True) if args.size is not None else None
+    args.spacing = three_numbers(args.spacing, "--spacing", False) if args.spacing is not None else None
     args.masks = masks_below(args.mask) if args.mask else []
     args.num = args.num or max(1, len(args.masks))
     utils.check_scale_factor(args.scale_factor)
@@ -471,7 +474,7 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
         (one, conditions.parse([f"{name}={value}"])) for one, value in zip(suffixes, values, strict=True)
     ]
     columns = columns or [("", {})]
-    if conditions.covariates and not conditions.covariates.unknown and args.guidance not in (None, 1):
+    if conditions and not conditions.can_drop and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
     samples = []
     for seed, row in enumerate(rows, args.seed):
@@ -483,9 +486,11 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
         run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
+    left = [*conditions.covariates.columns] if conditions.covariates else []
+    left += [REGION_NAME] if conditions.regions is not None else []
+    if left := [one for one in left if one not in asked]:
+        run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
     if conditions.covariates:
-        if left := [one for one in conditions.covariates.columns if one not in asked]:
-            run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
         for warning in sorted(
             {text for one in samples for text in conditions.covariates.outside(one.condition)}
         ):
@@ -555,6 +560,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.set,
         control,
         args.size,
+        args.spacing,
     )
     geometry = networks.geometry
     for what in beyond_training(geometry) if networks.asked else []:

@@ -211,7 +211,7 @@ def load_networks(
     geometry = asked_geometry(geometry, asked.get("size"), asked.get("spacing"), network_divisor(config))
     conditions.check_asked(asked)
     shape = [shape[0], *latent_size(config, geometry["size"])]
-    conditions = conditions.of_latents(shape, conditions.mean_latent)
+    conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(asked.get("spacing"))
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
     if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
         raise UserError(

@@ -114,11 +114,12 @@ import torch
 from torch import nn
 
 UserError = ValueError
+REGION_NAME = "region"
 '''
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint of_latents check_size check_asked check_classes summary "
-    "describe examples state of draw tell deviations",
+    Conditions: "of_training from_checkpoint of_latents of_spacing check_size check_asked check_classes "
+    "summary describe examples state of draw tell deviations",
 }
 
 
@@ -166,6 +167,11 @@ def check_definitions(config: dict) -> None:
             "autoencoder_def: MONAI's VQVAE alone does not standardise latents, as the diffusion model has "
             "learned them. Leave the bundle out by --formats safetensors torchscript."
         )
+    for key in ("spacing", "region"):
+        if config["conditions"][key]:
+            raise UserError(
+                f"conditions.{key}: a bundle draws without it. Leave the bundle out by --formats safetensors."
+            )
     for key in ("autoencoder_def", "diffusion_def"):
         own = next((name for name in OWN if name in config[key]), config[key]["_target_"])
         if own in OWN or own.startswith("ldm."):

@@ -122,6 +122,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
                 columns={"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
                 rows={"type": "array", "items": {"type": "array"}},
             ),
+            "regions": TEXTS,
         },
     },
     MEAN_LATENT: FLOATS,  # an input of the network
