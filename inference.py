@@ -352,7 +352,7 @@ def reproduce(args: argparse.Namespace) -> None:
     ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
-    asked = {key: record[key] for key in ("size", "spacing") if key in record}
+    asked = {"size": record["volume"]["shape"], "spacing": record["volume"]["spacing"]}
     networks = generation.load_networks(
         *checkpoints,
         config,

@@ -33,6 +33,7 @@ RESULT_FREE = {
     "use_checkpointing",
     "use_flash_attention",
     "num_splits",
+    "norm_float16",
     "save_mem",
     "print_info",
 }

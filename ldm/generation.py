@@ -97,7 +97,13 @@ def with_control(
         UserError: the file is no ControlNet of this diffusion network.
     """
     require_checkpoint(path, "controlnet")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, "controlnet")
+    if "config" not in checkpoint:  # from elsewhere
+        checkpoint |= {"config": config, "unet": unet_hash, "label_values": config["label_values"]}
+        if not config["label_values"]:
+            raise UserError(
+                f"{path}: weights from elsewhere. Name the labels that they know by label_values."
+            )
     if not {"label_values", "unet"} <= checkpoint.keys():
         raise UserError(f"{path}: is no checkpoint of train_controlnet.py.")
     trained = configs.completed(checkpoint["config"])
@@ -198,18 +204,20 @@ def load_networks(
         raise UserError(
             f"{unet_path}: has no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
-    geometry = geometry_of(second, config, unet_path)
+    geometry = geometry_of(second, config, unet_path, size, spacing)
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
     if (trained := [*second.get("latent_shape", shape)]) != shape:
         raise UserError(
             f"{unet_path}: its latent_shape is {trained}; by its networks and size it is {shape}."
         )
-    conditions = Conditions.from_checkpoint(second, config)
+    conditions = Conditions.from_checkpoint({**second, "geometry": geometry}, config)
     conditions.check_size(shape, unet_path)
-    asked = {"size": size, "spacing": spacing}
-    asked = {key: list(one) for key, one in asked.items() if one and list(one) != list(geometry[key])}
-    geometry = asked_geometry(geometry, asked.get("size"), asked.get("spacing"), network_divisor(config))
-    conditions.check_asked(asked)
+    given = {key: list(one) for key, one in (("size", size), ("spacing", spacing)) if one}
+    conditions.check_asked({key for key, one in given.items() if one != list(geometry[key])})
+    geometry = asked_geometry(geometry, size, spacing, network_divisor(config))
+    own = {"size": config["diffusion_train"]["patch_size"], "spacing": config["spacing"]}
+    own = second.get("geometry", own)
+    asked = {key: one for key, one in given.items() if one != list(own[key] or [])}
     shape = [shape[0], *latent_size(config, geometry["size"])]
     conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(asked.get("spacing"))
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
@@ -221,7 +229,7 @@ def load_networks(
     if unknown := needed.keys() - given.keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
-            "Use a checkpoint of train_diffusion.py."
+            "Use a checkpoint of train_diffusion.py, or give it by `conditions` in the config."
         )
     noise = config["NoiseScheduler"]
     if "config" in second:  # trained here
@@ -293,9 +301,15 @@ def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:
     return replayed
 
 
-def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
+def geometry_of(
+    checkpoint: dict,
+    config: dict,
+    path: Path,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+) -> dict:
     """Spacing, size and intensity limits of generated volumes: as trained; for bare weights as the config
-    says.
+    says, else as asked.
 
     Raises:
         UserError: the config does not say it, or the networks cannot make such volumes.
@@ -306,13 +320,14 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
         if (count := len(geometry["limits"])) != config["image_channels"]:
             raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
         return geometry
-    spacing, size = config["spacing"], config["diffusion_train"]["patch_size"]
+    stated = config["diffusion_train"]["patch_size"]
+    spacing, size = config["spacing"] or spacing, stated or size
     if not spacing or not size:
         raise UserError(
             "Weights from elsewhere: set `spacing` and `diffusion_train.patch_size` in the config to those "
-            "of the volumes to make."
+            "of the volumes to make, or give --spacing and --size."
         )
-    check_size(size, network_divisor(config), "diffusion_train.patch_size")
+    check_size(size, network_divisor(config), "diffusion_train.patch_size" if stated else "--size")
     window = Intensity.from_config(config).window
     limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
     return {"spacing": spacing, "size": size, "limits": limits}

@@ -10,7 +10,7 @@ volume covers, its spacing and its body regions (`ldm.diffusion.coverage`), is n
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,7 +168,7 @@ class Conditions:
                 "checkpoint as train_diffusion.py wrote it."
             )
 
-    def check_asked(self, asked: dict) -> None:
+    def check_asked(self, asked: Collection[str]) -> None:
         """Raise UserError where the model cannot draw volumes of another `size` or `spacing` than its own,
         if they are in `asked`."""
         if "spacing" in asked and self.spacing is None:

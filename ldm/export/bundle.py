@@ -29,6 +29,7 @@ from ldm.generation import Networks, nifti_bytes, nifti_gz
 from ldm.models.definitions import OWN
 from ldm.models.denoiser import Autoguided, predict
 from ldm.models.embedding import encoded_size
+from ldm.models.maisi import plain_arguments
 from ldm.system.files import write_json, written_whole
 
 SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
@@ -300,9 +301,11 @@ def inference_config(networks: Networks, config: dict) -> dict:
 
 
 def _fused(definition: dict) -> dict:
-    """A network's definition with MONAI's fused attention, as `ldm.models.layers.fuse_attention` has it."""
+    """A network's definition with MONAI's fused attention, as `ldm.models.layers.fuse_attention` has it; of
+    MAISI's classes as `ldm.models.maisi` has it."""
     module, _, name = definition["_target_"].rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    cls = getattr(importlib.import_module(module), name)
+    definition, parameters = plain_arguments(cls, definition, "definition"), inspect.signature(cls).parameters
     if not module.startswith("monai.networks.") or "use_flash_attention" not in parameters:
         return definition
     return {**definition, "use_flash_attention": not definition.get("dropout_cattn")}

@@ -26,6 +26,8 @@ REPRODUCED = "_reproduced"  # what --reproduce appends to a sample's name
 TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+THREE_SIZES = {"type": "array", "items": SIZE, "minItems": 3, "maxItems": 3}
+THREE_MM = {**THREE_SIZES, "items": POSITIVE}
 INTERVAL = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 SCHEMA = fields(
     seed=SEED,
@@ -44,13 +46,15 @@ SCHEMA = fields(
     config={"type": "object"},  # resolved
     versions={"type": "object"},
     volume=fields(
-        sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
+        sha256=HASH,
+        shape=THREE_SIZES,
+        spacing=THREE_MM,
     ),
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
-    "size": {"type": "array", "items": SIZE, "minItems": 3, "maxItems": 3},  # where it is not the model's own
-    "spacing": {"type": "array", "items": POSITIVE, "minItems": 3, "maxItems": 3},
+    "size": THREE_SIZES,  # where they are not the model's own
+    "spacing": THREE_MM,
     "mask": fields(path=TEXT, sha256=HASH),
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},

@@ -296,6 +296,7 @@ def load_checkpoint(path: Path, role: str | None = None) -> dict:
 
 STATE_DICTS = ("state_dict", "model", "model_state_dict")  # as MONAI, Lightning and others name it
 ROLE_NAMES = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
+ROLE_NAMES["controlnet"] = ("controlnet",)
 
 
 def _weights_from_elsewhere(path: Path, content: object, role: str | None) -> dict:
