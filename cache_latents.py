@@ -22,6 +22,7 @@ import utils
 from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
+from ldm.data.extent import trained_geometry
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
 from ldm.data.structures import structures_of
 from ldm.system.checkpoints import weights_hash
@@ -80,9 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "versions": train.versions,
             "latent_shape": shape[2:],
             "geometry": {
-                "spacing": config["spacing"],
-                "size": list(train.size),
-                "limits": typical_limits(train.preprocessing, train.cases),
+                **trained_geometry(
+                    train.cases,
+                    train.size,
+                    config["spacing"],
+                    typical_limits(train.preprocessing, train.cases),
+                ),
                 **structures_of(train.preprocessing, train.cases),
             },
             "training": training,

@@ -6,6 +6,7 @@
     python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --mask masks/ --seed 100
+    python inference.py -c CONFIG -e ENV --num 4 --size 96,112,96 --spacing 2,2,2
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -31,6 +32,9 @@ train_controlnet.py; it is brought to the grid of the volumes and written beside
 Samples with a label are checked: the median intensity of each structure should be within four standard
 deviations of that of scans, and, with `--segmenter` of evaluate.py --segmentation, the label should be found
 in the image. One that fails is drawn again, `--tries` times in all, then written to `output_dir`/failed.
+`--size` asks for volumes of other voxels than were trained on; the networks need multiples of their factors.
+`--spacing` asks for voxels of other mm, of a model with `conditions.spacing`. What lies beyond the field of
+view or the spacings of training is warned of, and drawn.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -64,9 +68,10 @@ import torch
 import utils
 from ldm import UserError, configs, counted, few, figures, generation
 from ldm.data.datasets import stream
+from ldm.data.extent import beyond_training, three_numbers
 from ldm.data.intensity import to_unit_range
 from ldm.data.reading import IMAGE_SUFFIXES
-from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
+from ldm.diffusion.conditioning import REGION_NAME, Conditions, guided, texts_of, with_any_guide
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.evaluation.segmentation import load_segmenter
 from ldm.export import records
@@ -74,7 +79,7 @@ from ldm.generation import Networks, controlled
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.control import MASK
-from ldm.models.definitions import latent_size
+from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.denoiser import example_cond
 from ldm.quality import Check, draw_until_fit, seed_again
 from ldm.system import ranks, versions
@@ -157,6 +162,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="that also checks labels, of evaluate.py --segmentation",
     )
+    add("--size", metavar="X,Y,Z", help="voxels of the volumes; default: as trained")
+    add("--spacing", metavar="X,Y,Z", help="their spacing in mm; default: as trained")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -200,6 +207,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--segmenter: checks samples. Leave out --tries 0.")
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
+    args.size = three_numbers(args.size, "--size", True) if args.size is not None else None
+    args.spacing = three_numbers(args.spacing, "--spacing", False) if args.spacing is not None else None
     args.masks = masks_below(args.mask) if args.mask else []
     args.num = args.num or max(1, len(args.masks))
     utils.check_scale_factor(args.scale_factor)
@@ -336,7 +345,10 @@ def peak_within(
 
 
 def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
-    """Voxels of the volumes: by the config, else by the checkpoint, else by the data's headers."""
+    """Voxels of the volumes: as asked, else by the config, the checkpoint, or the data's headers."""
+    if args.size:
+        check_size(args.size, network_divisor(config), "--size")
+        return args.size
     if not config["diffusion_train"]["patch_size"]:
         path = args.unet or utils.load_environment(args.environment_file)["model_dir"] / "diffusion_unet.pt"
         if path.is_file():
@@ -375,8 +387,17 @@ def reproduce(args: argparse.Namespace) -> None:
     ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
+    asked = {"size": record["volume"]["shape"], "spacing": record["volume"]["spacing"]}
     networks = generation.load_networks(
-        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run, control_path=control
+        *checkpoints,
+        config,
+        args.reproduce,
+        scale_factor,
+        compiled,
+        limit,
+        run,
+        control_path=control,
+        **asked,
     )
 
     # Step 2: the same batch
@@ -511,7 +532,7 @@ def requested(
         (one, conditions.parse([f"{name}={value}"])) for one, value in zip(suffixes, values, strict=True)
     ]
     columns = columns or [("", {})]
-    if conditions.covariates and not conditions.covariates.unknown and args.guidance not in (None, 1):
+    if conditions and not conditions.can_drop and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
     samples = []
     for seed, row in enumerate(rows, args.seed):
@@ -523,9 +544,11 @@ def requested(
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
         run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
+    left = [*conditions.covariates.columns] if conditions.covariates else []
+    left += [REGION_NAME] if conditions.regions is not None else []
+    if left := [one for one in left if one not in asked]:
+        run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
     if conditions.covariates:
-        if left := [one for one in conditions.covariates.columns if one not in asked]:
-            run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
         for warning in sorted(
             {text for one in samples for text in conditions.covariates.outside(one.condition)}
         ):
@@ -594,8 +617,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         args.set,
         control,
+        args.size,
+        args.spacing,
     )
     geometry = networks.geometry
+    for what in beyond_training(geometry) if networks.asked else []:
+        run.print(f"warning: {what}. Such samples may be wrong")
 
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
@@ -623,6 +650,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
         **({"clear_background": True} if args.clear_background else {}),
+        **networks.asked,
     }
     check = checking(args, networks, run)
     if check:

@@ -18,7 +18,7 @@ from ldm.models.definitions import (
     instantiate,
     resolve_references,
 )
-from ldm.models.embedding import COVARIATES, encoded_size
+from ldm.models.embedding import COVARIATES, embedded_size
 from ldm.system.schemas import StrictValidator, explained
 
 LABELS = "label_values"
@@ -34,6 +34,7 @@ RESULT_FREE = {
     "use_checkpointing",
     "use_flash_attention",
     "num_splits",
+    "norm_float16",
     "save_mem",
     "print_info",
 }
@@ -140,7 +141,7 @@ def _sizes_as_covariates(config: dict, path: str | Path) -> None:
 
 
 def _embed_covariates(config: dict, path: str | Path) -> None:
-    """Give the diffusion network an embedding of the covariates, where the config leads them there.
+    """Give the diffusion network an embedding of covariates and spacing, where the config leads them there.
 
     Raises:
         UserError: it has one of another size, or one of classes.
@@ -156,15 +157,15 @@ def _embed_covariates(config: dict, path: str | Path) -> None:
             raise UserError(
                 f"{path}: conditions.covariates.{name}: 'unknown' is no category. Leave such cells empty."
             )
-    if not covariates or definition is None or "embedding" not in section.get("into", ["embedding"]):
+    if definition is None or not (size := embedded_size(section, definition)):
         return
-    size = encoded_size(covariates, section.get("unknown", True))
     if (found := definition.setdefault(COVARIATES, size)) != size:
         raise UserError(f"{path}: diffusion_def.{COVARIATES}: expected {size}, found {brief(found)}.")
     if definition.get("num_class_embeds") is not None:
         raise UserError(
-            f"{path}: diffusion_def.num_class_embeds: covariates take its place. Remove it, or set "
-            "conditions.into to channels or cross_attention."
+            f"{path}: diffusion_def.num_class_embeds: {'covariates take' if covariates else 'spacing takes'} "
+            "its place. Remove it, or set conditions."
+            + ("into to channels or cross_attention." if covariates else "spacing to false.")
         )
 
 

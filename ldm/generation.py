@@ -1,12 +1,11 @@
 """From trained networks to volumes: load, sample, map to scanner units, encode as a NIfTI file."""
 
 import contextlib
-import dataclasses
 import functools
 import gzip
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +14,7 @@ import torch
 
 from ldm import UserError, configs, few
 from ldm.data.cases import Case
+from ldm.data.extent import asked_geometry
 from ldm.data.intensity import Intensity, from_unit_range
 from ldm.data.labels import label_of, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
@@ -55,7 +55,8 @@ class Networks:
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
     reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
     `masks` what a ControlNet takes, `structures` the usual medians of labels (`ldm.data.structures`), where
-    training measured them. Volumes are written as `whole_numbers`, or as float32.
+    training measured them. Volumes are written as `whole_numbers`, or as float32. `asked` holds size and
+    spacing where they are not those of the model.
     """
 
     autoencoder: Autoencoder
@@ -68,8 +69,9 @@ class Networks:
     conditions: Conditions = UNCONDITIONED
     labels: tuple[int, ...] = ()
     masks: "Masks | None" = None
-    structures: dict = dataclasses.field(default_factory=dict)
+    structures: dict = field(default_factory=dict)
     whole_numbers: bool = False
+    asked: dict = field(default_factory=dict)
 
     @property
     def label_maps(self) -> bool:
@@ -123,7 +125,13 @@ def with_control(
         UserError: the file is no ControlNet of this diffusion network.
     """
     require_checkpoint(path, "controlnet")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, "controlnet")
+    if "config" not in checkpoint:  # from elsewhere
+        checkpoint |= {"config": config, "unet": unet_hash, "label_values": config["label_values"]}
+        if not config["label_values"]:
+            raise UserError(
+                f"{path}: weights from elsewhere. Name the labels that they know by label_values."
+            )
     if not {"label_values", "unet"} <= checkpoint.keys():
         raise UserError(f"{path}: is no checkpoint of train_controlnet.py.")
     trained = configs.completed(checkpoint["config"])
@@ -184,6 +192,8 @@ def load_networks(
     run: Run,
     overrides: Sequence[str] | None = None,
     control_path: Path | None = None,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> Networks:
     """The networks of a config with the weights of two checkpoints, on the device.
 
@@ -194,9 +204,11 @@ def load_networks(
         overrides: what `--set` changed in the config; None: the config is that of a record, where only the
             networks count.
         control_path: of a ControlNet, if images should follow masks.
+        size, spacing: of the volumes to draw, in voxels and mm; None: those of the model.
 
     Raises:
-        UserError: the files, the config and `max_memory` do not fit each other.
+        UserError: the files, the config and `max_memory` do not fit each other, or the model cannot draw such
+            volumes.
     """
     require_checkpoint(autoencoder_path, "autoencoder")
     require_checkpoint(unet_path, "unet")
@@ -223,15 +235,22 @@ def load_networks(
         raise UserError(
             f"{unet_path}: has no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
-    geometry = geometry_of(second, config, unet_path)
+    geometry = geometry_of(second, config, unet_path, size, spacing)
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
     if (trained := [*second.get("latent_shape", shape)]) != shape:
         raise UserError(
             f"{unet_path}: its latent_shape is {trained}; by its networks and size it is {shape}."
         )
-    conditions = Conditions.from_checkpoint(second, config)
+    conditions = Conditions.from_checkpoint({**second, "geometry": geometry}, config)
     conditions.check_size(shape, unet_path)
-    conditions = conditions.of_latents(shape, conditions.mean_latent)
+    given = {key: list(one) for key, one in (("size", size), ("spacing", spacing)) if one}
+    conditions.check_asked({key for key, one in given.items() if one != list(geometry[key])})
+    geometry = asked_geometry(geometry, size, spacing, network_divisor(config))
+    own = {"size": config["diffusion_train"]["patch_size"], "spacing": config["spacing"]}
+    own = second.get("geometry", own)
+    asked = {key: one for key, one in given.items() if one != list(own[key] or [])}
+    shape = [shape[0], *latent_size(config, geometry["size"])]
+    conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(asked.get("spacing"))
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
     if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
         raise UserError(
@@ -241,7 +260,7 @@ def load_networks(
     if unknown := needed.keys() - given.keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
-            "Use a checkpoint of train_diffusion.py."
+            "Use a checkpoint of train_diffusion.py, or give it by `conditions` in the config."
         )
     noise = config["NoiseScheduler"]
     if "config" in second:  # trained here
@@ -278,6 +297,7 @@ def load_networks(
         masks,
         usual,
         whole,
+        asked,
     )
 
 
@@ -326,9 +346,15 @@ def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:
     return replayed
 
 
-def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
+def geometry_of(
+    checkpoint: dict,
+    config: dict,
+    path: Path,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+) -> dict:
     """Spacing, size and intensity limits of generated volumes: as trained; for bare weights as the config
-    says.
+    says, else as asked.
 
     Raises:
         UserError: the config does not say it, or the networks cannot make such volumes.
@@ -339,13 +365,14 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
         if (count := len(geometry["limits"])) != (expected := len(configs.channels_of(config))):
             raise UserError(f"{path}: has limits of {count} channel(s), not {expected}.")
         return geometry
-    spacing, size = config["spacing"], config["diffusion_train"]["patch_size"]
+    stated = config["diffusion_train"]["patch_size"]
+    spacing, size = config["spacing"] or spacing, stated or size
     if not spacing or not size:
         raise UserError(
             "Weights from elsewhere: set `spacing` and `diffusion_train.patch_size` in the config to those "
-            "of the volumes to make."
+            "of the volumes to make, or give --spacing and --size."
         )
-    check_size(size, network_divisor(config), "diffusion_train.patch_size")
+    check_size(size, network_divisor(config), "diffusion_train.patch_size" if stated else "--size")
     window = Intensity.from_config(config).window
     limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * len(configs.channels_of(config))
     return {"spacing": spacing, "size": size, "limits": limits}
@@ -381,7 +408,7 @@ def draw(
     with (
         out_of_memory_explained(
             f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
-            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
+            ", or ".join([*smaller, "a smaller --size, best of networks that were trained on it"]),
         ),
         run.autocast(),
     ):

@@ -4,6 +4,7 @@ reading        headers and voxels of NIfTI and MGH files
 intensity      intensities to [0, 1] and back
 preprocessing  orientation, spacing, intensity: from a file to a volume
 cases          what a case is; spacing and size of cases by their headers
+extent         size, spacing and field of view: trained on, and asked for
 names          what file names mean: masks, contrasts, patients
 folders        the cases of a plain or BIDS-like folder
 layouts        the cases of any data set: `find_cases`

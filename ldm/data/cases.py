@@ -20,8 +20,9 @@ class Case:
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
-    keys of its entry in a list, whose `fold` is kept apart. A label map without an image is both: `images`
-    holds the file of `label`.
+    keys of its entry in a list, whose `fold` is kept apart. `spacing` in mm and `size` in voxels are those
+    that its volume is brought to, where cases differ (`ldm.data.prepare.with_own_extent`). A label map
+    without an image is both: `images` holds the file of `label`.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Case:
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
     fold: int | None = field(default=None, compare=False)
+    spacing: tuple[float, ...] | None = field(default=None, compare=False)
+    size: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def is_label_map(self) -> bool:

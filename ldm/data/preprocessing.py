@@ -7,7 +7,6 @@ The whole volume is mapped before any crop, so that a crop has the intensities o
 validation and inference all use `Preprocessing`.
 """
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
 from ldm.data.reading import RAS, by_times, channel_count, label_fault, label_type, read_image, voxels_of
 from ldm.models.definitions import MAX_VOXELS
-from ldm.system.messages import print_and_log
+from ldm.system.messages import tell_once
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its corrections of headers; see `header_notes`
 
@@ -116,7 +115,7 @@ class Preprocessing:
             if fault := intensity.constant_reason(volume[i], limits[i]):
                 raise UserError(f"{where}: {fault}.")
             if what := intensity.low_contrast_reason(volume[i], limits[i]):
-                _tell_once(f"warning: {where}: {what}.")
+                tell_once(f"warning: {where}: {what}.")
         return to_unit_range(volume, limits, self.intensity.clip)
 
     def limits(self, images: Sequence[Path]) -> np.ndarray:
@@ -167,19 +166,11 @@ class Preprocessing:
         if fault := label_fault(voxels):
             raise UserError(f"{path}: {fault}.")
         if others := sorted({*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
-            _tell_once(
-                f"note: labels have values that label_values lacks, and are background there: {others}"
-            )
+            tell_once(f"note: labels have values that label_values lacks, and are background there: {others}")
         voxels = voxels_of(path, image, 0)
         for value in self.labels:
             indicator = (voxels == value).astype(np.float32)
             yield _onto_grid(path, indicator, image.affine, self.spacing, False)
-
-
-@functools.cache
-def _tell_once(text: str) -> None:
-    """Print once, not in every epoch where volumes are not cached."""
-    print_and_log(text)
 
 
 def _resample(

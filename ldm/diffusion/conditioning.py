@@ -4,7 +4,8 @@
 nothing is conditioned. It holds classes or covariates, taken from columns of `participants.tsv`, and further
 `channels`: the mean latent of the training set, which of data in a common frame tells the network what lies
 where; the position along some axes, which a 2D network needs to know which slice it draws; and what the
-augmentation did to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2).
+augmentation did to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2). What a
+volume covers, its spacing and its body regions (`ldm.diffusion.coverage`), is never dropped.
 """
 
 import math
@@ -20,18 +21,20 @@ from ldm import UserError, brief, configs, few
 from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
 from ldm.diffusion.covariates import Covariates
+from ldm.diffusion.coverage import REGION, SPACING, check_region, region_of, region_tensors, spacing_tensor
 from ldm.models.denoiser import Autoguided, example_cond, predict
-from ldm.models.embedding import encoded_size
+from ldm.models.embedding import encoded_size, has_spacing_input
 from ldm.models.weights import load_weights
 
 MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
+REGION_NAME = "region"  # in `--condition`
 
 
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of a diffusion model: class labels from a column of `participants.tsv`, covariates from
-    several, the mean latent, the position, all, some or nothing. It is true where there are classes or
-    covariates.
+    several, regions, the spacing, the mean latent, the position, all, some or nothing. It is true where there
+    are classes, covariates or regions.
 
     The class of a case is the index of its value. The class after the last means "unknown": a case without a
     value, a condition that training drops, and a sample of no particular class.
@@ -45,9 +48,14 @@ class Conditions:
             that encode them.
         position: axes along which the network is told the position, see `position_channels`.
         shape: of the latents, (c, d, h, w), where there are channels.
+        frame: sides of the latents (d, h, w) that were trained on, along which positions go from -1 to 1;
+            none: those of `shape`.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
         covariates: numbers and categories; None where there are none.
         slicewise: whether the network is a 2D one.
+        spacing: in mm, of volumes that do not say theirs; None: the network is not told.
+        spacing_input: whether it has an input for that, else it is told in its embedding.
+        regions: of the training volumes, `chest:abdomen`; None: the network is not told.
     """
 
     column: str | None = None
@@ -59,9 +67,18 @@ class Conditions:
     told: int = 0
     covariates: Covariates | None = None
     slicewise: bool = False
+    frame: Sequence[int] = ()
+    spacing: Sequence[float] | None = None
+    spacing_input: bool = False
+    regions: Sequence[str] | None = None
 
     def __bool__(self) -> bool:
-        return self.column is not None or self.covariates is not None
+        return self.column is not None or self.covariates is not None or self.regions is not None
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether something that the network is told may be unknown, as guidance needs."""
+        return self.covariates.unknown if self.covariates else self.column is not None
 
     @classmethod
     def of_training(
@@ -82,6 +99,13 @@ class Conditions:
         section, told = config["conditions"], told_parameters(config)
         slicewise, axes = config["spatial_dims"] == 2, tuple(section["position"])
         conditions = cls(position=axes, told=told, dropout=section["dropout"], slicewise=slicewise)
+        if section["spacing"]:
+            has_input = has_spacing_input(config["diffusion_def"])
+            conditions = replace(conditions, spacing=config["spacing"], spacing_input=has_input)
+        if section["region"]:
+            found = {case.name: region_of(case) for case in cases}
+            regions = sorted(found[case.name] for case in train or cases)
+            conditions = replace(conditions, regions=regions)
         if section["covariates"]:
             covariates = _covariates_of(section, train or cases)
             conditions = replace(conditions, covariates=covariates)
@@ -112,9 +136,13 @@ class Conditions:
             mean_latent=checkpoint.get("mean_latent"),
             position=tuple(section["position"]),
             shape=tuple(checkpoint.get("latent_shape", ())),
+            frame=tuple(checkpoint.get("latent_shape", ())[1:]),
             told=told_parameters(config),
             covariates=covariates,
             slicewise=config["spatial_dims"] == 2,
+            spacing=checkpoint.get("geometry", config)["spacing"] if section["spacing"] else None,
+            spacing_input=section["spacing"] and has_spacing_input(config["diffusion_def"]),
+            regions=saved.get("regions", []) if section["region"] else None,
         )
         if labels is None:
             return conditions
@@ -126,6 +154,10 @@ class Conditions:
         """These conditions for latents (c, d, h, w), with their mean, scaled as z_0 is, or None."""
         return replace(self, shape=tuple(shape), mean_latent=mean)
 
+    def of_spacing(self, spacing: Sequence[float] | None) -> "Conditions":
+        """These conditions for volumes of another spacing in mm; None: of the same."""
+        return self if None in (spacing, self.spacing) else replace(self, spacing=spacing)
+
     def check_size(self, shape: Sequence[int], where: str | Path) -> None:
         """Raise UserError unless the mean latent, where there is one, has the shape of the latents."""
         follows = self.covariates is not None and "mean_latent" in self.covariates.into
@@ -134,6 +166,21 @@ class Conditions:
             raise UserError(
                 f"{where}: its mean latent is {found}, its latents are {[*shape]}. Use the "
                 "checkpoint as train_diffusion.py wrote it."
+            )
+
+    def check_asked(self, asked: Collection[str]) -> None:
+        """Raise UserError where the model cannot draw volumes of another `size` or `spacing` than its own,
+        if they are in `asked`."""
+        if "spacing" in asked and self.spacing is None:
+            raise UserError(
+                "--spacing: this model was not told spacings, and draws volumes of its own alone. Leave it "
+                "out, or train with conditions.spacing."
+            )
+        if "size" in asked and self.mean_latent is not None:
+            trained = " x ".join(map(str, self.mean_latent.shape[-3:]))
+            raise UserError(
+                f"--size: this model is told the mean latent of its training set ({trained}), and draws no "
+                "other size. Leave it out, or train without conditions.mean_latent."
             )
 
     def deviations(self, cases: Sequence[Case]) -> torch.Tensor:
@@ -167,6 +214,9 @@ class Conditions:
                 text = f"{name} " + ", ".join(f"{one} ({found.count(one)})" for one in known)
             missing = found.count(None)
             parts += [text + f", unknown of {missing}" * bool(missing)]
+        if self.regions is not None:
+            counts = Counter(region_of(case) for case in cases)
+            parts += ["region " + ", ".join(f"{region} ({counts[region]})" for region in sorted(counts))]
         return f"conditions: {'; '.join(parts)}"
 
     def describe(self) -> str:
@@ -181,6 +231,8 @@ class Conditions:
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
         parts += ["the position along axes " + ", ".join(map(str, self.position))] if self.position else []
         parts += ["the parameters of the augmentation, none in samples"] if self.told else []
+        parts += ["the spacing"] if self.spacing is not None else []
+        parts += ["the body regions at top and bottom"] if self.regions is not None else []
         return "; and ".join(parts) or "none"
 
     def examples(self, most: int) -> dict[str, dict]:
@@ -210,6 +262,8 @@ class Conditions:
         if self.covariates:
             columns = {name: list(known) for name, known in self.covariates.columns.items()}
             entries["covariates"] = {"columns": columns, "rows": [list(row) for row in self.covariates.rows]}
+        if self.regions is not None:
+            entries["regions"] = list(self.regions)
         mean = {} if self.mean_latent is None else {"mean_latent": self.mean_latent}
         return {**({"conditions": entries} if entries else {}), **mean}
 
@@ -227,14 +281,16 @@ class Conditions:
                     f"trained with ({few(self.values)}). Restore participants.tsv, or start another training."
                 )
             chosen[self.column] = value
-        return {key: value[0] for key, value in self.cond([chosen]).items()}
+        if self.regions is not None:
+            chosen[REGION_NAME] = region_of(case)
+        return {key: value[0] for key, value in self.of_spacing(case.spacing).cond([chosen]).items()}
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
         without inputs for what is unknown."""
-        can_drop = self.covariates.unknown if self.covariates else self.column is not None
-        if can_drop and torch.rand((), generator=generator) < self.dropout:
-            return {key: value[0] for key, value in self.unknown(1).items()}
+        if self.can_drop and torch.rand((), generator=generator) < self.dropout:
+            kept = {} if self.regions is None else {REGION_NAME: region_of(case)}
+            return {key: value[0] for key, value in self.of_spacing(case.spacing).cond([kept]).items()}
         return self.of(case)
 
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
@@ -246,7 +302,7 @@ class Conditions:
         parts = [] if self.mean_latent is None or self.mean_latent.dim() > 4 else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
-            along = position_channels(sides[axis], self.slicewise)
+            along = position_channels(sides[axis], self.slicewise, (self.frame or sides)[axis])
             shape = [-1 if i == axis else 1 for i in range(3)]
             parts.append(along.reshape(len(along), *shape).expand(-1, *sides))
         return parts + ([torch.zeros(self.told, *self.shape[1:])] if self.told else [])
@@ -267,6 +323,7 @@ class Conditions:
         """
         chosen, names = {}, [self.column] * (self.column is not None)
         names += self.covariates.columns if self.covariates else []
+        names += [REGION_NAME] * (self.regions is not None)
         for text in texts:
             column, equals, value = text.partition("=")
             if not self:
@@ -274,7 +331,9 @@ class Conditions:
             if not equals or column not in names or column in chosen:
                 expected = " or ".join(f"{name}=VALUE" for name in names)
                 raise UserError(f"--condition {text}: expected one {expected}.")
-            if column != self.column:
+            if column == REGION_NAME and self.regions is not None:
+                chosen[column] = check_region(value)
+            elif column != self.column:
                 chosen[column] = self.covariates.parse(column, value)
             elif value not in self.values:
                 raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
@@ -307,7 +366,17 @@ class Conditions:
         """The condition of one sample: of `chosen`, as `parse` gives it, with a value of each covariate, see
         `Covariates.complete`."""
         label = {self.column: chosen[self.column]} if self.column in chosen else {}
-        return {**label, **(self.covariates.complete(chosen, generator) if self.covariates else {})}
+        values = self.covariates.complete(chosen, generator) if self.covariates else {}
+        if self.regions is None:
+            return {**label, **values}
+        if not (REGION_NAME in chosen or self.regions):
+            raise UserError(
+                f"{REGION_NAME}: the weights do not say what they were trained on. Give it by --condition "
+                f"{REGION_NAME}=chest:abdomen."
+            )
+        place = int(torch.randint(max(1, len(self.regions)), (), generator=generator))
+        region = chosen[REGION_NAME] if REGION_NAME in chosen else self.regions[place]
+        return {**label, **values, REGION_NAME: region}
 
     def cond(self, chosen: Sequence[dict]) -> dict[str, torch.Tensor]:
         """`cond` of a batch: a condition for each sample, as `parse` gives it; what it lacks is unknown."""
@@ -317,25 +386,31 @@ class Conditions:
             given.append(torch.tensor([known.index(one.get(self.column)) for one in chosen]))
         if self.covariates:
             given.append(torch.stack([self.covariates.encode(one) for one in chosen]))
-        return self.cond_of(len(chosen), *given)
+        cond = self.cond_of(len(chosen), *given)
+        if self.regions is not None:
+            usual = next(iter(self.regions), "chest:abdomen")
+            cond |= region_tensors([one.get(REGION_NAME, usual) for one in chosen])
+        return cond
 
     @property
     def inputs(self) -> dict[str, torch.Size]:
         """The shape of each entry of `cond`, for one sample."""
         given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None)
         given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
-        return {key: value.shape for key, value in self.cond_of(1, *given).items()}
+        regions = {} if self.regions is None else dict.fromkeys(REGION, torch.zeros(1, 4))
+        return {key: value.shape for key, value in {**self.cond_of(1, *given), **regions}.items()}
 
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
         """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),
-        where there are some."""
+        where there are some; without regions."""
         cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
         if self.column is not None:
             cond["class_labels"] = given[0]
+        embedded = []
         if self.covariates:
             vectors = given[-1]
             if "embedding" in self.covariates.into:
-                cond["class_labels"] = vectors
+                embedded.append(vectors)
             if "cross_attention" in self.covariates.into:
                 cond["context"] = vectors[:, None]
             if self.mean_latent is not None and self.mean_latent.dim() > 4:
@@ -344,6 +419,12 @@ class Conditions:
                 channels.insert(0, mean + torch.tensordot(deviations, slopes.to(deviations.device), 1))
             if "channels" in self.covariates.into:
                 channels.append(vectors[..., None, None, None].expand(batch, -1, *self.shape[1:]))
+        if self.spacing is not None and self.spacing_input:
+            cond[SPACING] = spacing_tensor(self.spacing, batch)
+        elif self.spacing is not None:
+            embedded.append(torch.tensor([*self.spacing]).expand(batch, -1))
+        if embedded:
+            cond["class_labels"] = torch.cat(embedded, 1)
         return {**cond, "channels": torch.cat(channels, 1)} if channels else cond
 
     def guided_model(
@@ -358,18 +439,22 @@ class Conditions:
         cond = {key: value.to(device) for key, value in self.cond(chosen).items()}
         if guidance == 1:
             return guided(unet, cond, cond)
-        unknown = {key: value.to(device) for key, value in self.unknown(len(chosen)).items()}
+        kept = [{key: one[key] for key in one if key == REGION_NAME} for one in chosen]
+        unknown = {key: value.to(device) for key, value in self.cond(kept).items()}
         return guided(unet, cond, unknown, guidance, interval)
 
 
 UNCONDITIONED = Conditions()
 
 
-def position_channels(count: int, slicewise: bool) -> torch.Tensor:
+def position_channels(count: int, slicewise: bool, frame: int | None = None) -> torch.Tensor:
     """What tells a network the position along an axis of so many voxels: -1 to 1, (1, count). For a 2D
     network sines and cosines of it, (4, count): a slice has one position, and of a single number that is the
-    same in a whole slice, group normalisation leaves little but the sign."""
+    same in a whole slice, group normalisation leaves little but the sign. Where `frame` voxels were trained
+    on, these go from -1 to 1, and others about the same centre keep their distances."""
     along = torch.linspace(-1, 1, count)
+    if frame not in (None, count):
+        along = along * (count - 1) / max(frame - 1, 1)
     if not slicewise:
         return along[None]
     angles = [turns * math.pi / 2 * along for turns in (1, 4)]
@@ -488,6 +573,7 @@ def check_sources(config: dict) -> None:
         )
     size = encoded_size(covariates, config["conditions"]["unknown"])
     into = config["conditions"]["into"] if covariates else []
+    _check_coverage(config["conditions"], definition, needed)
     if "embedding" in into:
         needed.pop(labels, None)
         if column is not None:
@@ -528,6 +614,8 @@ def check_sources(config: dict) -> None:
         )
     if missing := [key for key in needed if key != labels or column is None]:
         hints = {
+            SPACING: "set conditions.spacing true",
+            **dict.fromkeys(REGION, "set conditions.region true"),
             labels: "name a column by conditions.class_labels",
             "context": "name covariates by conditions.covariates",
             "channels": "set conditions.mean_latent, conditions.position, conditions.augmentation or "
@@ -537,6 +625,30 @@ def check_sources(config: dict) -> None:
         raise UserError(
             f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."
         )
+
+
+def _check_coverage(section: dict, definition: dict, needed: dict) -> None:
+    """See that a network takes spacing and region where `conditions` gives them, and remove their inputs from
+    those that it needs. Raises UserError: it does not take them."""
+    if section["region"]:
+        if lacking := [key for key in REGION if key not in needed]:
+            raise UserError(
+                f"conditions.region: the network takes no {lacking[0]}. Use MAISI's DiffusionModelUNetMaisi "
+                "with include_top_region_index_input and include_bottom_region_index_input."
+            )
+        if REGION_NAME in section["covariates"] or section["class_labels"] == REGION_NAME:
+            raise UserError("conditions.region: a column has the same name. Rename the column.")
+        for key in REGION:
+            del needed[key]
+    if section["spacing"]:
+        needed.pop(SPACING, None)
+        if not has_spacing_input(definition):
+            needed.pop("class_labels", None)
+            if section["class_labels"] is not None:
+                raise UserError(
+                    "conditions.spacing: takes the place of classes in this network. Name the column of "
+                    "conditions.class_labels among conditions.covariates."
+                )
 
 
 def texts_of(condition: dict) -> dict[str, str]:

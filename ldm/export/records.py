@@ -26,6 +26,8 @@ REPRODUCED = "_reproduced"  # what --reproduce appends to a sample's name
 TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+THREE_SIZES = {"type": "array", "items": SIZE, "minItems": 3, "maxItems": 3}
+THREE_MM = {**THREE_SIZES, "items": POSITIVE}
 INTERVAL = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 SCHEMA = fields(
     seed=SEED,
@@ -44,11 +46,15 @@ SCHEMA = fields(
     config={"type": "object"},  # resolved
     versions={"type": "object"},
     volume=fields(
-        sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
+        sha256=HASH,
+        shape=THREE_SIZES,
+        spacing=THREE_MM,
     ),
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
+    "size": THREE_SIZES,  # where they are not the model's own
+    "spacing": THREE_MM,
     "mask": fields(path=TEXT, sha256=HASH),
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
@@ -112,7 +118,8 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance", "interval", "check", "clear_background")
+    keys = ("seed", *REQUEST, "size", "spacing", "condition", "guidance", "interval", "check")
+    keys += ("clear_background",)
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     for key in (*CHECKPOINTS, CONTROL, "mask"):

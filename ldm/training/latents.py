@@ -11,6 +11,7 @@ from ldm.data import latent_cache
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws, among, augmentation_rng, version_of
+from ldm.data.extent import trained_geometry
 from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
@@ -184,7 +185,7 @@ def encode_data(
     weights = weights_hash(autoencoder.network.state_dict())
     check_same(resumed, weights, path)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
-    geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
+    geometry = trained_geometry(train.cases, train.size, config["spacing"], limits)
     geometry |= run.from_main(lambda: structures_of(train.preprocessing, train.cases))
     val = encode_all(autoencoder, val, run, workers, "encode held-out")
     if train.versions is not None:
