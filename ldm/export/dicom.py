@@ -18,7 +18,7 @@ from scipy.ndimage import find_objects
 from ldm import UserError
 from ldm.data.foreign import TO_RAS
 from ldm.data.label_names import named_values
-from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
+from ldm.data.reading import channel_count, corners_apart, label_fault, label_type, read_image, voxels_of
 from ldm.export import records
 from ldm.system.files import read_json, sha256_of
 
@@ -56,7 +56,7 @@ class Pair:
     Attributes:
         name: of the sample.
         voxels: (C, X, Y, Z) float32, finite.
-        label: (X, Y, Z) uint8, or None.
+        label: (X, Y, Z) whole numbers, or None.
         affine: (4, 4), from voxels to mm in DICOM's axes (LPS).
         hashes: SHA-256 of the files of image and label; "" without a label.
         origin: how the volume was made, by its record.
@@ -112,10 +112,10 @@ def read_pair(path: Path, label: Path | None, name: str) -> Pair:
 
 
 def read_label(path: Path, image_path: Path, image: nib.spatialimages.SpatialImage) -> np.ndarray:
-    """The label of an image, (X, Y, Z) uint8 on the image's own axes.
+    """The label of an image, (X, Y, Z) on the image's own axes.
 
     Raises:
-        UserError: it cannot be read, has several channels or other values than 0 to 255, or another grid.
+        UserError: it cannot be read, has several channels or values that are none, or another grid.
     """
     label = read_image(path)
     if channel_count(label) > 1:
@@ -128,7 +128,7 @@ def read_label(path: Path, image_path: Path, image: nib.spatialimages.SpatialIma
     voxels = np.asanyarray(label.dataobj).reshape(label.shape[:3])
     if fault := label_fault(voxels):
         raise UserError(f"{path}: {fault}.")
-    return voxels.astype(np.uint8)
+    return voxels.astype(label_type([voxels.max()]))
 
 
 def origin_of(path: Path, digest: str, label: Path | None, label_digest: str) -> str:

@@ -133,7 +133,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
         size=_array(SIZE, 3),
-        limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
+        limits={"type": "array", "items": {"type": "interval"}},  # none of label maps alone
     ),
 }
 ENTRIES["structures"] = {"type": "object"}  # of a ControlNet: as of `ldm.data.structures.usual_medians`
