@@ -27,7 +27,9 @@ makes each seed under each value, to be compared in `grid.png`. `--guidance` str
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
-train_controlnet.py; it is brought to the grid of the volumes and written beside each.
+train_controlnet.py; it is brought to the grid of the volumes and written beside each. With `--structure-size`
+the masks of the folder are taken that are closest to these sizes. `--augment-masks` deforms each mask,
+`--move 5:2` moves label 5 within label 2.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -67,6 +69,7 @@ from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_gu
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.export import records
 from ldm.generation import Networks, controlled
+from ldm.given_masks import GivenMask, MaskSource
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.control import MASK
@@ -94,7 +97,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = utils.script_parser(__doc__)
     utils.add_dry_run(parser)
     add = parser.add_argument
-    add("-n", "--num", type=int, default=None, help="how many volumes; default: 1, or one for each mask")
+    many = "how many volumes; default: 1, or one for each mask that is not chosen by --structure-size"
+    add("-n", "--num", type=int, default=None, help=many)
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
     add("--batch-size", type=int, default=1, help="volumes at a time")
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
@@ -136,6 +140,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
+    add("--augment-masks", action="store_true", help="deform each mask at random, by the sample's seed")
+    add("--move", metavar="LABELS:WITHIN", help="move labels of masks within another, such as 5:2 or 5,6:2")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add("--scale-factor", type=float, default=None, help="for weights without one")
     utils.add_max_memory(parser, "decode")
@@ -175,8 +181,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
+    if (args.augment_masks or args.move) and not args.mask:
+        raise UserError("--augment-masks, --move: change a mask. Give one by --mask.")
     args.masks = masks_below(args.mask) if args.mask else []
-    args.num = args.num or max(1, len(args.masks))
+    args.num = args.num or (1 if args.structure_size else max(1, len(args.masks)))
     utils.check_scale_factor(args.scale_factor)
     return args
 
@@ -440,7 +448,7 @@ class Sample:
     seed: int
     condition: dict  # as of `Conditions.parse`
     path: Path
-    mask: Path | None = None
+    mask: GivenMask | None = None
 
     def record(self) -> dict:
         """The entries of its record that are its own."""
@@ -448,7 +456,9 @@ class Sample:
         if self.condition:
             entries["condition"] = texts_of(self.condition)
         if self.mask:
-            entries["mask"] = {"path": self.mask.as_posix(), "sha256": records.sha256_of(self.mask)}
+            path = self.mask.path
+            about = {"path": path.as_posix(), "sha256": records.sha256_of(path)}
+            entries["mask"] = {**about, **self.mask.changes}
         return entries
 
 
@@ -458,6 +468,7 @@ def requested(
     structures: Collection[str],
     folder: Path,
     end: str,
+    masks: MaskSource | None,
     run: Run,
 ) -> list[Sample]:
     """The volumes of the command line; with `--grid` those of a seed follow each other.
@@ -465,12 +476,13 @@ def requested(
     Args:
         structures: whose sizes the model is conditioned on.
         folder, end: of the files.
+        masks: that they follow; what they hold of the structures is their condition.
 
     Raises:
         UserError: a condition that the model does not know.
     """
     given = conditions.parse(args.condition)
-    sizes = conditions.parse_sizes(args.structure_size, structures)
+    sizes = {} if masks else conditions.parse_sizes(args.structure_size, structures)
     if twice := given.keys() & sizes.keys():
         raise UserError(f"--structure-size: {min(twice)} is given by --condition, too. Leave one out.")
     given |= sizes
@@ -485,13 +497,14 @@ def requested(
     columns = columns or [("", {})]
     if conditions.covariates and not conditions.covariates.unknown and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
-    samples = []
+    samples, known = [], {}
     for seed, row in enumerate(rows, args.seed):
+        mask = masks(seed) if masks else None
+        known = mask.sizes if mask else {}
         for suffix, column in columns:
-            condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
-            mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
+            condition = conditions.for_sample({**known, **given, **row, **column}, stream(seed, "conditions"))
             samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}{end}", mask))
-    asked = {**given, **rows[0], **columns[0][1]}
+    asked = {**known, **given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
         run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
@@ -574,7 +587,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     guidance = 1.0 if args.guidance is None else args.guidance
     end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
     structures = config["conditions"]["structure_sizes"]
-    samples = requested(args, networks.conditions, structures, output_dir, end, run)
+    masks = None
+    if control:
+        changes = args.structure_size, args.augment_masks, args.move
+        masks = MaskSource(args.masks, networks, structures, *changes, run.print)
+    samples = requested(args, networks.conditions, structures, output_dir, end, masks, run)
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -597,11 +614,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
-    read = {}
-    for path in dict.fromkeys(one.mask for one in samples if one.mask):
-        read[path], note = generation.read_mask(path, networks)
-        if note:
-            run.print(f"warning: {note}")
     if len(missing) < len(samples):
         run.print(f"inference: {len(samples) - len(missing)} of {len(samples)} volumes already exist")
 
@@ -614,9 +626,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
-        masks = [read[one.mask] for one in batch] if control else None
+        given = [one.mask.voxels for one in batch] if control else None
         volumes = generation.draw(
-            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval, masks
+            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval, given
         )
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
@@ -628,7 +640,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if one.path not in missing:
                 continue
             voxels = generation.in_typical_units(volume, networks, one.seed)
-            content, label = contents(voxels, volume, networks, read.get(one.mask))
+            content, label = contents(voxels, volume, networks, one.mask and one.mask.voxels)
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),

@@ -217,6 +217,33 @@ def test_a_sample_of_a_mask_is_reproduced(project, tmp_path, capsys):
     assert "no such mask" in capsys.readouterr().err
 
 
+def test_masks_are_chosen_by_size_and_changed_by_the_seed(project, tmp_path, capsys):
+    """The mask with the most of label 5; deformed, with 5 moved within 2, and drawn again from its file."""
+    project.set_environment(output_dir=str(tmp_path))
+    folder = project.data / "labelsTr"
+    argv = ["--steps", "1", "--condition", "age=22", "--mask", str(folder)]
+    said = project.run(inference, "--seed", "60", *argv, "--structure-size", "5=1", "--augment-masks")
+    sizes = {path.name: (nib.load(path).get_fdata() == 5).sum() for path in folder.glob("*.nii.gz")}
+    assert f"mask of seed 60: {max(sizes, key=sizes.get)}, 5 1.00 (asked for 1.00)" in said
+    record = json.loads((tmp_path / "sample_000060.json").read_text())
+    assert record["mask"]["augmented"] is True and not (tmp_path / "sample_000061.nii.gz").exists()
+    label = nib.load(tmp_path / "sample_000060_label.nii.gz").get_fdata()
+    assert {*np.unique(label)} == {0, 2, 5}
+    assert (label != nib.load(record["mask"]["path"]).get_fdata()).any()
+    again = project.refused(inference, "--seed", "60", *argv, "--structure-size", "5=1")
+    assert "another mask" in again
+    inference.main(["--reproduce", str(tmp_path / "sample_000060.json")])
+    assert capsys.readouterr().out.count("byte-identical to the recorded") == 2
+    for more, what in (
+        (["--structure-size", "core=1"], "NAME being the value of a label, such as 3"),
+        (["--move", "5"], "expected LABEL:WITHIN"),
+        (["--move", "5:9"], "has no voxel of 9"),
+    ):
+        assert what in project.refused(inference, "--seed", "61", *argv, *more)
+    assert "Give one by --mask" in project.refused(inference, "--augment-masks")
+    project.set_environment()
+
+
 def test_evaluation_takes_samples_of_masks(project, tmp_path):
     project.run(evaluate, "--segmentation", "2", "--out", str(tmp_path / "page"))
     rows = {one["key"] for one in json.loads((tmp_path / "page/metrics.json").read_text())["figures"]}

@@ -49,7 +49,7 @@ SCHEMA = fields(
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
-    "mask": fields(path=TEXT, sha256=HASH),
+    "mask": fields(path=TEXT, sha256=HASH),  # the file, and what was done to it
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
@@ -59,6 +59,7 @@ SCHEMA["properties"] |= {  # of some records
         "items": {"type": "object", "additionalProperties": TEXT},
     },  # of the batch
 }
+SCHEMA["properties"]["mask"]["properties"] |= {"augmented": {"const": True}, "moved": TEXT}
 # The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
 SCHEMA["properties"]["volume"]["properties"] |= {
     "limits": {"type": "array", "items": INTERVAL},
@@ -109,7 +110,9 @@ def differences(path: Path, request: dict) -> str:
     keys = ("seed", *REQUEST, "condition", "guidance", "interval")
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
-    for key in (*CHECKPOINTS, CONTROL, "mask"):
+    given = [{**one.get("mask", {}), "path": ""} for one in (record, request)]
+    found += ["another mask"] if given[0] != given[1] else []
+    for key in (*CHECKPOINTS, CONTROL):
         if record.get(key, {}).get("sha256") != request.get(key, {}).get("sha256"):
             found.append(f"another {key}")
     if config_hash(configs.completed(record["config"])) != request["config_sha256"]:
