@@ -49,7 +49,7 @@ import argparse
 import contextlib
 import datetime
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ from ldm.evaluation import content, label_maps, reading, segmentation, table
 from ldm.evaluation.anatomy import SmoothedVolumes
 from ldm.evaluation.asked import LabelStructure, Structure, condition_metrics, known_values
 from ldm.evaluation.features import ANATOMY, feature_networks
-from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, Comparison
+from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING
 from ldm.evaluation.reading import Source
 from ldm.evaluation.report import write_report
 from ldm.evaluation.segmentation import Segmenter, load_segmenter, save_segmenter
@@ -346,21 +346,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines += verdicts(metrics, nearest, counts)
 
     # Step 4: metrics.json and report.html
-    charts = content.curves(groups), content.distributions(groups, nearest)
-    write_results(
-        inputs,
-        preprocessing,
-        size,
-        about_networks,
-        groups,
-        metrics,
-        lines,
-        nearest,
-        examples,
-        read,
-        charts,
-        run,
-    )
+    scans = content.nearest_scans(groups, nearest)
+    pictures = {
+        "examples": examples,
+        "pairs": content.closest_pairs(scans, nearest, sources, read),
+        "curves": content.curves(groups),
+        "distributions": content.distributions(groups, nearest),
+    }
+    write_results(inputs, read, about_networks, counts, metrics, lines, scans, pictures, run)
 
 
 def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: Run) -> None:
@@ -388,35 +381,39 @@ def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: R
     # Step 3: metrics and conclusions
     nearest = label_maps.nearest_maps(groups, len(labels), run)
     metrics = label_maps.map_metrics(groups, nearest, names) + condition_metrics(groups, values_of(inputs))
-    lines += label_maps.map_verdicts(metrics, nearest, {group.name: len(group) for group in groups.groups})
+    counts = {group.name: len(group) for group in groups.groups}
+    lines += label_maps.map_verdicts(metrics, nearest, counts)
 
     # Step 4: metrics.json and report.html
-    charts, grid = ([], label_maps.size_charts(groups, nearest)), (preprocessing, size)
-    pictures = label_maps.as_pictures(read)
-    write_results(inputs, grid, {}, groups, metrics, lines, nearest, examples, pictures, charts, run)
+    maps = content.nearest_scans(groups, nearest)
+    pictures = {
+        "examples": examples,
+        "pairs": content.closest_pairs(maps, nearest, sources, label_maps.as_pictures(read)),
+        "curves": [],
+        "distributions": label_maps.size_charts(groups, nearest),
+    }
+    write_results(inputs, read, {}, counts, metrics, lines, maps, pictures, run)
 
 
 def write_results(
     inputs: Inputs,
-    grid: tuple[Preprocessing, Sequence[int]],
+    read: reading.Reader,
     about_networks: dict,
-    groups: Comparison,
+    counts: dict[str, int],
     metrics: list[table.Metric],
     lines: list[dict],
-    nearest: dict | None,
-    examples: dict,
-    read: Callable,
-    charts: tuple[list[dict], list[dict]],
+    nearest: list[dict],
+    pictures: dict,
     run: Run,
 ) -> None:
     """Write metrics.json and report.html, and print the conclusions.
 
     Args:
-        grid: how volumes were read, and their size in voxels.
-        charts: curves and distributions.
+        counts: volumes of each group.
+        nearest: each sample and its nearest training scan.
+        pictures: arguments of `write_report`.
     """
-    sources, notes, (preprocessing, size) = inputs.sources, inputs.notes, grid
-    counts = {group.name: len(group) for group in groups.groups}
+    sources, notes, preprocessing, size = inputs.sources, inputs.notes, read.preprocessing, read.size
     digest = sha256_of(inputs.autoencoder) if inputs.autoencoder else None
     sampling = records.settings_of(inputs.records)
     samplers = "; ".join(
@@ -441,7 +438,6 @@ def write_results(
         "versions": ", ".join(f"{key} {value}" for key, value in versions.versions().items() if value),
         "machine": f"{platform.system()}, {run.device}",
     }
-    scans = content.nearest_scans(groups, nearest)
     results = {
         "format": 1,
         "title": f"{Path(sources[GENERATED].folder).name} vs {Path(sources[HELD_OUT].folder).name}",
@@ -451,7 +447,7 @@ def write_results(
         "figures": [metric.as_json() for metric in metrics],
         "settings": {key: value for key, value in settings.items() if value},
         "notes": notes,
-        "nearest": scans,
+        "nearest": nearest,
         "autoencoder_sha256": digest,
         "unet_sha256": inputs.records[0]["unet"]["sha256"] if inputs.records else None,
         "sampling": sampling,
@@ -460,10 +456,7 @@ def write_results(
         inputs.out / "report.html",
         results,
         spacing=preprocessing.spacing,
-        examples=examples,
-        pairs=content.closest_pairs(scans, nearest, sources, read),
-        curves=charts[0],
-        distributions=charts[1],
+        **pictures,
         log=inputs.log,
     )
     write_json(inputs.out / "metrics.json", results)

@@ -193,7 +193,7 @@ def masks_below(path: Path) -> list[Path]:
     """A mask, or all NIfTI files in a folder. Raises UserError: there are none."""
     if path.is_dir():
         files = sorted(one for one in path.iterdir() if one.name.lower().endswith(IMAGE_SUFFIXES))
-        found = [one for one in files if not one.name.startswith(".")]
+        found = [one for one in files if one.name[0] != "." and records.REPRODUCED not in one.name]
     else:
         found = [path] if path.is_file() else []
     if not found:

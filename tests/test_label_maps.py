@@ -12,6 +12,7 @@ from chain import CONFIG, SHAPE, SPACING, Project
 import cache_latents
 import check_data
 import edit_scan
+import evaluate
 import export_model
 import inference
 import train_autoencoder
@@ -22,6 +23,7 @@ from ldm.data.cases import Case
 from ldm.data.checks import check_headers, check_voxels
 from ldm.data.labels import shown, with_sizes
 from ldm.data.layouts import find_cases
+from ldm.evaluation.label_maps import overlap, parts_of
 from ldm.generation import Masks
 from ldm.given_masks import MaskSearch, MaskSource, deformed, distance, moved_within
 from ldm.losses import AutoencoderLoss, dice_and_cross_entropy
@@ -226,6 +228,40 @@ def test_what_sizes_need(maps, tmp_path):
     images = [Case(name, (tmp_path / name,)) for name in ("a", "b")]
     with pytest.raises(UserError, match="structure_sizes: no case has a label"):
         with_sizes(images, {"a": [5]})
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_parts_and_overlap_by_hand():
+    first = np.zeros((5, 5, 5), np.uint8)
+    first[0, 0, 0] = first[1, 1, 1] = first[4, 4, 4] = 1  # two that touch at a corner, and one apart
+    first[3, 0, :2] = 2
+    second = np.where(first == 2, 2, 0).astype(np.uint8)
+    second[3, 0, 2:4], second[0, 0, 0] = 2, 3
+    assert parts_of(first, 3).tolist() == [2, 1, 0]
+    assert overlap(first, second, 3) == pytest.approx((0 + 2 * 2 / 6 + 0) / 3)
+    assert overlap(first, first, 3) == 1 and overlap(0 * first, 0 * first, 3) == 0
+
+
+def test_label_maps_are_compared_with_real_ones(maps, tmp_path):
+    out = tmp_path / "page"
+    said = maps.run(evaluate, "--out", str(out))
+    found = json.loads((out / "metrics.json").read_text())
+    rows = {row["key"]: row for row in found["figures"]}
+    expected = {"missing", "parts", "parts_label 5", "size_label 2", "size_inner core", "size_whole"}
+    assert expected | {"overlap", "reconstruction_dice", "copies"} <= rows.keys()
+    assert "copies a training scan" in said
+    names = sorted(path.name for path in maps.output_dir.glob("*_label.nii.gz"))
+    sizes = [(nib.load(maps.output_dir / name).get_fdata() == 5).sum() for name in names]
+    mean = np.mean(sizes) * np.prod(SPACING) / 1000
+    assert f"Samples {mean:.3g} ±" in rows["size_inner core"]["about"]
+    assert rows["parts_label 5"]["floor"] == 1 and rows["reconstruction_dice"]["value"] > 0.6
+    asked = {row for row in rows if row.startswith("correlation_")}
+    assert asked == {"correlation_whole_whole", "correlation_inner core_inner core"}
+    assert "1 - Dice" in rows["nearest"]["about"]
+    message = maps.refused(evaluate, "--out", str(tmp_path / "b"), "--segmentation", "2")
+    assert "--segmentation: is for images" in message
 
 
 # ---------------------------------------------------------------- masks that samples follow
