@@ -29,7 +29,8 @@ times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
 train_controlnet.py; it is brought to the grid of the volumes and written beside each. With `--structure-size`
 the masks of the folder are taken that are closest to these sizes. `--augment-masks` deforms each mask,
-`--move 5:2` moves label 5 within label 2.
+`--move 5:2` moves label 5 within label 2. `--mask-model ENV` draws the masks, of the sizes asked for, by the
+model of label maps of another environment file, into its `output_dir`.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -51,6 +52,7 @@ import contextlib
 import csv
 import hashlib
 import math
+import os
 import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -140,6 +142,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
+    drawn = "draw a mask for each image by the model of label maps of this environment file"
+    add("--mask-model", type=Path, metavar="ENV", help=drawn)
     add("--augment-masks", action="store_true", help="deform each mask at random, by the sample's seed")
     add("--move", metavar="LABELS:WITHIN", help="move labels of masks within another, such as 5:2 or 5,6:2")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
@@ -179,9 +183,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
-    if args.controlnet and not args.mask:
+    if args.controlnet and not (args.mask or args.mask_model):
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
-    if (args.augment_masks or args.move) and not args.mask:
+    if args.mask and args.mask_model:
+        raise UserError("--mask-model: draws masks; leave out --mask.")
+    if (args.augment_masks or args.move) and not (args.mask or args.mask_model):
         raise UserError("--augment-masks, --move: change a mask. Give one by --mask.")
     args.masks = masks_below(args.mask) if args.mask else []
     args.num = args.num or (1 if args.structure_size else max(1, len(args.masks)))
@@ -277,7 +283,8 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
     def peaks(batch: int, amp: bool, limit: float | None) -> dict[str, memory.Peak]:
         meter, run = memory.Meter(gpu), Run(0, 1, torch.device("cpu"), half if amp else None)
         with memory.forecasting():
-            rehearse(config, size, batch, meter, run, args.guidance or 1.0, bool(args.masks))
+            masks = bool(args.masks or args.mask_model)
+            rehearse(config, size, batch, meter, run, args.guidance or 1.0, masks)
         if limit:
             weights = meter.peaks["decoding"].parts["weights"]
             meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
@@ -560,6 +567,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return print_memory(args, config)
     environment = utils.load_environment(args.environment_file, writable=("output_dir",))
+    if args.mask_model:
+        args.masks, args.structure_size = draw_masks(args), []
     run = utils.start(args)
     output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 
@@ -568,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or model_dir / "autoencoder.pt",
         "unet": args.unet or model_dir / "diffusion_unet.pt",
     }
-    control = (args.controlnet or model_dir / "controlnet.pt") if args.mask else None
+    control = (args.controlnet or model_dir / "controlnet.pt") if args.masks else None
     networks = generation.load_networks(
         *checkpoints.values(),
         config,
@@ -671,6 +680,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         beside = not networks.label_maps and (networks.labels or control)
         what = counted(len(samples), kind) + " and their labels" * bool(beside)
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
+
+
+def draw_masks(args: argparse.Namespace) -> list[Path]:
+    """Draw a mask for each sample by the model of `--mask-model`, as a command of its own would: the files."""
+    environment = utils.load_environment(args.mask_model)
+    config = environment["model_dir"] / "config_diffusion.json"
+    if utils.load_config(config)["with_labels"] != configs.ONLY:
+        raise UserError(
+            f"--mask-model {args.mask_model}: its model draws images. Name one of label maps alone."
+        )
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--mask-model: runs in one process. Draw the masks first, and name them by --mask.")
+    argv = ["-c", str(config), "-e", str(args.mask_model), "-n", str(args.num), "--seed", str(args.seed)]
+    argv += ["--batch-size", str(args.batch_size), *(["--device", args.device] if args.device else [])]
+    main.__wrapped__(argv + [f"--structure-size={one}" for one in args.structure_size])
+    seeds = range(args.seed, args.seed + args.num)
+    return [environment["output_dir"] / f"sample_{seed:06d}_label.nii.gz" for seed in seeds]
 
 
 def contents(

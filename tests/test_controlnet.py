@@ -244,6 +244,33 @@ def test_masks_are_chosen_by_size_and_changed_by_the_seed(project, tmp_path, cap
     project.set_environment()
 
 
+def test_pairs_from_sizes_in_one_command(project, tmp_path):
+    """A mask model trained on the same labels draws the masks."""
+    masks = Project(tmp_path / "masks", project.data, config=json.loads(project.config_file.read_text()))
+    masks.config["autoencoder_def"] |= dict.fromkeys(("in_channels", "out_channels"), "@volume_channels")
+    masks.config["autoencoder_train"] |= {"max_epochs": 20, "val_interval": 20}
+    masks.config["diffusion_train"] |= {"max_epochs": 2, "augment": {}}
+    conditions = {"structure_sizes": {"core": 5}}
+    masks.change(with_labels="only", label_values=VALUES, conditions=conditions)
+    masks.run(train_autoencoder, "--no-amp")
+    masks.run(train_diffusion, "--no-amp")
+    project.set_environment(output_dir=str(tmp_path / "images"))
+    argv = ["--mask-model", str(masks.environment_file), "--num", "2", "--seed", "80", "--steps", "1"]
+    said = project.run(inference, *argv, "--structure-size", "core=0.5", "--condition", "age=22")
+    assert "2 label maps in" in said and "2 volumes and their labels in" in said
+    asked = json.loads((masks.output_dir / "sample_000081_label.json").read_text())["condition"]["core"]
+    low, high = masks.checkpoint("diffusion_unet.pt")["conditions"]["covariates"]["columns"]["core"]
+    assert float(asked) == pytest.approx((low + high) / 2, rel=1e-5)
+    drawn, used = (
+        nib.load(folder / "sample_000081_label.nii.gz").get_fdata()
+        for folder in (masks.output_dir, tmp_path / "images")
+    )
+    np.testing.assert_array_equal(drawn, used)
+    message = project.refused(inference, "--mask-model", str(project.environment_file))
+    assert "its model draws images" in message
+    project.set_environment()
+
+
 def test_evaluation_takes_samples_of_masks(project, tmp_path):
     project.run(evaluate, "--segmentation", "2", "--out", str(tmp_path / "page"))
     rows = {one["key"] for one in json.loads((tmp_path / "page/metrics.json").read_text())["figures"]}
