@@ -683,7 +683,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_masks(args: argparse.Namespace) -> list[Path]:
-    """Draw a mask for each sample by the model of `--mask-model`, as a command of its own would: the files."""
+    """Draw a mask for each sample by the model of `--mask-model`, as its own command would: the files."""
     environment = utils.load_environment(args.mask_model)
     config = environment["model_dir"] / "config_diffusion.json"
     if utils.load_config(config)["with_labels"] != configs.ONLY:
