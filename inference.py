@@ -28,7 +28,10 @@ makes each seed under each value, to be compared in `grid.png`. `--guidance` str
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
-train_controlnet.py; it is brought to the grid of the volumes and written beside each.
+train_controlnet.py; it is brought to the grid of the volumes and written beside each. With `--structure-size`
+the masks of the folder are taken that are closest to these sizes. `--augment-masks` deforms each mask,
+`--move 5:2` moves label 5 within label 2. `--mask-model ENV` draws the masks, of the sizes asked for, by the
+model of label maps of another environment file, into its `output_dir`.
 Samples with a label are checked: the median intensity of each structure should be within four standard
 deviations of that of scans, and, with `--segmenter` of evaluate.py --segmentation, the label should be found
 in the image. One that fails is drawn again, `--tries` times in all, then written to `output_dir`/failed.
@@ -56,6 +59,7 @@ import contextlib
 import csv
 import hashlib
 import math
+import os
 import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -76,6 +80,7 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.evaluation.segmentation import load_segmenter
 from ldm.export import records
 from ldm.generation import Networks, controlled
+from ldm.given_masks import GivenMask, MaskSource
 from ldm.metrics import band_power
 from ldm.models.autoencoder import Autoencoder
 from ldm.models.control import MASK
@@ -105,7 +110,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = utils.script_parser(__doc__)
     utils.add_dry_run(parser)
     add = parser.add_argument
-    add("-n", "--num", type=int, default=None, help="how many volumes; default: 1, or one for each mask")
+    many = "how many volumes; default: 1, or one for each mask that is not chosen by --structure-size"
+    add("-n", "--num", type=int, default=None, help=many)
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
     add("--batch-size", type=int, default=1, help="volumes at a time")
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
@@ -147,6 +153,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
+    drawn = "draw a mask for each image by the model of label maps of this environment file"
+    add("--mask-model", type=Path, metavar="ENV", help=drawn)
+    add("--augment-masks", action="store_true", help="deform each mask at random, by the sample's seed")
+    add("--move", metavar="LABELS:WITHIN", help="move labels of masks within another, such as 5:2 or 5,6:2")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
     add(
         "--clear-background",
@@ -199,18 +209,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
-    if args.clear_background and not args.mask:
-        raise UserError("--clear-background: is for volumes that follow a --mask.")
+    masked = args.mask or args.mask_model
+    for name in ("clear_background", "controlnet", "augment_masks", "move"):
+        if getattr(args, name) and not masked:
+            raise UserError(
+                f"--{name.replace('_', '-')}: is for images that follow a mask. Give one by --mask."
+            )
+    if args.mask and args.mask_model:
+        raise UserError("--mask-model: draws masks; leave out --mask.")
     if args.tries < 0:
         raise UserError(f"--tries {args.tries}: expected 0 or more.")
     if args.segmenter and not args.tries:
         raise UserError("--segmenter: checks samples. Leave out --tries 0.")
-    if args.controlnet and not args.mask:
-        raise UserError("--controlnet: follows a mask. Give one by --mask.")
     args.size = three_numbers(args.size, "--size", True) if args.size is not None else None
     args.spacing = three_numbers(args.spacing, "--spacing", False) if args.spacing is not None else None
     args.masks = masks_below(args.mask) if args.mask else []
-    args.num = args.num or max(1, len(args.masks))
+    args.num = args.num or (1 if args.structure_size else max(1, len(args.masks)))
     utils.check_scale_factor(args.scale_factor)
     return args
 
@@ -219,7 +233,7 @@ def masks_below(path: Path) -> list[Path]:
     """A mask, or all NIfTI files in a folder. Raises UserError: there are none."""
     if path.is_dir():
         files = sorted(one for one in path.iterdir() if one.name.lower().endswith(IMAGE_SUFFIXES))
-        found = [one for one in files if not one.name.startswith(".")]
+        found = [one for one in files if one.name[0] != "." and records.REPRODUCED not in one.name]
     else:
         found = [path] if path.is_file() else []
     if not found:
@@ -303,7 +317,8 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
     def peaks(batch: int, amp: bool, limit: float | None) -> dict[str, memory.Peak]:
         meter, run = memory.Meter(gpu), Run(0, 1, torch.device("cpu"), half if amp else None)
         with memory.forecasting():
-            rehearse(config, size, batch, meter, run, args.guidance or 1.0, bool(args.masks))
+            masks = bool(args.masks or args.mask_model)
+            rehearse(config, size, batch, meter, run, args.guidance or 1.0, masks)
         if limit:
             weights = meter.peaks["decoding"].parts["weights"]
             meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
@@ -489,7 +504,7 @@ class Sample:
     seed: int
     condition: dict  # as of `Conditions.parse`
     path: Path
-    mask: Path | None = None
+    mask: GivenMask | None = None
 
     def record(self) -> dict:
         """The entries of its record that are its own."""
@@ -497,7 +512,9 @@ class Sample:
         if self.condition:
             entries["condition"] = texts_of(self.condition)
         if self.mask:
-            entries["mask"] = {"path": self.mask.as_posix(), "sha256": records.sha256_of(self.mask)}
+            path = self.mask.path
+            about = {"path": path.as_posix(), "sha256": records.sha256_of(path)}
+            entries["mask"] = {**about, **self.mask.changes}
         return entries
 
 
@@ -507,6 +524,7 @@ def requested(
     structures: Collection[str],
     folder: Path,
     end: str,
+    masks: MaskSource | None,
     run: Run,
 ) -> list[Sample]:
     """The volumes of the command line; with `--grid` those of a seed follow each other.
@@ -514,12 +532,13 @@ def requested(
     Args:
         structures: whose sizes the model is conditioned on.
         folder, end: of the files.
+        masks: that they follow; what they hold of the structures is their condition.
 
     Raises:
         UserError: a condition that the model does not know.
     """
     given = conditions.parse(args.condition)
-    sizes = conditions.parse_sizes(args.structure_size, structures)
+    sizes = {} if masks else conditions.parse_sizes(args.structure_size, structures)
     if twice := given.keys() & sizes.keys():
         raise UserError(f"--structure-size: {min(twice)} is given by --condition, too. Leave one out.")
     given |= sizes
@@ -534,13 +553,14 @@ def requested(
     columns = columns or [("", {})]
     if conditions and not conditions.can_drop and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
-    samples = []
+    samples, known = [], {}
     for seed, row in enumerate(rows, args.seed):
+        mask = masks(seed) if masks else None
+        known = mask.sizes if mask else {}
         for suffix, column in columns:
-            condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
-            mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
+            condition = conditions.for_sample({**known, **given, **row, **column}, stream(seed, "conditions"))
             samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}{end}", mask))
-    asked = {**given, **rows[0], **columns[0][1]}
+    asked = {**known, **given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
         run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
@@ -598,6 +618,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return print_memory(args, config)
     environment = utils.load_environment(args.environment_file, writable=("output_dir",))
+    if args.mask_model:
+        args.masks, args.structure_size = draw_masks(args), []
     run = utils.start(args)
     output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 
@@ -606,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or model_dir / "autoencoder.pt",
         "unet": args.unet or model_dir / "diffusion_unet.pt",
     }
-    control = (args.controlnet or model_dir / "controlnet.pt") if args.mask else None
+    control = (args.controlnet or model_dir / "controlnet.pt") if args.masks else None
     networks = generation.load_networks(
         *checkpoints.values(),
         config,
@@ -629,7 +651,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     guidance = 1.0 if args.guidance is None else args.guidance
     end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
     structures = config["conditions"]["structure_sizes"]
-    samples = requested(args, networks.conditions, structures, output_dir, end, run)
+    masks = None
+    if control:
+        changes = args.structure_size, args.augment_masks, args.move
+        masks = MaskSource(args.masks, networks, structures, *changes, run.print)
+    samples = requested(args, networks.conditions, structures, output_dir, end, masks, run)
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -664,11 +690,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
-    read = {}
-    for path in dict.fromkeys(one.mask for one in samples if one.mask):
-        read[path], note = generation.read_mask(path, networks)
-        if note:
-            run.print(f"warning: {note}")
     if len(missing) < len(samples):
         run.print(f"inference: {len(samples) - len(missing)} of {len(samples)} volumes already exist")
 
@@ -682,7 +703,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def draw(seeds: Sequence[int], batch: Sequence[Sample], progress: Callable = iter) -> torch.Tensor:
         chosen = [one.condition for one in batch]
-        masks = [read[one.mask] for one in batch] if control else None
+        masks = [one.mask.voxels for one in batch] if control else None
         drawn = generation.draw(
             networks, seeds, sampler, steps, run, progress, chosen, guidance, args.interval, masks
         )
@@ -706,7 +727,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     one.seed,
                     volume,
                     lambda seed, one=one: draw([seed], [one])[0],
-                    lambda volume, one=one: faults_of(check, networks, volume, read.get(one.mask)),
+                    lambda volume, one=one: faults_of(check, networks, volume, one.mask and one.mask.voxels),
                     args.tries,
                 )
                 if number:
@@ -717,7 +738,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     failed.mkdir(exist_ok=True)
                     run.print(f"{one.path.name}: drawn {counted(number + 1, 'time{s}')}, {faults[0]}")
             voxels = generation.in_typical_units(volume, networks, one.seed)
-            content, label = contents(voxels, volume, networks, read.get(one.mask))
+            content, label = contents(voxels, volume, networks, one.mask and one.mask.voxels)
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
@@ -781,6 +802,23 @@ def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torc
 def cleared(volumes: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Volumes (B, C, D, H, W) that are 0 where their masks are, (D, H, W) each."""
     return volumes * (torch.stack([*masks])[:, None] > 0)
+
+
+def draw_masks(args: argparse.Namespace) -> list[Path]:
+    """Draw a mask for each sample by the model of `--mask-model`, as its own command would: the files."""
+    environment = utils.load_environment(args.mask_model)
+    config = environment["model_dir"] / "config_diffusion.json"
+    if utils.load_config(config)["with_labels"] != configs.ONLY:
+        raise UserError(
+            f"--mask-model {args.mask_model}: its model draws images. Name one of label maps alone."
+        )
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--mask-model: runs in one process. Draw the masks first, and name them by --mask.")
+    argv = ["-c", str(config), "-e", str(args.mask_model), "-n", str(args.num), "--seed", str(args.seed)]
+    argv += ["--batch-size", str(args.batch_size), *(["--device", args.device] if args.device else [])]
+    main.__wrapped__(argv + [f"--structure-size={one}" for one in args.structure_size])
+    seeds = range(args.seed, args.seed + args.num)
+    return [environment["output_dir"] / f"sample_{seed:06d}_label.nii.gz" for seed in seeds]
 
 
 def contents(

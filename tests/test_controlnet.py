@@ -376,6 +376,60 @@ def test_a_region_of_a_scan_is_drawn_anew(project, tmp_path):
     assert "follows a mask" in project.refused(inpaint_script, *argv, "--controlnet", "x.pt")
 
 
+def test_masks_are_chosen_by_size_and_changed_by_the_seed(project, tmp_path, capsys):
+    """The mask with the most of label 5; deformed, with 5 moved within 2, and drawn again from its file."""
+    project.set_environment(output_dir=str(tmp_path))
+    folder = project.data / "labelsTr"
+    argv = ["--steps", "1", "--condition", "age=22", "--mask", str(folder)]
+    said = project.run(inference, "--seed", "60", *argv, "--structure-size", "5=1", "--augment-masks")
+    sizes = {path.name: (nib.load(path).get_fdata() == 5).sum() for path in folder.glob("*.nii.gz")}
+    assert f"mask of seed 60: {max(sizes, key=sizes.get)}, 5 1.00 (asked for 1.00)" in said
+    record = json.loads((tmp_path / "sample_000060.json").read_text())
+    assert record["mask"]["augmented"] is True and not (tmp_path / "sample_000061.nii.gz").exists()
+    label = nib.load(tmp_path / "sample_000060_label.nii.gz").get_fdata()
+    assert {*np.unique(label)} == {0, 2, 5}
+    assert (label != nib.load(record["mask"]["path"]).get_fdata()).any()
+    again = project.refused(inference, "--seed", "60", *argv, "--structure-size", "5=1")
+    assert "another mask" in again
+    inference.main(["--reproduce", str(tmp_path / "sample_000060.json")])
+    assert capsys.readouterr().out.count("byte-identical to the recorded") == 2
+    for more, what in (
+        (["--structure-size", "core=1"], "NAME being the value of a label, such as 3"),
+        (["--move", "5"], "expected LABEL:WITHIN"),
+        (["--move", "5:9"], "has no voxel of 9"),
+    ):
+        assert what in project.refused(inference, "--seed", "61", *argv, *more)
+    assert "Give one by --mask" in project.refused(inference, "--augment-masks")
+    project.set_environment()
+
+
+def test_pairs_from_sizes_in_one_command(project, tmp_path):
+    """A mask model trained on the same labels draws the masks."""
+    masks = Project(tmp_path / "masks", project.data, config=json.loads(project.config_file.read_text()))
+    masks.config["autoencoder_def"] |= dict.fromkeys(("in_channels", "out_channels"), "@volume_channels")
+    masks.config["autoencoder_train"] |= {"max_epochs": 20, "val_interval": 20}
+    masks.config["diffusion_train"] |= {"max_epochs": 2, "augment": {}}
+    conditions = {"structure_sizes": {"core": 5}}
+    masks.change(with_labels="only", label_values=VALUES, conditions=conditions)
+    masks.run(train_autoencoder, "--no-amp")
+    masks.run(train_diffusion, "--no-amp")
+    project.set_environment(output_dir=str(tmp_path / "images"))
+    argv = ["--mask-model", str(masks.environment_file), "--num", "2", "--seed", "80", "--steps", "1"]
+    said = project.run(inference, *argv, "--structure-size", "core=0.5", "--condition", "age=22")
+    assert "2 label maps in" in said and "2 volumes and their labels in" in said
+    asked = json.loads((masks.output_dir / "sample_000081_label.json").read_text())["condition"]["core"]
+    low, high = masks.checkpoint("diffusion_unet.pt")["conditions"]["covariates"]["columns"]["core"]
+    assert float(asked) == pytest.approx((low + high) / 2, rel=1e-5)
+    drawn, used = (
+        nib.load(folder / "sample_000081_label.nii.gz").get_fdata()
+        for folder in (masks.output_dir, tmp_path / "images")
+    )
+    np.testing.assert_array_equal(drawn, used)
+    message = project.refused(inference, "--mask-model", str(project.environment_file))
+    assert "its model draws images" in message
+    project.set_environment()
+
+
 def test_evaluation_takes_samples_of_masks(project, tmp_path):
     project.run(evaluate, "--segmentation", "2", "--out", str(tmp_path / "page"))
     rows = {one["key"] for one in json.loads((tmp_path / "page/metrics.json").read_text())["figures"]}

@@ -15,7 +15,7 @@ MODULES = {
 }
 # Each may import from itself and from those before it.
 ORDER = ["system", "models", "configs", "environment", "data", "diffusion", "losses", "metrics", "figures"]
-ORDER += ["training", "planning", "generation", "quality", "export", "editing", "evaluation"]
+ORDER += ["training", "planning", "generation", "given_masks", "quality", "export", "editing", "evaluation"]
 
 
 def names_in(source: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Label maps alone, through all scripts; sizes of structures as conditions."""
 
 import json
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +12,7 @@ from chain import CONFIG, SHAPE, SPACING, Project
 import cache_latents
 import check_data
 import edit_scan
+import evaluate
 import export_model
 import inference
 import train_autoencoder
@@ -21,6 +23,9 @@ from ldm.data.cases import Case
 from ldm.data.checks import check_headers, check_voxels
 from ldm.data.labels import shown, with_sizes
 from ldm.data.layouts import find_cases
+from ldm.evaluation.label_maps import overlap, parts_of
+from ldm.generation import Masks
+from ldm.given_masks import MaskSearch, MaskSource, deformed, distance, moved_within
 from ldm.losses import AutoencoderLoss, dice_and_cross_entropy
 
 VALUES = [2, 5]
@@ -204,7 +209,7 @@ def test_sizes_are_asked_for_as_shares_or_in_ml(maps):
     drawn = float(condition(22, "--structure-size", "inner core=0.2:0.4")["inner core"])
     assert low + 0.2 * (high - low) <= drawn <= low + 0.4 * (high - low)
     for argv, what in (
-        (["--structure-size", "core=0.5"], 'expected one "whole=SHARE" or "inner core=SHARE"'),
+        (["--structure-size", "core=0.5"], 'expected one "inner core=SHARE" or "whole=SHARE"'),
         (["--structure-size", "whole=1.2"], "expected a share from 0, the smallest, to 1"),
         (["--structure-size", "whole=big"], "expected a share from 0, the smallest, to 1"),
         (["--structure-size", "whole=1", "--condition", "whole=3"], "whole is given by --condition, too"),
@@ -223,6 +228,122 @@ def test_what_sizes_need(maps, tmp_path):
     images = [Case(name, (tmp_path / name,)) for name in ("a", "b")]
     with pytest.raises(UserError, match="structure_sizes: no case has a label"):
         with_sizes(images, {"a": [5]})
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_parts_and_overlap_by_hand():
+    first = np.zeros((5, 5, 5), np.uint8)
+    first[0, 0, 0] = first[1, 1, 1] = first[4, 4, 4] = 1  # two that touch at a corner, and one apart
+    first[3, 0, :2] = 2
+    second = np.where(first == 2, 2, 0).astype(np.uint8)
+    second[3, 0, 2:4], second[0, 0, 0] = 2, 3
+    assert parts_of(first, 3).tolist() == [2, 1, 0]
+    assert overlap(first, second, 3) == pytest.approx((0 + 2 * 2 / 6 + 0) / 3)
+    assert overlap(first, first, 3) == 1 and overlap(0 * first, 0 * first, 3) == 0
+
+
+def test_label_maps_are_compared_with_real_ones(maps, tmp_path):
+    out = tmp_path / "page"
+    said = maps.run(evaluate, "--out", str(out))
+    found = json.loads((out / "metrics.json").read_text())
+    rows = {row["key"]: row for row in found["figures"]}
+    expected = {"missing", "parts", "parts_label 5", "size_label 2", "size_inner core", "size_whole"}
+    assert expected | {"overlap", "reconstruction_dice", "copies"} <= rows.keys()
+    assert "copies a training scan" in said
+    names = sorted(path.name for path in maps.output_dir.glob("*_label.nii.gz"))
+    sizes = [(nib.load(maps.output_dir / name).get_fdata() == 5).sum() for name in names]
+    mean = np.mean(sizes) * np.prod(SPACING) / 1000
+    assert f"Samples {mean:.3g} ±" in rows["size_inner core"]["about"]
+    assert rows["parts_label 5"]["floor"] == 1 and rows["reconstruction_dice"]["value"] > 0.6
+    asked = {row for row in rows if row.startswith("correlation_")}
+    assert asked == {"correlation_whole_whole", "correlation_inner core_inner core"}
+    assert "1 - Dice" in rows["nearest"]["about"]
+    message = maps.refused(evaluate, "--out", str(tmp_path / "b"), "--segmentation", "2")
+    assert "--segmentation: is for images" in message
+
+
+# ---------------------------------------------------------------- masks that samples follow
+
+
+def as_networks(values=(2, 5), covariates=None):
+    """What a `MaskSource` asks of networks."""
+    return SimpleNamespace(
+        geometry={"size": list(SHAPE), "spacing": list(SPACING)},
+        masks=Masks(values, 3, True),
+        conditions=SimpleNamespace(covariates=covariates),
+    )
+
+
+def test_the_distance_of_a_mask_by_hand():
+    apart = np.array([10.0, 0, -20]), np.array([4.0, 0, 0]), np.array([0, 0.5, 0])
+    shares = {"a": 0.2, "b": 0.9}
+    expected = 0.3 + 0.1 + (1 + 0.04 + 0.5 + 2) / 3
+    assert distance(shares, {"a": 0.5, "b": 1.0}, *apart) == pytest.approx(expected)
+
+
+def test_masks_are_found_by_size_and_grid_each_once(tmp_path):
+    paths = [save(tmp_path / f"m{i}.nii.gz", label_map(0.3 + 0.1 * i)) for i in range(4)]
+    paths.append(save(tmp_path / "fine.nii.gz", label_map(0.6), np.array(SPACING) / 2))
+    ml = [(nib.load(path).get_fdata() == 5).sum() * np.prod(SPACING) / 1000 for path in paths]
+    geometry = as_networks().geometry
+    search = MaskSearch(paths, {"core": [5]}, {}, geometry)
+    low, high = min(*ml[:4], ml[4] / 8), ml[3]
+    assert search.shares[2]["core"] == pytest.approx((ml[2] - low) / (high - low), abs=1e-3)
+    assert [search.closest({"core": 1.0}).name for _ in range(2)] == ["m3.nii.gz", "m2.nii.gz"]
+    search = MaskSearch(paths, {"core": [5]}, {"core": (0, 2 * ml[3])}, geometry)
+    assert [search.closest({"core": share}).name for share in (0.5, 0.5)] == ["m3.nii.gz", "m2.nii.gz"]
+    assert {search.closest({"core": 0.5}).name for _ in range(3)} == {"m0.nii.gz", "m1.nii.gz", "fine.nii.gz"}
+    assert search.closest({"core": 0.5}).name == "m3.nii.gz"
+
+
+def test_a_deformation_keeps_the_labels_and_follows_the_seed():
+    mask = label_map(0.5, 0.9).astype(np.uint8)
+    made = [deformed(mask, SPACING, np.random.default_rng(seed), "m") for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(made[0], made[1])
+    assert (made[0] != made[2]).any() and (made[0] != mask).mean() > 0.01
+    for value in (2, 5):
+        assert (made[0] == value).sum() == pytest.approx((mask == value).sum(), rel=0.5)
+    single = np.zeros(SHAPE, np.uint8)
+    single[0, 0, 0] = 5  # at a corner, which a deformation moves out of the volume or swallows
+    with pytest.raises(UserError, match="m: none of 20 deformations kept all its labels"):
+        deformed(single, (0.2, 0.2, 0.2), np.random.default_rng(0), "m")
+
+
+def test_labels_are_moved_to_a_place_within_another():
+    """A lesion of two labels in a box that holds it and nothing beside it."""
+    mask = np.zeros((12, 8, 8), np.uint8)
+    mask[1:11, 1:7, 1:7] = 2
+    mask[2:4, 2:5, 2:4], mask[2, 2, 2] = 5, 6
+    moved = moved_within(mask, (5, 6), 2, np.random.default_rng(3), "m")
+    assert (moved != mask).any() and ((moved > 0) == (mask > 0)).all()
+    for value in (2, 5, 6):
+        assert (moved == value).sum() == (mask == value).sum()
+    corners = [np.argwhere(np.isin(one, (5, 6))).min(0) for one in (mask, moved)]
+    assert (corners[0] != corners[1]).any()
+    assert np.ptp(np.argwhere(np.isin(moved, (5, 6))), axis=0).tolist() == [1, 2, 1]
+    full = np.where(mask == 2, 0, mask)
+    full[5, 5, 5] = 2
+    with pytest.raises(UserError, match="labels 5, 6 fit nowhere else within label 2"):
+        moved_within(full, (5, 6), 2, np.random.default_rng(0), "m")
+    with pytest.raises(UserError, match="has no voxel of 7"):
+        moved_within(mask, (7,), 2, np.random.default_rng(0), "m")
+
+
+def test_the_sizes_in_a_mask_are_the_condition_of_its_sample(tmp_path):
+    path = save(tmp_path / "m.nii.gz", label_map(0.5))
+    plain, changed = (
+        MaskSource([path], as_networks(), {"core": [5]}, (), augment, None, print)(4)
+        for augment in (False, True)
+    )
+    voxels = (nib.load(path).get_fdata() == 5).sum()
+    assert plain.sizes["core"] == pytest.approx(voxels * np.prod(SPACING) / 1000, rel=1e-5)
+    assert plain.changes == {} and changed.changes == {"augmented": True}
+    ratio = int((changed.voxels == 5).sum()) / voxels
+    assert ratio != 1 and changed.sizes["core"] == pytest.approx(ratio * plain.sizes["core"], rel=1e-5)
+    with pytest.raises(UserError, match="chooses among masks. Name a folder"):
+        MaskSource([path], as_networks(), {"core": [5]}, ["core=1"], False, None, print)
 
 
 def test_what_label_maps_need(maps, tmp_path, capsys):

@@ -8,6 +8,7 @@ them back as numbers of the same scale, whose `logits` the loss compares and `la
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,6 +70,15 @@ def structure_sizes(label: np.ndarray, voxel: float, structures: dict[str, Seque
     }
 
 
+def sizes_in_file(path: Path, structures: dict[str, Sequence[int]]) -> dict:
+    """As `structure_sizes`, of a file. Raises UserError: it cannot be read, or is no label."""
+    image = read_image(path)
+    voxels = np.asanyarray(image.dataobj)
+    if fault := label_fault(voxels):
+        raise UserError(f"{path}: {fault}.")
+    return structure_sizes(voxels, float(np.prod(voxel_sizes(image.affine))), structures)
+
+
 def with_sizes(cases: Sequence[Case], structures: dict[str, Sequence[int]]) -> list[Case]:
     """The cases with the sizes of structures in their labels, as files have them, among their covariates;
     without a label they are unknown.
@@ -82,11 +92,7 @@ def with_sizes(cases: Sequence[Case], structures: dict[str, Sequence[int]]) -> l
     def measured(case: Case) -> Case:
         if case.label is None:
             return case
-        image = read_image(case.label)
-        voxels = np.asanyarray(image.dataobj)
-        if fault := label_fault(voxels):
-            raise UserError(f"{case.label}: {fault}.")
-        sizes = structure_sizes(voxels, float(np.prod(voxel_sizes(image.affine))), structures)
+        sizes = sizes_in_file(case.label, structures)
         return replace(case, covariates={**case.covariates, **sizes})
 
     with ThreadPoolExecutor(8) as pool:  # reading waits for disk and gzip

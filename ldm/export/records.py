@@ -55,7 +55,7 @@ SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
     "size": THREE_SIZES,  # where they are not the model's own
     "spacing": THREE_MM,
-    "mask": fields(path=TEXT, sha256=HASH),
+    "mask": fields(path=TEXT, sha256=HASH),  # the file, and what was done to it
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
@@ -71,6 +71,7 @@ SCHEMA["properties"] |= {  # of some records
         "items": {"type": "object", "additionalProperties": TEXT},
     },  # of the batch
 }
+SCHEMA["properties"]["mask"]["properties"] |= {"augmented": {"const": True}, "moved": TEXT}
 # The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
 SCHEMA["properties"]["volume"]["properties"] |= {
     "limits": {"type": "array", "items": INTERVAL},
@@ -122,7 +123,9 @@ def differences(path: Path, request: dict) -> str:
     keys += ("clear_background",)
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
-    for key in (*CHECKPOINTS, CONTROL, "mask"):
+    given = [{**one.get("mask", {}), "path": ""} for one in (record, request)]
+    found += ["another mask"] if given[0] != given[1] else []
+    for key in (*CHECKPOINTS, CONTROL):
         if record.get(key, {}).get("sha256") != request.get(key, {}).get("sha256"):
             found.append(f"another {key}")
     if config_hash(configs.completed(record["config"])) != request["config_sha256"]:
