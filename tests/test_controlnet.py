@@ -17,8 +17,8 @@ import train_autoencoder
 import train_controlnet
 import train_diffusion
 from ldm import UserError, configs, quality
-from ldm.data.labels import largest_share, without_structure
-from ldm.data.preprocessing import Preprocessing
+from ldm.data.labels import without_structure
+from ldm.data.preprocessing import Preprocessing, largest_share
 from ldm.data.structures import medians
 from ldm.diffusion.inpainting import inpaint
 from ldm.diffusion.process import NoiseProcess

@@ -1,8 +1,10 @@
 """The cases of a data set, and their volumes as a loader serves them."""
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,14 @@ class VolumeDataset(Dataset):
     def versions(self) -> int | None:
         """How many versions of a volume the epochs go through; None: each epoch has its own."""
         return 1 if self.augmentation is None else self._versions
+
+    def labels_alone(self, values: Sequence[int]) -> "VolumeDataset":
+        """The channels of these labels without the images, cropped and augmented as they are."""
+        alone = copy.copy(self)
+        alone.preprocessing = replace(self.preprocessing, channels=(), labels=tuple(values))
+        if self.augmentation:
+            alone.augmentation = replace(self.augmentation, image_channels=0)
+        return alone
 
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""

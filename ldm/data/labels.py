@@ -118,13 +118,6 @@ def label_of(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return np.where(channels.max(0) > 0.5, known[best], 0).astype(known.dtype)
 
 
-def largest_share(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Label channels of a scan (L, D, H, W) -> the label, (D, H, W) of `label_type`: the value with the
-    largest share of a voxel, background among them."""
-    whole = np.concatenate([1 - channels.sum(0, keepdims=True), channels])
-    return np.array([0, *values], label_type(values))[whole.argmax(0)]
-
-
 def without_structure(mask: np.ndarray, value: int, instead: int | str) -> np.ndarray:
     """A mask (D, H, W) with another label in the place of one: that of the nearest other voxel, for
     `SURROUNDINGS`."""

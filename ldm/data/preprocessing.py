@@ -8,7 +8,7 @@ validation and inference all use `Preprocessing`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,18 @@ def crop_or_pad(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.nd
     fitted = ResizeWithPadOrCrop(tuple(size))(volume)
     fitted = fitted.as_tensor() if isinstance(fitted, MetaTensor) else fitted
     return fitted.numpy() if isinstance(volume, np.ndarray) and isinstance(fitted, torch.Tensor) else fitted
+
+
+def largest_share(shares: Iterable[np.ndarray], values: Sequence[int]) -> np.ndarray:
+    """The shares of labels in each voxel, (D, H, W) for each of `values` -> the label, (D, H, W) of
+    `label_type`: the value with the largest share, background among them."""
+    total, largest, label = 0.0, 0.0, None
+    for value, share in zip(values, shares, strict=True):
+        label = np.zeros(share.shape, label_type(values)) if label is None else label
+        label[share > largest] = value
+        largest, total = np.maximum(largest, share), total + share
+    label[1 - total >= largest] = 0
+    return label
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,7 @@ class Preprocessing:
         Raises:
             UserError: as `label`.
         """
-        total, largest, mask = 0.0, 0.0, None
-        for value, share in zip(self.labels, self._shares(path), strict=True):
-            mask = np.zeros(share.shape, label_type(self.labels)) if mask is None else mask
-            mask[share > largest] = value
-            largest, total = np.maximum(largest, share), total + share
-        mask[1 - total >= largest] = 0
-        return mask
+        return largest_share(self._shares(path), self.labels)
 
     def _shares(self, path: Path) -> Iterator[np.ndarray]:
         """The channels of `label_channels`, (D, H, W) each."""

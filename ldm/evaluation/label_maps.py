@@ -10,7 +10,8 @@ from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
 from ldm import counted
-from ldm.data.labels import largest_share, shown
+from ldm.data.labels import shown
+from ldm.data.preprocessing import largest_share
 from ldm.evaluation import distances, verdicts
 from ldm.evaluation.asked import LabelStructure
 from ldm.evaluation.copies import Neighbour, find_copies

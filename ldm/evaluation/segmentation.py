@@ -17,8 +17,8 @@ from ldm import UserError, counted
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
 from ldm.data.datasets import stream
-from ldm.data.labels import channels_of_label, largest_share, shares
-from ldm.data.preprocessing import crop_or_pad
+from ldm.data.labels import channels_of_label, shares
+from ldm.data.preprocessing import crop_or_pad, largest_share
 from ldm.data.reading import label_type
 from ldm.evaluation.distances import DRAWS
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset

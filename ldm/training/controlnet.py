@@ -1,7 +1,7 @@
 """What stage 3 trains: a ControlNet beside the frozen diffusion network, on latents and their masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from ldm import UserError, configs, few
 from ldm.data.augmentation import AFFINE, count_parameters
 from ldm.data.datasets import VolumeDataset, stream, version_of
-from ldm.data.labels import SURROUNDINGS, largest_share, without_structure
+from ldm.data.labels import SURROUNDINGS, without_structure
+from ldm.data.preprocessing import largest_share
 from ldm.data.reading import label_type
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
@@ -30,6 +31,7 @@ from ldm.training.memory import Meter, take_steps
 from ldm.training.step import EMA, Optimizer, make_ema
 from ldm.training.wrapping import prepare_network, wrap_network
 
+AT_A_TIME = 16  # labels whose shares of a volume are in memory
 MASK_WITHOUT = "mask_without"  # of an item: its mask without one structure
 
 # ---------------------------------------------------------------- masks
@@ -40,30 +42,22 @@ def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str)
     rank.
 
     Args:
-        volumes: without channels of labels; the masks are cropped and augmented as its images are.
+        volumes: of images; the masks are cropped and augmented as these are.
         values: of the labels.
         what: the name of the progress bar.
     """
-    pairs = VolumeDataset(
-        volumes.cases,
-        replace(volumes.preprocessing, labels=tuple(values)),
-        volumes.size,
-        cache_dir=volumes.cache_dir,
-        cache_rate=volumes.cached / len(volumes),
-        seed=volumes.seed,
-    )
-    pairs.augmentation, pairs._versions = volumes.augmentation, volumes._versions
-    if pairs.versions is None:
+    if volumes.versions is None:
         raise UserError(
             "controlnet_train.augment: set versions, such as to 2: latents and masks are made once for each."
         )
     kind = torch.uint8 if label_type(values) is np.uint8 else torch.int16
-    found = torch.zeros(len(pairs), pairs.versions, *volumes.size, dtype=kind)
-    mine = range(run.rank, len(pairs), run.world_size)
+    found = torch.zeros(len(volumes), volumes.versions, *volumes.size, dtype=kind)
+    parts = [volumes.labels_alone(values[i : i + AT_A_TIME]) for i in range(0, len(values), AT_A_TIME)]
+    mine = range(run.rank, len(volumes), run.world_size)
     for i in progress_bar(run, what, items=mine, unit="volume"):
-        for version in range(pairs.versions):
-            channels = pairs.image(i, version)[-len(values) :].numpy()
-            found[i, version] = torch.from_numpy(largest_share(channels, values))
+        for version in range(volumes.versions):
+            shares = (share for part in parts for share in part.image(i, version).numpy())
+            found[i, version] = torch.from_numpy(largest_share(shares, values))
     return run.sum(found.int() if kind is torch.int16 else found).to(kind)  # gloo adds up no int16
 
 
