@@ -12,6 +12,7 @@ from ldm import UserError, configs, few
 from ldm.data.augmentation import AFFINE, count_parameters
 from ldm.data.datasets import VolumeDataset, version_of
 from ldm.data.labels import largest_share
+from ldm.data.posteriors import rows_by_size
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
@@ -31,8 +32,8 @@ from ldm.training.wrapping import prepare_network, wrap_network
 # ---------------------------------------------------------------- masks
 
 
-def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> torch.Tensor:
-    """The mask of each version of each volume, (cases, versions, D, H, W) uint8, on every rank.
+def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> list[torch.Tensor]:
+    """The mask of each version of each volume, (versions, D, H, W) uint8 of each case, on every rank.
 
     Args:
         volumes: without channels of labels; the masks are cropped and augmented as its images are.
@@ -46,19 +47,27 @@ def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str)
         cache_dir=volumes.cache_dir,
         cache_rate=volumes.cached / len(volumes),
         seed=volumes.seed,
+        own_sizes=volumes.own_sizes,
     )
     pairs.augmentation, pairs._versions = volumes.augmentation, volumes._versions
     if pairs.versions is None:
         raise UserError(
             "controlnet_train.augment: set versions, such as to 2: latents and masks are made once for each."
         )
-    found = torch.zeros(len(pairs), pairs.versions, *volumes.size, dtype=torch.uint8)
+    groups = rows_by_size(pairs)
+    stacks = {  # parts of one tensor for each size, which loader processes share
+        size: torch.zeros(len(members), pairs.versions, *size, dtype=torch.uint8)
+        for size, members in groups.items()
+    }
+    rows = {i: row for members in groups.values() for row, i in enumerate(members)}
     mine = range(run.rank, len(pairs), run.world_size)
     for i in progress_bar(run, what, items=mine, unit="volume"):
         for version in range(pairs.versions):
             channels = pairs.image(i, version)[-len(values) :].numpy()
-            found[i, version] = torch.from_numpy(largest_share(channels, values))
-    return run.sum(found)
+            mask = torch.from_numpy(largest_share(channels, values))
+            stacks[pairs.size_of(i)][rows[i], version] = mask
+    stacks = {size: run.sum(stack) for size, stack in stacks.items()}
+    return [stacks[pairs.size_of(i)][rows[i]] for i in range(len(pairs))]
 
 
 class WithMask(Dataset):
@@ -70,16 +79,17 @@ class WithMask(Dataset):
         seed: of the order of versions.
     """
 
-    def __init__(self, dataset: Dataset, masks: torch.Tensor, seed: int):
+    def __init__(self, dataset: Dataset, masks: Sequence[torch.Tensor], seed: int):
         self.dataset, self.cases, self.masks, self.seed = dataset, dataset.cases, masks, seed
+        self.shapes = dataset.shapes
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
-        version = version_of(self.seed, epoch, self.cases[i].name, self.masks.shape[1])
-        return {**self.dataset[key], MASK: self.masks[i, version]}
+        version = version_of(self.seed, epoch, self.cases[i].name, len(self.masks[i]))
+        return {**self.dataset[key], MASK: self.masks[i][version]}
 
 
 # ---------------------------------------------------------------- the learner
