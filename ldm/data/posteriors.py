@@ -24,8 +24,8 @@ class Posteriors(Dataset):
     Args:
         cases: one for each entry.
         entries: (versions, 2, c, d, h, w) of each case, mean before std: their files, which are read
-            memory-mapped; or parts of one tensor of all cases of a size, which loader processes share,
-            however they are started.
+            memory-mapped; or one tensor of all, or parts of one for each size of the volumes, which loader
+            processes share, however they are started.
         seed: seed of the order of versions.
         slices: (cases, versions, 2), of each version what `filled_slices` gives, which items then hold too.
     """
@@ -33,7 +33,7 @@ class Posteriors(Dataset):
     def __init__(
         self,
         cases: Sequence[Case],
-        entries: Sequence[Path] | Sequence[torch.Tensor],
+        entries: Sequence[Path] | Sequence[torch.Tensor] | torch.Tensor,
         seed: int,
         slices: torch.Tensor | None = None,
     ):
@@ -129,7 +129,10 @@ def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: 
         if size not in stacks:  # fewer volumes than ranks
             stacks[size] = torch.empty(shapes[size])
         run.broadcast_rows(stacks[size])
-    entries = [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
+    if len(stacks) == 1:
+        (entries,) = stacks.values()
+    else:
+        entries = [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
     slices = run.sum(slices) if volumes.find_slices else None  # of each rank, 0 but in its own rows
     return Posteriors(volumes.cases, entries, volumes.seed, slices)
 
