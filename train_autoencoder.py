@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         augment=section["augment"],
         **common,
     )
-    val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
+    own_sizes = not section["val_patch_size"]
+    val_set = VolumeDataset(val_cases, preprocessing, val_size, own_sizes=own_sizes, **common)
     warn_of_padding(train_cases, spacing, patch_size, run.print)
     train_set, patch_size = in_steps(config, train_set), step_size(config, patch_size)
 
@@ -239,10 +240,10 @@ def fit_wavelets(config, environment, files, criterion, args, run):
     config = configs.with_spacing(config, spacing)
     _, size, val_size = patch_sizes(config, [*train_cases, *val_cases])
     preprocessing, seed = Preprocessing.from_config(config), config["seed"]
-    train_set, val_set = (
-        VolumeDataset(cases, preprocessing, side, cache_dir=environment["cache_dir"], seed=seed)
-        for cases, side in ((train_cases, size), (val_cases, val_size))
-    )
+    common = {"cache_dir": environment["cache_dir"], "seed": seed}
+    own_sizes = not config["autoencoder_train"]["val_patch_size"]
+    train_set = VolumeDataset(train_cases, preprocessing, size, own_sizes=True, **common)
+    val_set = VolumeDataset(val_cases, preprocessing, val_size, own_sizes=own_sizes, **common)
     network = configs.define_network(config, "autoencoder_def")
     run.print("autoencoder: no weights to train; its bands are measured")
 

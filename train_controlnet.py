@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = told_augmentation(config, conditions)
     sized = {**config, "diffusion_train": {**config["diffusion_train"], "patch_size": geometry["size"]}}
     volumes = volumes_to_encode(sized, environment, train_cases, val_cases, run, section["augment"])
-    check_fits(rehearse, config, "controlnet_train", [geometry["size"]] * 3, run)
+    check_fits(rehearse, config, "controlnet_train", [list(volumes[0].size)] * 3, run)
     latents = encode_data(config, *volumes, autoencoder_file, None, run)
     if latents.autoencoder_hash != trained["autoencoder"]:
         raise UserError(
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(seed)  # the same initial weights on every rank
     learner = build_learner(config, unet, values, section["compile"], run)
     model, optimizer, ema_model = learner.model, learner.optimizer, learner.ema_model
-    drawn = WithNoise(latents.train, shape, seed, conditions, told)
+    drawn = WithNoise(latents.train, shape, seed, conditions, told, latents.shapes)
     drawn = WithMask(drawn, masks, seed, section["contrast_remove"])
     workers = 0 if run.device.type == "cpu" else None
     loader = utils.make_loader(drawn, section, config, run, workers)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config": config,
         "unet": unet_hash,
         "label_values": values,
-        "empty_masks": bool((masks.flatten(2).amax(2) == 0).any()),
+        "empty_masks": any((one.flatten(1).amax(1) == 0).any().item() for one in masks),
         "structures": usual,
         "subjects": subjects_of(train_cases, val_cases),
     }
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def mask_of(i: int) -> dict[str, torch.Tensor]:
         """The mask of a held-out case, without a batch dimension."""
-        return {MASK: coded(val_masks[i, :1].to(run.device), learner.bits)[0]}
+        return {MASK: coded(val_masks[i][:1].to(run.device), learner.bits)[0]}
 
     # Step 4: train
     with profiled(args.profile, model_dir, run) as after_step:
@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 z0 = (mean + std * posterior_noise) * scale_factor
 
                 # Noise and time, forward, loss, backward
-                t = process.draw_times(uniform, section["timestep_sampling"])
+                at = process.at(z0.shape[2:]) if latents.shapes else process
+                t = at.draw_times(uniform, section["timestep_sampling"])
                 zt = process.add_noise(z0, noise, t)
                 with optimizer.accumulating(last):
                     with run.autocast():

@@ -24,7 +24,7 @@ from ldm.system.schemas import StrictValidator, explained
 LABELS = "label_values"
 ONLY = "only"  # of `with_labels`: label maps without images
 # Keys that a checkpoint's weights depend on. `LABELS` count where labels are drawn, or are masks.
-MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", LABELS)
+MODEL = ("autoencoder_def", "channel", "spacing", "data.own_spacing", "intensity", "with_labels", LABELS)
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
 FIXED["controlnet"] = (*FIXED["diffusion"], "controlnet_def")
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
@@ -80,10 +80,11 @@ def check_config(config: dict, path: str | Path) -> dict:
             f"{path}: channel names {len(channels_of(config))} channel(s), "
             f"image_channels is {config['image_channels']}."
         )
-    if config["spacing"] and config["longest_side"]:
+    if config["spacing"] and config["longest_side"] and not config["data"]["own_spacing"]:
         raise UserError(f"{path}: spacing and longest_side: set one of them, not both.")
     _check_intensity(config, stated, path)
     _check_slices(config, path)
+    _check_sizes(config, path)
     check_networks(config)
     return config
 
@@ -250,6 +251,16 @@ def _check_slices(config: dict, path: str | Path) -> None:
             )
 
 
+def _check_sizes(config: dict, path: str | Path) -> None:
+    """Raise UserError where `data.sizes` stands beside what it replaces, or 2D networks."""
+    if not config["data"]["sizes"]:
+        return
+    if config["diffusion_train"]["patch_size"]:
+        raise UserError(f"{path}: data.sizes and diffusion_train.patch_size: set one of them, not both.")
+    if config["spatial_dims"] == 2:
+        raise UserError(f"{path}: data.sizes: is for spatial_dims 3. Remove it.")
+
+
 def completed(config: dict) -> dict:
     """A resolved config from a checkpoint, with the defaults of keys that are newer than it."""
     schema, config = _schema(), copy.deepcopy(config)
@@ -343,7 +354,8 @@ def with_spacing(config: dict, spacing: Sequence[float], resumed: dict | None = 
         UserError: it is not the spacing of the checkpoint that is resumed.
     """
     if config["spacing"] is None:
-        config = {**config, "spacing": list(spacing), "longest_side": None}
+        longest_side = config["longest_side"] if config["data"]["own_spacing"] else None
+        config = {**config, "spacing": list(spacing), "longest_side": longest_side}
     if resumed:
         check_fixed(resumed["config"], config, ("spacing",), resumed["path"], RESUMING)
     return config

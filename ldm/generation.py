@@ -250,7 +250,7 @@ def load_networks(
     own = second.get("geometry", own)
     asked = {key: one for key, one in given.items() if one != list(own[key] or [])}
     shape = [shape[0], *latent_size(config, geometry["size"])]
-    conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(asked.get("spacing"))
+    conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(geometry["spacing"])
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
     if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
         raise UserError(

@@ -7,13 +7,25 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from chain import SHAPE, SPACING, copy_of, decode_by_hand, trained
+from chain import SHAPE, SPACING, Project, assert_weights_close, copy_of, decode_by_hand, trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import cache_latents
 import inference
+import train_autoencoder
+import train_diffusion
 import utils
 from ldm import UserError
 from ldm.data.cases import Case
-from ldm.data.extent import asked_geometry, beyond_training, three_numbers, trained_geometry
+from ldm.data.datasets import EpochSampler
+from ldm.data.extent import (
+    asked_geometry,
+    beyond_training,
+    fitting_size,
+    three_numbers,
+    trained_geometry,
+)
 from ldm.diffusion.conditioning import Conditions, position_channels
 from ldm.diffusion.process import NoiseProcess
 from ldm.generation import load_networks
@@ -35,7 +47,7 @@ def test_numbers_of_an_option():
 def test_the_ranges_that_were_trained_on():
     plain, own = Case("a", ()), Case("b", (), spacing=(1.0, 1.0, 3.0), size=(8, 16, 8))
     geometry = trained_geometry([plain, own, own], (16, 16, 16), [2.0, 2.0, 2.0], [[0, 1]])
-    assert geometry["size"] == [8, 16, 8] and geometry["spacing"] == [1.0, 1.0, 3.0]  # the most frequent
+    assert geometry["size"] == [8, 16, 8] and geometry["spacing"] == [2.0, 2.0, 2.0]  # the most frequent
     assert geometry["spacing_range"] == [[1.0, 2.0], [1.0, 2.0], [2.0, 3.0]]
     assert geometry["fov_range"] == [[8.0, 32.0], [16.0, 32.0], [24.0, 32.0]]
     assert not beyond_training(asked_geometry(geometry, (16, 16, 8), (1.5, 1.5, 3.0), (8, 8, 8)))
@@ -147,3 +159,170 @@ def test_a_model_of_one_frame_has_one_size(project, tmp_path):
         networks_of(project, spacing=[1.0, 1.0, 1.0])
     networks = networks_of(project, size=[24, 20, 12], spacing=list(SPACING))
     assert networks.latent_shape == [3, 12, 10, 6] and networks.asked == {"size": [24, 20, 12]}
+
+
+# ---------------------------------------------------------------- several sizes and spacings
+
+
+def test_the_size_that_fits():
+    sizes = [[16, 16, 16], [32, 16, 16], [24, 24, 24]]
+    for whole, size in (
+        ((10, 16, 4), (16, 16, 16)),
+        ((17, 8, 8), (32, 16, 16)),  # 8192 voxels, the cube has 13824
+        ((20, 20, 8), (24, 24, 24)),
+        ((40, 16, 16), (32, 16, 16)),  # none holds it: 8192 of its voxels are kept, by the cube 6144
+    ):
+        assert fitting_size(whole, sizes, (4, 4, 4)) == size
+    assert fitting_size((10, 16, 4), "own", (4, 8, 4)) == (12, 16, 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 3), min_size=1, max_size=15),
+    batch=st.integers(1, 3),
+    world=st.integers(1, 3),
+    accumulate=st.integers(1, 3),
+)
+def test_a_batch_of_all_ranks_has_one_size(groups, batch, world, accumulate):
+    def batches(batch, rank, world):
+        sampler = EpochSampler(len(groups), batch, 5, rank, world, accumulate, [(one,) for one in groups])
+        sampler.epoch = 2
+        found = list(sampler)
+        assert len(found) == len(sampler) and len(found) % accumulate == 0
+        sampler.first = len(found) // 2  # after a resume
+        assert list(sampler) == found[len(found) // 2 :]
+        return found
+
+    together = [
+        sum(parts, []) for parts in zip(*[batches(batch, r, world) for r in range(world)], strict=True)
+    ]
+    assert together == batches(batch * world, 0, 1)
+    assert all(len({groups[i] for _, i in one}) == 1 for one in together)
+    assert {i for one in together for _, i in one} == set(range(len(groups)))
+
+
+KINDS = [((16, 20, 12), (2.0, 1.5, 3.0)), ((24, 16, 12), (1.0, 2.0, 3.0))]  # shape and spacing of a scan
+
+
+def make_mixed(folder):
+    """Eight ellipsoids, in turn of each of `KINDS`."""
+    (folder / "imagesTr").mkdir(parents=True)
+    listed, rng = [], np.random.default_rng(0)
+    for i in range(8):
+        shape, spacing = KINDS[i % 2]
+        axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+        radius = sum((axis * rng.uniform(1, 1.3)) ** 2 for axis in axes)
+        voxels = np.clip(1 - radius, 0, None) + 0.02 * rng.random(shape)
+        image = nib.Nifti1Image((1000 * voxels).astype(np.float32), np.diag([*spacing, 1]))
+        nib.save(image, folder / f"imagesTr/scan_{i}.nii.gz")
+        listed.append({"image": f"./imagesTr/scan_{i}.nii.gz"})
+    (folder / "dataset.json").write_text(json.dumps({"training": listed}))
+    return folder
+
+
+MIXED = {"spacing": None, "conditions": {"spacing": True}}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Project:
+    folder = tmp_path_factory.mktemp("mixed")
+    project = Project(folder / "run", make_mixed(folder / "data"))
+    project.config["data"] |= {"own_spacing": True, "sizes": "own"}
+    project.config["autoencoder_train"] |= {
+        "max_epochs": 2,
+        "adversarial_weight": 0,
+        "patch_size": [12, 12, 12],
+    }
+    project.config["diffusion_train"] |= {"max_epochs": 4, "val_interval": 2}
+    project.change(**MIXED)
+    for script in (train_autoencoder, train_diffusion):
+        project.printed[script.__name__] = project.run(script, "--no-amp")
+    return project
+
+
+def test_volumes_keep_their_spacing_and_size(mixed):
+    said = mixed.printed["train_diffusion"]
+    assert "spacings from 1 x 1.5 x 3 to 2 x 2 x 3 mm; sizes " in said
+    assert "16 x 20 x 12 (" in said and "24 x 16 x 12 (" in said and "padded" not in said
+    checkpoint = mixed.checkpoint("diffusion_unet.pt")
+    geometry, training = checkpoint["geometry"], mixed.split()["training"]
+    kinds = [KINDS[int(name[-1]) % 2] for name in training]
+    assert geometry["spacing_range"] == [[1, 2], [1.5, 2], [3, 3]]
+    assert geometry["fov_range"] == [[24, 32], [30, 32], [36, 36]]
+    assert tuple(geometry["size"]) in {shape for shape, _ in kinds}
+    assert geometry["spacing"] == np.median([mm for _, mm in kinds], axis=0).tolist()
+    assert checkpoint["model"]["class_embedding.0.weight"].shape[1] == 3
+    autoencoder = mixed.network("autoencoder_def", mixed.checkpoint("autoencoder.pt")["model"])
+    with torch.no_grad():
+        pairs = [autoencoder.encode(mixed.normalised(name)) for name in training]
+    mean, std = (torch.cat([pair[i].flatten() for pair in pairs]).double() for i in (0, 1))
+    scale = float(((mean - mean.mean()) ** 2 + std**2).mean()) ** -0.5
+    assert checkpoint["scale_factor"] == pytest.approx(scale, rel=1e-4)
+
+
+def test_a_sample_of_a_spacing_by_hand(mixed):
+    argv = ["--steps", "1", "--sampler", "euler", "--size", "20,16,12", "--spacing", "1.5,2,3"]
+    assert "warning" not in mixed.run(inference, *argv)
+    image = nib.load(mixed.output_dir / "sample_000000.nii.gz")
+    assert image.shape == (20, 16, 12) and image.header.get_zooms() == (1.5, 2, 3)
+    checkpoint = mixed.checkpoint("diffusion_unet.pt")
+    unet, z = (
+        mixed.network("diffusion_def", checkpoint["model"]),
+        torch.randn(3, 10, 8, 6, generator=torch.Generator().manual_seed(0))[None],
+    )
+    autoencoder = mixed.network("autoencoder_def", mixed.checkpoint("autoencoder.pt")["model"])
+    with torch.no_grad():
+        z = z + unet(z, timesteps=torch.tensor([1000.0]), class_labels=torch.tensor([[1.5, 2.0, 3.0]]))
+        expected = autoencoder.decode(z / checkpoint["scale_factor"])[0, 0].numpy()
+    ((low, high),) = checkpoint["geometry"]["limits"]
+    expected = expected * (high - low) + low
+    np.testing.assert_allclose(image.get_fdata(), expected, atol=1e-4 * np.ptp(expected))
+    record = json.loads((mixed.output_dir / "sample_000000.json").read_text())
+    assert record["spacing"] == [1.5, 2, 3] == record["volume"]["spacing"]
+    assert "spacing [1.5, 2.0, 3.0], now [1.0, 2.0, 3.0]" in mixed.refused(inference, *argv[:-1], "1,2,3")
+    said = mixed.run(inference, "--seed", "3", "--steps", "1", "--spacing", "4,2,3")
+    assert "warning: volumes have voxels of 4 x 2 x 3 mm" in said and "warning: volumes cover" in said
+
+
+def test_its_cache_and_its_resume_change_nothing(mixed):
+    """Latents of two shapes from the disk, in two parts."""
+    names = ("autoencoder.pt", "split.json")
+    cached = copy_of(mixed, mixed.folder.parent / "cached", *names)
+    cached.config["diffusion_train"] |= {"latent_cache": True}
+    cached.change()
+    cached.run(cache_latents)
+    for epochs in ("2", "4"):
+        cached.run(train_diffusion, "--no-amp", "--set", f"diffusion_train.max_epochs={epochs}")
+    a, b = (project.checkpoint("diffusion_unet_last.pt") for project in (mixed, cached))
+    assert a["geometry"] == b["geometry"] and a["scale_factor"] == pytest.approx(b["scale_factor"], rel=1e-6)
+    assert_weights_close(a["model"], b["model"])
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"data": {"sizes": [[16, 16, 15]]}}, r"data.sizes: \[16, 16, 15\] does not fit"),
+        ({"data": {"sizes": "own"}, "diffusion_train": {"patch_size": [16, 16, 12]}}, "set one of them"),
+        ({"conditions": {"spacing": False}}, "data.own_spacing: a model that is not told the spacing"),
+        (
+            {"conditions": {"spacing": True, "position": [2]}},
+            "conditions.position: is for volumes of one size",
+        ),
+    ],
+)
+def test_what_does_not_go_together(mixed, tmp_path, changes, what):
+    project = copy_of(mixed, tmp_path / "run", "autoencoder.pt", "split.json")
+    for section, values in changes.items():
+        project.config[section] = project.config[section] | values
+    project.config["diffusion_def"] = project.config["diffusion_def"] | {
+        "in_channels": 3 + len(project.config["conditions"].get("position", []))
+    }
+    project.change()
+    assert re.search(what, project.refused(train_diffusion, "--no-amp"))
+
+
+def test_a_spacing_takes_the_place_of_classes(tmp_path):
+    project = Project(tmp_path / "run", tmp_path)
+    project.config["diffusion_def"] |= {"num_class_embeds": 3}
+    project.change(conditions={"spacing": True, "class_labels": "group"})
+    assert "num_class_embeds: spacing takes its place" in project.refused(train_diffusion)

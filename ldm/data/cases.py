@@ -21,8 +21,8 @@ class Case:
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
     keys of its entry in a list, whose `fold` is kept apart. `spacing` in mm and `size` in voxels are those
-    that its volume is brought to, where cases differ (`ldm.data.prepare.with_own_extent`). A label map
-    without an image is both: `images` holds the file of `label`.
+    that its volume is brought to, where cases differ (`ldm.data.extent.with_own_extent`). A label map without
+    an image is both: `images` holds the file of `label`.
     """
 
     name: str
@@ -57,8 +57,9 @@ def rounded(size: float) -> float:
 
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int | Sequence[int]) -> list[int]:
     """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`, or
-    along each axis of its own; only headers are read."""
-    largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
+    along each axis of its own; only headers are read. Cases with a spacing of their own have that."""
+    sizes = [size_at(*ras_geometry(case.images[0]), case.spacing or spacing) for case in cases]
+    largest = np.max(sizes, axis=0)
     divisors = np.broadcast_to(divisor, len(largest)).tolist()
     return [int(math.ceil(side / n) * n) for side, n in zip(largest, divisors, strict=True)]
 

@@ -7,12 +7,13 @@ view: size times spacing, in mm), a pair for each axis.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ldm import UserError
-from ldm.data.cases import Case
-from ldm.data.reading import by_times
+from ldm.data.cases import Case, choose_spacing, size_at
+from ldm.data.reading import by_times, ras_geometry
 from ldm.models.definitions import check_size
 
 TOLERANCE = 1e-3  # of a range: headers store float32
@@ -30,6 +31,56 @@ def three_numbers(text: str, option: str, whole: bool) -> list:
     return numbers
 
 
+def fitting_size(
+    whole: Sequence[int], sizes: Sequence[Sequence[int]] | str, divisor: Sequence[int]
+) -> tuple[int, ...]:
+    """The size that a volume of `whole` voxels is cropped or padded to.
+
+    Args:
+        sizes: the smallest of these that holds it, else the one that keeps most of it; or `own`: its own
+            size, rounded up to multiples of `divisor`.
+    """
+    if isinstance(sizes, str):
+        return tuple(math.ceil(side / step) * step for side, step in zip(whole, divisor, strict=True))
+    return tuple(min(sizes, key=lambda size: (-math.prod(np.minimum(size, whole).tolist()), math.prod(size))))
+
+
+def with_own_extent(
+    config: dict, cases: Sequence[Case], spacing: Sequence[float], divisor: Sequence[int]
+) -> list[Case]:
+    """The cases with a `spacing` of their own where `data.own_spacing` says so, and with a `size` of their
+    own where `data.sizes` does; only headers are read.
+
+    Args:
+        spacing: in mm, of all cases where they have none of their own.
+        divisor: of the networks, see `network_divisor`.
+
+    Raises:
+        UserError: a size of `data.sizes` that does not fit the networks.
+    """
+    data, found = config["data"], []
+    for size in data["sizes"] if isinstance(data["sizes"], list) else []:
+        check_size(size, divisor, "data.sizes")
+    for case in cases:
+        if data["own_spacing"]:
+            case = replace(case, spacing=tuple(choose_spacing([case], config["longest_side"])))
+        if data["sizes"]:
+            whole = size_at(*ras_geometry(case.images[0]), case.spacing or spacing).astype(int).tolist()
+            case = replace(case, size=fitting_size(whole, data["sizes"], divisor))
+        found.append(case)
+    return found
+
+
+def largest_size(cases: Sequence[Case], size: Sequence[int]) -> list[int]:
+    """The size with most voxels of cases with their own; `size` of others."""
+    return list(max((case.size or tuple(size) for case in cases), key=math.prod, default=size))
+
+
+def usual_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
+    """The median of the cases' own spacings in mm, as `choose_spacing` has them."""
+    return np.median([choose_spacing([case], longest_side) for case in cases], axis=0).tolist()
+
+
 def trained_geometry(
     cases: Sequence[Case], size: Sequence[int], spacing: Sequence[float], limits: list
 ) -> dict:
@@ -40,18 +91,12 @@ def trained_geometry(
         limits: of intensity, see `ldm.data.cases.typical_limits`.
 
     Returns:
-        `size` is the most frequent of the cases, `spacing` the median of those of this size.
+        Its `size` is the most frequent one of the cases.
     """
     sizes = [tuple(case.size or size) for case in cases]
-    spacings = [case.spacing or spacing for case in cases]
-    usual = max(sorted(set(sizes)), key=sizes.count)
-    of_usual = [mm for one, mm in zip(sizes, spacings, strict=True) if one == usual]
-    return {
-        "spacing": np.median(of_usual, axis=0).tolist(),
-        "size": list(usual),
-        "limits": limits,
-        **trained_ranges(sizes, spacings),
-    }
+    usual = list(max(sorted(set(sizes)), key=sizes.count))
+    ranges = trained_ranges(sizes, [case.spacing or spacing for case in cases])
+    return {"spacing": list(spacing), "size": usual, "limits": limits, **ranges}
 
 
 def trained_ranges(sizes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]]) -> dict:

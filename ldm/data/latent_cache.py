@@ -43,6 +43,7 @@ RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
 SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
 SPACING = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
+RECORD["properties"] |= {"size": SIZE, "spacing": SPACING}  # of cases with their own
 ABOUT = {"about": {"type": "object"}, "autoencoder": fields(weights=TEXT, file=TEXT)}
 BEGUN = StrictValidator(fields(**ABOUT))
 COMPLETE = StrictValidator(
@@ -97,7 +98,8 @@ def add(
         case = volumes.cases[i]
         paths = files_of(case, _reads_labels(manifest["about"]))
         files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
-        facts = repr((key, case.name, [file["sha256"] for file in files]))
+        own = {name: list(one) for name, one in (("size", case.size), ("spacing", case.spacing)) if one}
+        facts = repr((key, case.name, [file["sha256"] for file in files], *own.items()))
         entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
         path = folder / entry
         digest = sha256_of(path) if _is_readable(path) else None
@@ -112,6 +114,7 @@ def add(
             "entry": entry,
             "sha256": digest,
             "files": files,
+            **own,
         }
         if volumes.find_slices and is_there:  # else `encode` finds them
             records[i]["slices"] = known.get("slices") or _slices(volumes, i)
@@ -235,7 +238,8 @@ def dependencies(config: dict) -> dict:
         if not about["intensity"][key]:
             del about["intensity"][key]
     del about["intensity"]["whole_numbers"]  # of what is written
-    later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
+    later = {f"data.{key}": data[key] for key in ("contrasts", "subject", "sizes") if data[key] is not None}
+    later |= {"data.own_spacing": True} if data["own_spacing"] else {}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     later |= {"label_values": config["label_values"]} if config["with_labels"] else {}
     sizes = config["conditions"]["structure_sizes"]
@@ -321,6 +325,7 @@ def posteriors(folder: Path, manifest: dict, seed: int) -> tuple[Posteriors, Pos
                 (),
                 subject=record.get("subject", record["case"]),
                 covariates=record.get("covariates", {}),
+                **{key: tuple(record[key]) for key in ("size", "spacing") if key in record},
             )
             for record in manifest[part]
         ]

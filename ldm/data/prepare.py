@@ -7,14 +7,19 @@ leaves the spacing open, the data decide it; the caller puts it into the config:
     config = configs.with_spacing(config, spacing)
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ldm import UserError, configs
+import numpy as np
+
+from ldm import UserError, configs, few
 from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
+from ldm.data.extent import largest_size, usual_spacing, with_own_extent
 from ldm.data.intensity import Intensity
 from ldm.data.label_names import label_names
 from ldm.data.labels import check_labelled, with_sizes
@@ -22,6 +27,7 @@ from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.reading import by_times
 from ldm.environment import FOLDERS
 from ldm.models.definitions import check_size, downsampling_factor, network_divisor
 from ldm.system.checkpoints import load_checkpoint
@@ -90,7 +96,8 @@ def prepare_data(
 
     Returns:
         Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
-        that of `choose_spacing`.
+        that of `choose_spacing`. With `data.own_spacing` and `data.sizes` the cases have spacing and size of
+        their own; the spacing is then the usual one.
 
     Raises:
         UserError: no data, bad data, or a held-out case that was trained on.
@@ -136,9 +143,24 @@ def prepare_data(
         run.print(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
         )
-    spacing = config["spacing"] or choose_spacing(train, config["longest_side"])
-    run.print(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
+    choose = usual_spacing if config["data"]["own_spacing"] else choose_spacing
+    spacing = config["spacing"] or choose(train, config["longest_side"])
+    divisor = network_divisor(config)
+    train, val = (with_own_extent(config, cases, spacing, divisor) for cases in (train, val))
+    run.print(f"data: {len(train)} training and {len(val)} validation cases, {_extent(train, spacing)}")
     return train, val, spacing
+
+
+def _extent(cases: Sequence[Case], spacing: Sequence[float]) -> str:
+    """The spacing and the sizes of cases in words; sizes where they have their own."""
+    text = f"spacing {list(spacing)} mm"
+    if cases[0].spacing:
+        spacings = np.array([case.spacing for case in cases])
+        text = f"spacings from {by_times(spacings.min(0))} to {by_times(spacings.max(0))} mm"
+    if cases[0].size:
+        counts = Counter(case.size for case in cases).most_common()
+        text += "; sizes " + few([f"{by_times(size)} ({count})" for size, count in counts], 8)
+    return text
 
 
 def warn_of_sides(config: dict, cases: Sequence[Case], run: Run) -> None:
@@ -168,8 +190,9 @@ def volumes_to_encode(
     )
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    common["find_slices"] = config["slices"]["foreground"]
-    warn_of_padding(train, config["spacing"], size, run.print)
+    common |= {"find_slices": config["slices"]["foreground"], "own_sizes": True}
+    if not config["data"]["sizes"]:
+        warn_of_padding(train, config["spacing"], size, run.print)
     return (
         VolumeDataset(train, preprocessing, size, augment=augment, **common),
         VolumeDataset(val, preprocessing, size, **common),
@@ -179,13 +202,16 @@ def volumes_to_encode(
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
     """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
     that stage 1 is validated on. The first two, where the config leaves them open, are the size that holds
-    every volume; the third is then the second.
+    every volume; the third is then the second. Where volumes have sizes of their own, they are the largest.
 
     Raises:
         UserError: a size that the networks cannot take; the nearest that they can are named.
     """
-    first, second = config["autoencoder_train"], config["diffusion_train"]
+    first, second, sizes = config["autoencoder_train"], config["diffusion_train"], config["data"]["sizes"]
     patch, volume, val_patch = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    if sizes:
+        volume = largest_size(cases, (1, 1, 1)) if sizes == "own" else max(sizes, key=math.prod)
+        patch = patch or volume
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
         check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")

@@ -37,11 +37,14 @@ def usual_medians(
     Args:
         cases: with labels; the first `MOST_CASES` are read.
     """
-    reading = replace(preprocessing, labels=())
-    masks = replace(preprocessing, labels=tuple(values))
-    found = np.stack(
-        [medians(reading(one.images), masks.mask(one.label), values) for one in cases[:MOST_CASES]]
-    )
+
+    def measured(case: Case) -> np.ndarray:
+        spacing = case.spacing or preprocessing.spacing
+        image = replace(preprocessing, labels=(), spacing=spacing)(case.images)
+        mask = replace(preprocessing, labels=tuple(values), spacing=spacing).mask(case.label)
+        return medians(image, mask, values)
+
+    found = np.stack([measured(case) for case in cases[:MOST_CASES]])
     usual = {}
     for i, value in enumerate(values):
         known = found[~np.isnan(found[:, i, 0]), i]

@@ -154,6 +154,10 @@ class Conditions:
         """These conditions for latents (c, d, h, w), with their mean, scaled as z_0 is, or None."""
         return replace(self, shape=tuple(shape), mean_latent=mean)
 
+    def at(self, shape: Sequence[int]) -> "Conditions":
+        """These conditions for latents of another shape, (c, d, h, w)."""
+        return self if tuple(shape) == tuple(self.shape) else self.of_latents(shape, self.mean_latent)
+
     def of_spacing(self, spacing: Sequence[float] | None) -> "Conditions":
         """These conditions for volumes of another spacing in mm; None: of the same."""
         return self if None in (spacing, self.spacing) else replace(self, spacing=spacing)
@@ -566,6 +570,16 @@ def check_sources(config: dict) -> None:
     needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
     mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
     told, covariates = told_parameters(config), config["conditions"]["covariates"]
+    if config["data"]["sizes"] and (mean or position):
+        raise UserError(
+            f"conditions.{'mean_latent' if mean else 'position'}: is for volumes of one size, in one frame. "
+            "Leave it out, or set data.sizes to null."
+        )
+    if config["data"]["own_spacing"] and not config["conditions"]["spacing"]:
+        raise UserError(
+            "data.own_spacing: a model that is not told the spacing would draw volumes of any. Set "
+            "conditions.spacing to true."
+        )
     if config["conditions"]["augmentation"] and not told:
         raise UserError(
             "conditions.augmentation: diffusion_train.augment has neither flips nor affine changes. "

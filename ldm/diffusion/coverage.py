@@ -13,7 +13,7 @@ from ldm import UserError, brief
 from ldm.data.cases import Case
 
 SPACING, REGION = "spacing_tensor", ("top_region_index_tensor", "bottom_region_index_tensor")
-KEYS = ("top_region_index", "bottom_region_index")  # of a case's entry in a list
+INDICES = ("top_region_index", "bottom_region_index")  # of a case's entry in a list
 REGIONS = ("head", "chest", "abdomen", "lower")  # from the top down
 SCALE = 100.0
 
@@ -25,7 +25,7 @@ def region_of(case: Case) -> str:
         UserError: its entry has none, or something else than four numbers of which one is 1.
     """
     names = []
-    for key in KEYS:
+    for key in INDICES:
         index = case.covariates.get(key)
         if not isinstance(index, list | tuple) or sorted(index, key=str) != [0, 0, 0, 1]:
             found = "missing" if index is None else f"found {brief(index)}"

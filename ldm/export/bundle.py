@@ -120,7 +120,7 @@ REGION_NAME = "region"
 '''
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint of_latents of_spacing check_size check_asked check_classes "
+    Conditions: "of_training from_checkpoint of_latents at of_spacing check_size check_asked check_classes "
     "summary describe examples state of draw tell deviations",
 }
 

@@ -42,8 +42,8 @@ class WithPosteriorDraw(WithDraws):
 
     purpose = "posterior"
 
-    def draw(self, generator: torch.Generator, case: Case) -> dict:
-        posterior_noise = torch.randn(self.shape, generator=generator)
+    def draw(self, generator: torch.Generator, case: Case, shape: Sequence[int]) -> dict:
+        posterior_noise = torch.randn(shape, generator=generator)
         return {"posterior_noise": posterior_noise, "noise_level": torch.randn((), generator=generator).abs()}
 
 

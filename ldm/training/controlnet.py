@@ -13,6 +13,7 @@ from ldm import UserError, configs, few
 from ldm.data.augmentation import AFFINE, count_parameters
 from ldm.data.datasets import VolumeDataset, stream, version_of
 from ldm.data.labels import SURROUNDINGS, without_structure
+from ldm.data.posteriors import rows_by_size
 from ldm.data.preprocessing import largest_share
 from ldm.data.reading import label_type
 from ldm.diffusion.conditioning import Conditions
@@ -37,8 +38,8 @@ MASK_WITHOUT = "mask_without"  # of an item: its mask without one structure
 # ---------------------------------------------------------------- masks
 
 
-def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> torch.Tensor:
-    """The mask of each version of each volume, (cases, versions, D, H, W) uint8 or int16, on every
+def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> list[torch.Tensor]:
+    """The mask of each version of each volume, (versions, D, H, W) uint8 or int16 of each case, on every
     rank.
 
     Args:
@@ -51,14 +52,22 @@ def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str)
             "controlnet_train.augment: set versions, such as to 2: latents and masks are made once for each."
         )
     kind = torch.uint8 if label_type(values) is np.uint8 else torch.int16
-    found = torch.zeros(len(volumes), volumes.versions, *volumes.size, dtype=kind)
+    groups = rows_by_size(volumes)
+    stacks = {  # parts of one tensor for each size, which loader processes share
+        size: torch.zeros(len(members), volumes.versions, *size, dtype=kind)
+        for size, members in groups.items()
+    }
+    rows = {i: row for members in groups.values() for row, i in enumerate(members)}
     parts = [volumes.labels_alone(values[i : i + AT_A_TIME]) for i in range(0, len(values), AT_A_TIME)]
     mine = range(run.rank, len(volumes), run.world_size)
     for i in progress_bar(run, what, items=mine, unit="volume"):
         for version in range(volumes.versions):
             shares = (share for part in parts for share in part.image(i, version).numpy())
-            found[i, version] = torch.from_numpy(largest_share(shares, values))
-    return run.sum(found.int() if kind is torch.int16 else found).to(kind)  # gloo adds up no int16
+            mask = torch.from_numpy(largest_share(shares, values))
+            stacks[volumes.size_of(i)][rows[i], version] = mask
+    for size, stack in stacks.items():  # gloo adds up no int16
+        stacks[size] = run.sum(stack.int() if kind is torch.int16 else stack).to(kind)
+    return [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
 
 
 class WithMask(Dataset):
@@ -72,8 +81,11 @@ class WithMask(Dataset):
         remove: {value: what replaces it}, as `controlnet_train.contrast_remove` has it.
     """
 
-    def __init__(self, dataset: Dataset, masks: torch.Tensor, seed: int, remove: dict[str, int | str]):
+    def __init__(
+        self, dataset: Dataset, masks: Sequence[torch.Tensor], seed: int, remove: dict[str, int | str]
+    ):
         self.dataset, self.cases, self.masks, self.seed = dataset, dataset.cases, masks, seed
+        self.shapes = dataset.shapes
         self.remove = {int(value): instead for value, instead in remove.items()}
 
     def __len__(self) -> int:
@@ -81,8 +93,8 @@ class WithMask(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
-        version = version_of(self.seed, epoch, self.cases[i].name, self.masks.shape[1])
-        mask = self.masks[i, version]
+        version = version_of(self.seed, epoch, self.cases[i].name, len(self.masks[i]))
+        mask = self.masks[i][version]
         item = {**self.dataset[key], MASK: mask}
         if self.remove:
             present = [value for value in self.remove if (mask == value).any()]
