@@ -24,6 +24,7 @@ from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
 from ldm.data.extent import trained_geometry
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
+from ldm.data.structures import structures_of
 from ldm.models.definitions import latent_size
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
