@@ -63,39 +63,45 @@ import os
 import platform
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, counted, few, figures, generation
+from ldm import UserError, configs, counted, few, generation
 from ldm.data.datasets import stream
 from ldm.data.extent import beyond_training, three_numbers
-from ldm.data.intensity import to_unit_range
 from ldm.data.reading import IMAGE_SUFFIXES
-from ldm.diffusion.conditioning import REGION_NAME, Conditions, guided, texts_of, with_any_guide
+from ldm.diffusion.conditioning import REGION_NAME, Conditions, texts_of
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.evaluation.segmentation import load_segmenter
 from ldm.export import records
-from ldm.generation import Networks, controlled
-from ldm.given_masks import GivenMask, MaskSource
+from ldm.generation import Networks
+from ldm.given_masks import MaskSource
 from ldm.metrics import band_power
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.control import MASK
-from ldm.models.definitions import check_size, latent_size, network_divisor
-from ldm.models.denoiser import example_cond
+from ldm.models.definitions import check_size, network_divisor
+from ldm.outputs import (
+    SHOWN,
+    Sample,
+    cleared,
+    contents,
+    largest_difference,
+    recorded_masks,
+    show_grid,
+    show_samples,
+    show_slices,
+)
 from ldm.quality import Check, draw_until_fit, seed_again
+from ldm.sampling_memory import peak_within, rehearse
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import label_path
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
 from ldm.training import memory
-from ldm.training.controlnet import define_control
 
-SHOWN = 8  # volumes in the picture
 FAILED = "failed"  # the folder of samples that do not pass the check, in output_dir
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
@@ -276,34 +282,6 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
 # ---------------------------------------------------------------- dry run
 
 
-def rehearse(
-    config: dict,
-    size: Sequence[int],
-    batch: int,
-    meter: memory.Meter,
-    run: Run,
-    guidance: float = 1.0,
-    masks: bool = False,
-) -> None:
-    """What takes memory: a step of sampling, with a ControlNet for `masks`, and decoding, of a batch of
-    volumes of `size` voxels."""
-    shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
-    with meter, torch.no_grad(), run.autocast():
-        autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
-        unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
-        unet = with_any_guide(unet, config, run.device)
-        latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
-        meter.hold("weights", autoencoder, unet)
-        if masks:
-            control, bits = define_control(config, config["label_values"] or [255])
-            meter.hold("weights", control)
-            unet, cond[MASK] = controlled(unet, control.eval()), torch.zeros(batch, bits, *size)
-        with meter.phase("sampling"):
-            guided(unet, cond, cond, guidance)(latents, torch.zeros(batch))
-        with meter.phase("decoding"):
-            autoencoder.decode(latents)
-
-
 def print_memory(args: argparse.Namespace, config: dict) -> None:
     """The dry run: print the peaks by part, and what would lower them. Nothing is written.
 
@@ -341,22 +319,6 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
     print(memory.report(found, lower, gpu, half if amp else None, batch, size))
     if limit and sampling > limit * memory.GB:
         print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
-
-
-def peak_within(
-    max_memory: float, gpu: bool, config: dict, size: Sequence[int], weights: int, run: Run
-) -> memory.Peak:
-    """The peak of decoding a volume of `size` voxels within `max_memory` GB, `weights` bytes of both networks
-    included. Raises UserError where that is too little."""
-    from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
-
-    autoencoder = configs.define_network(config, "autoencoder_def").eval()
-    latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
-    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder), like_gpu=gpu)
-    with run.autocast():
-        most = decoding_peak(autoencoder, latents, budget)
-    parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}
-    return memory.Peak(parts)
 
 
 def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
@@ -466,56 +428,7 @@ def reproduce(args: argparse.Namespace) -> None:
     run.print(f"reproduced: {result}: equal up to rounding")
 
 
-def recorded_masks(volume: Path, record: dict, place: int, networks: Networks) -> list[torch.Tensor]:
-    """The masks of the samples of a batch, which lie beside the volume; where one is missing, its own stands
-    for it. Other samples of a batch change a sample by rounding alone.
-
-    Args:
-        volume: the one that is made again, at this place of the batch.
-
-    Raises:
-        UserError: its own mask is missing or was changed.
-    """
-    own = label_path(volume)
-    if not own.is_file() or records.sha256_of(own) != record["volume"]["label"]["sha256"]:
-        what = "was changed" if own.is_file() else "no such mask"
-        raise UserError(f"{own}: {what}; the volume was made for it. Put it beside the record.")
-    files = [label_path(volume.with_name(f"sample_{seed:06d}.nii.gz")) for seed in record["batch"]]
-    files = [file if file.is_file() else own for file in files]
-    files[place] = own
-    return [generation.read_mask(file, networks)[0] for file in files]
-
-
-def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
-    """As a share of the range of `original`; NaN where a voxel is."""
-    if volume.shape != original.shape:
-        return math.inf
-    volume, original = volume.astype(np.float64), original.astype(np.float64)  # int16 would overflow
-    return float(np.abs(volume - original).max() / (np.ptp(original) or 1))
-
-
 # ---------------------------------------------------------------- what to sample
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One volume to make."""
-
-    seed: int
-    condition: dict  # as of `Conditions.parse`
-    path: Path
-    mask: GivenMask | None = None
-
-    def record(self) -> dict:
-        """The entries of its record that are its own."""
-        entries = {"seed": self.seed}
-        if self.condition:
-            entries["condition"] = texts_of(self.condition)
-        if self.mask:
-            path = self.mask.path
-            about = {"path": path.as_posix(), "sha256": records.sha256_of(path)}
-            entries["mask"] = {**about, **self.mask.changes}
-        return entries
 
 
 def requested(
@@ -799,11 +712,6 @@ def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torc
     return check.faults(volume[: len(networks.geometry["limits"])], label[0])
 
 
-def cleared(volumes: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Volumes (B, C, D, H, W) that are 0 where their masks are, (D, H, W) each."""
-    return volumes * (torch.stack([*masks])[:, None] > 0)
-
-
 def draw_masks(args: argparse.Namespace) -> list[Path]:
     """Draw a mask for each sample by the model of `--mask-model`, as its own command would: the files."""
     environment = utils.load_environment(args.mask_model)
@@ -819,72 +727,6 @@ def draw_masks(args: argparse.Namespace) -> list[Path]:
     main.__wrapped__(argv + [f"--structure-size={one}" for one in args.structure_size])
     seeds = range(args.seed, args.seed + args.num)
     return [environment["output_dir"] / f"sample_{seed:06d}_label.nii.gz" for seed in seeds]
-
-
-def contents(
-    voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
-) -> tuple[bytes, bytes | None]:
-    """The files of a volume, and of its label where one is drawn beside it or was given as a mask.
-
-    Args:
-        voxels: what is written: the image, in its units, or the label map.
-        volume: image and label as drawn, (C, D, H, W).
-        mask: (D, H, W).
-    """
-    spacing = networks.geometry["spacing"]
-    label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
-    written = None if label is None else generation.nifti_bytes(label, spacing, label.dtype.type)
-    return generation.nifti_bytes(voxels, spacing, voxels.dtype.type), written
-
-
-def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
-    """Write the slices of a volume (C, D, H, W) as a PNG beside it."""
-    unit = as_picture(networks, voxels).clip(0, 1)
-    picture = path.with_name(path.name.removesuffix(".nii.gz") + ".png")
-    figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
-
-
-def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
-    """Write samples.png, three planes of each volume, and of its label."""
-    rows = {"sample": [in_unit_range(networks, one) for one in samples]}
-    values = networks.labels or (networks.masks and networks.masks.values)
-    if values and not networks.label_maps:
-        labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
-        rows["label"] = [torch.from_numpy(label / max(values)).float() for label in labels]
-    figures.montage(
-        rows,
-        folder / "samples.png",
-        f"Generated volumes, seeds {samples[0].seed} to {samples[-1].seed}",
-        spacing=networks.geometry["spacing"],
-    )
-    return folder / "samples.png"
-
-
-def show_grid(
-    networks: Networks, samples: Sequence[Sample], name: str, values: Sequence[str], folder: Path
-) -> Path:
-    """Write grid.png: an axial slice of each volume, a row for each seed and a column for each value."""
-    count = len(values)
-    rows = [
-        (f"seed {samples[i].seed}", [in_unit_range(networks, one) for one in samples[i : i + count]])
-        for i in range(0, min(len(samples), SHOWN * count), count)
-    ]
-    title = f"{name} {', '.join(values)}"
-    figures.slice_grid(rows, folder / "grid.png", title, networks.geometry["spacing"])
-    return folder / "grid.png"
-
-
-def in_unit_range(networks: Networks, sample: Sample) -> torch.Tensor:
-    """What pictures show of a volume that was written, (D, H, W)."""
-    return torch.from_numpy(as_picture(networks, generation.read_volume(sample.path)))
-
-
-def as_picture(networks: Networks, voxels: np.ndarray) -> np.ndarray:
-    """The first channel of a volume (C, D, H, W), 0 to 1 in the typical range; of a label map the place of
-    each label among all, as a share: (D, H, W) float32."""
-    if networks.label_maps:
-        return (np.searchsorted([0, *sorted(networks.labels)], voxels[0]) / len(networks.labels)).astype("f4")
-    return to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=False)[0]
 
 
 if __name__ == "__main__":

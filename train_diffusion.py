@@ -36,9 +36,11 @@ from ldm import configs, figures
 from ldm.data.extent import largest_size
 from ldm.data.prepare import in_steps, prepare_data, step_size, volumes_to_encode
 from ldm.data.splits import subjects_of
-from ldm.diffusion.conditioning import Conditions, check_guide, check_sources
+from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.guidance import check_guide
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import build_learner, draw_samples, rehearse, save_pictures

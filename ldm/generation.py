@@ -18,7 +18,8 @@ from ldm.data.extent import asked_geometry
 from ldm.data.intensity import Intensity, from_unit_range
 from ldm.data.labels import label_of, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
-from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
+from ldm.diffusion.guidance import with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
@@ -394,7 +395,7 @@ def draw(
 
     Args:
         chosen: the condition of each sample, as of `Conditions.parse`; what it lacks is unknown.
-        guidance: as of `ldm.diffusion.conditioning.guided`.
+        guidance: as of `ldm.diffusion.guidance.guided`.
         interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise;
             None: all of it.
         masks: of each sample, (D, H, W), for networks with a ControlNet.

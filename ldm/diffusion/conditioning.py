@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ldm import UserError, brief, configs, few
+from ldm import UserError, brief, few
 from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
 from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.coverage import REGION, SPACING, check_region, region_of, region_tensors, spacing_tensor
-from ldm.models.denoiser import Autoguided, example_cond, predict
-from ldm.models.embedding import encoded_size, has_spacing_input
-from ldm.models.weights import load_weights
+from ldm.diffusion.guidance import guided
+from ldm.models.embedding import has_spacing_input
 
 MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
 REGION_NAME = "region"  # in `--condition`
@@ -558,182 +556,9 @@ def told_parameters(config: dict) -> int:
     return count_parameters(config["diffusion_train"]["augment"])
 
 
-def check_sources(config: dict) -> None:
-    """See that a config gives the network each condition that it needs, and no other.
-
-    Raises:
-        UserError: it does not; the key is named.
-    """
-    if "diffusion_def" not in config:
-        raise UserError("diffusion_def: missing from the config.")
-    definition, labels = config["diffusion_def"], "class_labels"
-    needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
-    mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
-    told, covariates = told_parameters(config), config["conditions"]["covariates"]
-    if config["data"]["sizes"] and (mean or position):
-        raise UserError(
-            f"conditions.{'mean_latent' if mean else 'position'}: is for volumes of one size, in one frame. "
-            "Leave it out, or set data.sizes to null."
-        )
-    if config["data"]["own_spacing"] and not config["conditions"]["spacing"]:
-        raise UserError(
-            "data.own_spacing: a model that is not told the spacing would draw volumes of any. Set "
-            "conditions.spacing to true."
-        )
-    if config["conditions"]["augmentation"] and not told:
-        raise UserError(
-            "conditions.augmentation: diffusion_train.augment has neither flips nor affine changes. "
-            "Set some, or leave it out."
-        )
-    size = encoded_size(covariates, config["conditions"]["unknown"])
-    into = config["conditions"]["into"] if covariates else []
-    _check_coverage(config["conditions"], definition, needed)
-    if "embedding" in into:
-        needed.pop(labels, None)
-        if column is not None:
-            raise UserError(
-                "conditions.class_labels: covariates take its place in the network. Name the column among "
-                "conditions.covariates, or set conditions.into to channels or cross_attention."
-            )
-    if "cross_attention" in into:
-        needed.pop("context", None)
-        if (found := definition.get("cross_attention_dim")) != size or not definition.get(
-            "with_conditioning"
-        ):
-            raise UserError(
-                f"diffusion_def.cross_attention_dim: expected {size}, as many numbers as encode "
-                f"conditions.covariates, and with_conditioning true; found {brief(found)}."
-            )
-    if "mean_latent" in into and not mean:
-        raise UserError("conditions.into: mean_latent needs conditions.mean_latent true.")
-    constant = size if "channels" in into else 0
-    if mean or position or told or constant:
-        needed.pop("channels", None)
-        inputs, latent = definition["in_channels"], definition["out_channels"]
-        position = len(position) * len(position_channels(2, config["spatial_dims"] == 2))
-        expected = latent * (1 + mean) + position + told + constant
-        if inputs != expected:
-            parts = [f"{latent} of the noisy latents"]
-            parts += [f"{latent} of conditions.mean_latent"] * mean
-            parts += [f"{position} of conditions.position"] * bool(position)
-            parts += [f"{told} of conditions.augmentation"] * bool(told)
-            parts += [f"{constant} of conditions.covariates"] * bool(constant)
-            raise UserError(
-                f"diffusion_def.in_channels: expected {expected}, found {inputs}: {', '.join(parts)}."
-            )
-    if column is not None and labels not in needed:
-        raise UserError(
-            "conditions.class_labels: the network takes no classes. Set diffusion_def.num_class_embeds to "
-            f"the number of values of {brief(column)} plus 1, or leave class_labels out."
-        )
-    if missing := [key for key in needed if key != labels or column is None]:
-        hints = {
-            SPACING: "set conditions.spacing true",
-            **dict.fromkeys(REGION, "set conditions.region true"),
-            labels: "name a column by conditions.class_labels",
-            "context": "name covariates by conditions.covariates",
-            "channels": "set conditions.mean_latent, conditions.position, conditions.augmentation or "
-            "conditions.covariates",
-        }
-        where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
-        raise UserError(
-            f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."
-        )
-
-
-def _check_coverage(section: dict, definition: dict, needed: dict) -> None:
-    """See that a network takes spacing and region where `conditions` gives them, and remove their inputs from
-    those that it needs. Raises UserError: it does not take them."""
-    if section["region"]:
-        if lacking := [key for key in REGION if key not in needed]:
-            raise UserError(
-                f"conditions.region: the network takes no {lacking[0]}. Use MAISI's DiffusionModelUNetMaisi "
-                "with include_top_region_index_input and include_bottom_region_index_input."
-            )
-        if REGION_NAME in section["covariates"] or section["class_labels"] == REGION_NAME:
-            raise UserError("conditions.region: a column has the same name. Rename the column.")
-        for key in REGION:
-            del needed[key]
-    if section["spacing"]:
-        needed.pop(SPACING, None)
-        if not has_spacing_input(definition):
-            needed.pop("class_labels", None)
-            if section["class_labels"] is not None:
-                raise UserError(
-                    "conditions.spacing: takes the place of classes in this network. Name the column of "
-                    "conditions.class_labels among conditions.covariates."
-                )
-
-
 def texts_of(condition: dict) -> dict[str, str]:
     """The values of a condition as `--condition` takes them."""
     return {
         name: "unknown" if value is None else f"{value:.12g}" if isinstance(value, float) else value
         for name, value in condition.items()
     }
-
-
-def guided(
-    unet: Callable,
-    cond: dict,
-    unknown: dict,
-    guidance: float = 1.0,
-    interval: tuple[float, float] | None = None,
-) -> Callable:
-    """The model function of the samplers: classifier-free guidance (Ho & Salimans, 2022, eq. 6).
-
-    The prediction is u + guidance * (c - u), with c under `cond` and u under `unknown`; the paper's w is
-    guidance - 1. At 1 it is c, in one pass of the network; else there are two.
-
-    Args:
-        interval: the times, as the network takes them, within which there is guidance (Kynkäänniemi et al.,
-            2024); None: all.
-    """
-
-    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        conditional = predict(unet, x, t, cond).float()
-        if guidance == 1 or (interval and not interval[0] <= float(t[0]) <= interval[1]):
-            return conditional
-        unconditional = predict(unet, x, t, unknown).float()
-        return unconditional + guidance * (conditional - unconditional)
-
-    return model
-
-
-def check_guide(section: dict) -> None:
-    """Raise UserError where `diffusion_train` asks for autoguidance and keeps no snapshot to guide by."""
-    if section["autoguidance"] != 1 and section["snapshot"] is None:
-        raise UserError(
-            "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot, such as to 0.3, or "
-            "autoguidance to 1."
-        )
-
-
-def with_guide(unet: nn.Module, state: dict | None, config: dict, where: str | Path) -> Autoguided:
-    """The network under autoguidance of the config's strength.
-
-    Args:
-        state: weights of the guide, the entry `guide` of a checkpoint.
-        where: the checkpoint, for messages.
-
-    Raises:
-        UserError: there is no guide.
-    """
-    weight = config["diffusion_train"]["autoguidance"]
-    if state is None:
-        raise UserError(
-            f"{where}: holds no early snapshot, as diffusion_train.autoguidance {weight:g} needs. Train with "
-            "diffusion_train.snapshot, or set autoguidance to 1."
-        )
-    guide = configs.define_network(config, "diffusion_def")
-    load_weights(guide, state, f"{where}: guide")
-    return Autoguided(unet, guide, weight)
-
-
-def with_any_guide(unet: nn.Module, config: dict, device: torch.device) -> nn.Module:
-    """The network as it samples, where a forecast of memory asks for its size and not for its weights: under
-    autoguidance, where the config has it, of a guide with random weights."""
-    weight = config["diffusion_train"]["autoguidance"]
-    if weight == 1:
-        return unet
-    return Autoguided(unet, configs.define_network(config, "diffusion_def").to(device), weight)

@@ -20,8 +20,9 @@ from ldm.data.intensity import from_unit_range
 from ldm.data.labels import label_of
 from ldm.data.reading import label_type
 from ldm.diffusion import samplers
-from ldm.diffusion.conditioning import Conditions, guided, position_channels
+from ldm.diffusion.conditioning import Conditions, position_channels
 from ldm.diffusion.covariates import Covariates
+from ldm.diffusion.guidance import guided
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.export.formats import weights_and_guide, weights_of

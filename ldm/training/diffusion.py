@@ -11,7 +11,8 @@ from ldm import configs, figures
 from ldm.data.augmentation import augmentation
 from ldm.data.labels import shown
 from ldm.data.prepare import step_size
-from ldm.diffusion.conditioning import Conditions, with_any_guide, with_guide
+from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.guidance import with_any_guide, with_guide
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
