@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
+import preprocess
 import utils
 from ldm import UserError, configs
 from ldm.data import folds, splits
+from ldm.data.body import body_mask, region_indices
 from ldm.data.cases import Case
 from ldm.data.checks import check_cases
 from ldm.data.label_names import label_names
@@ -158,3 +162,175 @@ def test_label_dict_names_labels_and_others_are_found(write_image, tmp_path):
     (tmp_path / "label_dict.json").write_text(json.dumps({"spleen": "3"}))
     with pytest.raises(UserError, match=r"label_dict.json: spleen: expected a whole number"):
         label_names(cases)
+
+
+# ---------------------------------------------------------------- bodies and regions
+
+
+def scanned(gap: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A box-shaped body of 40 HU with lungs of -900, on a table that it touches in one place, at 1.5 mm, and
+    `gap` voxels of air to its sides; the body; and a label of one lung."""
+    body = np.zeros((30, 34, 16), bool)
+    body[gap : 30 - gap, 10:30] = True
+    hu = np.where(body, 40, -1000).astype(np.float32)
+    lung = np.zeros_like(body)
+    lung[8:14, 14:24, 3:13] = True
+    hu[lung] = hu[::-1][lung[::-1]] = -900
+    hu[2:28, 4:7] = hu[12:15, 7:10, 5:8] = 300  # the table, and a cushion of 4.5 mm
+    return hu, body, np.where(lung, 28, 0).astype(np.uint8)
+
+
+def test_the_table_is_no_body_where_lungs_are_labelled():
+    hu, expected, label = scanned()
+    np.testing.assert_array_equal(body_mask(hu, (1.5, 1.5, 1.5), label), expected)
+    unlabelled = body_mask(hu, (1.5, 1.5, 1.5), np.zeros_like(label))
+    assert unlabelled[expected].all() and unlabelled[10, 5, 8], "without lungs it stays"
+    assert not body_mask(hu, (1.5, 1.5, 1.5), label, {"Lung_Upper_lobe-left": 28})[10, 5, 8]
+    assert body_mask(hu, (1.5, 1.5, 1.5), label, {"liver": 28})[10, 5, 8], "28 is no lung there"
+
+
+def test_air_on_both_sides_of_a_body_is_outside_of_it():
+    hu = np.full((20, 12, 8), -1000, np.float32)
+    hu[4:12] = 0  # from front to back: 4 voxels of air to one side, 8 to the other
+    expected = np.zeros(hu.shape, bool)
+    expected[4:12] = True
+    np.testing.assert_array_equal(body_mask(hu, (3, 3, 3), np.zeros(hu.shape, np.uint8)), expected)
+    with pytest.raises(UserError, match="no voxel without a label is below -800 HU"):
+        body_mask(hu + 1000, (3, 3, 3), np.zeros(hu.shape, np.uint8))
+
+
+def test_regions_follow_from_organs():
+    assert region_indices({0, 1, 200}) == (ABDOMEN, ABDOMEN)
+    assert region_indices({94, 30, 3}) == (CHEST, [0, 0, 0, 1])
+    assert region_indices({22, 120}) == ([1, 0, 0, 0], [1, 0, 0, 0])
+    assert region_indices({0, 6, 200}) is None
+    assert region_indices({5}, {"brain": 5, "liver": 1}) == ([1, 0, 0, 0], [1, 0, 0, 0])
+
+
+def test_the_body_of_a_real_ct(shared_data):
+    folder = shared_data / "ct_abdomen_3mm"
+    hu, label = (nib.load(folder / f"example_ct{end}.nii.gz").get_fdata() for end in ("", "_seg104"))
+    stored = json.loads((folder / "class_maps.json").read_text())["v1_total_104"]
+    dictionary = {name: int(value) for value, name in stored.items()}
+    body = body_mask(hu, (3, 3, 3), label, dictionary)
+    assert ndimage.label(body)[1] == 1
+    assert np.count_nonzero((label > 0) & ~body) < 1e-4 * np.count_nonzero(label)
+    assert 23 < body.sum() * 27e-6 < 26, "litres"
+    with_table = body_mask(hu, (3, 3, 3), np.zeros_like(label), dictionary)
+    assert np.count_nonzero(with_table & ~body) > 10_000
+    assert region_indices(np.unique(label), dictionary) == (CHEST, [0, 0, 0, 1]), "lung bases to femora"
+    assert region_indices(np.unique(label[..., 50:75]), dictionary) == (ABDOMEN, ABDOMEN)
+
+
+# ---------------------------------------------------------------- preprocess.py
+
+DICTIONARY = {
+    "liver": 1,
+    "hepatic tumor": 26,
+    "cancer": 26,
+    "left lung upper lobe": 28,
+    "brain": 22,
+    "aorta": 6,
+}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Seven CTs of six subjects, int16, at 3 mm: own labels of a tumour under the values of their data set,
+    and label maps of organs under the values and names of another."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([-3.0, -3, 3, 1])
+    for i in range(7):
+        name = f"sub-{min(i, 5)}_scan-{i}"
+        hu = np.full((16, 16, 10), -1000, np.int16)
+        hu[3:13, 4:13] = rng.integers(0, 80, (10, 9, 10))
+        own, pseudo = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, np.uint8)
+        pseudo[4:8, 5:9, 2:6] = 7 if i else 9  # the liver; in the first scan the aorta
+        own[6:10, 7:11, 3:5] = 2
+        for path, array in (("ct/imagesTr", hu), ("ct/labelsTr", own), ("organs", pseudo)):
+            (tmp_path / path).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), tmp_path / path / f"{name}.nii.gz")
+    stems = [path.name for path in sorted((tmp_path / "ct/imagesTr").iterdir())]
+    entries = [{"image": f"imagesTr/{name}", "label": f"labelsTr/{name}"} for name in stems]
+    names = {"0": "background", "1": "organ", "2": "cancer"}
+    (tmp_path / "ct/dataset.json").write_text(json.dumps({"training": entries, "labels": names}))
+    (tmp_path / "organs/label_dict.json").write_text(json.dumps({"Liver": 7, "aorta": 9, "face": 3}))
+    (tmp_path / "label_dict.json").write_text(json.dumps(DICTIONARY))
+    return tmp_path
+
+
+def run(raw, *more):
+    options = {"--in": "ct", "--out": "out", "--labels": "label_dict.json", "--pseudo-labels": "organs"}
+    pairs = [word for option, name in options.items() for word in (option, raw / name)]
+    preprocess.main([str(one) for one in (*pairs, "--body", "--modality", "ct", "-j", 1, *more)])
+
+
+def test_combined_labels_and_the_list(raw, capsys):
+    run(raw)
+    printed = capsys.readouterr().out
+    assert "no region indices of sub-0_scan-0: no organ" in printed
+    assert "no lungs are labelled in sub-0_scan-0, sub-1_scan-1" in printed
+    written, own, organs = (
+        nib.load(raw / one)
+        for one in (
+            "out/imagesTr/sub-1_scan-1_0000.nii.gz",
+            "ct/imagesTr/sub-1_scan-1.nii.gz",
+            "out/labelsTr/sub-1_scan-1.nii.gz",
+        )
+    )
+    assert written.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(written.dataobj, np.asanyarray(own.dataobj)[::-1, ::-1])
+    expected = np.zeros((16, 16, 10), np.uint8)
+    expected[3:13, 4:13] = 200
+    expected[4:8, 5:9, 2:6] = 1
+    expected[6:10, 7:11, 3:5] = 26  # own over pseudo over body
+    np.testing.assert_array_equal(np.asanyarray(organs.dataobj), expected[::-1, ::-1])
+    labels = json.loads((raw / "out/dataset.json").read_text())["labels"]
+    assert labels == {"background": 0, "liver": 1, "aorta": 6, "hepatic tumor": 26, "body": 200}
+
+    entries = json.loads((raw / "out/dataset_maisi.json").read_text())["training"]
+    assert entries[1] == {
+        "name": "sub-1_scan-1",
+        "subject": "sub-1",
+        "image": "imagesTr/sub-1_scan-1_0000.nii.gz",
+        "label": "labelsTr/sub-1_scan-1.nii.gz",
+        "dim": [16, 16, 10],
+        "spacing": [3.0, 3.0, 3.0],
+        "modality": "ct",
+        "fold": entries[1]["fold"],
+        "top_region_index": ABDOMEN,
+        "bottom_region_index": ABDOMEN,
+    }
+    assert "top_region_index" not in entries[0]
+    assert entries[5]["fold"] == entries[6]["fold"], "of one subject"
+    assert {one["fold"] for one in entries} == {0, 1, 2, 3, 4}
+    cases, _ = find_cases(raw / "out/dataset_maisi.json")
+    assert names(cases) == [one["name"] for one in entries] and cases[3].covariates["modality"] == "ct"
+    assert not [problem for problem in check_cases(cases)[0] if not problem.note]
+
+
+def test_other_grids_missing_files_and_unknown_labels_are_refused(raw, capsys):
+    def refused(*more) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(raw, *more)
+        assert stop.value.code == 2 and not (raw / "out/dataset.json").exists()
+        return capsys.readouterr().err
+
+    path = raw / "organs/sub-2_scan-2.nii.gz"
+    image = nib.load(path)
+    label = np.asanyarray(image.dataobj).copy()
+    label[0, 0, 0] = 3
+    nib.save(nib.Nifti1Image(label, image.affine), path)
+    assert (
+        "sub-2_scan-2.nii.gz: has labels that --labels does not name or that are above 255: 3 (face)."
+        in refused()
+    )
+    label[0, 0, 0] = 4  # of no name: a value of --labels, or none
+    nib.save(nib.Nifti1Image(label, image.affine), path)
+    assert "above 255: 4. Add" in refused()
+    nib.save(nib.Nifti1Image(label[1:], image.affine), path)
+    assert "organs/sub-2_scan-2.nii.gz: lies on another grid" in refused()
+    path.unlink()
+    assert "organs: 0 files begin with sub-2_scan-2; expected one label map for each scan" in refused()
+    assert "--body 300: give a value from 1 to 255" in refused("--body", 300)
+    assert "--body: is found by the air around it" in refused("--brain-mask", "auto")

@@ -42,9 +42,11 @@ def folders_of(label: Path) -> list[Path]:
 
 
 def _labels(path: Path) -> dict:
-    if path.name == LABEL_DICT:
+    if not path.is_file():
+        return {}
+    if path.name != DATASET:
         return read_label_dict(path)
-    labels = read_json(path).get("labels") if path.is_file() else None
+    labels = read_json(path).get("labels")
     return labels if isinstance(labels, dict) else {}
 
 
