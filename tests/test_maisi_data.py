@@ -3,19 +3,25 @@
 import json
 from pathlib import Path
 
+import chain
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
+import cache_latents
+import check_data
 import preprocess
+import train_autoencoder
+import train_controlnet
+import train_diffusion
 import utils
 from ldm import UserError, configs
 from ldm.data import folds, splits
 from ldm.data.body import body_mask, region_indices
 from ldm.data.cases import Case
-from ldm.data.checks import check_cases
+from ldm.data.checks import check_cases, check_headers
 from ldm.data.label_names import label_names
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import find_data, prepare_data
@@ -334,3 +340,130 @@ def test_other_grids_missing_files_and_unknown_labels_are_refused(raw, capsys):
     assert "organs: 0 files begin with sub-2_scan-2; expected one label map for each scan" in refused()
     assert "--body 300: give a value from 1 to 255" in refused("--body", 300)
     assert "--body: is found by the air around it" in refused("--brain-mask", "auto")
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with six volumes and an autoencoder that was not trained, as bare weights."""
+    project = chain.Project(tmp_path / "project", chain.make_data(tmp_path / "data"))
+    project.change(diffusion_train=project.config["diffusion_train"] | {"max_epochs": 1, "val_interval": 1})
+    torch.manual_seed(0)
+    network = configs.define_network(utils.load_config(project.config_file), "autoencoder_def")
+    torch.save(network.state_dict(), tmp_path / "autoencoder.pt")
+    project.autoencoder = ("--autoencoder", tmp_path / "autoencoder.pt")
+    return project
+
+
+def embedding(seed: int, shape=(8, 10, 6, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def entries_of(project) -> dict[str, np.ndarray]:
+    """What the cache holds, by case."""
+    folder = project.model_dir / "cache/latents"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    records = [*manifest["training"], *manifest["validation"]]
+    return {record["case"]: np.load(folder / record["entry"]) for record in records}
+
+
+def test_embeddings_are_taken_as_they_are_where_no_posterior_is_cached(project, write_image):
+    said = project.run(cache_latents, *project.autoencoder)
+    assert "6 encoded, 0 found" in said
+    encoded = entries_of(project)
+    for i in (1, 4):
+        write_image(project.data / f"imagesTr/scan_{i}_emb.nii.gz", embedding(i))
+    taken = ("--set", "data.embeddings=true")
+    assert "0 encoded, 6 found" in project.run(cache_latents, *project.autoencoder, *taken)
+    assert all(np.array_equal(entry, encoded[name]) for name, entry in entries_of(project).items())
+
+    said = project.run(cache_latents, *project.autoencoder, *taken, "--fresh")
+    assert "data: 2 of 6 volumes have embeddings, which are taken as they are" in said
+    for name, entry in entries_of(project).items():
+        if name in ("scan_1", "scan_4"):
+            np.testing.assert_array_equal(entry[0, 0], np.moveaxis(embedding(int(name[-1])), -1, 0))
+            assert entry.shape == (1, 2, 3, 8, 10, 6) and not entry[0, 1].any()
+        else:
+            np.testing.assert_array_equal(entry, encoded[name])
+    cached = ("--no-amp", "--set", "diffusion_train.latent_cache=true")
+    said = project.run(train_diffusion, *project.autoencoder, *taken, *cached)
+    z = np.concatenate([entries_of(project)[name] for name in project.split()["training"]]).astype(float)
+    variance = ((z[:, 0] - z[:, 0].mean()) ** 2 + z[:, 1] ** 2).mean()
+    assert f"scale factor {variance**-0.5:.5f}" in said
+    write_image(project.data / "imagesTr/scan_1_emb.nii.gz", embedding(1, (8, 10, 5, 3)))
+    assert "(1 case changed: scan_1)" in project.refused(
+        train_diffusion, *project.autoencoder, *taken, *cached
+    )
+    message = project.refused(cache_latents, *project.autoencoder, *taken)
+    assert "scan_1_emb.nii.gz: shape (8, 10, 5, 3); the autoencoder of the config has latents of 3" in message
+
+
+@pytest.fixture
+def listed(project, write_image):
+    """The same project with a list of embeddings and labels, and no images."""
+    affine, entries = np.diag([*chain.SPACING, 1]), []
+    for i in range(6):
+        write_image(project.folder / f"maisi/s{i}_emb.nii.gz", embedding(i))
+        label = np.zeros(chain.SHAPE, np.uint8)
+        label[4:8, 5:9, 2 + i] = 1 + i % 2
+        write_image(project.folder / f"maisi/s{i}_label.nii.gz", label, affine)
+        files = {"image": f"s{i}_emb.nii.gz", "label": f"s{i}_label.nii.gz"}
+        entries.append(entry("", i % 3) | files | {"dim": [*chain.SHAPE], "spacing": [*chain.SPACING]})
+    write_list(project.folder / "lists/maisi.json", *entries)
+    project.set_environment(
+        data_base_dir=str(project.folder / "maisi"), json_data_list=str(project.folder / "lists/maisi.json")
+    )
+    project.change(intensity={"window": [-1000, 1000]}, spacing=None)
+    return project
+
+
+def test_a_list_of_embeddings_needs_no_images(listed, capsys):
+    said = listed.run(train_diffusion, *listed.autoencoder, "--no-amp", "--fold", 1)
+    assert "4 training and 2 validation cases, spacing [2.0, 1.5, 3.0] mm" in said
+    assert "data: 6 of 6 volumes have embeddings" in said
+    assert listed.split() == {"training": ["s0", "s2", "s3", "s5"], "validation": ["s1", "s4"], "fold": 1}
+    checkpoint = listed.checkpoint("diffusion_unet.pt")
+    z = np.stack([embedding(i) for i in (0, 2, 3, 5)]).astype(float)
+    assert checkpoint["scale_factor"] == pytest.approx(1 / z.std(), rel=1e-5)
+    assert checkpoint["geometry"] == {"spacing": [2, 1.5, 3], "size": [16, 20, 12], "limits": [[-1000, 1000]]}
+    check_data.main(["-e", str(listed.environment_file)])
+    assert "all good: 6 cases of 16 x 20 x 12 voxels of 2 x 1.5 x 3 mm" in capsys.readouterr().out
+
+    listed.run(train_controlnet, *listed.autoencoder, "--no-amp", "--fold", 1)
+    control = listed.checkpoint("controlnet.pt")
+    assert control["label_values"] == [1, 2]
+
+
+def test_embeddings_that_do_not_fit_are_refused(listed, write_image):
+    train = (train_diffusion, *listed.autoencoder, "--no-amp")
+    path, broken = listed.folder / "maisi/s2_emb.nii.gz", embedding(2)
+    broken[0, 0, 0, 0] = np.nan
+    for voxels, message in (
+        (broken, "has 1 voxels that are not finite"),
+        (
+            embedding(2, (8, 10, 6, 4)),
+            "shape (8, 10, 6, 4); the autoencoder of the config has latents of 3 ch",
+        ),
+    ):
+        write_image(path, voxels)
+        assert f"s2_emb.nii.gz: {message}" in listed.refused(*train)
+    write_image(path, embedding(2))
+    for key, message in (
+        ('diffusion_train.augment={"flip_axes": [0]}', "augment: 6 of 6 cases have embeddings"),
+        ('intensity={"lower_percentile": 0.5}', "intensity.window: "),
+    ):
+        assert message in listed.refused(*train, "--set", key)
+    message = listed.refused(train_autoencoder, "--no-amp")
+    assert "_emb.nii.gz: is an embedding, and the image itself is needed here" in message
+
+    write_image(listed.folder / "maisi/s1_label.nii.gz", np.ones((15, 20, 12), np.uint8))
+    path = listed.folder / "lists/maisi.json"
+    cases, _ = find_cases(listed.folder / "maisi", lists=[path])
+    reasons = {problem.file.name: problem.reason for problem in check_headers(cases) if not problem.note}
+    assert reasons == {"s1_label.nii.gz": "shape (15, 20, 12), dim in the list says (16, 20, 12)"}
+    content = json.loads(path.read_text())
+    del content["training"][0]["dim"]
+    write_list(path, *content["training"])
+    assert "s0_emb.nii.gz is an embedding: its entry needs dim" in listed.refused(*train)

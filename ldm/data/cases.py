@@ -20,7 +20,8 @@ class Case:
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
-    keys of its entry in a list, whose `fold` is kept apart.
+    keys of its entry in a list, whose `fold` is kept apart. `embedding` are its latents, where others have
+    encoded them; where `images` is that file alone, there is no image.
     """
 
     name: str
@@ -29,12 +30,26 @@ class Case:
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
     fold: int | None = field(default=None, compare=False)
+    embedding: Path | None = field(default=None, compare=False)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is an image, and not an embedding alone."""
+        return self.images != (self.embedding,)
+
+
+def geometry_of(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and voxel size in mm along right, anterior and superior: of the image, by its header alone; of an
+    embedding those that its entry in the list has."""
+    if case.has_image:
+        return ras_geometry(case.images[0])
+    return np.array(case.covariates["dim"]), np.array(case.covariates["spacing"], float)
 
 
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
     """The first case's own spacing in mm; or, isotropic, the whole multiple of its finest spacing at which
     its longest side has about `longest_side` voxels."""
-    shape, sizes = ras_geometry(cases[0].images[0])
+    shape, sizes = geometry_of(cases[0])
     if longest_side is None:
         return [rounded(size) for size in sizes]
     factor = max(1, round(float((shape * sizes).max()) / (longest_side * sizes.min())))
@@ -49,7 +64,7 @@ def rounded(size: float) -> float:
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int | Sequence[int]) -> list[int]:
     """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`, or
     along each axis of its own; only headers are read."""
-    largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
+    largest = np.max([size_at(*geometry_of(case), spacing) for case in cases], axis=0)
     divisors = np.broadcast_to(divisor, len(largest)).tolist()
     return [int(math.ceil(side / n) * n) for side, n in zip(largest, divisors, strict=True)]
 

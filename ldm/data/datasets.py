@@ -93,13 +93,17 @@ class VolumeDataset(Dataset):
 
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""
-        image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
-        if not (labels := self.preprocessing.labels):
+        case, labels, image = self.cases[i], self.preprocessing.labels, None
+        if case.has_image or not labels:
+            image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
+        if not labels:
             return image
         label = self._cached(
             i, f"labels {labels}", lambda case: self.preprocessing.label_channels(case.label)
         )
-        return with_label(image, label, self.cases[i])
+        if image is None:  # only the label is asked for: the latents are there
+            image = np.zeros((len(self.preprocessing.channels), *label.shape[1:]), np.float32)
+        return with_label(image, label, case)
 
     def _label(self, i: int) -> np.ndarray | None:
         if self.cases[i].label is None:

@@ -13,7 +13,14 @@ from ldm.data import foreign
 from ldm.data.label_names import folders_of, names_file, names_in, renumbered
 from ldm.data.layouts import find_cases
 from ldm.data.names import stem_of, suffix_of
-from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
+from ldm.data.reading import (
+    channel_count,
+    corners_apart,
+    label_fault,
+    read_image,
+    refuse_embedding,
+    voxels_of,
+)
 from ldm.data.scan import Scan
 
 SAME_GRID = 0.01  # of a voxel
@@ -119,6 +126,7 @@ def read_raw(
         UserError: a file that cannot be read or is missing, grids that differ, or labels that the dictionary
             does not name.
     """
+    refuse_embedding(case.images[0])
     images = [(path, open_any(path)) for path in case.images]
     first, affine, shape = case.images[0], images[0][1].affine, images[0][1].shape[:3]
 
