@@ -28,7 +28,7 @@ import numpy as np
 
 import utils
 from ldm import UserError, configs, counted
-from ldm.data.cases import Case, geometry_of
+from ldm.data.cases import Case, own_geometry
 from ldm.data.checks import Problem, check_cases, note_lines, stray_files
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
@@ -69,6 +69,7 @@ def main(argv=None):
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
         where |= {key: config["data"][key] for key in ("pattern", "contrasts", "subject")}
+        where["label_maps"] = config["with_labels"] == configs.ONLY
         how["channels"], how["intensity"] = configs.channels_of(config), Intensity.from_config(config)
 
     # Step 2: read it
@@ -101,7 +102,7 @@ def table(problems: Sequence[Problem]) -> str:
 
 def summary(cases: Sequence[Case], intensities: dict[str, tuple[float, float]]) -> str:
     """One line on a good data set: cases, voxels and spacing along R, A and S, intensities."""
-    geometry = [geometry_of(case) for case in cases]
+    geometry = [own_geometry(case) for case in cases]
     shapes, spacings = (np.array([one[i] for one in geometry]) for i in (0, 1))
     line = f"{len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm"
     if not intensities:  # embeddings alone

@@ -58,7 +58,7 @@ from ldm.data.label_names import DATASET, names_file, names_in, read_label_dict
 from ldm.data.layouts import REGIONS
 from ldm.data.nnunet import dataset_folder
 from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
-from ldm.data.reading import ras_geometry
+from ldm.data.reading import LARGEST_LABEL, ras_geometry
 from ldm.generation import nifti_gz
 from ldm.system.files import read_json, write_json, written_whole
 
@@ -180,8 +180,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--pseudo-labels: give --labels too, the names and values of the combined label.")
     if args.pseudo_labels and not args.pseudo_labels.is_dir():
         raise UserError(f"--pseudo-labels {args.pseudo_labels}: no such folder.")
-    if args.body is not None and not 1 <= args.body <= 255:
-        raise UserError(f"--body {args.body}: give a value from 1 to 255.")
+    if args.body is not None and not 1 <= args.body <= LARGEST_LABEL:
+        raise UserError(f"--body {args.body}: give a value from 1 to {LARGEST_LABEL}.")
     if args.body and args.brain_mask:
         raise UserError("--body: is found by the air around it; leave out --brain-mask.")
     settings = ("brain_mask", "spacing", "size", "no_crop", "interpolation", "intensity", "window", "labels")

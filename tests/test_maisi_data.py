@@ -327,18 +327,15 @@ def test_other_grids_missing_files_and_unknown_labels_are_refused(raw, capsys):
     label = np.asanyarray(image.dataobj).copy()
     label[0, 0, 0] = 3
     nib.save(nib.Nifti1Image(label, image.affine), path)
-    assert (
-        "sub-2_scan-2.nii.gz: has labels that --labels does not name or that are above 255: 3 (face)."
-        in refused()
-    )
+    assert "sub-2_scan-2.nii.gz: has labels that --labels does not name: 3 (face)." in refused()
     label[0, 0, 0] = 4  # of no name: a value of --labels, or none
     nib.save(nib.Nifti1Image(label, image.affine), path)
-    assert "above 255: 4. Add" in refused()
+    assert "does not name: 4. Add" in refused()
     nib.save(nib.Nifti1Image(label[1:], image.affine), path)
     assert "organs/sub-2_scan-2.nii.gz: lies on another grid" in refused()
     path.unlink()
     assert "organs: 0 files begin with sub-2_scan-2; expected one label map for each scan" in refused()
-    assert "--body 300: give a value from 1 to 255" in refused("--body", 300)
+    assert "--body 0: give a value from 1 to" in refused("--body", 0)
     assert "--body: is found by the air around it" in refused("--brain-mask", "auto")
 
 
@@ -397,7 +394,10 @@ def test_embeddings_are_taken_as_they_are_where_no_posterior_is_cached(project, 
         train_diffusion, *project.autoencoder, *taken, *cached
     )
     message = project.refused(cache_latents, *project.autoencoder, *taken)
-    assert "scan_1_emb.nii.gz: shape (8, 10, 5, 3); the autoencoder of the config has latents of 3" in message
+    assert (
+        "scan_1_emb.nii.gz: shape (8, 10, 5, 3); the autoencoder of the config makes latents of (8, "
+        in message
+    )
 
 
 @pytest.fixture
@@ -427,7 +427,8 @@ def test_a_list_of_embeddings_needs_no_images(listed, capsys):
     checkpoint = listed.checkpoint("diffusion_unet.pt")
     z = np.stack([embedding(i) for i in (0, 2, 3, 5)]).astype(float)
     assert checkpoint["scale_factor"] == pytest.approx(1 / z.std(), rel=1e-5)
-    assert checkpoint["geometry"] == {"spacing": [2, 1.5, 3], "size": [16, 20, 12], "limits": [[-1000, 1000]]}
+    expected = {"spacing": [2, 1.5, 3], "size": [16, 20, 12], "limits": [[-1000, 1000]]}
+    assert expected.items() <= checkpoint["geometry"].items()
     check_data.main(["-e", str(listed.environment_file)])
     assert "all good: 6 cases of 16 x 20 x 12 voxels of 2 x 1.5 x 3 mm" in capsys.readouterr().out
 
@@ -444,7 +445,7 @@ def test_embeddings_that_do_not_fit_are_refused(listed, write_image):
         (broken, "has 1 voxels that are not finite"),
         (
             embedding(2, (8, 10, 6, 4)),
-            "shape (8, 10, 6, 4); the autoencoder of the config has latents of 3 ch",
+            "shape (8, 10, 6, 4); the autoencoder of the config makes latents of (8, ",
         ),
     ):
         write_image(path, voxels)

@@ -33,7 +33,7 @@ from ldm.data import checks, download, latent_cache
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import read_split
-from ldm.diffusion.conditioning import check_sources
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
 from ldm.export.records import CHECKPOINTS, find_checkpoint, read_record
 from ldm.system.checkpoints import load_checkpoint

@@ -4,10 +4,13 @@ reading        headers and voxels of NIfTI and MGH files
 intensity      intensities to [0, 1] and back
 preprocessing  orientation, spacing, intensity: from a file to a volume
 cases          what a case is; spacing and size of cases by their headers
+extent         size, spacing and field of view: trained on, and asked for
 names          what file names mean: masks, contrasts, patients
 folders        the cases of a plain or BIDS-like folder
 layouts        the cases of any data set: `find_cases`
 label_names    the names of label values; label maps under other values
+labels         labels as channels; sizes of structures; a structure taken out
+structures     how bright structures are
 masks, checks  what is wrong with a data set
 augmentation   random crops, flips, affine and intensity changes
 datasets       volumes as a loader serves them; the order of cases

@@ -76,10 +76,10 @@ class RandomCropAndAugment:
         volume = self._crop(volume, label, rng) if self.random_crop else volume
         image = torch.from_numpy(np.array(crop_or_pad(volume, self.size), np.float32))
         for step in self.steps.transforms:
-            if isinstance(step, RandScaleIntensity | RandShiftIntensity):
-                image[: self.image_channels] = step(image[: self.image_channels])
-            else:
+            if not isinstance(step, RandScaleIntensity | RandShiftIntensity):
                 image = step(image)
+            elif self.image_channels != 0:
+                image[: self.image_channels] = step(image[: self.image_channels])
         return image.as_tensor() if isinstance(image, MetaTensor) else image
 
     def parameters(self, rng: np.random.RandomState) -> torch.Tensor:

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from ldm import UserError
 from ldm.data.label_names import words_key
+from ldm.data.reading import label_type
 
 AIR = -800.0  # HU, below which lies air
 CLOSING, OPENING = 4.5, 7.5  # mm
@@ -99,7 +100,8 @@ def with_body(
 ) -> np.ndarray:
     """The label with this value wherever the body has none; arguments as of `body_mask`."""
     body = body_mask(voxels, spacing, label, dictionary)
-    return np.where((label == 0) & body, value, label).astype(np.uint8)
+    label_kind = label_type([value, label.max()])
+    return np.where((label == 0) & body, value, label).astype(label_kind)
 
 
 def _largest(parts: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from ldm import UserError
-from ldm.data.cases import Case, geometry_of
+from ldm.data.cases import Case, own_geometry
 from ldm.data.embeddings import read_embedding
 from ldm.data.intensity import Intensity
 from ldm.data.label_names import folders_of, label_values, names_file
@@ -99,7 +99,8 @@ def check_headers(
     """
     problems = _header_problems(cases, channels, labels)
     bad = {problem.case for problem in problems if not problem.note}
-    masks = masks_among([case for case in cases if case.name not in bad and case.has_image])
+    scans = [case for case in cases if not (case.name in bad or case.is_label_map or case.is_embedding)]
+    masks = masks_among(scans)
     return _in_order([*problems, *(_mask_problem(*mask) for mask in masks)], cases)
 
 
@@ -142,31 +143,31 @@ def check_header(
     first, several = case.images[0], len(case.images) > 1
     for file, image in opened.items():
         name = "the image" if file == case.label else first.name
-        if not case.has_image:
+        if case.is_embedding:
             if file == case.label and (reason := _other_size(case)):
                 add(file, reason)
         elif first in opened and (reason := _misplaced(image, opened[first], name)):
             add(file, reason)
-        if (several or file != first) and channel_count(image) > 1:
+        if (several or file != first or case.is_label_map) and channel_count(image) > 1:
             add(file, f"4D, {channel_count(image)} volumes; expected 3D")
-        if file != case.label:
+        if file != case.label or case.is_label_map:
             if min(image.shape[:3]) == 1:
                 add(file, f"shape {tuple(map(int, image.shape))}: a single slice; expected a volume")
             for reason in header_notes(image):
                 add(file, reason, note=True)
     if not all(file in opened for file in case.images):
         return problems, 0
-    if not case.has_image:  # as many channels as are asked for
+    if case.is_embedding:  # as many channels as are asked for
         return problems, 1 if channels is None else max(channels) + 1
     count = len(case.images) if several else channel_count(opened[first])
-    if channels is not None and max(channels) >= count:
+    if channels and max(channels) >= count:
         add(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
 
 
 def _other_size(case: Case) -> str | None:
     """Why the label of a case without an image has not the size that its entry in the list says, or None."""
-    (shape, _), (dim, _) = ras_geometry(case.label), geometry_of(case)
+    (shape, _), (dim, _) = ras_geometry(case.label), own_geometry(case)
     return (
         None
         if [*shape] == [*dim]
@@ -264,9 +265,9 @@ def check_voxels(
     expected: Path | None = None,
 ) -> Reading:
     """Read every byte of one case. `expected` is the file that names the values which its label may have;
-    None: 0 to 255."""
+    None: any."""
     problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
-    for number, file in enumerate(case.images if case.has_image else ()):
+    for number, file in enumerate(() if case.is_embedding else case.images):
         try:
             image = read_image(file)
         except UserError as error:
@@ -274,24 +275,27 @@ def check_voxels(
             continue
         several = len(case.images) > 1
         stored = [0] if several else range(channel_count(image))
-        if channels is not None:
+        if channels is not None and not case.is_label_map:
             stored = [c for c in stored if (number if several else c) in channels]
         hashed, faults = hashlib.sha256(), []
         for channel in stored:
             voxels = voxels_of(file, image, channel)
             used = number if several else channel
-            way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
-            fault, what = _voxel_fault(voxels, way)
-            if image.get_data_dtype() == np.uint16:
-                what = what or _wrapped(voxels)
+            if case.is_label_map:  # its values are no intensities
+                fault, what, window = None if voxels.any() else "all zero: an empty label map", None, None
+            else:
+                way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
+                (fault, what), window = _voxel_fault(voxels, way), way.window
+                if image.get_data_dtype() == np.uint16:
+                    what = what or _wrapped(voxels)
+                if values := mask_values(voxels):
+                    masks[file] = values
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
-            if values := mask_values(voxels):
-                masks[file] = values
             if fault is None:
                 extremes += [np.nanmin(voxels), np.nanmax(voxels)]
-                above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
+                above = max(above, np.mean(voxels > window[0][1]) if window else 0.0)
             voxels = apply_orientation(voxels, io_orientation(image.affine))  # RAS, whatever the storage
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))
@@ -338,9 +342,9 @@ def _wrapped(voxels: np.ndarray) -> str | None:
 
 
 def _unexpected(label: np.ndarray, expected: Path | None) -> str | None:
-    """Which values of a label (0 to 255) a file does not name; an empty label is fine."""
+    """Which values of a label a file does not name; an empty label is fine."""
     known = expected and label_values(expected)
-    counts = np.bincount(label.astype(np.uint8).ravel())
+    counts = np.bincount(label.astype(np.int64).ravel())
     unexpected = [value for value in np.flatnonzero(counts) if known and value not in known]
     if unexpected:
         found = ", ".join(f"{value} ({counts[value]} voxels)" for value in unexpected)

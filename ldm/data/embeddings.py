@@ -35,7 +35,8 @@ def with_embeddings(cases: Sequence[Case]) -> list[Case]:
 
 def check_embeddings(
     cases: Sequence[Case],
-    shape: Sequence[int],
+    channels: int,
+    size_of: Callable[[Case], Sequence[int]],
     has_window: bool,
     forbidden: dict[str, bool],
     log: Callable[[str], None],
@@ -43,7 +44,8 @@ def check_embeddings(
     """Check the headers of all embeddings before anything is encoded, and print how many there are.
 
     Args:
-        shape: of the latents, (c, d, h, w).
+        channels: of the latents.
+        size_of: a case -> (d, h, w) of its latents.
         has_window: whether intensities have a fixed window; else there must be images to measure.
         forbidden: keys of the config that embeddings cannot be used with, and whether they are set.
 
@@ -56,20 +58,19 @@ def check_embeddings(
             f"{key}: {len(embedded)} of {counted(len(cases), 'case{s}')} have embeddings, which are 3D, of "
             "whole images as they are. Leave that key out, or the embeddings."
         )
-    imageless = next((case for case in embedded if not case.has_image), None)
+    imageless = next((case for case in embedded if case.is_embedding), None)
     if imageless and not has_window:
         raise UserError(
             f"intensity.window: {imageless.embedding} is an embedding without an image to measure. Set the "
             "window that it was encoded with, such as [-1000, 1000]."
         )
     for case in embedded:
-        found = tuple(map(int, open_image(case.embedding).shape))
-        wanted = (*shape[1:], shape[0])
-        if found != wanted:
+        found, size = tuple(map(int, open_image(case.embedding).shape)), tuple(size_of(case))
+        if found != (*size, channels):
             raise UserError(
-                f"{case.embedding}: shape {found}; the autoencoder of the config has latents of "
-                f"{shape[0]} channels and {tuple(shape[1:])} for these volumes, {wanted} as a file. Check "
-                "latent_channels, spacing and diffusion_train.patch_size."
+                f"{case.embedding}: shape {found}; the autoencoder of the config makes latents of {size} and "
+                f"{channels} channels from volumes of this size. Check latent_channels, spacing and "
+                "diffusion_train.patch_size."
             )
     log(f"data: {len(embedded)} of {len(cases)} volumes have embeddings, which are taken as they are")
 

@@ -39,7 +39,7 @@ class Search:
     """What is searched for, and what was found on the way.
 
     Args:
-        pattern, contrasts, subject, outputs, generated: as of `find_cases`.
+        pattern, contrasts, subject, outputs, generated, label_maps: as of `find_cases`.
         passed: names of what was passed over, by kind, in which `{s}` marks the plural.
         folder_each: an example of a folder or beginning of names that was taken for a patient, if any.
         read: the folder or list that was read.
@@ -51,6 +51,7 @@ class Search:
     subject: re.Pattern | None
     outputs: Sequence[Path]
     generated: bool
+    label_maps: bool = False
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     folder_each: str = ""
     read: Path | None = None
@@ -208,7 +209,8 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
         passed["map{s} of SPM"] = [file.name for file in chosen if file in maps]
         chosen = [file for file in chosen if file not in maps]
     masks = {file for file in chosen if is_mask(file)}
-    if not glob or len(masks) < len(chosen):  # a pattern that names masks alone means them
+    means_masks = glob or search.label_maps
+    if not means_masks or len(masks) < len(chosen):  # a pattern that names masks alone means them
         passed["mask{s}"] += [file.name for file in chosen if file in masks]
         chosen = [file for file in chosen if file not in masks]
     return _each_once(chosen, search)

@@ -16,6 +16,7 @@ from pathlib import Path
 from ldm import UserError, brief, counted
 from ldm.data.cases import PARTS, Case
 from ldm.data.folders import Search, cases_below, in_words, unreadable
+from ldm.data.labels import as_label_maps
 from ldm.data.names import stem_of, suffix_of
 from ldm.data.reading import EMBEDDING, IMAGE_SUFFIXES, is_embedding
 from ldm.system.files import read_json
@@ -61,6 +62,7 @@ def find_cases(
     outputs: Sequence[Path] = (),
     generated: bool = True,
     lists: Sequence[Path] | None = None,
+    label_maps: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> tuple[list[Case], list[Case]]:
     """List the cases of a data set, sorted by name.
@@ -74,6 +76,8 @@ def find_cases(
         outputs: folders that the run writes to, passed over where they lie below `source`.
         generated: whether volumes with a record of inference.py beside them are cases.
         lists: a JSON list for each folder of `source`, whose file names count from that folder.
+        label_maps: the cases are label maps without images: of each folder or list the labels, or where it
+            has none, what it lists; masks, where a plain folder holds nothing else.
         log: prints a line; one on what was found and what was passed over.
 
     Returns:
@@ -92,8 +96,11 @@ def find_cases(
     named = [Path(one).with_suffix("") for one in lists] if lists else roots
     prefixes = [""] if alone else _distinct_names(named)
     for root, prefix, path in zip(roots, prefixes, lists or [None] * len(roots), strict=True):
-        searches.append(Search(pattern, contrasts, regex, outputs, generated))
+        searches.append(Search(pattern, contrasts, regex, outputs, generated, label_maps))
         found = _find_in(root, searches[-1], path)
+        if label_maps:
+            maps = as_label_maps([*found[0], *found[1]])
+            found = maps[: len(found[0])], maps[len(found[0]) :]
         folders = dict.fromkeys(p if p.is_dir() else p.parent for p in (root, searches[-1].read))
         for to, some in zip((cases, validation), found, strict=True):
             some = _with_covariates(some, folders)
@@ -120,11 +127,11 @@ def _line(cases: list[Case], validation: list[Case], searches: list[Search]) -> 
     subjects = counted(len({case.subject for case in every}), "subject{s}")
     guessed = next((search.folder_each for search in searches if search.folder_each), None)
     by = f" (a folder or name each, such as {brief(guessed)})" if guessed else ""
-    line = (
-        f"found: {counted(len(every), 'image{s}')}{each}{of_these}, "
-        f"{counted(sum(case.label is not None for case in every), 'label{s}')}, "
-        f"{subjects}{by} in {', '.join(str(search.read) for search in searches)}"
-    )
+    what = counted(len(every), "label map{s}") + of_these
+    if not searches[0].label_maps:
+        labels = counted(sum(case.label is not None for case in every), "label{s}")
+        what = f"{counted(len(every), 'image{s}')}{each}{of_these}, {labels}"
+    line = f"found: {what}, {subjects}{by} in {', '.join(str(search.read) for search in searches)}"
     if searches[0].pattern is not None and not any(search.plain for search in searches):
         line += " (data.pattern is for plain folders, and not used)"
     return f"{line}; passed over: {in_words(passed)}" if any(passed.values()) else line
@@ -238,7 +245,7 @@ def _case(entry: dict, root: Path, search: Search, by_path: bool) -> Case:
             raise UserError(f"{search.read}: {names[0]} is an embedding: its entry needs {missing[0]}.")
     others = {key: value for key, value in entry.items() if key not in FILES}
     subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
-    return Case(name, images, label, subject, others, entry.get("fold"), embedding)
+    return Case(name, images, label, subject, others, entry.get("fold"), embedding=embedding)
 
 
 def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Case]]:

@@ -17,6 +17,7 @@ from ldm.data.reading import (
     channel_count,
     corners_apart,
     label_fault,
+    label_type,
     read_image,
     refuse_embedding,
     voxels_of,
@@ -148,10 +149,11 @@ def read_raw(
         values = np.asanyarray(image.dataobj).reshape(shape)
         if fault := label_fault(values):
             raise UserError(f"{path}: {fault}.")
-        values, named = values.astype(np.uint8), names_file(folders)
-        return (
-            renumbered(values, names_in(named) if named else {}, dictionary, path) if dictionary else values
-        )
+        values = values.astype(label_type([values.max()]))
+        if not dictionary:
+            return values
+        named = names_file(folders)
+        return renumbered(values, names_in(named) if named else {}, dictionary, path)
 
     if case.label:
         label = read_label(case.label, folders_of(case.label))

@@ -216,14 +216,22 @@ def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) 
         )
 
 
+LARGEST_LABEL = 32767  # labels are uint8, or int16 where a value needs it
+
+
+def label_type(values: Sequence[int]) -> type:
+    """The type of voxels that holds these label values."""
+    return np.uint8 if max(values, default=0) <= 255 else np.int16
+
+
 def label_fault(label: np.ndarray) -> str | None:
-    """Why the stored values of a label are not whole numbers from 0 to 255, or None."""
+    """Why the stored values of a label are not whole numbers from 0 to `LARGEST_LABEL`, or None."""
     if bad := label.size - np.count_nonzero(np.isfinite(label)):
         return f"label has {bad} NaN or infinite voxels"
     if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
         return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
-    if label.min() < 0 or label.max() > 255:
-        return f"label has values from {label.min():g} to {label.max():g}; expected 0 to 255"
+    if label.min() < 0 or label.max() > LARGEST_LABEL:
+        return f"label has values from {label.min():g} to {label.max():g}; expected 0 to {LARGEST_LABEL}"
     return None
 
 

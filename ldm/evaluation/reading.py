@@ -172,7 +172,7 @@ def split_notes(split: Path, source: Source) -> list[str]:
 
 class Reader:
     """Reads volumes onto one grid in the unit range, with the channels of their labels where `preprocessing`
-    has labels.
+    has labels; of label maps those alone.
 
     Args:
         preprocessing: of the scans.
@@ -185,10 +185,11 @@ class Reader:
 
     def __call__(self, case: Case) -> torch.Tensor:
         """(1, C, D, H, W) float32. Raises UserError: it cannot be read, is constant, or has no label."""
-        volume = self._unit_range(case)
-        if np.ptp(volume) == 0:
+        if case.is_label_map:
+            volume = self.preprocessing.label_channels(case.label)
+        elif np.ptp(volume := self._unit_range(case)) == 0:
             raise UserError(f"{case.images[0]}: constant, an empty image.")
-        if self.preprocessing.labels:
+        elif self.preprocessing.labels:
             if case.label is None:
                 raise UserError(f"{case.images[0]}: has no label, which the autoencoder needs.")
             volume = with_label(volume, self.preprocessing.label_channels(case.label), case)

@@ -46,7 +46,8 @@ class Plan:
         if "intensity.window" in self.overrides:  # windows and percentiles exclude each other
             config["intensity"] = {}
         elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
-            config.get("intensity", {}).pop("window", None)
+            for key in ("window", "whole_numbers"):
+                config.get("intensity", {}).pop(key, None)
         for key, (value, reason) in self.overrides.items():
             if value is REMOVED:
                 drop(config, key)
