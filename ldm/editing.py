@@ -11,7 +11,7 @@ from ldm import UserError, configs
 from ldm.data.intensity import from_unit_range
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
 from ldm.export import records
-from ldm.generation import Networks, nifti_bytes
+from ldm.generation import Networks, as_written, nifti_bytes
 
 
 def read_scan(paths: Sequence[Path], config: dict, networks: Networks) -> tuple[torch.Tensor, np.ndarray]:
@@ -32,9 +32,9 @@ def free_names(paths: Sequence[Path]) -> None:
 
 def save_scan(path: Path, volume: torch.Tensor, limits: np.ndarray, networks: Networks) -> None:
     """Write a volume (C, D, H, W) in the unit range, in the scan's own units, on the model's grid."""
-    voxels = from_unit_range(volume.cpu().numpy(), limits)
+    voxels = as_written(from_unit_range(volume.cpu().numpy(), limits), networks)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.save_volume(path, nifti_bytes(voxels, networks.geometry["spacing"]))
+    records.save_volume(path, nifti_bytes(voxels, networks.geometry["spacing"], voxels.dtype.type))
 
 
 def seamless(drawn: torch.Tensor, scan: torch.Tensor, region: torch.Tensor, width: float) -> torch.Tensor:

@@ -440,10 +440,16 @@ def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.
             f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
             "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
         )
-    if networks.whole_numbers and not networks.label_maps:
-        ends = np.iinfo(np.int16)
-        voxels = np.rint(voxels).clip(ends.min, ends.max).astype(np.int16)
-    return voxels
+    return voxels if networks.label_maps else as_written(voxels, networks)
+
+
+def as_written(voxels: np.ndarray, networks: Networks) -> np.ndarray:
+    """An image in its own units as it is written: rounded to int16 where the model's images are whole
+    numbers."""
+    if not networks.whole_numbers:
+        return voxels
+    ends = np.iinfo(np.int16)
+    return np.rint(voxels).clip(ends.min, ends.max).astype(np.int16)
 
 
 def drawn_label(volume: torch.Tensor, networks: Networks) -> np.ndarray | None:

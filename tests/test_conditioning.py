@@ -59,7 +59,9 @@ def config_of(
             "covariates": {},
             "into": ["embedding"],
             "unknown": True,
+            **dict.fromkeys(("spacing", "region", "modality"), False),
         },
+        "data": {"sizes": None, "own_spacing": False},
         "diffusion_def": {**definition, **more},
     }
 

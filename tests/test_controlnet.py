@@ -239,6 +239,7 @@ def project(tmp_path_factory) -> Project:
     project.config["autoencoder_train"] |= {"max_epochs": 4, "adversarial_weight": 0}
     project.config["diffusion_train"] |= {"max_epochs": 4, "snapshot": 0.3, "autoguidance": 1.5}
     project.config["conditions"] = {"covariates": {"age": "number"}}
+    project.config["intensity"] = {"window": [-10, 8000], "whole_numbers": True}
     project.change(
         controlnet_train={
             "batch_size": 2,
@@ -295,6 +296,7 @@ def test_the_mask_is_written_beside_the_image(project):
     image, label = (nib.load(project.output_dir / f"sample_000001{end}.nii.gz") for end in ("", "_label"))
     np.testing.assert_array_equal(label.get_fdata(), given)
     assert image.shape == SHAPE and np.array_equal(image.affine, label.affine)
+    assert image.get_data_dtype() == np.int16 and len(np.unique(image.dataobj)) > 100
     record = json.loads((project.output_dir / "sample_000001.json").read_text())
     assert record["mask"]["path"].endswith("scan_1.nii.gz") and len(record["controlnet"]["sha256"]) == 64
     again = ["--num", "2", *UNCHECKED, "--condition", "age=22", "--mask"]
@@ -428,6 +430,21 @@ def test_pairs_from_sizes_in_one_command(project, tmp_path):
     message = project.refused(inference, "--mask-model", str(project.environment_file))
     assert "its model draws images" in message
     project.set_environment()
+
+
+def test_the_background_is_cleared(project, tmp_path):
+    project.set_environment(output_dir=str(tmp_path))
+    mask = str(project.data / "labelsTr/scan_1.nii.gz")
+    project.run(inference, *UNCHECKED, "--condition", "age=22", "--mask", mask, "--clear-background")
+    project.set_environment()
+    image, label = (
+        np.asarray(nib.load(tmp_path / f"sample_000000{end}.nii.gz").dataobj) for end in ("", "_label")
+    )
+    assert (image[label == 0] == -10).all() and (image[label > 0] != -10).mean() > 0.9
+    inference.main(["--reproduce", str(tmp_path / "sample_000000.json")])
+    assert (tmp_path / "sample_000000_reproduced.nii.gz").read_bytes() == (
+        tmp_path / "sample_000000.nii.gz"
+    ).read_bytes()
 
 
 def test_evaluation_takes_samples_of_masks(project, tmp_path):

@@ -17,8 +17,9 @@ import inference
 import train_autoencoder
 import train_controlnet
 import train_diffusion
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.data.cases import Case
+from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.coverage import check_region, region_of, region_tensors, spacing_tensor
 from ldm.export.bundle import check_definitions
 from ldm.models import maisi
@@ -318,3 +319,29 @@ def test_a_case_without_regions_and_a_network_without_them(project, tmp_path):
     )
     other.change(diffusion_def=project.config["diffusion_def"], conditions={})
     assert "the network needs spacing_tensor" in other.refused(train_diffusion, *plain)
+
+
+# ---------------------------------------------------------------- modalities
+
+
+def test_codes_and_their_two_step_dropout():
+    """A tenth becomes the generic code, and then a tenth of all 0."""
+    section = configs.completed({"conditions": {"modality": True}})["conditions"]
+    config = {"conditions": section, "spatial_dims": 3, "diffusion_def": {"num_class_embeds": 128}}
+    cases = [Case(name, (), covariates={"modality": name}) for name in ("mri_t1", "ct_contrast", "33")]
+    conditions = Conditions.of_training(config, cases, None)
+    assert [int(conditions.of(case)["class_labels"]) for case in cases] == [9, 3, 33]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [[int(conditions.draw(case, generator)["class_labels"]) for _ in range(3000)] for case in cases]
+    for codes, own, generic in zip(drawn, (9, 3, 33), (8, 1, 8), strict=True):
+        shares = [codes.count(code) / 3000 for code in (own, generic, 0)]
+        assert np.allclose(shares, [0.81, 0.09, 0.1], atol=0.03) and sum(shares) == pytest.approx(1)
+    assert conditions.unknown(2)["class_labels"].tolist() == [0, 0] and conditions.can_drop
+    assert conditions.parse(["modality=mri_t2"]) == {"modality": "mri_t2"}
+    assert "modality 33 (1), ct_contrast (1), mri_t1 (1)" in conditions.summary(cases)
+    with pytest.raises(UserError, match="modality=pet: expected a whole number, or one of unknown"):
+        conditions.parse(["modality=pet"])
+    with pytest.raises(UserError, match="expected more than 33"):
+        Conditions.of_training(config | {"diffusion_def": {"num_class_embeds": 33}}, cases, None)
+    with pytest.raises(UserError, match="d: modality: missing"):
+        Conditions.of_training(config, [Case("d", ())], None)

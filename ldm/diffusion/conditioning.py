@@ -19,6 +19,7 @@ import torch
 from ldm import UserError, brief, few
 from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
+from ldm.diffusion import modality
 from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.coverage import REGION, SPACING, check_region, region_of, region_tensors, spacing_tensor
 from ldm.diffusion.guidance import guided
@@ -54,6 +55,7 @@ class Conditions:
         spacing: in mm, of volumes that do not say theirs; None: the network is not told.
         spacing_input: whether it has an input for that, else it is told in its embedding.
         regions: of the training volumes, `chest:abdomen`; None: the network is not told.
+        modality: whether its classes are MAISI's codes of modalities.
     """
 
     column: str | None = None
@@ -69,14 +71,16 @@ class Conditions:
     spacing: Sequence[float] | None = None
     spacing_input: bool = False
     regions: Sequence[str] | None = None
+    modality: bool = False
 
     def __bool__(self) -> bool:
-        return self.column is not None or self.covariates is not None or self.regions is not None
+        has_column = self.column is not None or self.covariates is not None
+        return has_column or self.regions is not None or self.modality
 
     @property
     def can_drop(self) -> bool:
         """Whether something that the network is told may be unknown, as guidance needs."""
-        return self.covariates.unknown if self.covariates else self.column is not None
+        return self.covariates.unknown if self.covariates else self.column is not None or self.modality
 
     @classmethod
     def of_training(
@@ -104,6 +108,9 @@ class Conditions:
             found = {case.name: region_of(case) for case in cases}
             regions = sorted(found[case.name] for case in train or cases)
             conditions = replace(conditions, regions=regions)
+        if section["modality"]:
+            conditions = replace(conditions, modality=True)
+            conditions.check_codes(config, cases)
         if section["covariates"]:
             covariates = _covariates_of(section, train or cases)
             conditions = replace(conditions, covariates=covariates)
@@ -141,6 +148,7 @@ class Conditions:
             spacing=checkpoint.get("geometry", config)["spacing"] if section["spacing"] else None,
             spacing_input=section["spacing"] and has_spacing_input(config["diffusion_def"]),
             regions=saved.get("regions", []) if section["region"] else None,
+            modality=section["modality"],
         )
         if labels is None:
             return conditions
@@ -198,6 +206,16 @@ class Conditions:
                 f"has {len(self.values)} values ({few(self.values)}), and one class stands for unknown."
             )
 
+    def check_codes(self, config: dict, cases: Sequence[Case]) -> None:
+        """Raise UserError unless the network has a class for the code of each modality."""
+        found = config["diffusion_def"].get("num_class_embeds") or 0
+        most = max(modality.code_of(modality.modality_of(case), "") for case in cases)
+        if found <= most:
+            raise UserError(
+                f"diffusion_def.num_class_embeds: expected more than {most}, the largest code of a modality; "
+                f"found {found}. MAISI's networks have 128."
+            )
+
     def summary(self, cases: Sequence[Case]) -> str:
         """How many cases have each value, in one line."""
         parts = []
@@ -219,6 +237,9 @@ class Conditions:
         if self.regions is not None:
             counts = Counter(region_of(case) for case in cases)
             parts += ["region " + ", ".join(f"{region} ({counts[region]})" for region in sorted(counts))]
+        if self.modality:
+            counts = Counter(modality.modality_of(case) for case in cases)
+            parts += ["modality " + ", ".join(f"{name} ({counts[name]})" for name in sorted(counts))]
         return f"conditions: {'; '.join(parts)}"
 
     def describe(self) -> str:
@@ -235,6 +256,7 @@ class Conditions:
         parts += ["the parameters of the augmentation, none in samples"] if self.told else []
         parts += ["the spacing"] if self.spacing is not None else []
         parts += ["the body regions at top and bottom"] if self.regions is not None else []
+        parts += ["the modality, by MAISI's codes"] if self.modality else []
         return "; and ".join(parts) or "none"
 
     def examples(self, most: int) -> dict[str, dict]:
@@ -275,6 +297,10 @@ class Conditions:
         Raises:
             UserError: a value that the model does not know.
         """
+        return self._one(case, self._chosen(case))
+
+    def _chosen(self, case: Case) -> dict:
+        """The values of a case, as `parse` gives them."""
         chosen = _known_values(case, self.covariates) if self.covariates else {}
         if self.column is not None and (value := _value(case, self.column)) is not None:
             if value not in self.values:
@@ -285,15 +311,23 @@ class Conditions:
             chosen[self.column] = value
         if self.regions is not None:
             chosen[REGION_NAME] = region_of(case)
+        if self.modality:
+            chosen[modality.NAME] = modality.modality_of(case)
+        return chosen
+
+    def _one(self, case: Case, chosen: dict) -> dict[str, torch.Tensor]:
+        """The condition of one case, without a batch dimension."""
         return {key: value[0] for key, value in self.of_spacing(case.spacing).cond([chosen]).items()}
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
         without inputs for what is unknown."""
+        chosen = self._chosen(case)
+        if self.modality:
+            chosen[modality.NAME] = modality.dropped(chosen[modality.NAME], self.dropout, generator)
         if self.can_drop and torch.rand((), generator=generator) < self.dropout:
-            kept = {} if self.regions is None else {REGION_NAME: region_of(case)}
-            return {key: value[0] for key, value in self.of_spacing(case.spacing).cond([kept]).items()}
-        return self.of(case)
+            chosen = never_dropped(chosen)
+        return self._one(case, chosen)
 
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
         """What stands for no condition, for a batch."""
@@ -325,7 +359,8 @@ class Conditions:
         """
         chosen, names = {}, [self.column] * (self.column is not None)
         names += self.covariates.columns if self.covariates else []
-        names += [REGION_NAME] * (self.regions is not None)
+        names += [REGION_NAME] if self.regions is not None else []
+        names += [modality.NAME] if self.modality else []
         for text in texts:
             column, equals, value = text.partition("=")
             if not self:
@@ -335,6 +370,9 @@ class Conditions:
                 raise UserError(f"--condition {text}: expected one {expected}.")
             if column == REGION_NAME and self.regions is not None:
                 chosen[column] = check_region(value)
+            elif self.modality and column == modality.NAME:
+                modality.code_of(value, f"--condition {column}=")
+                chosen[column] = value
             elif column != self.column:
                 chosen[column] = self.covariates.parse(column, value)
             elif value not in self.values:
@@ -369,6 +407,8 @@ class Conditions:
         `Covariates.complete`."""
         label = {self.column: chosen[self.column]} if self.column in chosen else {}
         values = self.covariates.complete(chosen, generator) if self.covariates else {}
+        if self.modality and modality.NAME in chosen:
+            label[modality.NAME] = chosen[modality.NAME]
         if self.regions is None:
             return {**label, **values}
         if not (REGION_NAME in chosen or self.regions):
@@ -388,6 +428,9 @@ class Conditions:
             given.append(torch.tensor([known.index(one.get(self.column)) for one in chosen]))
         if self.covariates:
             given.append(torch.stack([self.covariates.encode(one) for one in chosen]))
+        if self.modality:
+            codes = [modality.code_of(one.get(modality.NAME, "unknown"), "") for one in chosen]
+            given.append(torch.tensor(codes))
         cond = self.cond_of(len(chosen), *given)
         if self.regions is not None:
             usual = next(iter(self.regions), "chest:abdomen")
@@ -397,7 +440,7 @@ class Conditions:
     @property
     def inputs(self) -> dict[str, torch.Size]:
         """The shape of each entry of `cond`, for one sample."""
-        given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None)
+        given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None or self.modality)
         given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
         regions = {} if self.regions is None else dict.fromkeys(REGION, torch.zeros(1, 4))
         return {key: value.shape for key, value in {**self.cond_of(1, *given), **regions}.items()}
@@ -408,9 +451,11 @@ class Conditions:
         cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
         if self.column is not None:
             cond["class_labels"] = given[0]
+        if self.modality:
+            cond["class_labels"] = given[-1]
         embedded = []
         if self.covariates:
-            vectors = given[-1]
+            vectors = given[self.column is not None]
             if "embedding" in self.covariates.into:
                 embedded.append(vectors)
             if "cross_attention" in self.covariates.into:
@@ -441,9 +486,13 @@ class Conditions:
         cond = {key: value.to(device) for key, value in self.cond(chosen).items()}
         if guidance == 1:
             return guided(unet, cond, cond)
-        kept = [{key: one[key] for key in one if key == REGION_NAME} for one in chosen]
-        unknown = {key: value.to(device) for key, value in self.cond(kept).items()}
+        unknown = {key: value.to(device) for key, value in self.cond([*map(never_dropped, chosen)]).items()}
         return guided(unet, cond, unknown, guidance, interval)
+
+
+def never_dropped(chosen: dict) -> dict:
+    """What of the values of a sample stays where its condition is dropped: the region."""
+    return {key: value for key, value in chosen.items() if key == REGION_NAME}
 
 
 UNCONDITIONED = Conditions()

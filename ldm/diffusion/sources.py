@@ -1,10 +1,11 @@
 """Does a config give its diffusion network each condition that it needs, and no other?"""
 
 from ldm import UserError, brief
+from ldm.diffusion import modality
 from ldm.diffusion.conditioning import REGION_NAME, position_channels, told_parameters
 from ldm.diffusion.coverage import REGION, SPACING
 from ldm.models.denoiser import example_cond
-from ldm.models.embedding import encoded_size, has_spacing_input
+from ldm.models.embedding import COVARIATES, encoded_size, has_spacing_input
 
 
 def check_sources(config: dict) -> None:
@@ -79,7 +80,7 @@ def check_sources(config: dict) -> None:
         hints = {
             SPACING: "set conditions.spacing true",
             **dict.fromkeys(REGION, "set conditions.region true"),
-            labels: "name a column by conditions.class_labels",
+            labels: "name a column by conditions.class_labels, or set conditions.modality",
             "context": "name covariates by conditions.covariates",
             "channels": "set conditions.mean_latent, conditions.position, conditions.augmentation or "
             "conditions.covariates",
@@ -103,6 +104,15 @@ def _check_coverage(section: dict, definition: dict, needed: dict) -> None:
             raise UserError("conditions.region: a column has the same name. Rename the column.")
         for key in REGION:
             del needed[key]
+    if section["modality"]:
+        if "class_labels" not in needed or COVARIATES in definition or section["class_labels"] is not None:
+            raise UserError(
+                "conditions.modality: needs classes of its own. Set diffusion_def.num_class_embeds, such as "
+                "to 128, and neither conditions.class_labels nor covariates into the embedding."
+            )
+        if modality.NAME in section["covariates"]:
+            raise UserError("conditions.modality: a column has the same name. Rename the column.")
+        del needed["class_labels"]
     if section["spacing"]:
         needed.pop(SPACING, None)
         if not has_spacing_input(definition):

@@ -20,7 +20,7 @@ from ldm.data.intensity import from_unit_range
 from ldm.data.labels import label_of
 from ldm.data.reading import label_type
 from ldm.diffusion import samplers
-from ldm.diffusion.conditioning import Conditions, position_channels
+from ldm.diffusion.conditioning import Conditions, never_dropped, position_channels
 from ldm.diffusion.covariates import Covariates
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.process import NoiseProcess
@@ -122,7 +122,7 @@ REGION_NAME = "region"
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
     Conditions: "of_training from_checkpoint of_latents at of_spacing check_size check_asked check_classes "
-    "summary describe examples state of draw tell deviations",
+    "check_codes summary describe examples state of _chosen _one draw tell deviations",
 }
 
 
@@ -135,6 +135,7 @@ def sampling_script() -> str:
     functions = [
         stream,
         position_channels,
+        never_dropped,
         predict,
         guided,
         Autoguided,
@@ -171,7 +172,7 @@ def check_definitions(config: dict) -> None:
             "autoencoder_def: MONAI's VQVAE alone does not standardise latents, as the diffusion model has "
             "learned them. Leave the bundle out by --formats safetensors torchscript."
         )
-    for key in ("spacing", "region"):
+    for key in ("spacing", "region", "modality"):
         if config["conditions"][key]:
             raise UserError(
                 f"conditions.{key}: a bundle draws without it. Leave the bundle out by --formats safetensors."

@@ -16,6 +16,7 @@ from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
 from ldm.data.structures import structures_of
+from ldm.diffusion import modality
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.coverage import INDICES
 from ldm.models.autoencoder import Autoencoder, LatentMoments
@@ -232,7 +233,7 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
             section = config["conditions"]
             columns = [section["class_labels"], *section["covariates"]][section["class_labels"] is None :]
             columns = [name for name in columns if name not in section["structure_sizes"]]  # by the labels
-            columns += INDICES if section["region"] else []
+            columns += [*INDICES] * section["region"] + [modality.NAME] * section["modality"]
             if others := latent_cache.check_data(folder, manifest, [*train, *val], columns):
                 run.print(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
