@@ -15,6 +15,7 @@ masks, checks  what is wrong with a data set
 augmentation   random crops, flips, affine and intensity changes
 datasets       volumes as a loader serves them; the order of cases
 splits         training and validation cases, free of leaks
+embeddings     latents that MAISI's scripts have encoded
 posteriors     posteriors as a loader serves them; encoding them
 latent_cache   posteriors on disk
 prepare        all of this from a config and an environment file
@@ -22,6 +23,7 @@ display        volumes for display, on a common grid
 raw_cases      raw scans in any format, with label and brain mask
 foreign        DICOM, NRRD and MetaImage files
 scan           from a raw scan to one that is ready: mask, crop, resampling, intensities
+body           the body in a CT, and the regions that a volume begins and ends in
 download       MSD Task01
 simulation     simulated brains
 """

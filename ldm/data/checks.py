@@ -18,7 +18,8 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from ldm import UserError
-from ldm.data.cases import Case
+from ldm.data.cases import Case, own_geometry
+from ldm.data.embeddings import read_embedding
 from ldm.data.intensity import Intensity
 from ldm.data.label_names import folders_of, label_values, names_file
 from ldm.data.masks import mask_values, masks_among
@@ -28,6 +29,7 @@ from ldm.data.reading import (
     header_notes,
     label_fault,
     open_image,
+    ras_geometry,
     read_image,
     voxels_of,
 )
@@ -97,7 +99,8 @@ def check_headers(
     """
     problems = _header_problems(cases, channels, labels)
     bad = {problem.case for problem in problems if not problem.note}
-    masks = masks_among([case for case in cases if case.name not in bad and not case.is_label_map])
+    scans = [case for case in cases if not (case.name in bad or case.is_label_map or case.is_embedding)]
+    masks = masks_among(scans)
     return _in_order([*problems, *(_mask_problem(*mask) for mask in masks)], cases)
 
 
@@ -140,7 +143,10 @@ def check_header(
     first, several = case.images[0], len(case.images) > 1
     for file, image in opened.items():
         name = "the image" if file == case.label else first.name
-        if first in opened and (reason := _misplaced(image, opened[first], name)):
+        if case.is_embedding:
+            if file == case.label and (reason := _other_size(case)):
+                add(file, reason)
+        elif first in opened and (reason := _misplaced(image, opened[first], name)):
             add(file, reason)
         if (several or file != first or case.is_label_map) and channel_count(image) > 1:
             add(file, f"4D, {channel_count(image)} volumes; expected 3D")
@@ -151,10 +157,22 @@ def check_header(
                 add(file, reason, note=True)
     if not all(file in opened for file in case.images):
         return problems, 0
+    if case.is_embedding:  # as many channels as are asked for
+        return problems, 1 if channels is None else max(channels) + 1
     count = len(case.images) if several else channel_count(opened[first])
     if channels and max(channels) >= count:
         add(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
+
+
+def _other_size(case: Case) -> str | None:
+    """Why the label of a case without an image has not the size that its entry in the list says, or None."""
+    (shape, _), (dim, _) = ras_geometry(case.label), own_geometry(case)
+    return (
+        None
+        if [*shape] == [*dim]
+        else f"shape {tuple(map(int, shape))}, dim in the list says {tuple(map(int, dim))}"
+    )
 
 
 def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.SpatialImage, name: str):
@@ -249,7 +267,7 @@ def check_voxels(
     """Read every byte of one case. `expected` is the file that names the values which its label may have;
     None: any."""
     problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
-    for number, file in enumerate(case.images):
+    for number, file in enumerate(() if case.is_embedding else case.images):
         try:
             image = read_image(file)
         except UserError as error:
@@ -284,6 +302,11 @@ def check_voxels(
         if stored and all(one.note for one in faults):
             digests[file] = hashed.hexdigest()
         problems += faults
+    if case.embedding:
+        try:
+            read_embedding(case)
+        except UserError as error:
+            problems.append(Problem(case.name, case.embedding, _without_name(error, case.embedding)))
     if labels and case.label:
         try:
             label = np.asanyarray(read_image(case.label).dataobj)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from ldm import UserError
-from ldm.data.cases import Case, choose_spacing, size_at
-from ldm.data.reading import by_times, ras_geometry
+from ldm.data.cases import Case, choose_spacing, own_geometry, size_at
+from ldm.data.reading import by_times
 from ldm.models.definitions import check_size
 
 TOLERANCE = 1e-3  # of a range: headers store float32
@@ -65,7 +65,7 @@ def with_own_extent(
         if data["own_spacing"]:
             case = replace(case, spacing=tuple(choose_spacing([case], config["longest_side"])))
         if data["sizes"]:
-            whole = size_at(*ras_geometry(case.images[0]), case.spacing or spacing).astype(int).tolist()
+            whole = size_at(*own_geometry(case), case.spacing or spacing).astype(int).tolist()
             case = replace(case, size=fitting_size(whole, data["sizes"], divisor))
         found.append(case)
     return found

@@ -189,6 +189,7 @@ def cases_below(root: Path, search: Search) -> list[Case]:
 def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> list[File]:
     """The images among the files, without masks, templates, generated volumes and links to others."""
     chosen, passed = [], search.passed
+    every = {(file.folder, file.stem) for file in files}
     for file in files:
         if glob and not matches(file.parts, glob):
             passed["mask{s}" if is_mask(file) else "file{s} that data.pattern leaves out"].append(file.name)
@@ -196,6 +197,8 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
             passed["file{s} under derivatives"].append(file.name)
         elif not glob and TEMPLATE.match(file.stem):
             passed["template{s}"].append(file.name)
+        elif file.stem.endswith("_emb") and (file.folder, file.stem.removesuffix("_emb")) in every:
+            passed["embedding{s}"].append(file.name)
         elif not search.generated and _is_generated(file):
             passed["volume{s} that inference.py made"].append(file.name)
         else:

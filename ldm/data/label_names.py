@@ -10,6 +10,7 @@ import numpy as np
 from ldm import UserError, few
 from ldm.data.cases import Case
 from ldm.data.names import words_of
+from ldm.data.reading import LARGEST_LABEL, label_type
 from ldm.system.files import read_json
 from ldm.system.schemas import StrictValidator, fault
 
@@ -42,9 +43,11 @@ def folders_of(label: Path) -> list[Path]:
 
 
 def _labels(path: Path) -> dict:
-    if path.name == LABEL_DICT:
+    if not path.is_file():
+        return {}
+    if path.name != DATASET:
         return read_label_dict(path)
-    labels = read_json(path).get("labels") if path.is_file() else None
+    labels = read_json(path).get("labels")
     return labels if isinstance(labels, dict) else {}
 
 
@@ -70,13 +73,18 @@ def named_values(labels: object) -> dict[int, str]:
     return names
 
 
+def names_in(path: Path) -> dict[int, str]:
+    """The names that such a file gives label values."""
+    return named_values(_labels(path))
+
+
 def label_names(cases: Sequence[Case]) -> dict[int, str]:
     """The names of label values, by the files that name them beside the labels of the cases."""
     folders = {tuple(folders_of(case.label)) for case in cases if case.label}
     files = {names_file(some) for some in folders}
     names = {}
     for file in sorted(files - {None}):
-        names |= named_values(_labels(file))
+        names |= names_in(file)
     return names
 
 
@@ -93,7 +101,7 @@ def renumbered(label: np.ndarray, names: dict[int, str], wanted: dict[str, int],
     those of the dictionary already.
 
     Args:
-        label: whole numbers from 0 to 255.
+        label: whole numbers.
         names: of its values.
         wanted: the dictionary, values by name.
         where: the file, for messages.
@@ -102,19 +110,19 @@ def renumbered(label: np.ndarray, names: dict[int, str], wanted: dict[str, int],
         UserError: a value that occurs is not in the dictionary.
     """
     by_words, known = {words_key(name): value for name, value in wanted.items()}, {0, *wanted.values()}
-    table, unknown = np.zeros(256, np.uint8), []
-    for value in np.unique(label).tolist():
-        if value in names:
-            to = 0 if value == 0 else by_words.get(words_key(names[value]))
+    values, places = np.unique(label, return_inverse=True)
+    new, unknown = [], []
+    for value in values.tolist():
+        if value in names and value != 0:
+            to = by_words.get(words_key(names[value]))
         else:
             to = value if value in known else None
-        if to is None or to > 255:
+        if to is None or to > LARGEST_LABEL:
             unknown.append(f"{value} ({names[value]})" if value in names else str(value))
-        else:
-            table[value] = to
+        new.append(to)
     if unknown:
         raise UserError(
-            f"{where}: has labels that --labels does not name or that are above 255: {few(unknown, 10)}. Add "
-            "their names to that file; two names may have one value."
+            f"{where}: has labels that --labels does not name: {few(unknown, 10)}. Add their names to that "
+            f"file, with values up to {LARGEST_LABEL}; two names may have one value."
         )
-    return table[label]
+    return np.array(new, label_type(new))[places].reshape(label.shape)

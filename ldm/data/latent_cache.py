@@ -19,6 +19,7 @@ from ldm import UserError, brief, counted, few
 from ldm.configs import ONLY
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices
+from ldm.data.embeddings import embedding_beside
 from ldm.data.intensity import LATER
 from ldm.data.posteriors import Posteriors, encode
 from ldm.data.preprocessing import CODE
@@ -37,6 +38,7 @@ TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
 RECORD["properties"] |= {"subject": TEXT, "covariates": {"type": "object"}}  # of later caches
+RECORD["properties"] |= {"embedding": {"type": "boolean"}}  # whether `files` is an embedding
 PAIR = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 RECORD["properties"]["slices"] = {"type": "array", "items": PAIR, "minItems": 1}  # of 2D networks
 RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
@@ -96,15 +98,18 @@ def add(
     records, missing = {}, []
     for i in range(run.rank, len(volumes), run.world_size):
         case = volumes.cases[i]
-        paths = files_of(case, _reads_labels(manifest["about"]))
-        files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
         own = {name: list(one) for name, one in (("size", case.size), ("spacing", case.spacing)) if one}
-        facts = repr((key, case.name, [file["sha256"] for file in files], *own.items()))
-        entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
-        path = folder / entry
-        digest = sha256_of(path) if _is_readable(path) else None
-        known = before.get(entry, {"sha256": digest})
-        is_there = digest is not None and digest == known["sha256"]
+        sources = [] if case.is_embedding else [files_of(case, _reads_labels(manifest["about"]))]
+        for paths in [*sources, *([[case.embedding]] if case.embedding else [])]:
+            files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
+            facts = repr((key, case.name, [file["sha256"] for file in files], *own.items()))
+            entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
+            path = folder / entry
+            digest = sha256_of(path) if _is_readable(path) else None
+            known = before.get(entry, {"sha256": digest})
+            is_there = digest is not None and digest == known["sha256"]
+            if is_there:  # a posterior that was encoded, rather than an embedding
+                break
         if not is_there:
             missing.append(i)
         records[i] = {
@@ -116,6 +121,8 @@ def add(
             "files": files,
             **own,
         }
+        if paths == [case.embedding]:
+            records[i]["embedding"] = True
         if volumes.find_slices and is_there:  # else `encode` finds them
             records[i]["slices"] = known.get("slices") or _slices(volumes, i)
     for i, entry, slices in encode(encoder, volumes, missing, run, workers, what):
@@ -285,6 +292,8 @@ def check_data(
     for record in records:
         case = by_name[record["case"]]
         paths = files_of(case, _reads_labels(manifest["about"]))
+        if record.get("embedding"):
+            paths = [case.embedding or embedding_beside(case.images[0])]
         sizes = [path.stat().st_size if path.is_file() else None for path in paths]
         then = record.get("covariates", {})
         relabelled = any(then.get(column) != case.covariates.get(column) for column in columns)

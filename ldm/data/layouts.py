@@ -18,7 +18,7 @@ from ldm.data.cases import PARTS, Case
 from ldm.data.folders import Search, cases_below, in_words, unreadable
 from ldm.data.labels import as_label_maps
 from ldm.data.names import stem_of, suffix_of
-from ldm.data.reading import IMAGE_SUFFIXES
+from ldm.data.reading import EMBEDDING, IMAGE_SUFFIXES, is_embedding
 from ldm.system.files import read_json
 from ldm.system.schemas import StrictValidator, fault, fields
 
@@ -45,7 +45,9 @@ ENTRY["properties"] |= {
         "maxItems": 3,
     },
     "modality": {"type": ["string", "integer"]},
+    "embedding": NAME,
 } | dict.fromkeys(REGIONS, REGION)
+FILES = {"name", "image", "label", "embedding", "fold"}  # what is no covariate
 ENTRY["dependentRequired"] = {one: [other] for one, other in (REGIONS, REGIONS[::-1])}
 ENTRIES = {"type": "array", "items": ENTRY}
 LISTS = StrictValidator(fields(training=ENTRIES | {"minItems": 1}, validation=ENTRIES))
@@ -235,10 +237,15 @@ def _case(entry: dict, root: Path, search: Search, by_path: bool) -> Case:
     label = root / entry["label"] if entry.get("label") is not None else None
     path = Path(names[0])
     stem = "_".join(path.relative_to(path.anchor).parts) if by_path else path.name
-    name = str(entry.get("name", stem_of(stem)))
-    others = {key: value for key, value in entry.items() if key not in {"name", "image", "label", "fold"}}
+    name = str(entry.get("name", stem_of(stem).removesuffix("_emb" * is_embedding(images[0]))))
+    embedding = root / entry["embedding"] if "embedding" in entry else None
+    if is_embedding(images[0]):
+        embedding = images[0]
+        if missing := [key for key in ("dim", "spacing") if key not in entry]:
+            raise UserError(f"{search.read}: {names[0]} is an embedding: its entry needs {missing[0]}.")
+    others = {key: value for key, value in entry.items() if key not in FILES}
     subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
-    return Case(name, images, label, subject, others, entry.get("fold"))
+    return Case(name, images, label, subject, others, entry.get("fold"), embedding=embedding)
 
 
 def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Case]]:
@@ -261,7 +268,8 @@ def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Cas
     if ending not in IMAGE_SUFFIXES:
         raise UserError(f"{path}: file_ending {ending} is not read; convert the images to .nii.gz.")
     channels = len(content["channel_names"])
-    files = [name for name in _images_in(root / "imagesTr") if name.endswith(ending)]
+    files = _images_in(root / "imagesTr")
+    files = [name for name in files if name.endswith(ending) and not name.endswith(EMBEDDING)]
     cases = []
     for name in sorted({image[: -len(ending)].rpartition("_")[0] for image in files}):
         images = tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(channels))

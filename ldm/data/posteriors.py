@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices, version_of
+from ldm.data.embeddings import read_embedding
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run, without_tf32
@@ -82,6 +83,7 @@ def encode(
     encoder: Autoencoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Encode all versions of some volumes, without autocast and TF32: what is kept is read in every epoch.
+    Those with an embedding come first, as they are, with a std of 0.
 
     Args:
         cases: their indices.
@@ -92,8 +94,11 @@ def encode(
         The index of each; (versions, 2, c, d, h, w) float32 on the CPU, mean before std; and the
         `filled_slices` of each version, (versions, 2).
     """
+    embedded = [i for i in cases if volumes.cases[i].embedding]
+    for i in embedded:
+        yield i, read_embedding(volumes.cases[i]), torch.zeros(1, 2, dtype=torch.long)
     loader = DataLoader(
-        _Versions(volumes, cases),
+        _Versions(volumes, [i for i in cases if i not in {*embedded}]),
         batch_size=None,
         num_workers=workers,
         pin_memory=run.device.type == "cuda",

@@ -19,6 +19,7 @@ from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
+from ldm.data.embeddings import check_embeddings, with_embeddings
 from ldm.data.extent import largest_size, usual_spacing, with_own_extent
 from ldm.data.intensity import Intensity
 from ldm.data.label_names import label_names
@@ -27,9 +28,9 @@ from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
-from ldm.data.reading import by_times
+from ldm.data.reading import EMBEDDING, by_times
 from ldm.environment import FOLDERS
-from ldm.models.definitions import check_size, downsampling_factor, network_divisor
+from ldm.models.definitions import check_size, downsampling_factor, latent_size, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
 
@@ -51,9 +52,10 @@ def find_data(
     config: dict, environment: dict, log: Callable[[str], None] | None = None
 ) -> tuple[list[Case], list[Case]]:
     """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
-    without volumes that this run or inference.py wrote."""
+    without volumes that this run or inference.py wrote; with the embeddings beside the images, where
+    `data.embeddings` says so."""
     data = config["data"]
-    return find_cases(
+    found = find_cases(
         environment["data_base_dir"],
         data["pattern"],
         contrasts=data["contrasts"],
@@ -64,6 +66,12 @@ def find_data(
         label_maps=config["with_labels"] == configs.ONLY,
         log=log,
     )
+    if data["embeddings"]:
+        found = tuple(map(with_embeddings, found))
+        if not any(case.embedding for cases in found for case in cases):
+            where = ", ".join(map(str, data_folders(environment)))
+            raise UserError(f"data.embeddings: {where}: no NAME{EMBEDDING} lies beside an image NAME.nii.gz.")
+    return found
 
 
 def prepare_data(
@@ -182,7 +190,11 @@ def volumes_to_encode(
     run: Run,
     augment: dict | None = None,
 ) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and validation volumes that stage 2 encodes, as images. `augment` is another stage's."""
+    """The training and validation volumes that stage 2 encodes, as images. `augment` is another stage's.
+
+    Raises:
+        UserError: as `patch_sizes`; or embeddings that do not fit.
+    """
     _, size, _ = patch_sizes(config, [*train, *val])
     preprocessing, augment = (
         Preprocessing.from_config(config),
@@ -193,10 +205,25 @@ def volumes_to_encode(
     common |= {"find_slices": config["slices"]["foreground"], "own_sizes": True}
     if not config["data"]["sizes"]:
         warn_of_padding(train, config["spacing"], size, run.print)
-    return (
+    volumes = (
         VolumeDataset(train, preprocessing, size, augment=augment, **common),
         VolumeDataset(val, preprocessing, size, **common),
     )
+    cases = [*train, *val]
+    if any(case.embedding for case in cases):
+        check_embeddings(
+            cases,
+            config["diffusion_def"]["out_channels"],
+            lambda case: latent_size(config, case.size or size),
+            has_window=preprocessing.intensity.window is not None,
+            forbidden={
+                "augment": volumes[0].augmentation is not None,
+                "with_labels": config["with_labels"],
+                "spatial_dims": config["spatial_dims"] != 3,
+            },
+            log=run.print,
+        )
+    return volumes
 
 
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:

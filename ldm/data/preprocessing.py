@@ -28,7 +28,16 @@ from scipy.ndimage import gaussian_filter
 from ldm import UserError
 from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
-from ldm.data.reading import RAS, by_times, channel_count, label_fault, label_type, read_image, voxels_of
+from ldm.data.reading import (
+    RAS,
+    by_times,
+    channel_count,
+    label_fault,
+    label_type,
+    read_image,
+    refuse_embedding,
+    voxels_of,
+)
 from ldm.models.definitions import MAX_VOXELS
 from ldm.system.messages import tell_once
 
@@ -96,6 +105,7 @@ class Preprocessing:
         Raises:
             UserError: a channel that is missing, or values that are not finite.
         """
+        refuse_embedding(images[0])
         if len(images) > 1:
             if max(self.channels) >= len(images):
                 raise UserError(

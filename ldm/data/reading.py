@@ -15,6 +15,7 @@ from ldm import UserError
 
 RAS = axcodes2ornt("RAS")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
+EMBEDDING = "_emb.nii.gz"  # the end of the names of MAISI's latents
 MICROSCOPY = 0.01  # mm; smaller voxels suggest another unit, unless the header says micrometres
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-4, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
@@ -120,6 +121,17 @@ def _unit(image: nib.spatialimages.SpatialImage) -> tuple[str, float]:
     """The unit of length of a header, and what it is in mm."""
     code = int(image.header["xyzt_units"]) % 8 if isinstance(image, nib.Nifti1Image) else 2
     return MM.get(code, ("mm", 1.0))
+
+
+def is_embedding(path: Path) -> bool:
+    """Whether a file holds latents in the place of an image."""
+    return Path(path).name.endswith(EMBEDDING)
+
+
+def refuse_embedding(path: Path) -> None:
+    """Raise UserError where an image is needed, and the file is an embedding."""
+    if is_embedding(path):
+        raise UserError(f"{path}: is an embedding, and the image itself is needed here. Name it in the list.")
 
 
 def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:

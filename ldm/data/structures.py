@@ -35,8 +35,9 @@ def usual_medians(
     which is a text as keys of JSON are, and channel. Structures that fewer than two scans have are left out.
 
     Args:
-        cases: with labels; the first `MOST_CASES` are read.
+        cases: with labels; the first `MOST_CASES` that have an image are read.
     """
+    scans = [case for case in cases if not case.is_embedding][:MOST_CASES]
 
     def measured(case: Case) -> np.ndarray:
         spacing = case.spacing or preprocessing.spacing
@@ -44,7 +45,7 @@ def usual_medians(
         mask = replace(preprocessing, labels=tuple(values), spacing=spacing).mask(case.label)
         return medians(image, mask, values)
 
-    found = np.stack([measured(case) for case in cases[:MOST_CASES]])
+    found = np.stack([measured(case) for case in scans]) if scans else np.empty((0, len(values), 1))
     usual = {}
     for i, value in enumerate(values):
         known = found[~np.isnan(found[:, i, 0]), i]
