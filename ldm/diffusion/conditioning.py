@@ -429,8 +429,8 @@ class Conditions:
         return {key: value.shape for key, value in {**self.cond_of(1, *given), **regions}.items()}
 
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`cond` of a batch of class indices (B,), where there are classes, of encoded covariates (B, n), where
-        there are some, and of codes of modalities (B,), where these are told; without regions."""
+        """`cond` of a batch of class indices (B,), encoded covariates (B, n) and codes of modalities (B,), of
+        each where it is told; without regions."""
         cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
         if self.column is not None:
             cond["class_labels"] = given[0]
