@@ -132,7 +132,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
         size=_array(SIZE, 3),
-        limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
+        limits={"type": "array", "items": {"type": "interval"}},  # none of label maps
     ),
 }
 ENTRIES["geometry"]["properties"]["slices"] = _array({"type": "integer", "minimum": 0}, 2)  # of 2D networks
