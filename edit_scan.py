@@ -22,7 +22,7 @@ import torch
 
 import utils
 from ldm import UserError, figures, generation
-from ldm.diffusion.conditioning import texts_of
+from ldm.diffusion.conditioning import REGION_NAME, texts_of
 from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.editing import free_names, read_scan, save_scan
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("with_labels: edit_scan.py edits images without labels; train a model without them.")
     conditions, process, geometry = networks.conditions, networks.process, networks.geometry
     own = conditions.parse(args.of)
+    if conditions.regions is not None and REGION_NAME not in own:
+        raise UserError(f"--of: say the region of the scan, such as {REGION_NAME}=chest:abdomen.")
     new = own | conditions.parse(args.condition)
     if any(isinstance(value, tuple) for value in new.values()):
         raise UserError("--of, --condition: expected one value of each column, no range.")

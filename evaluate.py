@@ -253,8 +253,11 @@ def sized_structures(config: dict | None, named: Sequence, found: bool) -> list[
     if config is None or not (found or config["with_labels"]):
         return []
     names = {one.name for one in named}
-    sizes = config["conditions"]["structure_sizes"]
-    return [LabelStructure(name, values) for name, values in sizes.items() if name not in names]
+    sizes = config["conditions"]["structure_sizes"].items()
+    known = {value for _, values in sizes for value in values} if found else {*configs.labels_of(config)}
+    return [
+        LabelStructure(name, values) for name, values in sizes if name not in names and known >= {*values}
+    ]
 
 
 def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: Run) -> list[table.Metric]:
@@ -372,6 +375,8 @@ def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: R
     read, labels = reading.Reader(preprocessing, size, run.device), preprocessing.labels
     known = label_names(sources[HELD_OUT].cases)
     names = {value: known.get(value, f"label {value}") for value in labels}
+    if any(isinstance(one, Structure) for one in structures):
+        raise UserError("--structure: label maps have no intensities. Name values, as in ventricles=label:3.")
     measured = [*(LabelStructure(name, (value,)) for value, name in names.items()), *structures]
     measured = {one.name: one.found_by(None, labels) for one in measured}
     groups, examples = label_maps.read_maps(sources, read, [*measured.values()], encoder, run)

@@ -221,8 +221,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for images that follow a mask. Give one by --mask."
             )
-    if args.mask and args.mask_model:
-        raise UserError("--mask-model: draws masks; leave out --mask.")
+    if args.mask_model and (args.mask or args.conditions):
+        other = "--mask" if args.mask else "--conditions"
+        raise UserError(f"--mask-model: draws --num masks; leave out {other}.")
     if args.tries < 0:
         raise UserError(f"--tries {args.tries}: expected 0 or more.")
     if args.segmenter and not args.tries:
@@ -422,6 +423,8 @@ def reproduce(args: argparse.Namespace) -> None:
         result = f"{path}: differs from {original.name} in {apart:.1e} of its voxels ({changed})"
     else:
         apart = largest_difference(volume, before)
+        if networks.whole_numbers:  # rounded
+            tolerance = max(tolerance, 1.001 / max(np.ptp(before.astype(np.int64)), 1))
         result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
     if not apart <= tolerance:
         raise FloatingPointError(f"{result}.\nMore than {tolerance} is not rounding: not reproduced.")
@@ -667,7 +670,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     power, count = run.sum(power).tolist()  # once all ranks have written
 
     # Step 4: a picture, and how sharp the samples are compared with the autoencoder's reconstructions
-    asked = len(samples)
+    everyone, asked = samples, len(samples)
     samples = [one for one in samples if one.path.parent != failed and one.path.exists()]
     if run.is_main and len(samples) < asked:
         run.print(
@@ -676,7 +679,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if run.is_main and samples:
         if args.grid:
-            picture = show_grid(networks, samples, *args.grid, output_dir)
+            picture = show_grid(networks, everyone, *args.grid, output_dir)
         else:
             picture = show_samples(networks, samples[:SHOWN], output_dir)
         sharpness = ""
@@ -697,13 +700,16 @@ def checking(args: argparse.Namespace, networks: Networks, run: Run) -> Check | 
         if args.segmenter:
             raise UserError("--segmenter: checks images with labels, which this model does not draw.")
         return None
+    if not (networks.structures or args.segmenter):
+        run.print("note: the checkpoint does not hold the intensities of structures: samples are not checked")
+        return None
     channels = len(networks.geometry["limits"])
     segment = (
         load_segmenter(args.segmenter, channels, networks.geometry["spacing"], run)
         if args.segmenter
         else None
     )
-    return Check(networks.structures, segment)
+    return Check(networks.structures, segment, segment.values if segment else ())
 
 
 def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torch.Tensor | None) -> list[str]:

@@ -4,14 +4,16 @@
     python inpaint.py -c CONFIG -e ENV --scan sub-01_T1w.nii.gz --region region.nii.gz --mask tumour.nii.gz \\
         --num 4 --seed 10
 
-The region, where a file is above 0, should be a little larger than what is to go. Any diffusion model of
-train_diffusion.py draws it, from what it learned and from the rest of the scan; `--condition` asks for a
-class or a covariate. With a ControlNet (train_controlnet.py) `--mask` says what to draw: a label of the whole
-volume as it should become, without the lesion or with the tumour. Both are brought to the model's grid.
+The region, where a file is above 0, should be a little larger than what is to go. Any 3D diffusion model of
+images draws it, from what it learned and from the rest of the scan; `--condition` asks for a class or a
+covariate, and what it leaves open is drawn as in inference.py. With a ControlNet (train_controlnet.py)
+`--mask` says what to draw: a label of the whole volume as it should become, without the lesion or with the
+tumour. Both lie on the grid of the scan.
 
-The latents outside the region are held to those of the scan at each step, and each step is made `--resamples`
-times, so that inside and outside come to fit (RePaint; Lugmayr et al., 2022). Within `--border` mm inside the
-region the drawn image goes over into the scan; outside the region each voxel is that of the scan.
+The latents outside the region are held to those of the scan at each step, and each but the last is made
+`--resamples` times, so that inside and outside come to fit (RePaint; Lugmayr et al., 2022). Within `--border`
+mm inside the region the drawn image goes over into the scan; outside the region each voxel is that of the
+scan.
 
 Written to `--out` (default: output_dir/inpainted): NAME_scan.nii.gz, on the model's grid; NAME_seed-0.nii.gz
 and so on; and NAME.png. Nothing is overwritten. With `--mask`, structures are checked as inference.py does;
@@ -26,7 +28,10 @@ import torch
 
 import utils
 from ldm import UserError, figures, generation
+from ldm.data.datasets import stream
+from ldm.data.labels import sizes_in_file
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
+from ldm.data.reading import check_grid, read_image
 from ldm.diffusion.inpainting import inpaint, region_of_latents
 from ldm.editing import free_names, read_scan, save_scan, seamless
 from ldm.export import records
@@ -53,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--region", type=Path, required=True, metavar="FILE", help="drawn anew where it is above 0")
     add("--mask", type=Path, metavar="FILE", help="the label that the volume should have, for a ControlNet")
-    add("--condition", nargs="+", default=[], metavar="COLUMN=VALUE", help="such as group=control")
+    add("--condition", action="extend", nargs="+", default=[], metavar="COLUMN=VALUE", help="such as age=60")
     add("--guidance", type=float, default=1.0, help="strength of the condition; default: 1, none")
     add("-n", "--num", type=int, default=1, help="how many; default: 1")
     add("--seed", type=int, default=0, help="of the first; the others count on from it")
@@ -75,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: expected 0 or more.")
     if not 0 <= args.guidance <= records.MOST_GUIDANCE:
         raise UserError(f"--guidance {args.guidance}: expected a number from 0 to {records.MOST_GUIDANCE}.")
+    if args.guidance != 1 and not args.condition:
+        raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     if args.controlnet and not args.mask:
         raise UserError("--controlnet: follows a mask. Give one by --mask.")
     utils.check_scale_factor(args.scale_factor)
@@ -92,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if networks.labels or networks.autoencoder.is_slicewise:
         raise UserError("inpaint.py is for 3D models without with_labels.")
-    condition = networks.conditions.parse(args.condition)
-    if any(isinstance(value, tuple) for value in condition.values()):
-        raise UserError("--condition: expected one value of each column, no range.")
+    conditions, structures = networks.conditions, config["conditions"]["structure_sizes"]
+    if conditions and not conditions.can_drop and args.guidance != 1:
+        raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
+    sizes = sizes_in_file(args.mask, structures) if args.mask else {}
+    condition = sizes | conditions.parse(args.condition)
     name, folder = args.scan[0].name.partition(".")[0], args.out or environment["output_dir"] / "inpainted"
     files = {seed: folder / f"{name}_seed-{seed}.nii.gz" for seed in range(args.seed, args.seed + args.num)}
     failed = {seed: folder / "failed" / path.name for seed, path in files.items()}
@@ -103,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Step 1: the scan, its latents, the region, the mask
     spacing, size = networks.geometry["spacing"], networks.geometry["size"]
+    image = read_image(args.scan[0])
+    for path in (args.region, args.mask):
+        if path:
+            check_grid(path, read_image(path), args.scan[0], image)
     scan, limits = read_scan(args.scan, config, networks)
     region = torch.from_numpy(
         crop_or_pad(Preprocessing((0,), tuple(spacing)).label(args.region) > 0, size)[0]
@@ -120,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     border = max(spacing) if args.border is None else args.border
 
     # Step 2: draw the region
-    model = networks.model([condition], args.guidance, run, None if mask is None else [mask])
-
     def draw(seed: int) -> torch.Tensor:
+        chosen = conditions.for_sample(condition, stream(seed, "conditions"))
+        model = networks.model([chosen], args.guidance, run, None if mask is None else [mask])
+
         def bar(steps: Sequence) -> Sequence:
             return progress_bar(run, f"seed {seed}", items=steps)
 
@@ -131,11 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = networks.autoencoder.decode(z / networks.scale_factor)[0].float().cpu()
         if not drawn.isfinite().all():
             raise FloatingPointError(f"the volume of seed {seed} is not finite, and is not written.")
-        return seamless(drawn, scan[0], region, border / min(spacing))
+        return seamless(drawn, scan[0], region, border, spacing)
 
     check = Check(networks.structures) if mask is not None and args.tries else None
     kept = []
-    save_scan(own, scan[0], limits, networks)
     for seed, path in files.items():
         volume, faults = draw(seed), []
         if check:
@@ -144,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if faults:
             run.print(f"warning: {failed[seed]}: {faults[0]}")
+        if not own.exists():
+            save_scan(own, scan[0], limits, networks)
         save_scan(failed[seed] if faults else path, volume, limits, networks)
         kept += [] if faults else [volume]
 

@@ -38,7 +38,7 @@ RESULT_FREE = {
     "save_mem",
     "print_info",
 }
-ONLY_IN_TRAINING = {"conditions.dropout"}
+NOT_LEARNED = {"conditions.dropout", "intensity.whole_numbers"}  # of training, and of what is written
 
 IMAGE_TERMS = ("gradient_weight", "perceptual_weight", "adversarial_weight")  # of stage 1's loss
 
@@ -332,7 +332,7 @@ def check_fixed(
     for key, (was, now) in differences(trained, config).items():
         if not any(f"{key}.".startswith(f"{one}.") for one in keys):
             continue
-        if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:
+        if key.rpartition(".")[2] not in RESULT_FREE and key not in NOT_LEARNED:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 
 

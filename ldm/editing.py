@@ -37,14 +37,18 @@ def save_scan(path: Path, volume: torch.Tensor, limits: np.ndarray, networks: Ne
     records.save_volume(path, nifti_bytes(voxels, networks.geometry["spacing"], voxels.dtype.type))
 
 
-def seamless(drawn: torch.Tensor, scan: torch.Tensor, region: torch.Tensor, width: float) -> torch.Tensor:
+def seamless(
+    drawn: torch.Tensor, scan: torch.Tensor, region: torch.Tensor, border: float, spacing: Sequence[float]
+) -> torch.Tensor:
     """Put a region of one image into a scan, which stays exactly as it is outside the region.
 
     Args:
         drawn, scan: (C, D, H, W).
         region: (D, H, W) bool.
-        width: in voxels, of the border inside the region over which one goes over into the other.
+        border: in mm, inside the region, over which one goes over into the other.
+        spacing: of the voxels, in mm.
     """
-    depth = ndimage.distance_transform_edt(np.pad(region.cpu().numpy(), 1, "edge"))[1:-1, 1:-1, 1:-1]
-    weight = torch.from_numpy((depth / (width + 1)).clip(0, 1)).to(drawn)
+    padded = np.pad(region.cpu().numpy(), 1, "edge")
+    depth = ndimage.distance_transform_edt(padded, sampling=spacing)[1:-1, 1:-1, 1:-1]
+    weight = torch.from_numpy((depth / (border + min(spacing))).clip(0, 1)).to(drawn)
     return torch.where(region, weight * drawn + (1 - weight) * scan, scan)

@@ -28,7 +28,7 @@ ELASTIC_MM, SMOOTH_MM = 3.0, 16.0  # standard deviation of its displacement, and
 
 @dataclass(frozen=True)
 class GivenMask:
-    """A mask on the grid of the volumes, (D, H, W) uint8, and its file; the sizes in ml of structures in it;
+    """A mask on the grid of the volumes, (D, H, W), and its file; the sizes in ml of structures in it;
     what was done to it, as the record of a sample has it."""
 
     path: Path
@@ -180,7 +180,7 @@ def moved_within(
 
 def parse_move(text: str) -> tuple[tuple[int, ...], int]:
     """The labels of `--move 5,6:2`, and the one within which they move. Raises UserError: another form."""
-    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*:\d{1,3}", text):
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*:\d{1,5}", text):
         raise UserError(f"--move {text}: expected LABEL:WITHIN, such as 5:2, or 5,6:2 for several together.")
     labels, _, within = text.partition(":")
     return tuple(map(int, labels.split(","))), int(within)
@@ -233,7 +233,11 @@ class MaskSource:
         asked = {}
         for text in texts:
             name, equals, share = text.rpartition("=")
-            if not equals or name in asked or not (name in self.structures or name.isdecimal()):
+            if (
+                not equals
+                or name in asked
+                or not (name in self.structures or re.fullmatch("[0-9]{1,4}", name))
+            ):
                 known = " or ".join([*self.structures, "the value of a label, such as 3"])
                 raise UserError(f"--structure-size {text}: expected NAME=SHARE, NAME being {known}.")
             asked[name] = shares_of(name, share)
@@ -269,5 +273,5 @@ class MaskSource:
         sizes = sizes_in_file(path, self.structures)
         for name, values in self.structures.items():
             then, now = (np.isin(one, values).sum() for one in (before, mask))
-            sizes[name] = float(f"{sizes[name] * now / then:.6g}") if then else sizes[name]
+            sizes[name] = float(f"{sizes[name] * now / then:.6g}") if then else 0.0
         return sizes

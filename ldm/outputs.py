@@ -115,10 +115,16 @@ def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) ->
 def show_grid(
     networks: Networks, samples: Sequence[Sample], name: str, values: Sequence[str], folder: Path
 ) -> Path:
-    """Write grid.png: an axial slice of each volume, a row for each seed and a column for each value."""
-    count = len(values)
+    """Write grid.png: an axial slice of each volume, a row for each seed and a column for each value; nothing
+    in the place of a sample that is not in `folder`."""
+    count, blank = len(values), torch.zeros(*networks.geometry["size"])
+
+    def shown(sample: Sample) -> torch.Tensor:
+        there = sample.path.parent == folder and sample.path.exists()
+        return in_unit_range(networks, sample) if there else blank
+
     rows = [
-        (f"seed {samples[i].seed}", [in_unit_range(networks, one) for one in samples[i : i + count]])
+        (f"seed {samples[i].seed}", [shown(one) for one in samples[i : i + count]])
         for i in range(0, min(len(samples), SHOWN * count), count)
     ]
     title = f"{name} {', '.join(values)}"
@@ -135,5 +141,6 @@ def as_picture(networks: Networks, voxels: np.ndarray) -> np.ndarray:
     """The first channel of a volume (C, D, H, W), 0 to 1 in the typical range; of a label map the place of
     each label among all, as a share: (D, H, W) float32."""
     if networks.label_maps:
-        return (np.searchsorted([0, *sorted(networks.labels)], voxels[0]) / len(networks.labels)).astype("f4")
+        places = sum((i + 1) * (voxels[0] == value) for i, value in enumerate(networks.labels))
+        return (places / len(networks.labels)).astype(np.float32)
     return to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=False)[0]

@@ -1,13 +1,14 @@
 """Does a generated image fit its label? Structures that look wrong, and samples that are drawn again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ldm.data.datasets import stream
-from ldm.data.structures import medians
+from ldm.data.structures import LEAST_VOXELS, medians
+from ldm.metrics import dice
 
 WIDTH = 4.0  # standard deviations of training's medians within which a median is usual
 LEAST_STD = 0.02  # of the unit range, that training's medians are taken to have
@@ -21,10 +22,12 @@ class Check:
     Args:
         usual: as of `ldm.data.structures.usual_medians`.
         segment: an image (1, C, D, H, W) in the unit range -> a label (D, H, W); None: no segmenter.
+        known: the values that it finds.
     """
 
     usual: dict[str, list[list[float]]]
     segment: Callable[[torch.Tensor], np.ndarray] | None = None
+    known: Sequence[int] = ()
 
     def faults(self, image: torch.Tensor, label: np.ndarray) -> list[str]:
         """What is wrong with an image (C, D, H, W) in the unit range of this label (D, H, W); [] where
@@ -41,16 +44,12 @@ class Check:
                         f"label {value}: median {median:.2f}{where}, in scans {mean - width:.2f} to "
                         f"{mean + width:.2f}"
                     )
-        if self.segment is not None and (present := sorted({*np.unique(label).tolist()} - {0})):
-            seen = self.segment(image[None])
-            scores = [_dice(seen == value, label == value) for value in present]
-            if np.mean(scores) < LEAST_DICE:
+        if self.segment is not None:
+            present = [value for value in self.known if (label == value).sum() >= LEAST_VOXELS]
+            scores = dice(self.segment(image.clamp(0, 1)[None]), label, present)
+            if present and np.mean(scores) < LEAST_DICE:
                 found.append(f"the segmenter finds its label with Dice {np.mean(scores):.2f}")
         return found
-
-
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
 def seed_again(seed: int, draw: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -168,10 +169,12 @@ def test_structures_are_compared_with_those_of_scans():
     image[0, :2] = 0.6
     (fault,) = check.faults(torch.from_numpy(image), label)
     assert fault == "label 2: median 0.60, in scans 0.42 to 0.58"
-    one_off = Check({}, segment=lambda image: np.where(label == 5, 0, label))
-    assert one_off.faults(torch.from_numpy(image), label) == []  # (1 + 0) / 2 is not below one half
-    other = Check({}, segment=lambda image: np.zeros_like(label))
-    assert "with Dice 0.00" in other.faults(torch.from_numpy(image), label)[0]
+    # Label 5 has too few voxels to count, and the segmenter knows no 9.
+    segmenter = SimpleNamespace(values=(2, 5), found=label)
+    check = Check({}, lambda image: segmenter.found, segmenter.values)
+    assert check.faults(torch.from_numpy(image), np.where(label == 5, 9, label)) == []
+    segmenter.found = 0 * label
+    assert "with Dice 0.00" in check.faults(torch.from_numpy(image), label)[0]
 
 
 def test_a_sample_is_drawn_until_it_fits():
@@ -218,11 +221,13 @@ def test_outside_the_region_a_scan_stays():
     scan, drawn = torch.rand(1, 6, 6, 6), torch.full((1, 6, 6, 6), 5.0)
     region = torch.zeros(6, 6, 6, dtype=torch.bool)
     region[1:6, 1:6, 1:6] = True  # at one side up to the border of the volume
-    both = seamless(drawn, scan, region, 1.0)
+    both = seamless(drawn, scan, region, 2.0, [2.0, 2.0, 2.0])
     assert torch.equal(both[:, ~region], scan[:, ~region])
     torch.testing.assert_close(both[0, 3, 3, 3], drawn[0, 3, 3, 3])
     torch.testing.assert_close(both[0, 1, 3, 3], 2.5 + scan[0, 1, 3, 3] / 2)
-    assert torch.equal(seamless(drawn, scan, region, 0.0)[:, region], drawn[:, region])
+    assert torch.equal(seamless(drawn, scan, region, 0.0, [2.0] * 3)[:, region], drawn[:, region])
+    thick = seamless(drawn, scan, region, 2.0, [2.0, 2.0, 8.0])  # four borders deep along z
+    assert thick[0, 3, 3, 1] == drawn[0, 3, 3, 1] and thick[0, 1, 3, 3] != drawn[0, 1, 3, 3]
 
 
 # ---------------------------------------------------------------- all scripts
@@ -320,7 +325,7 @@ def test_the_image_follows_the_mask(project):
         for folder in (project.output_dir, project.folder / "plain", project.folder / "other")
     ]
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert np.abs(volumes[i] - volumes[j]).max() > 1e-3 * np.ptp(volumes[0])
+        assert np.abs(volumes[i] - volumes[j]).max() >= 1
 
 
 def test_a_sample_of_a_mask_is_reproduced(project, tmp_path, capsys):

@@ -34,7 +34,7 @@ REGION = {  # of MAISI: in which part of the body a volume begins or ends
     "contains": {"const": 1},
     "maxContains": 1,
 }
-REGIONS = ("top_region_index", "bottom_region_index")
+REGIONS = ("top_region_index", "bottom_region_index")  # of an entry
 ENTRY["properties"] |= {
     "fold": {"type": "integer", "minimum": 0},
     "dim": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3},

@@ -175,6 +175,17 @@ def corners_apart(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(apart, axis=1).max())
 
 
+def check_grid(
+    path: Path, other: nib.spatialimages.SpatialImage, image_path: Path, image: nib.spatialimages.SpatialImage
+) -> None:
+    """Raise UserError where a label or a mask does not lie on the grid of its image."""
+    same = other.shape[:3] == image.shape[:3]
+    apart = corners_apart(image.shape, image.affine, other.affine) if same else np.inf
+    if apart > SAME_GRID * nib.affines.voxel_sizes(image.affine).min():
+        how = f"lies up to {apart:.2g} mm apart" if same else f"{other.shape[:3]}, not {image.shape[:3]}"
+        raise UserError(f"{path}: its grid is not that of {image_path.name}: {how}. Resample it to that.")
+
+
 def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
     """One channel of an image of `read_image`, in the file's units: (X, Y, Z) float32.
 
@@ -216,6 +227,7 @@ def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) 
         )
 
 
+SAME_GRID = 0.01  # of a voxel: how far the corners of two grids may be apart
 LARGEST_LABEL = 32767  # labels are uint8, or int16 where a value needs it
 
 

@@ -158,8 +158,11 @@ def structure_metrics(groups: Comparison, names: Sequence[str]) -> list[Metric]:
     metrics = [missing, parts]
     samples, held_out, reference = (np.array(one) for one in groups.values("parts"))
     always = (np.array(groups.held_out.parts) > 0).all(0)
+    if not always.any():
+        missing.missing = "no label is in every held-out map"
     lacking = [(one[:, always] == 0).any(1).astype(float) for one in (samples, reference)]
-    missing.fill_shares(*lacking, 100).counts = f"{len(samples)} on each side"
+    if always.any():
+        missing.fill_shares(*lacking, 100).counts = f"{len(samples)} on each side"
     real = np.concatenate([held_out, reference])
     _fill_means(parts, *(one.sum(1) / np.maximum(1, (one > 0).sum(1)) for one in (samples, real)))
     for i, name in enumerate(names):
@@ -262,9 +265,11 @@ def map_verdicts(metrics: Sequence[Metric], nearest: dict | None, counts: dict[s
 
 def missing_line(metric: Metric) -> tuple[str, str]:
     """Whether samples lack structures."""
+    if metric.missing:
+        return "none", f"Missing structures were not looked for: {metric.missing}."
     if not metric.value:
         return "good", "No sample lacks a structure that every held-out map has."
-    return "bad", f"{metric.value:.0f}% of the samples lack a structure that every held-out map has."
+    return "bad", f"{metric.value:.2g}% of the samples lack a structure that every held-out map has."
 
 
 def diversity_line(metric: Metric) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset
 from ldm.evaluation.reading import Reader, Source
 from ldm.evaluation.table import Metric
 from ldm.losses import dice_and_cross_entropy
+from ldm.metrics import dice
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.files import written_whole
@@ -221,14 +222,6 @@ def load_segmenter(path: Path, channels: int, spacing: Sequence[float], run: Run
 
 
 # ---------------------------------------------------------------- Dice
-
-
-def dice(found: np.ndarray, true: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Dice of each value in two labels of one shape, (L,); NaN where neither has it."""
-    pairs = [(found == value, true == value) for value in values]
-    sizes = np.array([a.sum() + b.sum() for a, b in pairs], float)
-    both = np.array([(a & b).sum() for a, b in pairs], float)
-    return np.divide(2 * both, sizes, out=np.full(len(values), np.nan), where=sizes > 0)
 
 
 def utility(

@@ -122,6 +122,8 @@ def differences(path: Path, request: dict) -> str:
     keys = ("seed", *REQUEST, "size", "spacing", "condition", "guidance", "interval", "check")
     keys += ("clear_background",)
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
+    if pairs["check"][0] is None and pairs["check"][1]:
+        return "it was not checked (--tries 0)"
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
     given = [{**one.get("mask", {}), "path": ""} for one in (record, request)]
     found += ["another mask"] if given[0] != given[1] else []

@@ -44,7 +44,8 @@ class Plan:
         """The config with the overrides, and with the reasons as `_why`."""
         config, why = copy.deepcopy(self.config), dict(self.why)
         if "intensity.window" in self.overrides:  # windows and percentiles exclude each other
-            config["intensity"] = {}
+            kept = config.get("intensity", {})
+            config["intensity"] = {key: kept[key] for key in ("whole_numbers",) if key in kept}
         elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
             for key in ("window", "whole_numbers"):
                 config.get("intensity", {}).pop(key, None)
