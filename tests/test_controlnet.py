@@ -382,7 +382,7 @@ def test_masks_are_chosen_by_size_and_changed_by_the_seed(project, tmp_path, cap
     """The mask with the most of label 5; deformed, with 5 moved within 2, and drawn again from its file."""
     project.set_environment(output_dir=str(tmp_path))
     folder = project.data / "labelsTr"
-    argv = ["--steps", "1", "--condition", "age=22", "--mask", str(folder)]
+    argv = [*UNCHECKED, "--condition", "age=22", "--mask", str(folder)]
     said = project.run(inference, "--seed", "60", *argv, "--structure-size", "5=1", "--augment-masks")
     sizes = {path.name: (nib.load(path).get_fdata() == 5).sum() for path in folder.glob("*.nii.gz")}
     assert f"mask of seed 60: {max(sizes, key=sizes.get)}, 5 1.00 (asked for 1.00)" in said
@@ -416,7 +416,7 @@ def test_pairs_from_sizes_in_one_command(project, tmp_path):
     masks.run(train_autoencoder, "--no-amp")
     masks.run(train_diffusion, "--no-amp")
     project.set_environment(output_dir=str(tmp_path / "images"))
-    argv = ["--mask-model", str(masks.environment_file), "--num", "2", "--seed", "80", "--steps", "1"]
+    argv = ["--mask-model", str(masks.environment_file), "--num", "2", "--seed", "80", *UNCHECKED]
     said = project.run(inference, *argv, "--structure-size", "core=0.5", "--condition", "age=22")
     assert "2 label maps in" in said and "2 volumes and their labels in" in said
     asked = json.loads((masks.output_dir / "sample_000081_label.json").read_text())["condition"]["core"]

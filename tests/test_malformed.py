@@ -539,7 +539,7 @@ LABELS = [
     (field("scl_slope", INF), "scaling"),
     (nifti(np.where(MASK, np.float32(INF), MASK)), "NaN|inf"),
     (nifti(MASK / np.float32(2)), "whole"),
-    (nifti(MASK.astype(np.int16) * 256), "0 to 255"),
+    (nifti(MASK.astype(np.int32) * 40000), "0 to 32767"),
 ]
 
 MALFORMED = {

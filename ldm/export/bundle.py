@@ -122,7 +122,7 @@ REGION_NAME = "region"
 FOR_TRAINING = {  # methods that sampling does not need
     NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
     Conditions: "of_training from_checkpoint of_latents at of_spacing check_size check_asked check_classes "
-    "check_codes summary describe examples state of _chosen _one draw tell deviations",
+    "check_codes summary describe examples state of _chosen _one draw tell deviations parse_sizes",
 }
 
 

@@ -54,6 +54,7 @@ class Pair:
     """A generated volume and its label. Their axes run to the left, backwards and upwards, as DICOM's do.
 
     Attributes:
+        path: of the image.
         name: of the sample.
         voxels: (C, X, Y, Z) float32, finite.
         label: (X, Y, Z) whole numbers, or None.
@@ -62,6 +63,7 @@ class Pair:
         origin: how the volume was made, by its record.
     """
 
+    path: Path
     name: str
     voxels: np.ndarray
     label: np.ndarray | None
@@ -108,7 +110,7 @@ def read_pair(path: Path, label: Path | None, name: str) -> Pair:
     affine = TO_RAS @ image.affine @ inv_ornt_aff(turn, image.shape[:3])
     voxels = np.stack([apply_orientation(one, turn) for one in voxels])
     mask = None if mask is None else apply_orientation(mask, turn)
-    return Pair(name, voxels, mask, affine, hashes, origin_of(path, hashes[0], label, hashes[1]))
+    return Pair(path, name, voxels, mask, affine, hashes, origin_of(path, hashes[0], label, hashes[1]))
 
 
 def read_label(path: Path, image_path: Path, image: nib.spatialimages.SpatialImage) -> np.ndarray:
@@ -241,8 +243,8 @@ def write_image(folder: Path, pair: Pair, modality: str) -> list:
 
 def image_series(pair: Pair, channel: int, modality: str) -> Iterator:
     """The slices of a channel from the feet upwards, as CT Image Storage (A.3) or MR Image Storage (A.4)."""
-    stored, slope, intercept = stored_values(pair, channel, modality)
-    columns, rows, slices = stored.shape
+    slope, intercept = scaling(pair, channel, modality)
+    columns, rows, slices = pair.voxels.shape[1:]
     x, y, z = pair.spacing
     right, down = (pair.affine[:3, :2] / (x, y)).T
     window = (40.0, 400.0)
@@ -277,25 +279,24 @@ def image_series(pair: Pair, channel: int, modality: str) -> Iterator:
             dataset.ScanningSequence, dataset.SequenceVariant = "RM", "NONE"  # research mode
             dataset.ScanOptions, dataset.MRAcquisitionType = "", "3D"
             dataset.RepetitionTime = dataset.EchoTime = dataset.EchoTrainLength = ""
-        dataset.PixelData = stored[..., k].T.astype("<i2").tobytes()
+        plane = (pair.voxels[channel, ..., k].T.astype(np.float64) - float(intercept)) / float(slope)
+        dataset.PixelData = np.rint(plane).astype("<i2").tobytes()
         yield dataset
 
 
-def stored_values(pair: Pair, channel: int, modality: str) -> tuple[np.ndarray, str, str]:
-    """A channel as int16, and slope and intercept that give its values back, to half a slope.
+def scaling(pair: Pair, channel: int, modality: str) -> tuple[str, str]:
+    """Slope and intercept that give the values of a channel back from int16, to half a slope.
 
     Of CT these are 1 and 0: whole Hounsfield units. The range of an MR image is divided into `STEPS`.
 
     Raises:
         UserError: values that are no Hounsfield units.
     """
-    voxels = pair.voxels[channel].astype(np.float64)
-    low, high = voxels.min(), voxels.max()
-    slope, intercept = "1", "0"
+    low, high = float(pair.voxels[channel].min()), float(pair.voxels[channel].max())
     if modality == "MR":
-        slope, intercept = decimals((high - low) / STEPS or 1.0, (high + low) / 2)
-    elif high - low < LEAST_RANGE or np.rint(low) < -(2**15) or np.rint(high) >= 2**15:
+        return tuple(decimals((high - low) / STEPS or 1.0, (high + low) / 2))
+    if high - low < LEAST_RANGE or round(low) < -(2**15) or round(high) >= 2**15:
         raise UserError(
-            f"{pair.name}: its values, {low:.4g} to {high:.4g}, are no Hounsfield units. Use --modality MR."
+            f"{pair.path}: its values, {low:.4g} to {high:.4g}, are no Hounsfield units. Use --modality MR."
         )
-    return np.rint((voxels - float(intercept)) / float(slope)).astype(np.int16), slope, intercept
+    return "1", "0"
