@@ -723,7 +723,9 @@ def draw_masks(args: argparse.Namespace) -> list[Path]:
     if "WORLD_SIZE" in os.environ:
         raise UserError("--mask-model: runs in one process. Draw the masks first, and name them by --mask.")
     argv = ["-c", str(config), "-e", str(args.mask_model), "-n", str(args.num), "--seed", str(args.seed)]
-    argv += ["--batch-size", str(args.batch_size), *(["--device", args.device] if args.device else [])]
+    for name in ("batch_size", "steps", "device"):
+        if (value := getattr(args, name)) is not None:
+            argv.append(f"--{name.replace('_', '-')}={value}")
     main.__wrapped__(argv + [f"--structure-size={one}" for one in args.structure_size])
     seeds = range(args.seed, args.seed + args.num)
     return [environment["output_dir"] / f"sample_{seed:06d}_label.nii.gz" for seed in seeds]

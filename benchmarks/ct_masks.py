@@ -86,9 +86,9 @@ def main() -> None:
     found = {"scans": medians(scans, len(names))}
     for kind, folder in masks.items():
         files = simulated.samples_in(args.out, f"samples_{kind}")
-        inference.main([*files, "--mask", str(folder), "--batch-size", "4", "--steps", "20"])
+        inference.main([*files, "--mask", str(folder), "--batch-size", "4", "--steps", "20", "--tries", "0"])
         samples = []
-        for path in sorted((args.out / f"samples_{kind}").rglob("sample_*.nii.gz")):
+        for path in sorted((args.out / f"samples_{kind}").glob("sample_*.nii.gz")):
             if "_label" not in path.name:
                 label = path.with_name(path.name.replace(".nii", "_label.nii"))
                 samples.append((np.asarray(nib.load(path).dataobj), np.asarray(nib.load(label).dataobj)))

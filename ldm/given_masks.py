@@ -235,9 +235,7 @@ class MaskSource:
             name, equals, share = text.rpartition("=")
             if not equals or name in asked or not (name in self.structures or name.isdecimal()):
                 known = " or ".join([*self.structures, "the value of a label, such as 3"])
-                raise UserError(
-                    f"--structure-size {text}: expected NAME=SHARE; NAME is {' or '.join(known)}."
-                )
+                raise UserError(f"--structure-size {text}: expected NAME=SHARE, NAME being {known}.")
             asked[name] = shares_of(name, share)
         return asked
 

@@ -406,13 +406,13 @@ def test_masks_are_chosen_by_size_and_changed_by_the_seed(project, tmp_path, cap
 
 
 def test_pairs_from_sizes_in_one_command(project, tmp_path):
-    """A mask model trained on the same labels draws the masks."""
+    """A mask model of the same labels, of voxels, draws the masks."""
     masks = Project(tmp_path / "masks", project.data, config=json.loads(project.config_file.read_text()))
-    masks.config["autoencoder_def"] |= dict.fromkeys(("in_channels", "out_channels"), "@volume_channels")
-    masks.config["autoencoder_train"] |= {"max_epochs": 20, "val_interval": 20}
-    masks.config["diffusion_train"] |= {"max_epochs": 2, "augment": {}}
+    del masks.config["autoencoder_def"]
+    masks.config["diffusion_train"] |= {"max_epochs": 1, "snapshot": None, "autoguidance": 1, "augment": {}}
     conditions = {"structure_sizes": {"core": 5}}
-    masks.change(with_labels="only", label_values=VALUES, conditions=conditions)
+    voxels = {"diffusion_space": "pixel", "latent_channels": len(VALUES)}
+    masks.change(with_labels="only", label_values=VALUES, conditions=conditions, **voxels)
     masks.run(train_autoencoder, "--no-amp")
     masks.run(train_diffusion, "--no-amp")
     project.set_environment(output_dir=str(tmp_path / "images"))

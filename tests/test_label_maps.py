@@ -119,8 +119,8 @@ def maps(tmp_path_factory) -> Project:
     project = Project(folder / "run", make_label_maps(folder / "data"))
     project.config["autoencoder_def"] |= dict.fromkeys(("in_channels", "out_channels"), "@volume_channels")
     augment = {"intensity_scale": 0.5, "intensity_shift": 0.5, "intensity_prob": 1.0, "flip_axes": [0]}
-    project.config["autoencoder_train"] |= {"max_epochs": 40, "val_interval": 20, "augment": augment}
-    project.config["diffusion_train"] |= {"sample_interval": 100}
+    project.config["autoencoder_train"] |= {"max_epochs": 20, "val_interval": 20, "augment": augment}
+    project.config["diffusion_train"] |= {"sample_interval": 100, "max_epochs": 6}
     conditions = {"structure_sizes": SIZES, "covariates": {"whole": [0, 20]}}
     project.change(with_labels="only", label_values=VALUES, conditions=conditions)
     for script, more in (

@@ -22,6 +22,7 @@ from ldm.data.cases import Case
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.coverage import check_region, region_of, region_tensors, spacing_tensor
 from ldm.export.bundle import check_definitions
+from ldm.export.formats import write_torchscript
 from ldm.models import maisi
 from ldm.models.control import Controlled, control_definition, start_as_unet
 from ldm.models.definitions import NETWORKS, instantiate
@@ -249,6 +250,8 @@ def test_what_is_not_asked_is_drawn_and_what_cannot_be_is_refused(project):
     config = {"conditions": CONDITIONS, "spatial_dims": 3}
     with pytest.raises(UserError, match="conditions.spacing: a bundle"):
         check_definitions(config | {"autoencoder_def": {"_target_": KL}, "diffusion_def": {}})
+    with pytest.raises(UserError, match="conditions.spacing: no TorchScript"):
+        write_torchscript(project.folder / "ts", None, config)
 
 
 def test_a_controlnet_follows_masks_and_is_reproduced(project, capsys):

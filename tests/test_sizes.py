@@ -10,10 +10,12 @@ import torch
 from chain import SHAPE, SPACING, Project, assert_weights_close, copy_of, decode_by_hand, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_labels import add_labels
 
 import cache_latents
 import inference
 import train_autoencoder
+import train_controlnet
 import train_diffusion
 import utils
 from ldm import UserError
@@ -217,6 +219,7 @@ def make_mixed(folder):
         nib.save(image, folder / f"imagesTr/scan_{i}.nii.gz")
         listed.append({"image": f"./imagesTr/scan_{i}.nii.gz"})
     (folder / "dataset.json").write_text(json.dumps({"training": listed}))
+    add_labels(folder)
     return folder
 
 
@@ -296,6 +299,31 @@ def test_its_cache_and_its_resume_change_nothing(mixed):
     a, b = (project.checkpoint("diffusion_unet_last.pt") for project in (mixed, cached))
     assert a["geometry"] == b["geometry"] and a["scale_factor"] == pytest.approx(b["scale_factor"], rel=1e-6)
     assert_weights_close(a["model"], b["model"])
+
+
+def test_masks_of_several_sizes(mixed):
+    """Each with its latents, in two versions; and an image for one, on the mask's own grid."""
+    section = {"max_epochs": 1, "batch_size": 2, "augment": {"flip_axes": [0], "versions": 2}}
+    mixed.config["controlnet_train"] = section
+    mixed.change()
+    assert "labels 2, 5 in 3 bits" in mixed.run(train_controlnet, "--no-amp")
+    shape, spacing = KINDS[1]
+    argv = ["--size", ",".join(map(str, shape)), "--spacing", ",".join(map(str, spacing))]
+    mask = mixed.data / "labelsTr/scan_1.nii.gz"
+    mixed.run(inference, "--seed", "40", "--steps", "1", "--mask", str(mask), *argv)
+    label = nib.load(mixed.output_dir / "sample_000040_label.nii.gz")
+    np.testing.assert_array_equal(label.get_fdata(), nib.load(mask).get_fdata())
+    assert nib.load(mixed.output_dir / "sample_000040.nii.gz").shape == shape
+
+
+def test_images_that_change_in_each_epoch_have_their_sizes_too(mixed, tmp_path):
+    project = copy_of(mixed, tmp_path / "run", "autoencoder.pt", "split.json")
+    project.config["data"] |= {"sizes": [[16, 20, 12], [24, 20, 12]]}
+    project.config["diffusion_train"] |= {"max_epochs": 1, "augment": {"flip_axes": [0]}}
+    project.change()
+    said = project.run(train_diffusion, "--no-amp")
+    assert "16 x 20 x 12 (" in said and "24 x 20 x 12 (" in said
+    assert "24 x 20 x 12" in project.run(train_diffusion, "--dry-run")
 
 
 @pytest.mark.parametrize(

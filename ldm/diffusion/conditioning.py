@@ -440,14 +440,16 @@ class Conditions:
     @property
     def inputs(self) -> dict[str, torch.Size]:
         """The shape of each entry of `cond`, for one sample."""
-        given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None or self.modality)
+        classes = [torch.zeros(1, dtype=torch.int64)]
+        given = classes * (self.column is not None)
         given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
+        given += classes * self.modality
         regions = {} if self.regions is None else dict.fromkeys(REGION, torch.zeros(1, 4))
         return {key: value.shape for key, value in {**self.cond_of(1, *given), **regions}.items()}
 
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),
-        where there are some; without regions."""
+        """`cond` of a batch of class indices (B,), encoded covariates (B, n) and codes of modalities (B,), of
+        each where it is told; without regions."""
         cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
         if self.column is not None:
             cond["class_labels"] = given[0]

@@ -83,7 +83,7 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
         FloatingPointError: a trace gives other values than its network.
         UserError: a condition that a trace does not take.
     """
-    for key in ("region", "modality"):
+    for key in ("spacing", "region", "modality"):
         if config["conditions"][key]:
             raise UserError(f"conditions.{key}: no TorchScript is made with it. Give --formats safetensors.")
     generator = torch.Generator().manual_seed(0)
