@@ -432,6 +432,8 @@ def test_a_list_of_embeddings_needs_no_images(listed, capsys):
     check_data.main(["-e", str(listed.environment_file)])
     assert "all good: 6 cases of 16 x 20 x 12 voxels of 2 x 1.5 x 3 mm" in capsys.readouterr().out
 
+    maps, _ = find_cases(listed.folder / "maisi", lists=[listed.folder / "lists/maisi.json"], label_maps=True)
+    assert all(case.is_label_map and case.embedding is None for case in maps), "label maps have no latents"
     listed.run(train_controlnet, *listed.autoencoder, "--no-amp", "--fold", 1)
     control = listed.checkpoint("controlnet.pt")
     assert control["label_values"] == [1, 2]

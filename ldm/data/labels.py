@@ -47,7 +47,7 @@ def as_label_maps(cases: Sequence[Case]) -> list[Case]:
     if not any(case.label for case in cases):
         return [replace(case, label=case.images[0]) for case in cases]
     check_labelled(cases, "label maps")
-    return [replace(case, images=(case.label,)) for case in cases]
+    return [replace(case, images=(case.label,), embedding=None) for case in cases]
 
 
 def values_in(cases: Sequence[Case]) -> tuple[int, ...]:

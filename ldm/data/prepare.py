@@ -66,7 +66,7 @@ def find_data(
         label_maps=config["with_labels"] == configs.ONLY,
         log=log,
     )
-    if data["embeddings"]:
+    if data["embeddings"] and config["with_labels"] != configs.ONLY:
         found = tuple(map(with_embeddings, found))
         if not any(case.embedding for cases in found for case in cases):
             where = ", ".join(map(str, data_folders(environment)))
