@@ -190,13 +190,13 @@ def project(tmp_path_factory) -> Project:
     project = Project(folder / "run", make_data(folder / "data"))
     add_labels(project.data)
     add_regions(project.data)
-    project.config["autoencoder_train"] |= {"max_epochs": 2, "adversarial_weight": 0}
-    project.config["diffusion_train"] |= {"max_epochs": 3, "latent_cache": True}
+    project.config["autoencoder_train"] |= {"max_epochs": 1, "adversarial_weight": 0}
+    project.config["diffusion_train"] |= {"max_epochs": 1, "latent_cache": True}
     project.change(
         autoencoder_def={"_target_": KL, **AUTOENCODER, **MEMORY},
         diffusion_def={"_target_": maisi.UNET, **UNET, "use_flash_attention": True},
         conditions=CONDITIONS,
-        controlnet_train={"max_epochs": 2, "batch_size": 2},
+        controlnet_train={"max_epochs": 1},
     )
     for script in (train_autoencoder, cache_latents, train_diffusion, train_controlnet):
         argv = [] if script is cache_latents else ["--no-amp"]

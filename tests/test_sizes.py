@@ -236,7 +236,7 @@ def mixed(tmp_path_factory) -> Project:
         "adversarial_weight": 0,
         "patch_size": [12, 12, 12],
     }
-    project.config["diffusion_train"] |= {"max_epochs": 4, "val_interval": 2, "lr_schedule": "constant"}
+    project.config["diffusion_train"] |= {"max_epochs": 2, "val_interval": 2, "lr_schedule": "constant"}
     project.change(**MIXED)
     for script in (train_autoencoder, train_diffusion):
         project.printed[script.__name__] = project.run(script, "--no-amp")
@@ -294,7 +294,7 @@ def test_its_cache_and_its_resume_change_nothing(mixed):
     cached.config["diffusion_train"] |= {"latent_cache": True}
     cached.change()
     cached.run(cache_latents)
-    for epochs in ("2", "4"):
+    for epochs in ("1", "2"):
         cached.run(train_diffusion, "--no-amp", "--set", f"diffusion_train.max_epochs={epochs}")
     a, b = (project.checkpoint("diffusion_unet_last.pt") for project in (mixed, cached))
     assert a["geometry"] == b["geometry"] and a["scale_factor"] == pytest.approx(b["scale_factor"], rel=1e-6)
@@ -323,7 +323,6 @@ def test_images_that_change_in_each_epoch_have_their_sizes_too(mixed, tmp_path):
     project.change()
     said = project.run(train_diffusion, "--no-amp")
     assert "16 x 20 x 12 (" in said and "24 x 20 x 12 (" in said
-    assert "24 x 20 x 12" in project.run(train_diffusion, "--dry-run")
 
 
 @pytest.mark.parametrize(
