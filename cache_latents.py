@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 2: encode what is missing
     lock_run_folder(folder, run)
     run.from_main(lambda: latent_cache.begin(folder, about, autoencoder, args.fresh))
-    key = repr((sorted(about.items()), weights, config["spacing"], train.size))
+    common = None if config["data"]["sizes"] else train.size  # else each entry has its own
+    key = repr((sorted(about.items()), weights, config["spacing"], common))
     training, shape, made = latent_cache.add(folder, encoder, train, run, workers, "encode training", key)
     validation, _, made_too = latent_cache.add(folder, encoder, val, run, workers, "encode held-out", key)
 

@@ -32,12 +32,13 @@ import torch
 import utils
 from ldm import UserError, configs
 from ldm.data.labels import check_labelled, values_in
-from ldm.data.prepare import prepare_data, volumes_to_encode
+from ldm.data.prepare import prepare_data, volumes_to_encode, warn_of_sides
 from ldm.data.splits import subjects_of
 from ldm.data.structures import usual_medians
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
 from ldm.models.control import MASK, coded, contrast_loss
 from ldm.models.denoiser import predict
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     args = parser.parse_args(argv)
     config = utils.load_training_config(args, "controlnet_train")
+    check_sources(config, "controlnet_train")
     section, seed, noise_section = config["controlnet_train"], config["seed"], config["NoiseScheduler"]
     section["timestep_sampling"] = resolve_timestep_sampling(noise_section, section["timestep_sampling"])
     if config["with_labels"]:
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_labelled(cases, "masks")
     values = run.from_main(lambda: list(config["label_values"] or values_in(cases)))
     check_values(values, section, resumed)
+    warn_of_sides([section], train_cases, run)
     told = told_augmentation(config, conditions)
     sized = {**config, "diffusion_train": {**config["diffusion_train"], "patch_size": geometry["size"]}}
     volumes = volumes_to_encode(sized, environment, train_cases, val_cases, run, section["augment"])
@@ -123,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for one, name in zip(volumes, ("training", "held-out"), strict=True)
     )
 
-    preprocessing = volumes[0].preprocessing
-    usual = run.from_main(lambda: usual_medians(preprocessing, train_cases, values))
+    preprocessing, usual = volumes[0].preprocessing, resumed and resumed.get("structures")
+    if usual is None:
+        usual = run.from_main(lambda: usual_medians(preprocessing, train_cases, values))
 
     # Step 3: the ControlNet
     torch.manual_seed(seed)  # the same initial weights on every rank

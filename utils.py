@@ -211,6 +211,11 @@ def make_loader(
         section["accumulate_steps"],
         getattr(dataset, "shapes", None),
     )
+    if copies := sampler.copies():
+        run.print(
+            f"note: {copies} of {len(dataset) + copies} places in an epoch's batches hold a volume again: "
+            "a batch of all ranks has one size. Fewer sizes (data.sizes) or a smaller batch_size waste less"
+        )
     workers = config["data"]["num_workers"] if workers is None else workers
     return DataLoader(
         dataset,

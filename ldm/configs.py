@@ -26,6 +26,7 @@ ONLY = "only"  # of `with_labels`: label maps without images
 # Keys that a checkpoint's weights depend on. `LABELS` count where labels are drawn, or are masks.
 MODEL = ("autoencoder_def", "channel", "spacing", "data.own_spacing", "intensity", "with_labels", LABELS)
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
+FIXED["diffusion"] += ("data.sizes", "data.own_spacing")
 FIXED["controlnet"] = (*FIXED["diffusion"], "controlnet_def")
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
 # Arguments of networks that change memory and speed, not the result.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,4 +102,8 @@ def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[
     channels of an image there are none."""
     if not preprocessing.channels:
         return []
-    return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()
+    found = [
+        replace(preprocessing, spacing=case.spacing or preprocessing.spacing).limits(case.images)
+        for case in cases[:TYPICAL_CASES]
+    ]
+    return np.median(found, axis=0).tolist()

@@ -135,7 +135,7 @@ def check_header(
     def add(file: Path, reason: str, note: bool = False) -> None:
         problems.append(Problem(case.name, file, reason, note))
 
-    for file in [*case.images, *([case.label] if labels and case.label else [])]:
+    for file in dict.fromkeys([*case.images, *([case.label] if labels and case.label else [])]):
         try:
             opened[file] = open_image(file)
         except UserError as error:

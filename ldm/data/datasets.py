@@ -100,7 +100,8 @@ class VolumeDataset(Dataset):
     def labels_alone(self, values: Sequence[int]) -> "VolumeDataset":
         """The channels of these labels without the images, cropped and augmented as they are."""
         alone = copy.copy(self)
-        alone.preprocessing = replace(self.preprocessing, channels=(), labels=tuple(values))
+        alone.preprocessing = replace(self.preprocessing, channels=(), labels=tuple(values), notes=False)
+        alone.cached = 0  # a mask is made once
         if self.augmentation:
             alone.augmentation = replace(self.augmentation, image_channels=0)
         return alone
@@ -306,6 +307,13 @@ class EpochSampler(Sampler):
         together = self.batch_size * self.world_size
         batches = sum(-(-count // together) for count in Counter(self.groups).values())
         return -(-batches // self.accumulate) * self.accumulate
+
+    def copies(self) -> int:
+        """How many places in an epoch's batches hold a case again, since its group does not fill them."""
+        if len(set(self.groups)) == 1:
+            return 0
+        together = self.batch_size * self.world_size
+        return sum(-count % together for count in Counter(self.groups).values())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.length, generator=stream(self.seed, "order", self.epoch)).tolist()

@@ -81,7 +81,7 @@ def sizes_in_file(path: Path, structures: dict[str, Sequence[int]]) -> dict:
 
 def with_sizes(cases: Sequence[Case], structures: dict[str, Sequence[int]]) -> list[Case]:
     """The cases with the sizes of structures in their labels, as files have them, among their covariates;
-    without a label they are unknown.
+    without a label they are unknown (`ldm.data.checks` refuses these where most cases have one).
 
     Raises:
         UserError: no case has a label, or one cannot be read.

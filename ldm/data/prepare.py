@@ -141,12 +141,15 @@ def prepare_data(
             skip_bad,
         )
         sides = splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
-        return tuple(with_sizes(some, sizes) for some in sides) if sizes else sides
+        if not sizes:
+            return sides
+        measured = with_sizes([*sides[0], *sides[1]], sizes)
+        return measured[: len(sides[0])], measured[len(sides[0]) :]
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
         check_labelled([*train, *val], "with_labels")  # label maps are their own labels
-        warn_of_sides(config, train, run)
+        warn_of_sides([config[stage] for stage in STAGES], train, run)
     if splits.is_single_subject(train, val):
         run.print(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
@@ -171,9 +174,9 @@ def _extent(cases: Sequence[Case], spacing: Sequence[float]) -> str:
     return text
 
 
-def warn_of_sides(config: dict, cases: Sequence[Case], run: Run) -> None:
-    """Print one line where volumes are mirrored left to right and labels name a side."""
-    flips = any(0 in config[stage]["augment"]["flip_axes"] for stage in STAGES)
+def warn_of_sides(sections: Sequence[dict], cases: Sequence[Case], run: Run) -> None:
+    """Print one line where sections of the config mirror volumes left to right, and labels name a side."""
+    flips = any(0 in section["augment"]["flip_axes"] for section in sections)
     sides = [name for name in label_names(cases).values() if {"left", "right"} & {*words_of(name)}]
     if flips and sides:
         run.print(
@@ -238,7 +241,8 @@ def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[in
     patch, volume, val_patch = first["patch_size"], second["patch_size"], first["val_patch_size"]
     if sizes:
         volume = largest_size(cases, (1, 1, 1)) if sizes == "own" else max(sizes, key=math.prod)
-        patch = patch or volume
+        # Stage 1 trains on patches of one size, which should hold every volume.
+        patch = patch or np.max([case.size or volume for case in cases], axis=0).tolist()
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
         check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")

@@ -25,7 +25,7 @@ from monai.transforms import (
 from nibabel.orientations import io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 
-from ldm import UserError
+from ldm import UserError, few
 from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
 from ldm.data.reading import (
@@ -75,12 +75,14 @@ class Preprocessing:
         spacing: voxel size in mm along right, anterior, superior.
         intensity: what becomes 0 and 1.
         labels: values of the labels that become further channels, see `ldm.data.labels`.
+        notes: print a line where a label has others.
     """
 
     channels: tuple[int, ...]
     spacing: tuple[float, float, float]
     intensity: Intensity = Intensity()
     labels: tuple[int, ...] = ()
+    notes: bool = True
 
     @classmethod
     def from_config(cls, config: dict) -> "Preprocessing":
@@ -181,8 +183,11 @@ class Preprocessing:
         voxels = np.asanyarray(image.dataobj)
         if fault := label_fault(voxels):
             raise UserError(f"{path}: {fault}.")
-        if others := sorted({*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
-            tell_once(f"note: labels have values that label_values lacks, and are background there: {others}")
+        if self.notes and (others := {*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
+            tell_once(
+                "note: labels have values that label_values lacks, and are background there: "
+                f"{few(list(map(str, sorted(others))), 12)}"
+            )
         voxels = voxels_of(path, image, 0)
         for value in self.labels:
             indicator = (voxels == value).astype(np.float32)

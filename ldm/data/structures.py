@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ldm import UserError
 from ldm.data.cases import Case
 from ldm.data.preprocessing import Preprocessing
 
@@ -43,6 +44,10 @@ def usual_medians(
         spacing = case.spacing or preprocessing.spacing
         image = replace(preprocessing, labels=(), spacing=spacing)(case.images)
         mask = replace(preprocessing, labels=tuple(values), spacing=spacing).mask(case.label)
+        if image.shape[1:] != mask.shape:
+            raise UserError(
+                f"{case.label}: its grid {mask.shape} is not that of its image {image.shape[1:]}."
+            )
         return medians(image, mask, values)
 
     found = np.stack([measured(case) for case in scans]) if scans else np.empty((0, len(values), 1))

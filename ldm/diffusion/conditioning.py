@@ -1,4 +1,4 @@
-"""What a diffusion model is conditioned on, classifier-free guidance and autoguidance.
+"""What a diffusion model is conditioned on.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
 nothing is conditioned. It holds classes or covariates, taken from columns of `participants.tsv`, and further
@@ -56,6 +56,7 @@ class Conditions:
         spacing_input: whether it has an input for that, else it is told in its embedding.
         regions: of the training volumes, `chest:abdomen`; None: the network is not told.
         modality: whether its classes are MAISI's codes of modalities.
+        codes: those that it knows.
     """
 
     column: str | None = None
@@ -72,6 +73,7 @@ class Conditions:
     spacing_input: bool = False
     regions: Sequence[str] | None = None
     modality: bool = False
+    codes: Sequence[int] = ()
 
     def __bool__(self) -> bool:
         has_column = self.column is not None or self.covariates is not None
@@ -109,7 +111,9 @@ class Conditions:
             regions = sorted(found[case.name] for case in train or cases)
             conditions = replace(conditions, regions=regions)
         if section["modality"]:
-            conditions = replace(conditions, modality=True)
+            codes = {modality.code_of(modality.modality_of(case), "") for case in train or cases}
+            codes |= {0, *map(modality.generic, codes)}
+            conditions = replace(conditions, modality=True, codes=sorted(codes))
             conditions.check_codes(config, cases)
         if section["covariates"]:
             covariates = _covariates_of(section, train or cases)
@@ -149,6 +153,7 @@ class Conditions:
             spacing_input=section["spacing"] and has_spacing_input(config["diffusion_def"]),
             regions=saved.get("regions", []) if section["region"] else None,
             modality=section["modality"],
+            codes=saved.get("modalities", range(config["diffusion_def"].get("num_class_embeds") or 0)),
         )
         if labels is None:
             return conditions
@@ -288,6 +293,8 @@ class Conditions:
             entries["covariates"] = {"columns": columns, "rows": [list(row) for row in self.covariates.rows]}
         if self.regions is not None:
             entries["regions"] = list(self.regions)
+        if self.modality:
+            entries["modalities"] = list(self.codes)
         mean = {} if self.mean_latent is None else {"mean_latent": self.mean_latent}
         return {**({"conditions": entries} if entries else {}), **mean}
 
@@ -371,7 +378,9 @@ class Conditions:
             if column == REGION_NAME and self.regions is not None:
                 chosen[column] = check_region(value)
             elif self.modality and column == modality.NAME:
-                modality.code_of(value, f"--condition {column}=")
+                if modality.code_of(value, f"--condition {column}=") not in self.codes:
+                    known = ", ".join(map(modality.name_of, self.codes))
+                    raise UserError(f"--condition {text}: the model was trained on {known}.")
                 chosen[column] = value
             elif column != self.column:
                 chosen[column] = self.covariates.parse(column, value)

@@ -34,6 +34,8 @@ def region_of(case: Case) -> str:
                 "list, such as [0, 1, 0, 0] for the chest."
             )
         names.append(REGIONS[list(index).index(1)])
+    if REGIONS.index(names[0]) > REGIONS.index(names[1]):
+        raise UserError(f"{case.name}: its top region, {names[0]}, lies below its bottom region, {names[1]}.")
     return ":".join(names)
 
 

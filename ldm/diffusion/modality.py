@@ -40,6 +40,11 @@ def code_of(text: str, where: str) -> int:
     raise UserError(f"{where}{brief(text)}: expected a whole number, or one of {', '.join(CODES)}.")
 
 
+def name_of(code: int) -> str:
+    """The name of a code; of one without a name the number."""
+    return next((name for name, value in CODES.items() if value == code), str(code))
+
+
 def modality_of(case: Case) -> str:
     """The modality of a case, as its entry has it. Raises UserError: it has none, or an unknown one."""
     found = case.covariates.get(NAME)

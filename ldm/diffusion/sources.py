@@ -8,8 +8,11 @@ from ldm.models.denoiser import example_cond
 from ldm.models.embedding import COVARIATES, encoded_size, has_spacing_input
 
 
-def check_sources(config: dict) -> None:
+def check_sources(config: dict, stage: str = "diffusion_train") -> None:
     """See that a config gives the network each condition that it needs, and no other.
+
+    Args:
+        stage: whose augmentation should leave the conditions true.
 
     Raises:
         UserError: it does not; the key is named.
@@ -29,6 +32,18 @@ def check_sources(config: dict) -> None:
         raise UserError(
             "data.own_spacing: a model that is not told the spacing would draw volumes of any. Set "
             "conditions.spacing to true."
+        )
+    section, augment = config["conditions"], config[stage]["augment"]
+    if section["region"] and 2 in augment["flip_axes"]:
+        raise UserError(
+            f"{stage}.augment.flip_axes: 2 turns a volume upside down, which conditions.region would not "
+            "follow. Leave it out."
+        )
+    scaled = next((key for key in ("structure_sizes", "spacing") if section[key]), None)
+    if scaled and augment["scale"] and not section["augmentation"]:
+        raise UserError(
+            f"{stage}.augment.scale: changes the size of what is drawn, and conditions.{scaled} would not "
+            "follow. Set it to 0, or conditions.augmentation to true."
         )
     if config["conditions"]["augmentation"] and not told:
         raise UserError(

@@ -123,6 +123,7 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
                 rows={"type": "array", "items": {"type": "array"}},
             ),
             "regions": TEXTS,
+            "modalities": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         },
     },
     MEAN_LATENT: FLOATS,  # an input of the network

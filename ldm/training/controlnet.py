@@ -20,7 +20,14 @@ from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.control import MASK, Controlled, control_definition, region_weights, start_as_unet
+from ldm.models.control import (
+    MASK,
+    Controlled,
+    contrast_loss,
+    control_definition,
+    region_weights,
+    start_as_unet,
+)
 from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate, latent_size
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import on_device
@@ -65,8 +72,9 @@ def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str)
             shares = (share for part in parts for share in part.image(i, version).numpy())
             mask = torch.from_numpy(largest_share(shares, values))
             stacks[volumes.size_of(i)][rows[i], version] = mask
-    for size, stack in stacks.items():  # gloo adds up no int16
-        stacks[size] = run.sum(stack.int() if kind is torch.int16 else stack).to(kind)
+    if run.world_size > 1:
+        for size, stack in stacks.items():  # gloo adds up no int16
+            stacks[size] = run.sum(stack.int() if kind is torch.int16 else stack).to(kind)
     return [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
 
 
@@ -299,7 +307,13 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
             with run.autocast():
                 zt = process.add_noise(z0, z0, t)
                 prediction = predict(learner.model, zt, t, {**cond, MASK: mask})
-            learner.optimizer.backward(diffusion_loss(process, prediction, z0, z0, t))
+            loss = diffusion_loss(process, prediction, z0, z0, t)
+            if section["contrast_weight"]:
+                whole = mask[:, 0]
+                with torch.no_grad(), run.autocast():
+                    without = predict(learner.bare_model, zt, t, {**cond, MASK: torch.zeros_like(mask)})
+                loss = loss + contrast_loss(prediction, without, whole, whole)
+            learner.optimizer.backward(loss)
             take_steps([learner.optimizer])
         with torch.no_grad(), meter.phase("validation"), run.autocast():
             predict(learner.eval_network, process.add_noise(z0, z0, t), t, {**cond, MASK: mask})

@@ -20,7 +20,7 @@ from ldm.diffusion import modality
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
 from ldm.diffusion.coverage import INDICES
 from ldm.models.autoencoder import Autoencoder, LatentMoments
-from ldm.models.definitions import latent_size
+from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, weights_hash
@@ -245,6 +245,8 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
     if resumed:
         check_unchanged(environment["model_dir"] / SPLIT, *(part.cases for part in parts), resumed)
     shape = manifest["latent_shape"]
+    for size in {case.size for part in parts for case in part.cases if case.size}:
+        check_size(size, network_divisor(config), f"{folder}: volumes of")
     shapes = shapes_of(config, parts[0].cases, shape)
     return Latents(*parts, None, weights, shape, manifest["geometry"], shapes)
 
