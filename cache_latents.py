@@ -22,7 +22,10 @@ import utils
 from ldm import UserError, configs
 from ldm.data import latent_cache
 from ldm.data.cases import typical_limits
+from ldm.data.extent import trained_geometry
 from ldm.data.prepare import find_data, prepare_data, volumes_to_encode
+from ldm.data.structures import structures_of
+from ldm.models.definitions import latent_size
 from ldm.system.checkpoints import weights_hash
 from ldm.system.files import sha256_of
 from ldm.training.latents import load_autoencoder
@@ -65,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 2: encode what is missing
     lock_run_folder(folder, run)
     run.from_main(lambda: latent_cache.begin(folder, about, autoencoder, args.fresh))
-    key = repr((sorted(about.items()), weights, config["spacing"], train.size))
+    common = None if config["data"]["sizes"] else train.size  # else each entry has its own
+    key = repr((sorted(about.items()), weights, config["spacing"], common))
     training, shape, made = latent_cache.add(folder, encoder, train, run, workers, "encode training", key)
     validation, _, made_too = latent_cache.add(folder, encoder, val, run, workers, "encode held-out", key)
 
@@ -73,16 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     def finish() -> int:
         found = find_data(config, environment)
         used = {case.name for case in [*train.cases, *val.cases]}
+        limits = typical_limits(train.preprocessing, train.cases)
+        geometry = trained_geometry(train.cases, train.size, config["spacing"], limits)
+        geometry |= structures_of(train.preprocessing, train.cases)
         manifest = {
             "about": about,
             "autoencoder": autoencoder,
             "versions": train.versions,
-            "latent_shape": shape[2:],
-            "geometry": {
-                "spacing": config["spacing"],
-                "size": list(train.size),
-                "limits": typical_limits(train.preprocessing, train.cases),
-            },
+            "latent_shape": [shape[2], *latent_size(config, geometry["size"])],
+            "geometry": geometry,
             "training": training,
             "validation": validation,
             "left_out": [case.name for cases in found for case in cases if case.name not in used],

@@ -28,12 +28,11 @@ import numpy as np
 
 import utils
 from ldm import UserError, configs, counted
-from ldm.data.cases import Case
+from ldm.data.cases import Case, own_geometry
 from ldm.data.checks import Problem, check_cases, note_lines, stray_files
 from ldm.data.intensity import Intensity
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import own_folders
-from ldm.data.reading import ras_geometry
 from ldm.data.splits import shared_subjects
 
 
@@ -64,11 +63,13 @@ def main(argv=None):
     if args.environment_file:
         environment = utils.load_environment(args.environment_file)
         source, where["outputs"] = environment["data_base_dir"], own_folders(environment)
+        where["lists"] = environment["json_data_list"]
     elif len(source) == 1:
         source = source[0]
     if args.config_file:
         config = utils.load_config(args.config_file, args.set)
         where |= {key: config["data"][key] for key in ("pattern", "contrasts", "subject")}
+        where["label_maps"] = config["with_labels"] == configs.ONLY
         how["channels"], how["intensity"] = configs.channels_of(config), Intensity.from_config(config)
 
     # Step 2: read it
@@ -101,13 +102,13 @@ def table(problems: Sequence[Problem]) -> str:
 
 def summary(cases: Sequence[Case], intensities: dict[str, tuple[float, float]]) -> str:
     """One line on a good data set: cases, voxels and spacing along R, A and S, intensities."""
-    geometry = [ras_geometry(case.images[0]) for case in cases]
+    geometry = [own_geometry(case) for case in cases]
     shapes, spacings = (np.array([one[i] for one in geometry]) for i in (0, 1))
+    line = f"{len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm"
+    if not intensities:  # embeddings alone
+        return line
     minima, maxima = np.array(list(intensities.values())).T
-    return (
-        f"{len(cases)} cases of {by_axis(shapes)} voxels of {by_axis(spacings)} mm, "
-        f"minima {span(minima, ' to ')}, maxima {span(maxima, ' to ')}"
-    )
+    return f"{line}, minima {span(minima, ' to ')}, maxima {span(maxima, ' to ')}"
 
 
 def by_axis(values: np.ndarray) -> str:

@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import UserError, configs, figures, generation
-from ldm.data.intensity import from_unit_range
-from ldm.data.preprocessing import Preprocessing, crop_or_pad
-from ldm.diffusion.conditioning import texts_of
+from ldm import UserError, figures, generation
+from ldm.diffusion.conditioning import REGION_NAME, texts_of
 from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.editing import free_names, read_scan, save_scan
 from ldm.export import records
 from ldm.metrics import reconstruction_metrics
 from ldm.models.slicewise import within
@@ -81,22 +80,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("with_labels: edit_scan.py edits images without labels; train a model without them.")
     conditions, process, geometry = networks.conditions, networks.process, networks.geometry
     own = conditions.parse(args.of)
+    if conditions.regions is not None and REGION_NAME not in own:
+        raise UserError(f"--of: say the region of the scan, such as {REGION_NAME}=chest:abdomen.")
     new = own | conditions.parse(args.condition)
     if any(isinstance(value, tuple) for value in new.values()):
         raise UserError("--of, --condition: expected one value of each column, no range.")
     name = args.scan[0].name.partition(".")[0]
     folder = args.out or environment["output_dir"] / "edited"
     files = {kind: folder / f"{name}_{kind}.nii.gz" for kind in ("scan", "again", "edited")}
-    if there := [path for path in (*files.values(), folder / f"{name}.png") if path.exists()]:
-        raise UserError(f"{there[0]} exists. Move it away, or choose another --out.")
+    free_names([*files.values(), folder / f"{name}.png"])
 
     # Step 1: the scan, its latents
-    config = configs.with_spacing(config, geometry["spacing"])
-    preprocessing = Preprocessing.from_config(config)
-    limits = preprocessing.limits(args.scan)
-    scan = torch.from_numpy(crop_or_pad(preprocessing(args.scan), geometry["size"]).copy())[None].to(
-        run.device
-    )
+    scan, limits = read_scan(args.scan, config, networks)
+    scan = scan.to(run.device)
     with run.autocast():
         latents = networks.autoencoder.encode(scan)[0] * networks.scale_factor
 
@@ -128,10 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     volumes = {"scan": scan, **volumes}
     if bad := [kind for kind, volume in volumes.items() if not volume.isfinite().all()]:
         raise FloatingPointError(f"the volume '{bad[0]}' is not finite. Try more --steps.")
-    folder.mkdir(parents=True, exist_ok=True)
     for kind, path in files.items():
-        voxels = from_unit_range(volumes[kind][0].numpy(), limits)
-        records.save_volume(path, generation.nifti_bytes(voxels, geometry["spacing"]))
+        save_scan(path, volumes[kind][0], limits, networks)
     difference = (0.5 + CHANGE * (volumes["edited"] - volumes["again"])).clamp(0, 1)
     rows = {kind: [volume[0, 0]] for kind, volume in {**volumes, f"change x {CHANGE}": difference}.items()}
     title = f"{', '.join(f'{key} {value}' for key, value in texts_of(own).items())}; edited: " + ", ".join(

@@ -27,8 +27,11 @@ and a file with its weights.
 
 Samples that were asked for by --condition are compared with that: numbers with the size of each --structure,
 such as ventricles=0:0.35:24 (values from 0 to 0.35 of the unit range, at least 24 mm inside the foreground)
-or ventricles=label:3 (as --segmenter finds it, or else as volumes `with_labels` have it), categories with the
-scans that have them, by participants.tsv.
+or ventricles=label:3 (as --segmenter finds it, or else as volumes `with_labels` have it; structures of
+`conditions.structure_sizes` need not be named), categories with the scans that have them, by
+participants.tsv.
+
+Label maps of a model without images are compared with real ones by sizes, parts and overlap.
 
 --segmentation asks whether samples with labels are of use: a small network is trained to segment on them, on
 as many training scans and on both, for the same number of steps, and Dice is measured on held-out scans. It
@@ -55,14 +58,14 @@ import torch
 import utils
 from ldm import UserError, configs
 from ldm.data.cases import rounded, volume_size
-from ldm.data.checks import label_names
-from ldm.data.labels import values_in
+from ldm.data.label_names import label_names
+from ldm.data.labels import as_label_maps, values_in
 from ldm.data.layouts import find_cases
 from ldm.data.prepare import prepare_data
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.reading import ras_geometry
 from ldm.data.splits import SPLIT
-from ldm.evaluation import content, reading, segmentation, table
+from ldm.evaluation import content, label_maps, reading, segmentation, table
 from ldm.evaluation.anatomy import SmoothedVolumes
 from ldm.evaluation.asked import LabelStructure, Structure, condition_metrics, known_values
 from ldm.evaluation.features import ANATOMY, feature_networks
@@ -83,6 +86,7 @@ from ldm.training.latents import load_autoencoder
 from ldm.training.logs import read_log
 
 SEGMENTER = "segmenter.safetensors"
+OF_IMAGES = ("channel", "medicalnet", "radimagenet", "classifier", "segmenter", "segmentation")  # options
 TONES = {"good": "good", "warn": "caution", "bad": "bad", "none": "unclear"}  # as printed
 
 
@@ -110,7 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=LOW:HIGH:DEPTH",
-        help="to measure by thresholds, or by NAME=label:VALUE",
+        help="to measure by thresholds, or by NAME=label:VALUE,...",
     )
     add("--segmenter", type=Path, metavar="FILE", help="that --segmentation wrote")
     add(
@@ -181,6 +185,9 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
             raise UserError(
                 f"{autoencoder}: holds weights alone. Give their config, with a spacing, by -c and -e."
             )
+    alone = bool(config) and config["with_labels"] == configs.ONLY
+    if alone and (given := [one for one in OF_IMAGES if getattr(args, one) is not None]):
+        raise UserError(f"--{given[0]}: is for images; this is a model of label maps alone. Leave it out.")
     split = dict.fromkeys((TRAINING, HELD_OUT))
     if needs_split:
         known = {"autoencoder": autoencoder, "known": checkpoint.get("subjects")}
@@ -195,12 +202,14 @@ def find_inputs(args: argparse.Namespace, run: Run) -> Inputs:
     unet = environment["model_dir"] / "diffusion_unet.pt" if environment else None
     for name, folder in ((HELD_OUT, args.real), (GENERATED, args.generated), (TRAINING, args.train)):
         if folder:
-            training, held_out = find_cases(folder, log=run.print)
+            training, held_out = find_cases(folder, label_maps=alone, log=run.print)
             sources[name] = Source(name, str(folder), [*training, *held_out])
         elif name == GENERATED:
             sources[name], found, others = reading.samples_of_model(
                 environment["output_dir"], autoencoder, unet
             )
+            if alone:
+                sources[name].cases = as_label_maps(sources[name].cases)
         elif split[name]:
             sources[name] = Source(name, str(environment["data_base_dir"]), split[name])
             notes += reading.split_notes(environment["model_dir"] / SPLIT, sources[name])
@@ -236,6 +245,19 @@ def preprocessing_of(inputs: Inputs, channels: list[int] | None) -> Preprocessin
     if len(channels) != expected and inputs.config:
         raise UserError(f"--channel: {len(channels)} given; the autoencoder has {expected} channel(s).")
     return replace(preprocessing, channels=tuple(channels))
+
+
+def sized_structures(config: dict | None, named: Sequence, found: bool) -> list[LabelStructure]:
+    """The structures of `conditions.structure_sizes` that `--structure` does not name, where volumes have
+    labels or a segmenter finds them (`found`)."""
+    if config is None or not (found or config["with_labels"]):
+        return []
+    names = {one.name for one in named}
+    sizes = config["conditions"]["structure_sizes"].items()
+    known = {value for _, values in sizes for value in values} if found else {*configs.labels_of(config)}
+    return [
+        LabelStructure(name, values) for name, values in sizes if name not in names and known >= {*values}
+    ]
 
 
 def segmentation_metrics(inputs: Inputs, read: reading.Reader, steps: int, run: Run) -> list[table.Metric]:
@@ -276,17 +298,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("evaluate.py runs in one process: start it without torchrun.")
     structures = [Structure.parse(text) for text in args.structure]
     inputs = find_inputs(args, run)
+    structures += sized_structures(inputs.config, structures, bool(args.segmenter))
     sources, notes = inputs.sources, inputs.notes
     lines = reading.remove_scans(sources)
+    if inputs.config and inputs.config["with_labels"] == configs.ONLY:
+        return judge_label_maps(inputs, structures, lines, run)
     if args.segmentation:
         segmentation.check_labels(sources)
 
     # Step 1: one grid for all volumes, and the networks
     preprocessing = preprocessing_of(inputs, args.channel)
-    encoder, digest, divisor = None, None, 1
+    encoder, divisor = None, 1
     if inputs.autoencoder:
         encoder = load_autoencoder(inputs.autoencoder, inputs.config, run, checkpoint=inputs.checkpoint)
-        digest, divisor = sha256_of(inputs.autoencoder), downsampling_factor(inputs.config["autoencoder_def"])
+        divisor = downsampling_factor(inputs.config["autoencoder_def"])
     size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
     networks, about_networks = feature_networks(encoder, args.medicalnet, args.radimagenet, run.device)
     networks[ANATOMY] = SmoothedVolumes(preprocessing.spacing)
@@ -324,6 +349,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines += verdicts(metrics, nearest, counts)
 
     # Step 4: metrics.json and report.html
+    scans = content.nearest_scans(groups, nearest)
+    pictures = {
+        "examples": examples,
+        "pairs": content.closest_pairs(scans, nearest, sources, read),
+        "curves": content.curves(groups),
+        "distributions": content.distributions(groups, nearest),
+    }
+    write_results(inputs, read, about_networks, counts, metrics, lines, scans, pictures, run)
+
+
+def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: Run) -> None:
+    """Evaluate label maps without images: the same steps."""
+    # Step 1: one grid
+    config, sources = inputs.config, inputs.sources
+    preprocessing, encoder, divisor = Preprocessing.from_config(config), None, 1
+    if inputs.autoencoder:
+        encoder = load_autoencoder(inputs.autoencoder, config, run, checkpoint=inputs.checkpoint)
+        divisor = downsampling_factor(config["autoencoder_def"])
+    size = volume_size(sources[GENERATED].cases, preprocessing.spacing, divisor)
+    for source in sources.values():
+        inputs.notes += reading.resampling_notes(source, preprocessing, size)
+
+    # Step 2: read every map once
+    read, labels = reading.Reader(preprocessing, size, run.device), preprocessing.labels
+    known = label_names(sources[HELD_OUT].cases)
+    names = {value: known.get(value, f"label {value}") for value in labels}
+    if any(isinstance(one, Structure) for one in structures):
+        raise UserError("--structure: label maps have no intensities. Name values, as in ventricles=label:3.")
+    measured = [*(LabelStructure(name, (value,)) for value, name in names.items()), *structures]
+    measured = {one.name: one.found_by(None, labels) for one in measured}
+    groups, examples = label_maps.read_maps(sources, read, [*measured.values()], encoder, run)
+    for source in sources.values():
+        inputs.notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
+
+    # Step 3: metrics and conclusions
+    nearest = label_maps.nearest_maps(groups, len(labels), run)
+    metrics = label_maps.map_metrics(groups, nearest, names) + condition_metrics(groups, values_of(inputs))
+    counts = {group.name: len(group) for group in groups.groups}
+    lines += label_maps.map_verdicts(metrics, nearest, counts)
+
+    # Step 4: metrics.json and report.html
+    maps = content.nearest_scans(groups, nearest)
+    pictures = {
+        "examples": examples,
+        "pairs": content.closest_pairs(maps, nearest, sources, label_maps.as_pictures(read)),
+        "curves": [],
+        "distributions": label_maps.size_charts(groups, nearest),
+    }
+    write_results(inputs, read, {}, counts, metrics, lines, maps, pictures, run)
+
+
+def write_results(
+    inputs: Inputs,
+    read: reading.Reader,
+    about_networks: dict,
+    counts: dict[str, int],
+    metrics: list[table.Metric],
+    lines: list[dict],
+    nearest: list[dict],
+    pictures: dict,
+    run: Run,
+) -> None:
+    """Write metrics.json and report.html, and print the conclusions.
+
+    Args:
+        counts: volumes of each group.
+        nearest: each sample and its nearest training scan.
+        pictures: arguments of `write_report`.
+    """
+    sources, notes, preprocessing, size = inputs.sources, inputs.notes, read.preprocessing, read.size
+    digest = sha256_of(inputs.autoencoder) if inputs.autoencoder else None
     sampling = records.settings_of(inputs.records)
     samplers = "; ".join(
         f"{one['volumes']} by {one['sampler']}, {one['steps']} steps, {one['precision']}, scale factor "
@@ -337,7 +433,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "grid": f"{' x '.join(map(str, size))} voxels of "
         f"{' x '.join(f'{side:g}' for side in preprocessing.spacing)} mm",
         "channels": ", ".join(map(str, preprocessing.channels)),
-        "intensities": f"{preprocessing.intensity} become 0 and 1",
+        "labels": ", ".join(map(str, preprocessing.labels)),
+        "intensities": f"{preprocessing.intensity} become 0 and 1" if preprocessing.channels else "",
         "intervals": "95 %, by bootstrap over volumes",
         "precision": f"all networks compute in {run.precision}",
         **about_networks,
@@ -346,7 +443,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": ", ".join(f"{key} {value}" for key, value in versions.versions().items() if value),
         "machine": f"{platform.system()}, {run.device}",
     }
-    scans = content.nearest_scans(groups, nearest)
     results = {
         "format": 1,
         "title": f"{Path(sources[GENERATED].folder).name} vs {Path(sources[HELD_OUT].folder).name}",
@@ -356,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "figures": [metric.as_json() for metric in metrics],
         "settings": {key: value for key, value in settings.items() if value},
         "notes": notes,
-        "nearest": scans,
+        "nearest": nearest,
         "autoencoder_sha256": digest,
         "unet_sha256": inputs.records[0]["unet"]["sha256"] if inputs.records else None,
         "sampling": sampling,
@@ -365,10 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs.out / "report.html",
         results,
         spacing=preprocessing.spacing,
-        examples=examples,
-        pairs=content.closest_pairs(scans, nearest, sources, read),
-        curves=content.curves(groups),
-        distributions=content.distributions(groups, nearest),
+        **pictures,
         log=inputs.log,
     )
     write_json(inputs.out / "metrics.json", results)

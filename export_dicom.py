@@ -112,8 +112,10 @@ def find_volumes(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             if not path.is_file():
                 raise UserError(f"{path}: no such file or folder. Check the path.")
-            if records.record_of(path) is None:
+            if (record := records.record_of(path)) is None:
                 print(f"warning: {path} has no record of inference.py; it is exported as a synthetic volume")
+            if record and not record["volume"].get("limits", True):
+                raise UserError(f"{path}: is a label map without an image. DICOM shows labels on an image.")
             found.append(path)
             continue
         files = [one for one in sorted(path.iterdir()) if one.name.lower().endswith(IMAGE_SUFFIXES)]

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import utils
-from ldm import configs, generation
+from ldm import UserError, configs, generation
 from ldm.export import bundle, formats, model_card
 from ldm.export.records import CHECKPOINTS
 from ldm.system.checkpoints import require_checkpoint
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 0: configuration
     args = parse_arguments(argv)
     config = utils.load_config(args.config_file, args.set)
+    if config["with_labels"] == configs.ONLY:
+        raise UserError("with_labels: models of label maps alone are not exported; use inference.py.")
     environment = utils.load_environment(args.environment_file)
     if "bundle" in args.formats:
         bundle.check_definitions(config)

@@ -6,6 +6,7 @@
     python inference.py -c CONFIG -e ENV --num 4 --grid age=20,35,50
     python inference.py -c CONFIG -e ENV --autoencoder model_autoencoder.pt --unet model.pt --scale-factor 0.9
     python inference.py -c CONFIG -e ENV --mask masks/ --seed 100
+    python inference.py -c CONFIG -e ENV --num 4 --size 96,112,96 --spacing 2,2,2
     python inference.py -c CONFIG -e ENV --max-memory 12
     torchrun --standalone --nproc_per_node=4 inference.py -c CONFIG -e ENV -n 100
     python inference.py --reproduce outputs/sample_000003.json
@@ -15,18 +16,28 @@ Sample i has the seed `--seed` + i, and is the same volume whatever `--num` and,
 read from `autoencoder.pt` and `diffusion_unet.pt` of `model_dir`, or from other files (bare state dicts, old
 or new names) with their scale factor. Volumes are written to `output_dir` in RAS with the spacing that was
 trained on, their intensities in the training set's typical range; those of a model `with_labels` each beside
-their label, `sample_000003_label.nii.gz`. No volume is overwritten: re-running the
-same command makes the missing ones, another request is refused. (torchrun takes `--num` for an option of its
-own; use `-n`.)
+their label, `sample_000003_label.nii.gz`, which is all that a model of label maps writes. No volume is
+overwritten: re-running the same command makes the missing ones, another request is refused. (torchrun takes
+`--num` for an option of its own; use `-n`.)
 
 `--condition` asks for a class, a category or a number of a model that was trained with `conditions`; of a
 range, `age=20:80`, each sample draws its own. Without it a class is unknown, and a covariate is that of a
-training volume, drawn by the seed. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
+training volume, drawn by the seed. `--structure-size "ventricles=0.8"` asks for the size of a structure, as a
+share of the range that was trained on. `--conditions TABLE` has a row for each sample. `--grid age=20,40,60`
 makes each seed under each value, to be compared in `grid.png`. `--guidance` strengthens conditions by
 classifier-free guidance, which doubles the passes of the network; `--interval 0.2:0.8` limits it to these
 times.
 `--mask` names a mask, or a folder of them in turn, that images follow through the ControlNet of
-train_controlnet.py; it is brought to the grid of the volumes and written beside each.
+train_controlnet.py; it is brought to the grid of the volumes and written beside each. With `--structure-size`
+the masks of the folder are taken that are closest to these sizes. `--augment-masks` deforms each mask,
+`--move 5:2` moves label 5 within label 2. `--mask-model ENV` draws the masks, of the sizes asked for, by the
+model of label maps of another environment file, into its `output_dir`.
+Samples with a label are checked: the median intensity of each structure should be within four standard
+deviations of that of scans, and, with `--segmenter` of evaluate.py --segmentation, the label should be found
+in the image. One that fails is drawn again, `--tries` times in all, then written to `output_dir`/failed.
+`--size` asks for volumes of other voxels than were trained on; the networks need multiples of their factors.
+`--spacing` asks for voxels of other mm, of a model with `conditions.spacing`. What lies beyond the field of
+view or the spacings of training is warned of, and drawn.
 `--autoguidance` moves samples away from what the model drew early in its training, which makes them sharper
 and doubles the passes too; the model needs the snapshot of `diffusion_train.snapshot`.
 
@@ -48,40 +59,53 @@ import contextlib
 import csv
 import hashlib
 import math
+import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import utils
-from ldm import UserError, configs, counted, few, figures, generation
+from ldm import UserError, configs, counted, few, generation
 from ldm.data.datasets import stream
-from ldm.data.intensity import to_unit_range
+from ldm.data.extent import beyond_training, three_numbers
 from ldm.data.reading import IMAGE_SUFFIXES
-from ldm.diffusion.conditioning import Conditions, guided, texts_of, with_any_guide
+from ldm.diffusion.conditioning import REGION_NAME, Conditions, texts_of
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.evaluation.segmentation import load_segmenter
 from ldm.export import records
-from ldm.generation import Networks, controlled
+from ldm.generation import Networks
+from ldm.given_masks import MaskSource
 from ldm.metrics import band_power
-from ldm.models.autoencoder import Autoencoder
-from ldm.models.control import MASK
-from ldm.models.definitions import latent_size
-from ldm.models.denoiser import example_cond
+from ldm.models.definitions import check_size, network_divisor
+from ldm.outputs import (
+    SHOWN,
+    Sample,
+    cleared,
+    contents,
+    largest_difference,
+    recorded_masks,
+    show_grid,
+    show_samples,
+    show_slices,
+)
+from ldm.quality import Check, draw_until_fit, seed_again
+from ldm.sampling_memory import peak_within, rehearse
 from ldm.system import ranks, versions
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.files import label_path
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run
 from ldm.training import memory
-from ldm.training.controlnet import define_control
 
-SHOWN = 8  # volumes in the picture
+FAILED = "failed"  # the folder of samples that do not pass the check, in output_dir
 NOISY = 3.0  # high-frequency power, as a multiple of the reconstructions', above which samples are noise
 TOLERANCE = 1e-4  # share of its range by which a volume may differ from the one that it reproduces
+LABELS_TOLERANCE = 1e-3  # share of the voxels of a label map
 
 
 # ---------------------------------------------------------------- command line
@@ -92,7 +116,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = utils.script_parser(__doc__)
     utils.add_dry_run(parser)
     add = parser.add_argument
-    add("-n", "--num", type=int, default=None, help="how many volumes; default: 1, or one for each mask")
+    many = "how many volumes; default: 1, or one for each mask that is not chosen by --structure-size"
+    add("-n", "--num", type=int, default=None, help=many)
     add("--seed", type=int, default=0, help="seed of the first; the others count on from it")
     add("--batch-size", type=int, default=1, help="volumes at a time")
     defaults = ", ".join(f"{name} {sampler.steps or 'all'}" for name, sampler in SAMPLERS.items())
@@ -105,6 +130,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="COLUMN=VALUE",
         help="such as age=20:80",
+    )
+    add(
+        "--structure-size",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="the size of a structure, from 0, the smallest of training, to 1, the largest",
     )
     add(
         "--conditions",
@@ -127,8 +159,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
     add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
+    drawn = "draw a mask for each image by the model of label maps of this environment file"
+    add("--mask-model", type=Path, metavar="ENV", help=drawn)
+    add("--augment-masks", action="store_true", help="deform each mask at random, by the sample's seed")
+    add("--move", metavar="LABELS:WITHIN", help="move labels of masks within another, such as 5:2 or 5,6:2")
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
+    add(
+        "--clear-background",
+        action="store_true",
+        default=None,
+        help="where the mask is 0, write the lowest value, such as air outside of a body",
+    )
     add("--scale-factor", type=float, default=None, help="for weights without one")
+    add("--tries", type=int, default=3, help="draws of a sample whose label does not fit; 0: no check")
+    add(
+        "--segmenter",
+        type=Path,
+        metavar="FILE",
+        help="that also checks labels, of evaluate.py --segmentation",
+    )
+    add("--size", metavar="X,Y,Z", help="voxels of the volumes; default: as trained")
+    add("--spacing", metavar="X,Y,Z", help="their spacing in mm; default: as trained")
     utils.add_max_memory(parser, "decode")
     add("--reproduce", type=Path, default=None, metavar="FILE", help="make the volume of this record again")
     args = parser.parse_args(argv)
@@ -150,7 +201,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         strength = getattr(args, name)
         if strength is not None and not 0 <= strength <= most:
             raise UserError(f"--{name} {strength}: expected a number from 0 to {most}.")
-    if args.guidance is not None and not (args.condition or args.conditions or args.grid):
+    conditioned = args.condition or args.structure_size or args.conditions or args.grid
+    if args.guidance is not None and not conditioned:
         raise UserError("--guidance: strengthens a condition. Give one by --condition, such as group=1.")
     if args.interval is not None:
         args.interval = interval_of(args.interval, args.guidance)
@@ -163,10 +215,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.conditions and args.num is not None:
         raise UserError("--conditions: makes a sample for each row of its table; leave out --num.")
-    if args.controlnet and not args.mask:
-        raise UserError("--controlnet: follows a mask. Give one by --mask.")
+    masked = args.mask or args.mask_model
+    for name in ("clear_background", "controlnet", "augment_masks", "move"):
+        if getattr(args, name) and not masked:
+            raise UserError(
+                f"--{name.replace('_', '-')}: is for images that follow a mask. Give one by --mask."
+            )
+    if args.mask_model and (args.mask or args.conditions):
+        other = "--mask" if args.mask else "--conditions"
+        raise UserError(f"--mask-model: draws --num masks; leave out {other}.")
+    if args.tries < 0:
+        raise UserError(f"--tries {args.tries}: expected 0 or more.")
+    if args.segmenter and not args.tries:
+        raise UserError("--segmenter: checks samples. Leave out --tries 0.")
+    args.size = three_numbers(args.size, "--size", True) if args.size is not None else None
+    args.spacing = three_numbers(args.spacing, "--spacing", False) if args.spacing is not None else None
     args.masks = masks_below(args.mask) if args.mask else []
-    args.num = args.num or max(1, len(args.masks))
+    args.num = args.num or (1 if args.structure_size else max(1, len(args.masks)))
     utils.check_scale_factor(args.scale_factor)
     return args
 
@@ -175,7 +240,7 @@ def masks_below(path: Path) -> list[Path]:
     """A mask, or all NIfTI files in a folder. Raises UserError: there are none."""
     if path.is_dir():
         files = sorted(one for one in path.iterdir() if one.name.lower().endswith(IMAGE_SUFFIXES))
-        found = [one for one in files if not one.name.startswith(".")]
+        found = [one for one in files if one.name[0] != "." and records.REPRODUCED not in one.name]
     else:
         found = [path] if path.is_file() else []
     if not found:
@@ -218,34 +283,6 @@ def counting(bar) -> Callable[[Sequence], Iterator]:
 # ---------------------------------------------------------------- dry run
 
 
-def rehearse(
-    config: dict,
-    size: Sequence[int],
-    batch: int,
-    meter: memory.Meter,
-    run: Run,
-    guidance: float = 1.0,
-    masks: bool = False,
-) -> None:
-    """What takes memory: a step of sampling, with a ControlNet for `masks`, and decoding, of a batch of
-    volumes of `size` voxels."""
-    shape = [config["diffusion_def"]["out_channels"], *latent_size(config, size)]
-    with meter, torch.no_grad(), run.autocast():
-        autoencoder = Autoencoder(configs.define_network(config, "autoencoder_def").to(run.device).eval())
-        unet = configs.define_network(config, "diffusion_def").to(run.device).eval()
-        unet = with_any_guide(unet, config, run.device)
-        latents, cond = torch.zeros(batch, *shape), example_cond(config["diffusion_def"], batch, shape[1:])
-        meter.hold("weights", autoencoder, unet)
-        if masks:
-            control, bits = define_control(config, config["label_values"] or [255])
-            meter.hold("weights", control)
-            unet, cond[MASK] = controlled(unet, control.eval()), torch.zeros(batch, bits, *size)
-        with meter.phase("sampling"):
-            guided(unet, cond, cond, guidance)(latents, torch.zeros(batch))
-        with meter.phase("decoding"):
-            autoencoder.decode(latents)
-
-
 def print_memory(args: argparse.Namespace, config: dict) -> None:
     """The dry run: print the peaks by part, and what would lower them. Nothing is written.
 
@@ -259,7 +296,8 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
     def peaks(batch: int, amp: bool, limit: float | None) -> dict[str, memory.Peak]:
         meter, run = memory.Meter(gpu), Run(0, 1, torch.device("cpu"), half if amp else None)
         with memory.forecasting():
-            rehearse(config, size, batch, meter, run, args.guidance or 1.0, bool(args.masks))
+            masks = bool(args.masks or args.mask_model)
+            rehearse(config, size, batch, meter, run, args.guidance or 1.0, masks)
         if limit:
             weights = meter.peaks["decoding"].parts["weights"]
             meter.peaks["decoding"] = peak_within(limit, gpu, config, size, weights, run)
@@ -284,24 +322,11 @@ def print_memory(args: argparse.Namespace, config: dict) -> None:
         print(f"--max-memory {limit:g} holds for decoding; sampling takes {sampling / memory.GB:.2f} GB")
 
 
-def peak_within(
-    max_memory: float, gpu: bool, config: dict, size: Sequence[int], weights: int, run: Run
-) -> memory.Peak:
-    """The peak of decoding a volume of `size` voxels within `max_memory` GB, `weights` bytes of both networks
-    included. Raises UserError where that is too little."""
-    from ldm.lowmem.slabwise import Budget, decoding_peak, weights_bytes
-
-    autoencoder = configs.define_network(config, "autoencoder_def").eval()
-    latents = torch.zeros(1, config["diffusion_def"]["out_channels"], *latent_size(config, size))
-    budget = Budget(max_memory * memory.GB, beside=weights - weights_bytes(autoencoder), like_gpu=gpu)
-    with run.autocast():
-        most = decoding_peak(autoencoder, latents, budget)
-    parts = {**dict.fromkeys(memory.PARTS, 0), "weights": weights, "activations": int(most) - weights}
-    return memory.Peak(parts)
-
-
 def planned_size(args: argparse.Namespace, config: dict) -> list[int]:
-    """Voxels of the volumes: by the config, else by the checkpoint, else by the data's headers."""
+    """Voxels of the volumes: as asked, else by the config, the checkpoint, or the data's headers."""
+    if args.size:
+        check_size(args.size, network_divisor(config), "--size")
+        return args.size
     if not config["diffusion_train"]["patch_size"]:
         path = args.unet or utils.load_environment(args.environment_file)["model_dir"] / "diffusion_unet.pt"
         if path.is_file():
@@ -340,8 +365,17 @@ def reproduce(args: argparse.Namespace) -> None:
     ranks.choose_kernels(tf32=record["precision"] == "tf32", repeatable=True)  # of an earlier version
     torch.set_num_threads(record["threads"])
     scale_factor, compiled, limit = record["scale_factor"], record["compile"], record.get("max_memory")
+    asked = {"size": record["volume"]["shape"], "spacing": record["volume"]["spacing"]}
     networks = generation.load_networks(
-        *checkpoints, config, args.reproduce, scale_factor, compiled, limit, run, control_path=control
+        *checkpoints,
+        config,
+        args.reproduce,
+        scale_factor,
+        compiled,
+        limit,
+        run,
+        control_path=control,
+        **asked,
     )
 
     # Step 2: the same batch
@@ -351,12 +385,14 @@ def reproduce(args: argparse.Namespace) -> None:
     recorded = record.get("conditions", [condition] * len(batch))
     chosen = [networks.conditions.parse([f"{k}={v}" for k, v in one.items()]) for one in recorded]
     guidance, interval = record.get("guidance", 1.0), record.get("interval")
-    place = list(zip(batch, recorded, strict=True)).index((seed, condition))
+    noise_seed = record.get("again", {}).get("seed", seed)
+    place = list(zip(batch, recorded, strict=True)).index((noise_seed, condition))
     masks = recorded_masks(original, record, place, networks) if control else None
     volumes = generation.draw(
         networks, batch, sampler, steps, run, counting(bar), chosen, guidance, interval, masks
     )
     bar.close()
+    volumes = cleared(volumes, masks) if record.get("clear_background") else volumes
     volume = generation.in_typical_units(volumes[place], networks, seed)
     content, label = contents(volume, volumes[place], networks, masks and masks[place])
     records.save_volume(path, content, label=label)
@@ -381,69 +417,47 @@ def reproduce(args: argparse.Namespace) -> None:
             f"{original.name} is missing or was changed, so they cannot be compared"
         )
         return
-    apart = largest_difference(volume, generation.read_volume(original))
-    result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
-    if not apart <= TOLERANCE:
-        raise FloatingPointError(f"{result}.\nMore than {TOLERANCE} is not rounding: not reproduced.")
+    before, tolerance = generation.read_volume(original), TOLERANCE
+    if networks.label_maps:
+        apart, tolerance = float(np.mean(volume != before)), LABELS_TOLERANCE
+        result = f"{path}: differs from {original.name} in {apart:.1e} of its voxels ({changed})"
+    else:
+        apart = largest_difference(volume, before)
+        if networks.whole_numbers:  # rounded
+            tolerance = max(tolerance, 1.001 / max(np.ptp(before.astype(np.int64)), 1))
+        result = f"{path}: differs from {original.name} by up to {apart:.1e} of its range ({changed})"
+    if not apart <= tolerance:
+        raise FloatingPointError(f"{result}.\nMore than {tolerance} is not rounding: not reproduced.")
     run.print(f"reproduced: {result}: equal up to rounding")
-
-
-def recorded_masks(volume: Path, record: dict, place: int, networks: Networks) -> list[torch.Tensor]:
-    """The masks of the samples of a batch, which lie beside the volume; where one is missing, its own stands
-    for it. Other samples of a batch change a sample by rounding alone.
-
-    Args:
-        volume: the one that is made again, at this place of the batch.
-
-    Raises:
-        UserError: its own mask is missing or was changed.
-    """
-    own = label_path(volume)
-    if not own.is_file() or records.sha256_of(own) != record["volume"]["label"]["sha256"]:
-        what = "was changed" if own.is_file() else "no such mask"
-        raise UserError(f"{own}: {what}; the volume was made for it. Put it beside the record.")
-    files = [label_path(volume.with_name(f"sample_{seed:06d}.nii.gz")) for seed in record["batch"]]
-    files = [file if file.is_file() else own for file in files]
-    files[place] = own
-    return [generation.read_mask(file, networks)[0] for file in files]
-
-
-def largest_difference(volume: np.ndarray, original: np.ndarray) -> float:
-    """As a share of the range of `original`; NaN where a voxel is."""
-    if volume.shape != original.shape:
-        return math.inf
-    return float(np.abs(volume - original).max() / (np.ptp(original) or 1))
 
 
 # ---------------------------------------------------------------- what to sample
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One volume to make."""
-
-    seed: int
-    condition: dict  # as of `Conditions.parse`
-    path: Path
-    mask: Path | None = None
-
-    def record(self) -> dict:
-        """The entries of its record that are its own."""
-        entries = {"seed": self.seed}
-        if self.condition:
-            entries["condition"] = texts_of(self.condition)
-        if self.mask:
-            entries["mask"] = {"path": self.mask.as_posix(), "sha256": records.sha256_of(self.mask)}
-        return entries
-
-
-def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, run: Run) -> list[Sample]:
+def requested(
+    args: argparse.Namespace,
+    conditions: Conditions,
+    structures: Collection[str],
+    folder: Path,
+    end: str,
+    masks: MaskSource | None,
+    run: Run,
+) -> list[Sample]:
     """The volumes of the command line; with `--grid` those of a seed follow each other.
+
+    Args:
+        structures: whose sizes the model is conditioned on.
+        folder, end: of the files.
+        masks: that they follow; what they hold of the structures is their condition.
 
     Raises:
         UserError: a condition that the model does not know.
     """
     given = conditions.parse(args.condition)
+    sizes = {} if masks else conditions.parse_sizes(args.structure_size, structures)
+    if twice := given.keys() & sizes.keys():
+        raise UserError(f"--structure-size: {min(twice)} is given by --condition, too. Leave one out.")
+    given |= sizes
     rows = read_conditions(args.conditions, conditions) if args.conditions else [{}] * args.num
     name, values = args.grid or ("", [])
     suffixes = [f"_{name}-{value}" for value in values]
@@ -453,21 +467,24 @@ def requested(args: argparse.Namespace, conditions: Conditions, folder: Path, ru
         (one, conditions.parse([f"{name}={value}"])) for one, value in zip(suffixes, values, strict=True)
     ]
     columns = columns or [("", {})]
-    if conditions.covariates and not conditions.covariates.unknown and args.guidance not in (None, 1):
+    if conditions and not conditions.can_drop and args.guidance not in (None, 1):
         raise UserError("--guidance: this model has no input for an unknown condition. Leave it out.")
-    samples = []
+    samples, known = [], {}
     for seed, row in enumerate(rows, args.seed):
+        mask = masks(seed) if masks else None
+        known = mask.sizes if mask else {}
         for suffix, column in columns:
-            condition = conditions.for_sample({**given, **row, **column}, stream(seed, "conditions"))
-            mask = args.masks[(seed - args.seed) % len(args.masks)] if args.masks else None
-            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}.nii.gz", mask))
-    asked = {**given, **rows[0], **columns[0][1]}
+            condition = conditions.for_sample({**known, **given, **row, **column}, stream(seed, "conditions"))
+            samples.append(Sample(seed, condition, folder / f"sample_{seed:06d}{suffix}{end}", mask))
+    asked = {**known, **given, **rows[0], **columns[0][1]}
     if conditions.column is not None and conditions.column not in asked:
         values = few(conditions.values, 8)
         run.print(f"inference: no --condition, so {conditions.column} is unknown (it may be {values})")
+    left = [*conditions.covariates.columns] if conditions.covariates else []
+    left += [REGION_NAME] if conditions.regions is not None else []
+    if left := [one for one in left if one not in asked]:
+        run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
     if conditions.covariates:
-        if left := [one for one in conditions.covariates.columns if one not in asked]:
-            run.print(f"inference: {', '.join(left)} not given: drawn from the training volumes'")
         for warning in sorted(
             {text for one in samples for text in conditions.covariates.outside(one.condition)}
         ):
@@ -517,6 +534,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return print_memory(args, config)
     environment = utils.load_environment(args.environment_file, writable=("output_dir",))
+    if args.mask_model:
+        args.masks, args.structure_size = draw_masks(args), []
     run = utils.start(args)
     output_dir, model_dir, compiled = environment["output_dir"], environment["model_dir"], bool(args.compile)
 
@@ -525,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "autoencoder": args.autoencoder or model_dir / "autoencoder.pt",
         "unet": args.unet or model_dir / "diffusion_unet.pt",
     }
-    control = (args.controlnet or model_dir / "controlnet.pt") if args.mask else None
+    control = (args.controlnet or model_dir / "controlnet.pt") if args.masks else None
     networks = generation.load_networks(
         *checkpoints.values(),
         config,
@@ -536,13 +555,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         run,
         args.set,
         control,
+        args.size,
+        args.spacing,
     )
     geometry = networks.geometry
+    for what in beyond_training(geometry) if networks.asked else []:
+        run.print(f"warning: {what}. Such samples may be wrong")
 
     # Step 2: what to sample, and which samples already exist
     sampler, steps = networks.sampling(args.sampler, args.steps)
     guidance = 1.0 if args.guidance is None else args.guidance
-    samples = requested(args, networks.conditions, output_dir, run)
+    end = "_label.nii.gz" if networks.label_maps else ".nii.gz"
+    structures = config["conditions"]["structure_sizes"]
+    masks = None
+    if control:
+        changes = args.structure_size, args.augment_masks, args.move
+        masks = MaskSource(args.masks, networks, structures, *changes, run.print)
+    samples = requested(args, networks.conditions, structures, output_dir, end, masks, run)
     request = {
         "sampler": sampler,
         "steps": steps,
@@ -562,14 +591,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config": config,
         "versions": versions.versions(),
         **({"max_memory": args.max_memory} if args.max_memory else {}),
+        **({"clear_background": True} if args.clear_background else {}),
+        **networks.asked,
     }
+    check = checking(args, networks, run)
+    if check:
+        segmenter = {"segmenter": records.sha256_of(args.segmenter)} if args.segmenter else {}
+        request["check"] = {"tries": args.tries, **segmenter}
+    failed = output_dir / FAILED
+    before = [failed / one.path.name for one in samples]  # they stay there
+    samples = [
+        replace(one, path=path) if check and path.exists() else one
+        for one, path in zip(samples, before, strict=True)
+    ]
     requests = {one.path: {**request, **one.record()} for one in samples}
     missing = run.from_main(lambda: records.missing(requests))  # before any rank writes
-    read = {}
-    for path in dict.fromkeys(one.mask for one in samples if one.mask):
-        read[path], note = generation.read_mask(path, networks)
-        if note:
-            run.print(f"warning: {note}")
     if len(missing) < len(samples):
         run.print(f"inference: {len(samples) - len(missing)} of {len(samples)} volumes already exist")
 
@@ -580,22 +616,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine = mine[run.rank :: run.world_size]
     bar = progress_bar(run, f"sample ({steps} steps)", total=len(mine) * steps)
     power = torch.zeros(2, dtype=torch.float64)  # sum and count
+
+    def draw(seeds: Sequence[int], batch: Sequence[Sample], progress: Callable = iter) -> torch.Tensor:
+        chosen = [one.condition for one in batch]
+        masks = [one.mask.voxels for one in batch] if control else None
+        drawn = generation.draw(
+            networks, seeds, sampler, steps, run, progress, chosen, guidance, args.interval, masks
+        )
+        return cleared(drawn, masks) if args.clear_background else drawn
+
     for batch in mine:
         seeds, chosen = ([getattr(one, key) for one in batch] for key in ("seed", "condition"))
-        masks = [read[one.mask] for one in batch] if control else None
-        volumes = generation.draw(
-            networks, seeds, sampler, steps, run, counting(bar), chosen, guidance, args.interval, masks
-        )
+        volumes = draw(seeds, batch, counting(bar))
         together = {"batch": seeds}
         if any(one != chosen[0] for one in chosen):
             together["conditions"] = [texts_of(one) for one in chosen]
-        images = volumes[:, : len(geometry["limits"])]
-        power += torch.tensor([band_power(images).sum().item(), len(batch)])
+        if not networks.label_maps:
+            images = volumes[:, : len(geometry["limits"])]
+            power += torch.tensor([band_power(images).sum().item(), len(batch)])
         for one, volume in zip(batch, volumes, strict=True):
             if one.path not in missing:
                 continue
+            path, own = one.path, together
+            if check:
+                volume, number, faults = draw_until_fit(
+                    one.seed,
+                    volume,
+                    lambda seed, one=one: draw([seed], [one])[0],
+                    lambda volume, one=one: faults_of(check, networks, volume, one.mask and one.mask.voxels),
+                    args.tries,
+                )
+                if number:
+                    seed = seed_again(one.seed, number)
+                    own = {"batch": [seed], "again": {"draws": number, "seed": seed}}
+                if faults:
+                    path, own = failed / one.path.name, {**own, "faults": faults}
+                    failed.mkdir(exist_ok=True)
+                    run.print(f"{one.path.name}: drawn {counted(number + 1, 'time{s}')}, {faults[0]}")
             voxels = generation.in_typical_units(volume, networks, one.seed)
-            content, label = contents(voxels, volume, networks, read.get(one.mask))
+            content, label = contents(voxels, volume, networks, one.mask and one.mask.voxels)
             about = {
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "shape": list(voxels.shape[1:]),
@@ -603,17 +662,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "limits": geometry["limits"],
                 **({"label": {"sha256": hashlib.sha256(label).hexdigest()}} if label else {}),
             }
-            record = {**together, **requests[one.path], "volume": about}
-            records.save_volume(one.path, content, record, label)
+            record = {**own, **requests[one.path], "volume": about}
+            records.save_volume(path, content, record, label)
             if networks.autoencoder.is_slicewise:
-                show_slices(networks, voxels, one.seed, one.path)
+                show_slices(networks, voxels, one.seed, path)
     bar.close()
     power, count = run.sum(power).tolist()  # once all ranks have written
 
     # Step 4: a picture, and how sharp the samples are compared with the autoencoder's reconstructions
-    if run.is_main:
+    everyone, asked = samples, len(samples)
+    samples = [one for one in samples if one.path.parent != failed and one.path.exists()]
+    if run.is_main and len(samples) < asked:
+        run.print(
+            f"warning: {asked - len(samples)} of {asked} volumes do not fit their labels and are in "
+            f"{failed}; their records say why"
+        )
+    if run.is_main and samples:
         if args.grid:
-            picture = show_grid(networks, samples, *args.grid, output_dir)
+            picture = show_grid(networks, everyone, *args.grid, output_dir)
         else:
             picture = show_samples(networks, samples[:SHOWN], output_dir)
         sharpness = ""
@@ -622,66 +688,53 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharpness = f"; high-frequency power {share:.2f} of the reconstructions'"
             if share > NOISY:
                 run.print("warning: the samples are mostly noise. Train the diffusion model for more steps.")
-        what = counted(len(samples), "volume{s}") + " and their labels" * bool(networks.labels or control)
+        kind = "label map{s}" if networks.label_maps else "volume{s}"
+        beside = not networks.label_maps and (networks.labels or control)
+        what = counted(len(samples), kind) + " and their labels" * bool(beside)
         run.print(f"inference: {what} in {output_dir}{sharpness}\n  {picture}")
 
 
-def contents(
-    voxels: np.ndarray, volume: torch.Tensor, networks: Networks, mask: torch.Tensor | None = None
-) -> tuple[bytes, bytes | None]:
-    """The files of a volume, and of its label where one is drawn or was given as a mask.
-
-    Args:
-        voxels: the image, in the units that are written.
-        volume: image and label as drawn, (C, D, H, W).
-        mask: (D, H, W).
-    """
-    spacing = networks.geometry["spacing"]
-    label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
-    written = None if label is None else generation.nifti_bytes(label, spacing, np.uint8)
-    return generation.nifti_bytes(voxels, spacing), written
-
-
-def show_slices(networks: Networks, voxels: np.ndarray, seed: int, path: Path) -> None:
-    """Write the slices of a volume (C, D, H, W) as a PNG beside it."""
-    unit = to_unit_range(voxels, np.array(networks.geometry["limits"]), clip=True)[0]
-    picture = path.with_name(path.name.removesuffix(".nii.gz") + ".png")
-    figures.axial_slices(unit, picture, f"seed {seed}", networks.geometry["spacing"])
-
-
-def show_samples(networks: Networks, samples: Sequence[Sample], folder: Path) -> Path:
-    """Write samples.png, three planes of each volume, and of its label."""
-    rows = {"sample": [in_unit_range(networks, one) for one in samples]}
-    if values := networks.labels or (networks.masks and networks.masks.values):
-        labels = [generation.read_volume(label_path(one.path))[0] for one in samples]
-        rows["label"] = [torch.from_numpy(label / max(values)).float() for label in labels]
-    figures.montage(
-        rows,
-        folder / "samples.png",
-        f"Generated volumes, seeds {samples[0].seed} to {samples[-1].seed}",
-        spacing=networks.geometry["spacing"],
+def checking(args: argparse.Namespace, networks: Networks, run: Run) -> Check | None:
+    """The check of samples with labels; None where there is nothing to check, or `--tries` is 0."""
+    if not args.tries or networks.label_maps or not (networks.labels or networks.masks):
+        if args.segmenter:
+            raise UserError("--segmenter: checks images with labels, which this model does not draw.")
+        return None
+    if not (networks.structures or args.segmenter):
+        run.print("note: the checkpoint does not hold the intensities of structures: samples are not checked")
+        return None
+    channels = len(networks.geometry["limits"])
+    segment = (
+        load_segmenter(args.segmenter, channels, networks.geometry["spacing"], run)
+        if args.segmenter
+        else None
     )
-    return folder / "samples.png"
+    return Check(networks.structures, segment, segment.values if segment else ())
 
 
-def show_grid(
-    networks: Networks, samples: Sequence[Sample], name: str, values: Sequence[str], folder: Path
-) -> Path:
-    """Write grid.png: an axial slice of each volume, a row for each seed and a column for each value."""
-    count = len(values)
-    rows = [
-        (f"seed {samples[i].seed}", [in_unit_range(networks, one) for one in samples[i : i + count]])
-        for i in range(0, min(len(samples), SHOWN * count), count)
-    ]
-    title = f"{name} {', '.join(values)}"
-    figures.slice_grid(rows, folder / "grid.png", title, networks.geometry["spacing"])
-    return folder / "grid.png"
+def faults_of(check: Check, networks: Networks, volume: torch.Tensor, mask: torch.Tensor | None) -> list[str]:
+    """What is wrong with a volume (C, D, H, W) as drawn."""
+    label = generation.drawn_label(volume, networks) if mask is None else mask[None].numpy()
+    return check.faults(volume[: len(networks.geometry["limits"])], label[0])
 
 
-def in_unit_range(networks: Networks, sample: Sample) -> torch.Tensor:
-    """The first channel of a volume that was written, (D, H, W), 0 to 1 in the typical range."""
-    limits = np.array(networks.geometry["limits"])
-    return torch.from_numpy(to_unit_range(generation.read_volume(sample.path), limits, clip=False)[0])
+def draw_masks(args: argparse.Namespace) -> list[Path]:
+    """Draw a mask for each sample by the model of `--mask-model`, as its own command would: the files."""
+    environment = utils.load_environment(args.mask_model)
+    config = environment["model_dir"] / "config_diffusion.json"
+    if utils.load_config(config)["with_labels"] != configs.ONLY:
+        raise UserError(
+            f"--mask-model {args.mask_model}: its model draws images. Name one of label maps alone."
+        )
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--mask-model: runs in one process. Draw the masks first, and name them by --mask.")
+    argv = ["-c", str(config), "-e", str(args.mask_model), "-n", str(args.num), "--seed", str(args.seed)]
+    for name in ("batch_size", "steps", "device"):
+        if (value := getattr(args, name)) is not None:
+            argv.append(f"--{name.replace('_', '-')}={value}")
+    main.__wrapped__(argv + [f"--structure-size={one}" for one in args.structure_size])
+    seeds = range(args.seed, args.seed + args.num)
+    return [environment["output_dir"] / f"sample_{seed:06d}_label.nii.gz" for seed in seeds]
 
 
 if __name__ == "__main__":

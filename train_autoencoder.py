@@ -36,11 +36,12 @@ import utils
 from ldm import UserError, configs, figures
 from ldm.data.cases import warn_of_padding
 from ldm.data.datasets import VolumeDataset, stream
+from ldm.data.labels import shown
 from ldm.data.prepare import in_steps, patch_sizes, prepare_data, step_size
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import subjects_of
 from ldm.environment import FOLDERS
-from ldm.losses import AutoencoderLoss, adversarial_loss, discriminator_loss
+from ldm.losses import adversarial_loss, discriminator_loss
 from ldm.models.autoencoder import Autoencoder, set_posterior_std
 from ldm.models.initialisation import start_as_block_transform
 from ldm.system.checkpoints import save_checkpoint
@@ -49,7 +50,9 @@ from ldm.training.autoencoder import (
     WithPosteriorDraw,
     best_loss,
     build_learner,
+    in_words,
     latent_shape_of,
+    make_criterion,
     rehearse,
     side_by_side,
     validate,
@@ -73,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return utils.dry_run(rehearse, config, "autoencoder_train", args)
     environment = utils.load_environment(args.environment_file, writable=FOLDERS)
     perceptual_weights = environment["perceptual_weights"]  # read before anything is downloaded
-    labels = configs.labels_of(config)
-    criterion = AutoencoderLoss(section, perceptual_weights, config["spatial_dims"], len(labels))
+    criterion = make_criterion(config, perceptual_weights)
     run = utils.start(args, section)
     model_dir, output_dir = environment["model_dir"], environment["output_dir"]
     lock_run_folder(model_dir, run)
@@ -98,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         augment=section["augment"],
         **common,
     )
-    val_set = VolumeDataset(val_cases, preprocessing, val_size, **common)
+    own_sizes = not section["val_patch_size"]
+    val_set = VolumeDataset(val_cases, preprocessing, val_size, own_sizes=own_sizes, **common)
     warn_of_padding(train_cases, spacing, patch_size, run.print)
     train_set, patch_size = in_steps(config, train_set), step_size(config, patch_size)
 
@@ -200,31 +203,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             if progress.is_best(scores["loss"]):
                 keep_pair(environment, files.best, run)
             progress.keep_best(scores, learner.eval_network)
-            printed = f"loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB"
-            printed += f", Dice {scores['dice']:.3f}" if labels else ""
+            brief = [f"PSNR {scores['psnr']:.2f} dB"] if criterion.image else []
+            brief += [f"Dice {scores['dice']:.3f}"] if criterion.labels else []
+            printed = ", ".join([f"loss {scores['loss']:.4f}", *brief])
             progress.bar.set_description(f"autoencoder, held-out {printed}")
             if run.is_main:
-                for case, (scan, reconstruction) in pairs.items():
-                    picture = side_by_side(scan[0], reconstruction[0], spacing)
+                for case, pair in pairs.items():
+                    picture = side_by_side(*(shown(one, criterion.labels) for one in pair), spacing)
                     progress.log.image(f"{COMPARISON_TAG}/{case}", picture, progress.clock.step)
 
     # Step 4: pictures, and what was reached
     progress.close()
     if run.is_main:
-        scans, reconstructions = ([pair[i][0] for pair in pairs.values()] for i in (0, 1))
+        scans, reconstructions = (
+            [shown(pair[i], criterion.labels) for pair in pairs.values()] for i in (0, 1)
+        )
         figures.montage(
             {"held-out scan": scans, "reconstruction": reconstructions},
             output_dir / "reconstructions.png",
-            f"Held-out volumes: PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}",
+            f"Held-out volumes: {in_words(scores).partition(', L1')[0]}",
             spacing=spacing,
         )
         sweep = figures.axial_sweep([scans[0], reconstructions[0]], ("held-out scan", "reconstruction"))
         figures.animate(sweep, model_dir / "reconstruction.gif")
-    dice = f"Dice of labels {scores['dice']:.3f}, " if labels else ""
     run.print(
-        f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), "
-        f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}, {dice}"
-        f"{scores['power_share']:.2f} of the high-frequency power retained, "
+        f"autoencoder: held-out loss {scores['loss']:.4f} (best {progress.best:.4f}), {in_words(scores)}, "
         f"after {progress.clock.seconds / 60:.1f} min\n"
         f"  {files.best}\n  {output_dir / 'reconstructions.png'}\n  {model_dir / 'reconstruction.gif'}\n"
         f"  {model_dir / 'losses.png'}"
@@ -237,10 +240,10 @@ def fit_wavelets(config, environment, files, criterion, args, run):
     config = configs.with_spacing(config, spacing)
     _, size, val_size = patch_sizes(config, [*train_cases, *val_cases])
     preprocessing, seed = Preprocessing.from_config(config), config["seed"]
-    train_set, val_set = (
-        VolumeDataset(cases, preprocessing, side, cache_dir=environment["cache_dir"], seed=seed)
-        for cases, side in ((train_cases, size), (val_cases, val_size))
-    )
+    common = {"cache_dir": environment["cache_dir"], "seed": seed}
+    own_sizes = not config["autoencoder_train"]["val_patch_size"]
+    train_set = VolumeDataset(train_cases, preprocessing, size, own_sizes=True, **common)
+    val_set = VolumeDataset(val_cases, preprocessing, val_size, own_sizes=own_sizes, **common)
     network = configs.define_network(config, "autoencoder_def")
     run.print("autoencoder: no weights to train; its bands are measured")
 
@@ -255,7 +258,7 @@ def fit_wavelets(config, environment, files, criterion, args, run):
     facts = {"config": config, "subjects": subjects_of(train_cases, val_cases), "model": network.state_dict()}
     content = {**facts, "epoch": 0, "batch": 0, "step": 0, "best": scores["loss"], "validation": scores}
     run.from_main(lambda: save_checkpoint(files.best, content))
-    run.print(f"autoencoder: PSNR {scores['psnr']:.2f} dB\n  {files.best}")
+    run.print(f"autoencoder: {in_words(scores)}\n  {files.best}")
 
 
 if __name__ == "__main__":

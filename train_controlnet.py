@@ -8,7 +8,8 @@ Every case needs a label, which is its mask; `label_values` names the values tha
 that occur. Reads `model_dir/autoencoder.pt` and `diffusion_unet.pt` (or `--autoencoder`, `--unet`), whose
 weights are hashed before and after and never written. Each volume is encoded once, or each of
 `controlnet_train.augment.versions`, its mask cropped and augmented with it. The mask enters the ControlNet as
-binary-coded channels. `controlnet_train.weighted_loss_label` makes small structures count more.
+binary-coded channels. `controlnet_train.weighted_loss_label` makes small structures count more;
+`contrast_weight` asks images to change where a structure is taken out of the mask, and to stay elsewhere.
 
 Written to `model_dir`:
     controlnet.pt               the lowest loss on held-out pairs so far, with averaged weights
@@ -31,16 +32,19 @@ import torch
 import utils
 from ldm import UserError, configs
 from ldm.data.labels import check_labelled, values_in
-from ldm.data.prepare import prepare_data, volumes_to_encode
+from ldm.data.prepare import prepare_data, volumes_to_encode, warn_of_sides
 from ldm.data.splits import subjects_of
+from ldm.data.structures import usual_medians
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
-from ldm.models.control import MASK, coded
+from ldm.models.control import MASK, coded, contrast_loss
 from ldm.models.denoiser import predict
 from ldm.system.checkpoints import require_checkpoint, weights_hash
 from ldm.training.controlnet import (
+    MASK_WITHOUT,
     WithMask,
     build_learner,
     check_frozen,
@@ -66,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
     args = parser.parse_args(argv)
     config = utils.load_training_config(args, "controlnet_train")
+    check_sources(config, "controlnet_train")
     section, seed, noise_section = config["controlnet_train"], config["seed"], config["NoiseScheduler"]
     section["timestep_sampling"] = resolve_timestep_sampling(noise_section, section["timestep_sampling"])
     if config["with_labels"]:
@@ -105,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_labelled(cases, "masks")
     values = run.from_main(lambda: list(config["label_values"] or values_in(cases)))
     check_values(values, section, resumed)
+    warn_of_sides([section], train_cases, run)
     told = told_augmentation(config, conditions)
     sized = {**config, "diffusion_train": {**config["diffusion_train"], "patch_size": geometry["size"]}}
     volumes = volumes_to_encode(sized, environment, train_cases, val_cases, run, section["augment"])
-    check_fits(rehearse, config, "controlnet_train", [geometry["size"]] * 3, run)
+    check_fits(rehearse, config, "controlnet_train", [list(volumes[0].size)] * 3, run)
     latents = encode_data(config, *volumes, autoencoder_file, None, run)
     if latents.autoencoder_hash != trained["autoencoder"]:
         raise UserError(
@@ -120,17 +126,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         for one, name in zip(volumes, ("training", "held-out"), strict=True)
     )
 
+    preprocessing, usual = volumes[0].preprocessing, resumed and resumed.get("structures")
+    if usual is None:
+        usual = run.from_main(lambda: usual_medians(preprocessing, train_cases, values))
+
     # Step 3: the ControlNet
     torch.manual_seed(seed)  # the same initial weights on every rank
     learner = build_learner(config, unet, values, section["compile"], run)
     model, optimizer, ema_model = learner.model, learner.optimizer, learner.ema_model
-    drawn = WithMask(WithNoise(latents.train, shape, seed, conditions, told), masks, seed)
+    drawn = WithNoise(latents.train, shape, seed, conditions, told, latents.shapes)
+    drawn = WithMask(drawn, masks, seed, section["contrast_remove"])
     workers = 0 if run.device.type == "cpu" else None
     loader = utils.make_loader(drawn, section, config, run, workers)
     facts = {
         "config": config,
         "unet": unet_hash,
         "label_values": values,
+        "empty_masks": any((one.flatten(1).amax(1) == 0).any().item() for one in masks),
+        "structures": usual,
         "subjects": subjects_of(train_cases, val_cases),
     }
     if resumed:
@@ -142,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def mask_of(i: int) -> dict[str, torch.Tensor]:
         """The mask of a held-out case, without a batch dimension."""
-        return {MASK: coded(val_masks[i, :1].to(run.device), learner.bits)[0]}
+        return {MASK: coded(val_masks[i][:1].to(run.device), learner.bits)[0]}
 
     # Step 4: train
     with profiled(args.profile, model_dir, run) as after_step:
@@ -161,15 +174,24 @@ def main(argv: Sequence[str] | None = None) -> None:
                 z0 = (mean + std * posterior_noise) * scale_factor
 
                 # Noise and time, forward, loss, backward
-                t = process.draw_times(uniform, section["timestep_sampling"])
+                at = process.at(z0.shape[2:]) if latents.shapes else process
+                t = at.draw_times(uniform, section["timestep_sampling"])
                 zt = process.add_noise(z0, noise, t)
                 with optimizer.accumulating(last):
                     with run.autocast():
                         prediction = predict(model, zt, t, cond)
                     made = {"z0": z0, "noise": noise, "t": t}
                     loss = weighted_loss(process, prediction, made, section, mask)
+                    terms = {"loss": loss}
+                    if MASK_WITHOUT in batch:
+                        mask_without = batch[MASK_WITHOUT].to(run.device, non_blocking=True)
+                        cond[MASK] = coded(mask_without, learner.bits)
+                        with torch.no_grad(), run.autocast():
+                            without = predict(learner.bare_model, zt, t, cond)
+                        terms["contrast"] = contrast_loss(prediction, without, mask, mask_without)
+                        loss = loss + section["contrast_weight"] * terms["contrast"]
                     optimizer.backward(loss)
-                progress.add({"loss": loss}, batch)
+                progress.add(terms, batch)
                 if not last:
                     progress.end_batch()
                     continue
@@ -181,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ema_model.update(learner.control, skip)
 
                 # Log, save
-                progress.end_step({"loss": loss}, {"controlnet": optimizer})
+                progress.end_step(terms, {"controlnet": optimizer})
                 if progress.must_save():
                     progress.save(learner)
                 if after_step():  # the profile is complete

@@ -8,7 +8,8 @@ Reads `model_dir/autoencoder.pt` (or `--autoencoder FILE`). Each volume is encod
 kept in memory; with `augment.versions: N`, N random versions of it are. With augmentation but no `versions`,
 each step encodes freshly augmented images. Each step draws its latents from the posteriors. With
 `latent_cache` these are read from the disk, where cache_latents.py has written them. The scale factor,
-1 / std of the latents of the whole training set, is measured once and stored with the weights.
+1 / std of the latents of the whole training set, is measured once and stored with the weights. Where volumes
+have sizes of their own (`data.sizes`), a batch holds volumes of one size.
 
 Written to `model_dir`:
     diffusion_unet.pt           the lowest loss on held-out volumes so far, with averaged weights
@@ -32,11 +33,14 @@ import torch
 
 import utils
 from ldm import configs, figures
+from ldm.data.extent import largest_size
 from ldm.data.prepare import in_steps, prepare_data, step_size, volumes_to_encode
 from ldm.data.splits import subjects_of
-from ldm.diffusion.conditioning import Conditions, check_guide, check_sources
+from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.guidance import check_guide
 from ldm.diffusion.objective import diffusion_loss, validate
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
 from ldm.models.denoiser import predict
 from ldm.training.diffusion import build_learner, draw_samples, rehearse, save_pictures
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         latents = read_cache(config, environment, autoencoder_file, resumed, run)
         config = configs.with_spacing(config, latents.geometry["spacing"], resumed)
         train_cases, val_cases = latents.train.cases, latents.val.cases
-        size = latents.geometry["size"]
+        size = largest_size(train_cases, latents.geometry["size"])
     else:
         train_cases, val_cases, spacing = prepare_data(
             config, environment, run, args.skip_bad, resumed=resumed, autoencoder=autoencoder_file
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # With latents in memory and training on the CPU, loader processes would only compete with it for cores.
     workers = 0 if latents.in_memory and run.device.type == "cpu" else None
     train, shape = in_steps(config, latents.train), step_size(config, latents.shape)
-    drawn = WithNoise(train, shape, seed, conditions, section["augment"])
+    drawn = WithNoise(train, shape, seed, conditions, section["augment"], latents.shapes)
     loader = utils.make_loader(drawn, section, config, run, workers)
     facts = {  # saved beside the weights in each checkpoint: sampling needs them
         "scale_factor": scale_factor,
@@ -149,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 z0 = (mean + std * posterior_noise) * scale_factor
 
                 # Noise and time
-                t = process.draw_times(uniform, section["timestep_sampling"])
+                at = process.at(z0.shape[2:]) if latents.shapes else process
+                t = at.draw_times(uniform, section["timestep_sampling"])
                 zt = process.add_noise(z0, noise, t)
 
                 # Forward, loss, backward
@@ -194,12 +199,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder = latents.autoencoder or load_autoencoder(autoencoder_file, config, run)
                 shape, steps = latents.shape, section["sample_steps"]
                 sampled = learner.sampling_network(config, run)
+                labels = len(configs.labels_of(config))
                 samples = draw_samples(
-                    sampled, decoder, scale_factor, process, shape, geometry, steps, run, conditions
+                    sampled, decoder, scale_factor, process, shape, geometry, steps, run, conditions, labels
                 )
-                save_pictures(samples, config["spacing"], epoch, model_dir)
+                save_pictures([*samples.values()], config["spacing"], epoch, model_dir)
                 for name, volume in samples.items():
-                    picture = figures.three_planes(volume[0], config["spacing"])
+                    picture = figures.three_planes(volume, config["spacing"])
                     progress.log.image(f"samples/{name}", picture, progress.clock.step)
 
     # Step 5: what was reached

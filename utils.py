@@ -209,7 +209,13 @@ def make_loader(
         run.rank,
         run.world_size,
         section["accumulate_steps"],
+        getattr(dataset, "shapes", None),
     )
+    if copies := sampler.copies():
+        run.print(
+            f"note: {copies} of {len(dataset) + copies} places in an epoch's batches hold a volume again: "
+            "a batch of all ranks has one size. Fewer sizes (data.sizes) or a smaller batch_size waste less"
+        )
     workers = config["data"]["num_workers"] if workers is None else workers
     return DataLoader(
         dataset,
@@ -293,8 +299,9 @@ def meant_for_gpu(args: argparse.Namespace) -> bool:
 
 def planned_sizes(config: dict, args: argparse.Namespace) -> tuple[list[int], list[int], list[int]]:
     """As `prepare.patch_sizes`, for a dry run: the data are read only where the config leaves a size open."""
-    cases = []
-    if not all(config[stage]["patch_size"] for stage in ("autoencoder_train", "diffusion_train")):
+    cases, stages = [], ("autoencoder_train", "diffusion_train")
+    stated = isinstance(config["data"]["sizes"], list) or all(config[stage]["patch_size"] for stage in stages)
+    if not stated:
         environment, run = load_environment(args.environment_file), Run(0, 1, torch.device("cpu"))
         skip = getattr(args, "skip_bad", False)
         train, val, spacing = prepare_data(config, environment, run, skip, for_training=False)

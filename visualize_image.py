@@ -336,6 +336,8 @@ def denoise(args: argparse.Namespace) -> None:
         run,
         args.set,
     )
+    if networks.label_maps:
+        raise UserError("`denoise` shows images; this model draws label maps alone.")
     if args.channel >= (count := len(networks.geometry["limits"])):
         raise UserError(f"--channel {args.channel}: the model makes {count} channel(s), from 0 on.")
     sampler, steps = networks.sampling(args.sampler, args.steps)

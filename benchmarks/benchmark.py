@@ -71,6 +71,10 @@ class VolumesInMemory(Dataset):
     def __init__(self, cases: Sequence[Case], images: torch.Tensor):
         self.cases, self.images = cases, images
 
+    def size_of(self, i: int) -> tuple[int, ...]:
+        """Voxels of case `i`."""
+        return tuple(self.images.shape[2:])
+
     def image(self, i: int, version: int) -> torch.Tensor:
         """Case `i`, (C, D, H, W)."""
         return self.images[i]

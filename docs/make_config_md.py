@@ -25,6 +25,7 @@ The environment file, given by `-e`, sets paths, relative to the working directo
 | key | meaning |
 |---|---|
 | `data_base_dir` | a folder, a JSON list, or several of these ([data.md](data.md#where-the-data-are)) |
+| `json_data_list` | a JSON list of its files, or one for each folder ([data.md](data.md#json-list)) |
 | `model_dir` | checkpoints and logs |
 | `tfevent_path` | TensorBoard files |
 | `output_dir` | samples |

@@ -18,13 +18,15 @@ from ldm.models.definitions import (
     instantiate,
     resolve_references,
 )
-from ldm.models.embedding import COVARIATES, encoded_size
+from ldm.models.embedding import COVARIATES, embedded_size
 from ldm.system.schemas import StrictValidator, explained
 
 LABELS = "label_values"
+ONLY = "only"  # of `with_labels`: label maps without images
 # Keys that a checkpoint's weights depend on. `LABELS` count where labels are drawn, or are masks.
-MODEL = ("autoencoder_def", "channel", "spacing", "intensity", "with_labels", LABELS)
+MODEL = ("autoencoder_def", "channel", "spacing", "data.own_spacing", "intensity", "with_labels", LABELS)
 FIXED = {"autoencoder": MODEL, "diffusion": (*MODEL, "diffusion_def", "NoiseScheduler", "conditions")}
+FIXED["diffusion"] += ("data.sizes", "data.own_spacing")
 FIXED["controlnet"] = (*FIXED["diffusion"], "controlnet_def")
 RESUMING = "Resume with the config that the run began with, or use another model_dir."
 # Arguments of networks that change memory and speed, not the result.
@@ -33,10 +35,13 @@ RESULT_FREE = {
     "use_checkpointing",
     "use_flash_attention",
     "num_splits",
+    "norm_float16",
     "save_mem",
     "print_info",
 }
-ONLY_IN_TRAINING = {"conditions.dropout"}
+NOT_LEARNED = {"conditions.dropout", "intensity.whole_numbers"}  # of training, and of what is written
+
+IMAGE_TERMS = ("gradient_weight", "perceptual_weight", "adversarial_weight")  # of stage 1's loss
 
 ABSENT = object()
 SCHEMA = Path(__file__).resolve().parents[1] / "config/schema.json"
@@ -55,6 +60,7 @@ def check_config(config: dict, path: str | Path) -> dict:
     try:
         config = resolve_references(config, config, "config")
         check_schema(config, schema, path, hint="docs/config.md lists the keys.")
+        _sizes_as_covariates(config, path)
         _embed_covariates(config, path)
     except RecursionError:
         raise UserError(f"{path}: lists or references are nested too deeply.") from None
@@ -66,15 +72,20 @@ def check_config(config: dict, path: str | Path) -> dict:
     _fill(config, schema)
     if "_target_" in config["NoiseScheduler"]:
         check_definition(config["NoiseScheduler"], SCHEDULERS, "NoiseScheduler")
-    if len(channels_of(config)) != config["image_channels"]:
+    if config["with_labels"] == ONLY:
+        config["autoencoder_train"] |= dict.fromkeys(IMAGE_TERMS, 0.0)  # there is no image to compare
+        if not config["autoencoder_train"]["label_weight"]:
+            raise UserError(f"{path}: autoencoder_train.label_weight: the only term; set it above 0.")
+    elif len(channels_of(config)) != config["image_channels"]:
         raise UserError(
             f"{path}: channel names {len(channels_of(config))} channel(s), "
             f"image_channels is {config['image_channels']}."
         )
-    if config["spacing"] and config["longest_side"]:
+    if config["spacing"] and config["longest_side"] and not config["data"]["own_spacing"]:
         raise UserError(f"{path}: spacing and longest_side: set one of them, not both.")
     _check_intensity(config, stated, path)
     _check_slices(config, path)
+    _check_sizes(config, path)
     check_networks(config)
     return config
 
@@ -86,12 +97,13 @@ def _with_volume_channels(config: dict, path: str | Path) -> dict:
         UserError: it has another number already, or labels without their values.
     """
     images, labels = config.get("image_channels", 1), config.get("label_values")
-    with_labels = config.get("with_labels", False) is True
-    if with_labels and not labels:
+    with_labels = config.get("with_labels", False)
+    drawn = with_labels is True or with_labels == ONLY
+    if drawn and not labels:
         raise UserError(f"{path}: with_labels: name the labels by label_values, such as [1, 2].")
     if type(images) is not int or not (labels is None or isinstance(labels, list)):
         return config  # the schema says what is wrong
-    channels = images + (len(labels) if with_labels else 0)
+    channels = (images if with_labels != ONLY else 0) + (len(labels) if drawn else 0)
     found = config.get("volume_channels", channels)
     if type(found) is not int or found != channels:
         raise UserError(f"{path}: volume_channels: expected {channels}, found {brief(found)}. Leave it out.")
@@ -114,8 +126,24 @@ def _with_voxels(config: dict, path: str | Path) -> dict:
     return {**config, "autoencoder_def": voxels, "latent_channels": config.get("latent_channels", channels)}
 
 
+def _sizes_as_covariates(config: dict, path: str | Path) -> None:
+    """Make each of `conditions.structure_sizes` a number among the covariates, with a list of label values.
+
+    Raises:
+        UserError: it is a covariate with categories.
+    """
+    section = config.get("conditions", {})
+    for name, values in (sizes := section.get("structure_sizes", {})).items():
+        sizes[name] = [values] if isinstance(values, int) else values
+        known = section.setdefault("covariates", {}).setdefault(name, "number")
+        if known != "number" and isinstance(known[0], str):
+            raise UserError(
+                f"{path}: conditions.covariates.{name}: a size is a number, or [low, high] in ml."
+            )
+
+
 def _embed_covariates(config: dict, path: str | Path) -> None:
-    """Give the diffusion network an embedding of the covariates, where the config leads them there.
+    """Give the diffusion network an embedding of covariates and spacing, where the config leads them there.
 
     Raises:
         UserError: it has one of another size, or one of classes.
@@ -131,15 +159,15 @@ def _embed_covariates(config: dict, path: str | Path) -> None:
             raise UserError(
                 f"{path}: conditions.covariates.{name}: 'unknown' is no category. Leave such cells empty."
             )
-    if not covariates or definition is None or "embedding" not in section.get("into", ["embedding"]):
+    if definition is None or not (size := embedded_size(section, definition)):
         return
-    size = encoded_size(covariates, section.get("unknown", True))
     if (found := definition.setdefault(COVARIATES, size)) != size:
         raise UserError(f"{path}: diffusion_def.{COVARIATES}: expected {size}, found {brief(found)}.")
     if definition.get("num_class_embeds") is not None:
         raise UserError(
-            f"{path}: diffusion_def.num_class_embeds: covariates take its place. Remove it, or set "
-            "conditions.into to channels or cross_attention."
+            f"{path}: diffusion_def.num_class_embeds: {'covariates take' if covariates else 'spacing takes'} "
+            "its place. Remove it, or set conditions."
+            + ("into to channels or cross_attention." if covariates else "spacing to false.")
         )
 
 
@@ -224,6 +252,16 @@ def _check_slices(config: dict, path: str | Path) -> None:
             )
 
 
+def _check_sizes(config: dict, path: str | Path) -> None:
+    """Raise UserError where `data.sizes` stands beside what it replaces, or 2D networks."""
+    if not config["data"]["sizes"]:
+        return
+    if config["diffusion_train"]["patch_size"]:
+        raise UserError(f"{path}: data.sizes and diffusion_train.patch_size: set one of them, not both.")
+    if config["spatial_dims"] == 2:
+        raise UserError(f"{path}: data.sizes: is for spatial_dims 3. Remove it.")
+
+
 def completed(config: dict) -> dict:
     """A resolved config from a checkpoint, with the defaults of keys that are newer than it."""
     schema, config = _schema(), copy.deepcopy(config)
@@ -295,7 +333,7 @@ def check_fixed(
     for key, (was, now) in differences(trained, config).items():
         if not any(f"{key}.".startswith(f"{one}.") for one in keys):
             continue
-        if key.rpartition(".")[2] not in RESULT_FREE and key not in ONLY_IN_TRAINING:
+        if key.rpartition(".")[2] not in RESULT_FREE and key not in NOT_LEARNED:
             raise UserError(f"{path}: was trained with {key} {was}; {source} says {now}. {remedy}".rstrip())
 
 
@@ -317,7 +355,8 @@ def with_spacing(config: dict, spacing: Sequence[float], resumed: dict | None = 
         UserError: it is not the spacing of the checkpoint that is resumed.
     """
     if config["spacing"] is None:
-        config = {**config, "spacing": list(spacing), "longest_side": None}
+        longest_side = config["longest_side"] if config["data"]["own_spacing"] else None
+        config = {**config, "spacing": list(spacing), "longest_side": longest_side}
     if resumed:
         check_fixed(resumed["config"], config, ("spacing",), resumed["path"], RESUMING)
     return config
@@ -353,12 +392,14 @@ def _fill_defaults(section: dict, schema: dict, root: dict) -> None:
 
 
 def channels_of(config: dict) -> tuple[int, ...]:
-    """The channels of an image that are used, in this order."""
+    """The channels of an image that are used, in this order; none of label maps alone."""
+    if config["with_labels"] == ONLY:
+        return ()
     return tuple(config["channel"]) if isinstance(config["channel"], list) else (config["channel"],)
 
 
 def labels_of(config: dict) -> tuple[int, ...]:
-    """The values of the labels that are drawn with images; none without `with_labels`."""
+    """The values of the labels that are drawn, with images or alone; none without `with_labels`."""
     return tuple(config["label_values"]) if config["with_labels"] else ()
 
 

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ldm import UserError
+from ldm import UserError, counted
 from ldm.configs import check_schema
 from ldm.system.files import NO_SPACE
 
@@ -29,31 +29,45 @@ SCHEMA = {
         "download_brats": {"type": "boolean"},
         "perceptual_weights": PATH_OR_NULL,
         "cache_dir": PATH_OR_NULL,
+        "json_data_list": {
+            "title": "a file, a list of files or null",
+            "anyOf": [PATH, PATHS | {"uniqueItems": True}, {"type": "null"}],
+        },
     },
     "required": ["data_base_dir", "model_dir", "tfevent_path", "output_dir"],
     "additionalProperties": False,
 }
 DEFAULTS = {"resume_ckpt": None, "download_brats": False, "perceptual_weights": None, "cache_dir": None}
+DEFAULTS |= {"json_data_list": None}
 
 
 def check_environment(content: dict, path: str | Path) -> dict:
     """The content of an environment file as it is used: checked, with its defaults, folders as `Path`.
 
     Relative paths count from the working directory; `~` is the home folder. `data_base_dir` may be a list of
-    folders. `cache_dir` is `model_dir`/cache by default.
+    folders; `json_data_list` then names a JSON list for each, and becomes a list in any case. `cache_dir` is
+    `model_dir`/cache by default.
 
     Args:
         path: the file, for messages.
 
     Raises:
-        UserError: an unknown or missing key, a wrong value, or a file where a folder is expected; the key is
-            named.
+        UserError: an unknown or missing key, a wrong value, a file where a folder is expected, or lists that
+            are not as many as folders; the key is named.
     """
     check_schema(content, SCHEMA, path, hint="config/environment.json.example shows the keys.")
     environment = DEFAULTS | content
     base = environment["data_base_dir"]
     paths = [Path(one).expanduser() for one in (base if isinstance(base, list) else [base])]
     environment["data_base_dir"] = paths if isinstance(base, list) else paths[0]
+    if (lists := environment["json_data_list"]) is not None:
+        lists = [Path(one).expanduser() for one in (lists if isinstance(lists, list) else [lists])]
+        environment["json_data_list"] = lists
+        if len(lists) != len(paths):
+            raise UserError(
+                f"{path}: json_data_list names {counted(len(lists), 'list{s}')}, data_base_dir "
+                f"{counted(len(paths), 'folder{s}')}. Name one list for each folder."
+            )
     environment["cache_dir"] = environment["cache_dir"] or Path(environment["model_dir"]) / "cache"
     for key in FOLDERS:
         environment[key] = Path(environment[key]).expanduser()

@@ -350,7 +350,9 @@ def loss_figure(records: Sequence[dict]) -> Figure:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (stage, keys, title, logarithmic) in zip(axes, panels, strict=True):
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (stage, keys, title, logarithmic) in zip(axes, panels, strict=False):
         entries = [entry for entry in records if entry["stage"] == stage]
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]

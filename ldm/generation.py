@@ -5,7 +5,7 @@ import functools
 import gzip
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -14,10 +14,12 @@ import torch
 
 from ldm import UserError, configs, few
 from ldm.data.cases import Case
+from ldm.data.extent import asked_geometry
 from ldm.data.intensity import Intensity, from_unit_range
-from ldm.data.labels import label_of, largest_share, values_in
+from ldm.data.labels import label_of, values_in
 from ldm.data.preprocessing import Preprocessing, crop_or_pad
-from ldm.diffusion.conditioning import UNCONDITIONED, Conditions, with_guide
+from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
+from ldm.diffusion.guidance import with_guide
 from ldm.diffusion.process import NoiseProcess, resolve_timestep_sampling
 from ldm.diffusion.samplers import SAMPLERS, choose_sampler, sample_latents
 from ldm.models.autoencoder import Autoencoder
@@ -53,7 +55,9 @@ class Networks:
     they are decoded. `geometry` holds spacing in mm, size in voxels and intensity limits of the volumes, for
     2D networks also the `slices` that are not empty; `power` is the high-frequency power of the autoencoder's
     reconstructions, None where it was not measured; `labels` are the values of the labels that are drawn,
-    `masks` what a ControlNet takes.
+    `masks` what a ControlNet takes, `structures` the usual medians of labels (`ldm.data.structures`), where
+    training measured them. Volumes are written as `whole_numbers`, or as float32. `asked` holds size and
+    spacing where they are not those of the model.
     """
 
     autoencoder: Autoencoder
@@ -66,21 +70,48 @@ class Networks:
     conditions: Conditions = UNCONDITIONED
     labels: tuple[int, ...] = ()
     masks: "Masks | None" = None
+    structures: dict = field(default_factory=dict)
+    whole_numbers: bool = False
+    asked: dict = field(default_factory=dict)
+
+    @property
+    def label_maps(self) -> bool:
+        """Whether volumes are label maps without images."""
+        return not self.geometry["limits"]
 
     def sampling(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Sampler and number of steps, with the defaults of the noise process."""
         sampler = choose_sampler(sampler, self.process)
         return sampler, steps or SAMPLERS[sampler].steps or self.process.num_train_timesteps
 
+    def model(
+        self,
+        chosen: Sequence[dict],
+        guidance: float,
+        run: Run,
+        masks: Sequence[torch.Tensor] | None = None,
+        interval: Sequence[float] | None = None,
+    ) -> Callable:
+        """The model function of the samplers for a batch; the arguments are those of `draw`."""
+        unet, times = self.unet, None
+        if interval:
+            times = tuple(share * self.process.num_train_timesteps for share in interval)
+        if masks is not None:
+            unet = functools.partial(unet, mask=coded(torch.stack([*masks]), self.masks.bits).to(run.device))
+        return self.conditions.guided_model(unet, chosen, guidance, run.device, times)
+
 
 @dataclass(frozen=True)
 class Masks:
     """What a ControlNet takes: the `values` of labels that it was trained on, in so many `bits`. Where these
-    were `chosen` by the config, others were background; else there were no others."""
+    were `chosen` by the config, others were background; else there were no others. `empty`: some masks were
+    empty. `structures`: as of `Networks`."""
 
     values: tuple[int, ...]
     bits: int
     chosen: bool
+    empty: bool
+    structures: dict
 
 
 def with_control(
@@ -95,7 +126,13 @@ def with_control(
         UserError: the file is no ControlNet of this diffusion network.
     """
     require_checkpoint(path, "controlnet")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, "controlnet")
+    if "config" not in checkpoint:  # from elsewhere
+        checkpoint |= {"config": config, "unet": unet_hash, "label_values": config["label_values"]}
+        if not config["label_values"]:
+            raise UserError(
+                f"{path}: weights from elsewhere. Name the labels that they know by label_values."
+            )
     if not {"label_values", "unet"} <= checkpoint.keys():
         raise UserError(f"{path}: is no checkpoint of train_controlnet.py.")
     trained = configs.completed(checkpoint["config"])
@@ -107,8 +144,9 @@ def with_control(
     values = tuple(checkpoint["label_values"])
     control, bits = define_control({**trained, "diffusion_def": config["diffusion_def"]}, values)
     load_weights(control, checkpoint["model"], str(path))
-    control, masks = on_device(control, run).eval(), Masks(values, bits, trained["label_values"] is not None)
-    return controlled(unet, control), masks
+    chosen, empty = trained["label_values"] is not None, checkpoint.get("empty_masks", False)
+    masks = Masks(values, bits, chosen, empty, checkpoint.get("structures", {}))
+    return controlled(unet, on_device(control, run).eval()), masks
 
 
 def controlled(unet: torch.nn.Module, control: torch.nn.Module) -> torch.nn.Module:
@@ -120,7 +158,7 @@ def controlled(unet: torch.nn.Module, control: torch.nn.Module) -> torch.nn.Modu
 
 
 def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
-    """A mask on the grid of the volumes, (D, H, W) uint8, and what was done to it, "" where nothing.
+    """A mask on the grid of the volumes, (D, H, W), and what was done to it, "" where nothing.
 
     Raises:
         UserError: it cannot be read, is empty, or has labels that the training data had not.
@@ -133,10 +171,12 @@ def read_mask(path: Path, networks: Networks) -> tuple[torch.Tensor, str]:
             f"{path}: has labels that the ControlNet was not trained on ({few(list(map(str, others)))}). "
             f"It knows {few(list(map(str, values)), 12)}."
         )
-    whole = largest_share(preprocessing.label_channels(path), values)
+    whole = preprocessing.mask(path)
     mask = crop_or_pad(whole[None], geometry["size"])[0]
-    if not mask.any():
+    if whole.any() and not mask.any():
         raise UserError(f"{path}: has no labelled voxel on the grid of the volumes.")
+    if not mask.any() and not networks.masks.empty:
+        raise UserError(f"{path}: is empty; no mask that the ControlNet was trained on was.")
     lost = (whole > 0).sum() - (mask > 0).sum()
     note = f"{path.name}: {lost} labelled voxels lie outside of the volumes and are cut off" if lost else ""
     return torch.from_numpy(np.ascontiguousarray(mask)), note
@@ -153,6 +193,8 @@ def load_networks(
     run: Run,
     overrides: Sequence[str] | None = None,
     control_path: Path | None = None,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> Networks:
     """The networks of a config with the weights of two checkpoints, on the device.
 
@@ -163,9 +205,11 @@ def load_networks(
         overrides: what `--set` changed in the config; None: the config is that of a record, where only the
             networks count.
         control_path: of a ControlNet, if images should follow masks.
+        size, spacing: of the volumes to draw, in voxels and mm; None: those of the model.
 
     Raises:
-        UserError: the files, the config and `max_memory` do not fit each other.
+        UserError: the files, the config and `max_memory` do not fit each other, or the model cannot draw such
+            volumes.
     """
     require_checkpoint(autoencoder_path, "autoencoder")
     require_checkpoint(unet_path, "unet")
@@ -192,15 +236,22 @@ def load_networks(
         raise UserError(
             f"{unet_path}: has no scale factor. Give it by --scale-factor X (1 / std of its latents)."
         )
-    geometry = geometry_of(second, config, unet_path)
+    geometry = geometry_of(second, config, unet_path, size, spacing)
     shape = [config["diffusion_def"]["out_channels"], *latent_size(config, geometry["size"])]
     if (trained := [*second.get("latent_shape", shape)]) != shape:
         raise UserError(
             f"{unet_path}: its latent_shape is {trained}; by its networks and size it is {shape}."
         )
-    conditions = Conditions.from_checkpoint(second, config)
+    conditions = Conditions.from_checkpoint({**second, "geometry": geometry}, config)
     conditions.check_size(shape, unet_path)
-    conditions = conditions.of_latents(shape, conditions.mean_latent)
+    given = {key: list(one) for key, one in (("size", size), ("spacing", spacing)) if one}
+    conditions.check_asked({key for key, one in given.items() if one != list(geometry[key])})
+    geometry = asked_geometry(geometry, size, spacing, network_divisor(config))
+    own = {"size": config["diffusion_train"]["patch_size"], "spacing": config["spacing"]}
+    own = second.get("geometry", own)
+    asked = {key: one for key, one in given.items() if one != list(own[key] or [])}
+    shape = [shape[0], *latent_size(config, geometry["size"])]
+    conditions = conditions.of_latents(shape, conditions.mean_latent).of_spacing(geometry["spacing"])
     needed, given = example_cond(config["diffusion_def"], 1, shape[1:]), conditions.inputs
     if "channels" in given and ("channels" not in needed or needed["channels"].shape != given["channels"]):
         raise UserError(
@@ -210,7 +261,7 @@ def load_networks(
     if unknown := needed.keys() - given.keys():
         raise UserError(
             f"{unet_path}: its network needs {', '.join(sorted(unknown))}, of which the file says nothing. "
-            "Use a checkpoint of train_diffusion.py."
+            "Use a checkpoint of train_diffusion.py, or give it by `conditions` in the config."
         )
     noise = config["NoiseScheduler"]
     if "config" in second:  # trained here
@@ -232,8 +283,22 @@ def load_networks(
     unet = compile_for_sampling(unet, run) if compiled else unet
     power = first.get("validation", {}).get("power")
     labels = configs.labels_of(config)
+    usual = masks.structures if masks else geometry.get("structures", {})
+    whole = config["intensity"]["whole_numbers"]
     return Networks(
-        autoencoder, scale_factor, unet, process, shape, geometry, power, conditions, labels, masks
+        autoencoder,
+        scale_factor,
+        unet,
+        process,
+        shape,
+        geometry,
+        power,
+        conditions,
+        labels,
+        masks,
+        usual,
+        whole,
+        asked,
     )
 
 
@@ -282,9 +347,15 @@ def compile_for_sampling(unet: torch.nn.Module, run: Run) -> Callable:
     return replayed
 
 
-def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
+def geometry_of(
+    checkpoint: dict,
+    config: dict,
+    path: Path,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+) -> dict:
     """Spacing, size and intensity limits of generated volumes: as trained; for bare weights as the config
-    says.
+    says, else as asked.
 
     Raises:
         UserError: the config does not say it, or the networks cannot make such volumes.
@@ -292,18 +363,19 @@ def geometry_of(checkpoint: dict, config: dict, path: Path) -> dict:
     if "geometry" in checkpoint:
         geometry = checkpoint["geometry"]
         check_size(geometry["size"], network_divisor(config), f"{path}: geometry.size")
-        if (count := len(geometry["limits"])) != config["image_channels"]:
-            raise UserError(f"{path}: has limits of {count} channel(s), not {config['image_channels']}.")
+        if (count := len(geometry["limits"])) != (expected := len(configs.channels_of(config))):
+            raise UserError(f"{path}: has limits of {count} channel(s), not {expected}.")
         return geometry
-    spacing, size = config["spacing"], config["diffusion_train"]["patch_size"]
+    stated = config["diffusion_train"]["patch_size"]
+    spacing, size = config["spacing"] or spacing, stated or size
     if not spacing or not size:
         raise UserError(
             "Weights from elsewhere: set `spacing` and `diffusion_train.patch_size` in the config to those "
-            "of the volumes to make."
+            "of the volumes to make, or give --spacing and --size."
         )
-    check_size(size, network_divisor(config), "diffusion_train.patch_size")
+    check_size(size, network_divisor(config), "diffusion_train.patch_size" if stated else "--size")
     window = Intensity.from_config(config).window
-    limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * config["image_channels"]
+    limits = [list(pair) for pair in window] if window else [[0.0, 1.0]] * len(configs.channels_of(config))
     return {"spacing": spacing, "size": size, "limits": limits}
 
 
@@ -323,7 +395,7 @@ def draw(
 
     Args:
         chosen: the condition of each sample, as of `Conditions.parse`; what it lacks is unknown.
-        guidance: as of `ldm.diffusion.conditioning.guided`.
+        guidance: as of `ldm.diffusion.guidance.guided`.
         interval: of guidance, as a share of the process: 0 is no noise, 1 nothing but noise;
             None: all of it.
         masks: of each sample, (D, H, W), for networks with a ControlNet.
@@ -337,18 +409,11 @@ def draw(
     with (
         out_of_memory_explained(
             f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
-            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
+            ", or ".join([*smaller, "a smaller --size, best of networks that were trained on it"]),
         ),
         run.autocast(),
     ):
-        chosen = chosen or [{}] * len(seeds)
-        times = interval and tuple(share * networks.process.num_train_timesteps for share in interval)
-        unet = networks.unet
-        if masks is not None:
-            unet = functools.partial(
-                unet, mask=coded(torch.stack([*masks]), networks.masks.bits).to(run.device)
-            )
-        model = networks.conditions.guided_model(unet, chosen, guidance, run.device, times)
+        model = networks.model(chosen or [{}] * len(seeds), guidance, run, masks, interval)
         shape, slicewise = networks.latent_shape, networks.autoencoder.is_slicewise
         latents = sample_latents(
             model, networks.process, shape, seeds, steps, sampler, run.device, progress, slicewise
@@ -359,25 +424,38 @@ def draw(
 
 def in_typical_units(volume: torch.Tensor, networks: Networks, seed: int) -> np.ndarray:
     """The image of a volume (C, D, H, W) from the autoencoder's units to the typical range of the training
-    set.
+    set, float32 or int16, as it is written; of a model of label maps the label, (1, D, H, W).
 
     Raises:
         FloatingPointError: a voxel is not finite; `seed` is named.
     """
     limits = np.array(networks.geometry["limits"])
-    voxels = from_unit_range(volume[: len(limits)].numpy(), limits)
-    if not np.isfinite(voxels).all():
+    if networks.label_maps:
+        voxels, finite = label_of(volume.numpy(), networks.labels)[None], volume.isfinite().all()
+    else:
+        voxels = from_unit_range(volume[: len(limits)].numpy(), limits)
+        finite = np.isfinite(voxels).all()
+    if not finite:
         raise FloatingPointError(
             f"the volume of seed {seed} is not finite, and is not written. Leave out --amp, or use another "
             "checkpoint. What else to do: docs/NaN_FIX_GUIDE.md"
         )
-    return voxels
+    return voxels if networks.label_maps else as_written(voxels, networks)
+
+
+def as_written(voxels: np.ndarray, networks: Networks) -> np.ndarray:
+    """An image in its own units as it is written: rounded to int16 where the model's images are whole
+    numbers."""
+    if not networks.whole_numbers:
+        return voxels
+    ends = np.iinfo(np.int16)
+    return np.rint(voxels).clip(ends.min, ends.max).astype(np.int16)
 
 
 def drawn_label(volume: torch.Tensor, networks: Networks) -> np.ndarray | None:
-    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W) uint8; None where none is
-    drawn."""
-    if not networks.labels:
+    """The label of a volume (C, D, H, W) in the autoencoder's units, (1, D, H, W); None where none is drawn
+    beside an image."""
+    if not networks.labels or networks.label_maps:
         return None
     return label_of(volume[-len(networks.labels) :].numpy(), networks.labels)[None]
 

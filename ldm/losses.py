@@ -205,16 +205,25 @@ class AutoencoderLoss(nn.Module):
         perceptual_weights: as of `PerceptualLoss`.
         dims: of the autoencoder. A 2D one sees no differences from slice to slice.
         labels: how many channels, the last, are those of labels; the other terms are of the image alone.
+        image: whether volumes have channels of an image.
     """
 
-    def __init__(self, section: dict, perceptual_weights: str | None, dims: int = 3, labels: int = 0):
+    def __init__(
+        self,
+        section: dict,
+        perceptual_weights: str | None,
+        dims: int = 3,
+        labels: int = 0,
+        image: bool = True,
+    ):
         super().__init__()
         self.axes = (-3, -2, -1)[:dims]
         self.section, self.recon = section, RECON_LOSSES[section["recon_loss"]]
         terms = ["gradient", "perceptual"] + ["label"] * bool(labels)
         weights = {f"{term}_loss": section[f"{term}_weight"] for term in terms}
-        self.weights = {"recon_loss": 1.0, **{term: weight for term, weight in weights.items() if weight}}
-        self.labels = labels
+        weights = {"recon_loss": float(image), **weights}
+        self.weights = {term: weight for term, weight in weights.items() if weight}
+        self.labels, self.image = labels, image
         self.perceptual = None
         if section["perceptual_weight"]:
             self.perceptual = PerceptualLoss(
@@ -254,7 +263,9 @@ class AutoencoderLoss(nn.Module):
         reconstruction, weights = reconstruction.float(), dict(self.weights)
         given, made = self.labels_of(images), self.labels_of(reconstruction)
         images, reconstruction = self.image_of(images), self.image_of(reconstruction)
-        terms = {"recon_loss": self._reconstruction(reconstruction, images)}
+        terms = {}
+        if "recon_loss" in self.weights:
+            terms["recon_loss"] = self._reconstruction(reconstruction, images)
         if kl is not None:
             terms["kl_loss"], weights["kl_loss"] = kl, self.section["kl_weight"]
         if "gradient_loss" in self.weights:

@@ -41,6 +41,14 @@ def mean_dice(made: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     return torch.where(count > 0, (2 * both / sizes.clamp_min(1)).sum() / count.clamp_min(1), 1.0)
 
 
+def dice(found: np.ndarray, true: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Dice of each value in two labels of one shape, (L,); NaN where neither has it."""
+    pairs = [(found == value, true == value) for value in values]
+    sizes = np.array([a.sum() + b.sum() for a, b in pairs], float)
+    both = np.array([(a & b).sum() for a, b in pairs], float)
+    return np.divide(2 * both, sizes, out=np.full(len(values), np.nan), where=sizes > 0)
+
+
 def band_power(volumes: torch.Tensor, low: float = 0.25, high: float = 0.5) -> torch.Tensor:
     """Spectral power between two radial frequencies in cycles/voxel: (B, C, D, H, W) -> (B,).
 

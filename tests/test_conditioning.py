@@ -25,7 +25,9 @@ from ldm.data.datasets import VolumeDataset, stream
 from ldm.data.layouts import find_cases
 from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
-from ldm.diffusion.conditioning import Conditions, check_sources, guided
+from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.guidance import guided
+from ldm.diffusion.sources import check_sources
 from ldm.system.ranks import Run
 from ldm.training.latents import WithNoise
 from ldm.training.memory import Meter
@@ -57,7 +59,9 @@ def config_of(
             "covariates": {},
             "into": ["embedding"],
             "unknown": True,
+            **dict.fromkeys(("spacing", "region", "modality"), False),
         },
+        "data": {"sizes": None, "own_spacing": False},
         "diffusion_def": {**definition, **more},
     }
 

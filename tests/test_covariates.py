@@ -22,11 +22,13 @@ from ldm import UserError, configs
 from ldm.data.cases import Case
 from ldm.data.datasets import stream
 from ldm.data.posteriors import Posteriors
-from ldm.diffusion.conditioning import Conditions, check_sources, guided
+from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.covariates import Covariates
+from ldm.diffusion.guidance import guided
 from ldm.diffusion.inversion import invert, inverting_sampler
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.sources import check_sources
 from ldm.evaluation.asked import Structure, known_values, line
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.models.denoiser import example_cond, predict

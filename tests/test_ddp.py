@@ -419,7 +419,7 @@ import sys
 
 source = open("inference.py", encoding="utf-8").read()
 if os.environ["RANK"] == "1":
-    source = source.replace("volumes = generation.draw(", "raise FloatingPointError('this is why'); (")
+    source = source.replace("drawn = generation.draw(", "raise FloatingPointError('this is why'); (")
 sys.argv[0] = "inference.py"
 exec(compile(source, "inference.py", "exec"))
 """

@@ -295,7 +295,7 @@ def moved() -> np.ndarray:
         (label(), moved(), "lies up to 0.5 mm apart"),
         (np.stack([label()] * 2, -1), np.diag([*SPACING, 1.0]), "has 2 channels; expected a label"),
         (label() + np.float32(0.5), np.diag([*SPACING, 1.0]), "no whole numbers"),
-        (label().astype(np.int16) + 100, np.diag([*SPACING, 1.0]), "expected 0 to 255"),
+        (label().astype(np.int16) - 1, np.diag([*SPACING, 1.0]), "expected 0 to 32767"),
     ],
 )
 def test_a_label_that_does_not_fit_is_refused(tmp_path, capsys, voxels, affine, fault):

@@ -238,7 +238,7 @@ def test_torchscript_computes_what_the_networks_compute(done, flow):
 
 
 class Counting(torch.nn.Module):
-    """Looks at its size in Python, as MAISI's convolutions do."""
+    """Looks at its size in Python."""
 
     def forward(self, x):
         return x * (1 + int(x.shape[2]))

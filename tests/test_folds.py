@@ -59,7 +59,7 @@ def test_three_parts_and_five_folds():
         ({"split": "5-fold", "fold": 5}, CASES, "data.fold 5: 5-fold has 5 folds, from 0 on."),
         ({"split": "5-fold"}, CASES[:8], "data.split 5-fold: needs 5 subjects, found 4."),
         ({"split": "train-val-test"}, CASES[:4], "data.split train-val-test: needs 3 subjects, found 2."),
-        ({"fold": 1}, CASES, "data.fold 1: needs data.split 5-fold, or a file of folds."),
+        ({"fold": 1}, CASES, "data.fold 1: needs data.split 5-fold, a file of folds, or a list with folds."),
     ],
 )
 def test_what_cannot_be_divided(how, cases, message):

@@ -15,7 +15,8 @@ MODULES = {
 }
 # Each may import from itself and from those before it.
 ORDER = ["system", "models", "configs", "environment", "data", "diffusion", "losses", "metrics", "figures"]
-ORDER += ["training", "planning", "generation", "export", "evaluation"]
+ORDER += ["training", "planning", "generation", "given_masks", "quality", "export", "editing", "outputs"]
+ORDER += ["sampling_memory", "evaluation"]
 
 
 def names_in(source: str) -> set[str]:

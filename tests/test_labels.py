@@ -181,11 +181,11 @@ def test_a_segmenter_learns_what_is_bright(tmp_path):
 def test_a_structure_by_the_volumes_own_label():
     volume = torch.zeros(1, 3, 4, 4, 4)
     volume[0, 2, 0, 0, :3] = 0.9
-    core = LabelStructure("core", 5).found_by(None, (2, 5))
+    core = LabelStructure("core", (5,)).found_by(None, (2, 5))
     assert core.millilitres(volume, (10, 10, 10)) == pytest.approx(3)
     for labels, what in (((2, 5), "label_values has 2, 5"), ((), "the segmenter is needed")):
         with pytest.raises(UserError, match=what):
-            LabelStructure("core", 9).found_by(None, labels)
+            LabelStructure("core", (9,)).found_by(None, labels)
 
 
 # ---------------------------------------------------------------- all scripts
@@ -217,7 +217,7 @@ def pairs(tmp_path_factory) -> Project:
     project.change(with_labels=True, label_values=VALUES)
     project.printed["autoencoder"] = project.run(train_autoencoder, "--no-amp")
     project.run(train_diffusion, "--no-amp")
-    project.printed["inference"] = project.run(inference, "--num", "2", "--steps", "2")
+    project.printed["inference"] = project.run(inference, "--num", "2", "--steps", "2", "--tries", "0")
     return project
 
 
@@ -243,7 +243,7 @@ def test_the_label_is_that_of_the_decoders_channels(pairs, monkeypatch):
     seen = []
     draw = generation.draw
     monkeypatch.setattr(generation, "draw", lambda *args, **kw: seen.append(draw(*args, **kw)) or seen[0])
-    pairs.run(inference, "--seed", "40", "--steps", "2")
+    pairs.run(inference, "--seed", "40", "--steps", "2", "--tries", "0")
     (volume,) = seen[0].numpy()
     expected = np.where(volume[1:].max(0) > 0.5, np.array(VALUES)[volume[1:].argmax(0)], 0)
     label = nib.load(pairs.output_dir / "sample_000040_label.nii.gz").get_fdata()
@@ -253,9 +253,11 @@ def test_the_label_is_that_of_the_decoders_channels(pairs, monkeypatch):
 def test_a_label_that_is_missing_or_changed_is_noticed(pairs):
     label = pairs.output_dir / "sample_000000_label.nii.gz"
     before = label.read_bytes()
-    assert "2 of 2 volumes already exist" in pairs.run(inference, "--num", "2", "--steps", "2")
+    assert "2 of 2 volumes already exist" in pairs.run(
+        inference, "--num", "2", "--steps", "2", "--tries", "0"
+    )
     label.write_bytes(before[:-1])
-    message = pairs.refused(inference, "--num", "2", "--steps", "2")
+    message = pairs.refused(inference, "--num", "2", "--steps", "2", "--tries", "0")
     assert "it or its label was changed since" in message
     label.write_bytes(before)
 

@@ -139,6 +139,9 @@ class Volumes:
     def __len__(self) -> int:
         return 3
 
+    def size_of(self, i: int) -> tuple[int, ...]:
+        return 64, 64, 32
+
     def image(self, i: int, version: int) -> torch.Tensor:
         return torch.rand(1, 64, 64, 32, generator=torch.Generator().manual_seed(10 * i + version))
 

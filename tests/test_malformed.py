@@ -33,7 +33,7 @@ from ldm.data import checks, download, latent_cache
 from ldm.data.layouts import find_cases
 from ldm.data.preprocessing import Preprocessing
 from ldm.data.splits import read_split
-from ldm.diffusion.conditioning import check_sources
+from ldm.diffusion.sources import check_sources
 from ldm.environment import FOLDERS
 from ldm.export.records import CHECKPOINTS, find_checkpoint, read_record
 from ldm.system.checkpoints import load_checkpoint
@@ -539,7 +539,7 @@ LABELS = [
     (field("scl_slope", INF), "scaling"),
     (nifti(np.where(MASK, np.float32(INF), MASK)), "NaN|inf"),
     (nifti(MASK / np.float32(2)), "whole"),
-    (nifti(MASK.astype(np.int16) * 256), "0 to 255"),
+    (nifti(MASK.astype(np.int32) * 40000), "0 to 32767"),
 ]
 
 MALFORMED = {

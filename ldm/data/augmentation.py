@@ -76,10 +76,10 @@ class RandomCropAndAugment:
         volume = self._crop(volume, label, rng) if self.random_crop else volume
         image = torch.from_numpy(np.array(crop_or_pad(volume, self.size), np.float32))
         for step in self.steps.transforms:
-            if isinstance(step, RandScaleIntensity | RandShiftIntensity):
-                image[: self.image_channels] = step(image[: self.image_channels])
-            else:
+            if not isinstance(step, RandScaleIntensity | RandShiftIntensity):
                 image = step(image)
+            elif self.image_channels != 0:
+                image[: self.image_channels] = step(image[: self.image_channels])
         return image.as_tensor() if isinstance(image, MetaTensor) else image
 
     def parameters(self, rng: np.random.RandomState) -> torch.Tensor:
@@ -116,8 +116,8 @@ class RandomCropAndAugment:
         start = np.array([rng.randint(r + 1) for r in room])
         if rng.rand() < self.foreground_prob:
             mask = label[0] > 0 if label is not None and label.any() else volume[0] > 0
-            inside = np.flatnonzero(mask)
-            centre = np.array(np.unravel_index(inside[rng.randint(len(inside))], mask.shape))
-            start = np.clip(centre - np.array(self.size) // 2, 0, room)
+            if len(inside := np.flatnonzero(mask)):  # not of an empty label map
+                centre = np.array(np.unravel_index(inside[rng.randint(len(inside))], mask.shape))
+                start = np.clip(centre - np.array(self.size) // 2, 0, room)
         end = start + self.size
         return volume[:, start[0] : end[0], start[1] : end[1], start[2] : end[2]]

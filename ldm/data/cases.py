@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,10 @@ class Case:
 
     `images` is one file (3D, or 4D with the channels last) or one file a channel; `subject` groups the scans
     that must stay on one side of the split; `covariates` are its row of `participants.tsv` and the other
-    keys of its entry in a list.
+    keys of its entry in a list, whose `fold` is kept apart. `spacing` in mm and `size` in voxels are those
+    that its volume is brought to, where cases differ (`ldm.data.extent.with_own_extent`). A label map without
+    an image is both: `images` holds the file of `label`. `embedding` are its latents, where others have
+    encoded them; without an image, `images` holds that file.
     """
 
     name: str
@@ -28,12 +31,34 @@ class Case:
     label: Path | None = None
     subject: str = ""
     covariates: dict = field(default_factory=dict, compare=False)
+    fold: int | None = field(default=None, compare=False)
+    spacing: tuple[float, ...] | None = field(default=None, compare=False)
+    size: tuple[int, ...] | None = field(default=None, compare=False)
+    embedding: Path | None = field(default=None, compare=False)
+
+    @property
+    def is_label_map(self) -> bool:
+        """Whether it is a label map without an image."""
+        return self.images == (self.label,)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is an embedding without an image."""
+        return self.images == (self.embedding,)
+
+
+def own_geometry(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and voxel size in mm along right, anterior and superior: of the image, by its header alone; of an
+    embedding those of the image, by its entry in the list."""
+    if not case.is_embedding:
+        return ras_geometry(case.images[0])
+    return np.array(case.covariates["dim"]), np.array(case.covariates["spacing"], float)
 
 
 def choose_spacing(cases: Sequence[Case], longest_side: int | None) -> list[float]:
     """The first case's own spacing in mm; or, isotropic, the whole multiple of its finest spacing at which
     its longest side has about `longest_side` voxels."""
-    shape, sizes = ras_geometry(cases[0].images[0])
+    shape, sizes = own_geometry(cases[0])
     if longest_side is None:
         return [rounded(size) for size in sizes]
     factor = max(1, round(float((shape * sizes).max()) / (longest_side * sizes.min())))
@@ -47,8 +72,9 @@ def rounded(size: float) -> float:
 
 def volume_size(cases: Sequence[Case], spacing: Sequence[float], divisor: int | Sequence[int]) -> list[int]:
     """The size in voxels that holds every case at `spacing`, rounded up to a multiple of `divisor`, or
-    along each axis of its own; only headers are read."""
-    largest = np.max([size_at(*ras_geometry(case.images[0]), spacing) for case in cases], axis=0)
+    along each axis of its own; only headers are read. Cases with a spacing of their own have that."""
+    sizes = [size_at(*own_geometry(case), case.spacing or spacing) for case in cases]
+    largest = np.max(sizes, axis=0)
     divisors = np.broadcast_to(divisor, len(largest)).tolist()
     return [int(math.ceil(side / n) * n) for side, n in zip(largest, divisors, strict=True)]
 
@@ -72,5 +98,12 @@ def warn_of_padding(
 
 
 def typical_limits(preprocessing: Preprocessing, cases: Sequence[Case]) -> list[list[float]]:
-    """The intensities that become 0 and 1, (C, 2): the median over the first `TYPICAL_CASES` cases."""
-    return np.median([preprocessing.limits(case.images) for case in cases[:TYPICAL_CASES]], axis=0).tolist()
+    """The intensities that become 0 and 1, (C, 2): the median over the first `TYPICAL_CASES` cases. Without
+    channels of an image there are none."""
+    if not preprocessing.channels:
+        return []
+    found = [
+        replace(preprocessing, spacing=case.spacing or preprocessing.spacing).limits(case.images)
+        for case in cases[:TYPICAL_CASES]
+    ]
+    return np.median(found, axis=0).tolist()

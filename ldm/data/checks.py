@@ -5,7 +5,6 @@ Nothing here raises because a file is bad: it becomes a `Problem`, a row of a ta
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,10 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from ldm import UserError
-from ldm.data.cases import Case
+from ldm.data.cases import Case, own_geometry
+from ldm.data.embeddings import read_embedding
 from ldm.data.intensity import Intensity
-from ldm.data.labels import named_values
+from ldm.data.label_names import folders_of, label_values, names_file
 from ldm.data.masks import mask_values, masks_among
 from ldm.data.reading import (
     channel_count,
@@ -29,10 +29,10 @@ from ldm.data.reading import (
     header_notes,
     label_fault,
     open_image,
+    ras_geometry,
     read_image,
     voxels_of,
 )
-from ldm.system.files import read_json
 
 AS_BY_DEFAULT = Intensity()
 ABOVE_WINDOW, TIMES_USUAL = 0.1, 5  # share of the voxels above the window, and above that of most cases
@@ -99,7 +99,8 @@ def check_headers(
     """
     problems = _header_problems(cases, channels, labels)
     bad = {problem.case for problem in problems if not problem.note}
-    masks = masks_among([case for case in cases if case.name not in bad])
+    scans = [case for case in cases if not (case.name in bad or case.is_label_map or case.is_embedding)]
+    masks = masks_among(scans)
     return _in_order([*problems, *(_mask_problem(*mask) for mask in masks)], cases)
 
 
@@ -134,7 +135,7 @@ def check_header(
     def add(file: Path, reason: str, note: bool = False) -> None:
         problems.append(Problem(case.name, file, reason, note))
 
-    for file in [*case.images, *([case.label] if labels and case.label else [])]:
+    for file in dict.fromkeys([*case.images, *([case.label] if labels and case.label else [])]):
         try:
             opened[file] = open_image(file)
         except UserError as error:
@@ -142,21 +143,36 @@ def check_header(
     first, several = case.images[0], len(case.images) > 1
     for file, image in opened.items():
         name = "the image" if file == case.label else first.name
-        if first in opened and (reason := _misplaced(image, opened[first], name)):
+        if case.is_embedding:
+            if file == case.label and (reason := _other_size(case)):
+                add(file, reason)
+        elif first in opened and (reason := _misplaced(image, opened[first], name)):
             add(file, reason)
-        if (several or file != first) and channel_count(image) > 1:
+        if (several or file != first or case.is_label_map) and channel_count(image) > 1:
             add(file, f"4D, {channel_count(image)} volumes; expected 3D")
-        if file != case.label:
+        if file != case.label or case.is_label_map:
             if min(image.shape[:3]) == 1:
                 add(file, f"shape {tuple(map(int, image.shape))}: a single slice; expected a volume")
             for reason in header_notes(image):
                 add(file, reason, note=True)
     if not all(file in opened for file in case.images):
         return problems, 0
+    if case.is_embedding:  # as many channels as are asked for
+        return problems, 1 if channels is None else max(channels) + 1
     count = len(case.images) if several else channel_count(opened[first])
-    if channels is not None and max(channels) >= count:
+    if channels and max(channels) >= count:
         add(first, f"has {count} channel(s); `channel` asks for number {max(channels)}, counted from 0")
     return problems, count
+
+
+def _other_size(case: Case) -> str | None:
+    """Why the label of a case without an image has not the size that its entry in the list says, or None."""
+    (shape, _), (dim, _) = ras_geometry(case.label), own_geometry(case)
+    return (
+        None
+        if [*shape] == [*dim]
+        else f"shape {tuple(map(int, shape))}, dim in the list says {tuple(map(int, dim))}"
+    )
 
 
 def _misplaced(image: nib.spatialimages.SpatialImage, first: nib.spatialimages.SpatialImage, name: str):
@@ -192,11 +208,11 @@ def check_cases(
         (problems, intensities): the least and the greatest value of each case that could be read, by name.
     """
     problems = _header_problems(cases, channels, labels)
-    folders = {case.label.parent.parent for case in cases if labels and case.label}
-    values = {folder: label_values(folder / "dataset.json") for folder in folders}
+    folders = {case.label.parent: folders_of(case.label) for case in cases if labels and case.label}
+    files = {folder: names_file(some) for folder, some in folders.items()}
 
     def read_case(case: Case) -> Reading:
-        expected = values[case.label.parent.parent] if labels and case.label else None
+        expected = files[case.label.parent] if labels and case.label else None
         return check_voxels(case, channels, intensity, labels, expected)
 
     # Threads: gzip, numpy and hashlib, which take nearly all the time, release Python's lock, and a process
@@ -246,11 +262,12 @@ def check_voxels(
     channels: Sequence[int] | None = None,
     intensity: Intensity = AS_BY_DEFAULT,
     labels: bool = True,
-    expected: frozenset[int] | None = None,
+    expected: Path | None = None,
 ) -> Reading:
-    """Read every byte of one case. `expected` are the values that its label may have; None: 0 to 255."""
+    """Read every byte of one case. `expected` is the file that names the values which its label may have;
+    None: any."""
     problems, extremes, digests, above, masks = [], [], {}, 0.0, {}
-    for number, file in enumerate(case.images):
+    for number, file in enumerate(() if case.is_embedding else case.images):
         try:
             image = read_image(file)
         except UserError as error:
@@ -258,30 +275,38 @@ def check_voxels(
             continue
         several = len(case.images) > 1
         stored = [0] if several else range(channel_count(image))
-        if channels is not None:
+        if channels is not None and not case.is_label_map:
             stored = [c for c in stored if (number if several else c) in channels]
         hashed, faults = hashlib.sha256(), []
         for channel in stored:
             voxels = voxels_of(file, image, channel)
             used = number if several else channel
-            way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
-            fault, what = _voxel_fault(voxels, way)
-            if image.get_data_dtype() == np.uint16:
-                what = what or _wrapped(voxels)
+            if case.is_label_map:  # its values are no intensities
+                fault, what, window = None if voxels.any() else "all zero: an empty label map", None, None
+            else:
+                way = intensity.of_channel(list(channels).index(used) if channels is not None else 0)
+                (fault, what), window = _voxel_fault(voxels, way), way.window
+                if image.get_data_dtype() == np.uint16:
+                    what = what or _wrapped(voxels)
+                if values := mask_values(voxels):
+                    masks[file] = values
             which = f"channel {channel} " if channel_count(image) > 1 else ""
             if fault or what:
                 faults.append(Problem(case.name, file, which + (fault or what), note=fault is None))
-            if values := mask_values(voxels):
-                masks[file] = values
             if fault is None:
                 extremes += [np.nanmin(voxels), np.nanmax(voxels)]
-                above = max(above, np.mean(voxels > way.window[0][1]) if way.window else 0.0)
+                above = max(above, np.mean(voxels > window[0][1]) if window else 0.0)
             voxels = apply_orientation(voxels, io_orientation(image.affine))  # RAS, whatever the storage
             hashed.update(repr(voxels.shape).encode())
             hashed.update(np.ascontiguousarray(voxels.T))
         if stored and all(one.note for one in faults):
             digests[file] = hashed.hexdigest()
         problems += faults
+    if case.embedding:
+        try:
+            read_embedding(case)
+        except UserError as error:
+            problems.append(Problem(case.name, case.embedding, _without_name(error, case.embedding)))
     if labels and case.label:
         try:
             label = np.asanyarray(read_image(case.label).dataobj)
@@ -316,37 +341,15 @@ def _wrapped(voxels: np.ndarray) -> str | None:
     )
 
 
-def _unexpected(label: np.ndarray, expected: frozenset[int] | None) -> str | None:
-    """Which values of a label (0 to 255) dataset.json does not name; an empty label is fine."""
-    counts = np.bincount(label.astype(np.uint8).ravel())
-    unexpected = [value for value in np.flatnonzero(counts) if expected and value not in expected]
+def _unexpected(label: np.ndarray, expected: Path | None) -> str | None:
+    """Which values of a label a file does not name; an empty label is fine."""
+    known = expected and label_values(expected)
+    counts = np.bincount(label.astype(np.int64).ravel())
+    unexpected = [value for value in np.flatnonzero(counts) if known and value not in known]
     if unexpected:
         found = ", ".join(f"{value} ({counts[value]} voxels)" for value in unexpected)
-        return f"label has values that dataset.json does not name: {found}"
+        return f"label has values that {expected.name} does not name: {found}"
     return None
-
-
-def label_values(dataset_json: Path) -> frozenset[int] | None:
-    """The values that a Decathlon or nnU-Net `dataset.json` gives labels; None where it gives none."""
-    if not dataset_json.is_file():
-        return None
-    labels = read_json(dataset_json).get("labels")
-    if not isinstance(labels, dict) or not labels:
-        return None
-    if all(re.fullmatch("[0-9]{1,3}", key) for key in labels):  # Decathlon: {"1": "edema"}
-        return frozenset(map(int, labels))
-    values = [value for one in labels.values() for value in (one if isinstance(one, list) else [one])]
-    return frozenset(values) if all(isinstance(value, int) for value in values) else None  # {"edema": 1}
-
-
-def label_names(cases: Sequence[Case]) -> dict[int, str]:
-    """The names of label values, by the `dataset.json` of the data set that the cases are in, where it has
-    one."""
-    files = {case.label.parent.parent / "dataset.json" for case in cases if case.label}
-    names = {}
-    for file in sorted(filter(Path.is_file, files)):
-        names |= named_values(read_json(file).get("labels"))
-    return names
 
 
 def stray_files(cases: Sequence[Case]) -> list[Problem]:

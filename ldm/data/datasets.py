@@ -1,8 +1,11 @@
 """The cases of a data set, and their volumes as a loader serves them."""
 
+import copy
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,7 @@ class VolumeDataset(Dataset):
         cache_rate: share of the cases that are cached.
         seed: seed of crops and augmentation.
         find_slices: items also hold `slices`, see `filled_slices`.
+        own_sizes: crop or pad each case to its own `size`, where it has one.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class VolumeDataset(Dataset):
         cache_rate: float = 0.0,
         seed: int = 0,
         find_slices: bool = False,
+        own_sizes: bool = False,
     ):
         self.cases, self.preprocessing, self.size, self.seed = list(cases), preprocessing, tuple(size), seed
+        self.own_sizes = own_sizes
         self.augmentation = augmentation(augment or {}, self.size, random_crop, len(preprocessing.channels))
         self._versions = augment.get("versions") if augment else None
         self.foreground = bool(random_crop and augment and augment["foreground_prob"])
@@ -91,20 +97,38 @@ class VolumeDataset(Dataset):
         """How many versions of a volume the epochs go through; None: each epoch has its own."""
         return 1 if self.augmentation is None else self._versions
 
+    def labels_alone(self, values: Sequence[int]) -> "VolumeDataset":
+        """The channels of these labels without the images, cropped and augmented as they are."""
+        alone = copy.copy(self)
+        alone.preprocessing = replace(self.preprocessing, channels=(), labels=tuple(values), notes=False)
+        alone.cached = 0  # a mask is made once
+        if self.augmentation:
+            alone.augmentation = replace(self.augmentation, image_channels=0)
+        return alone
+
+    def size_of(self, i: int) -> tuple[int, ...]:
+        """Voxels of case `i` as it is served."""
+        return (self.cases[i].size if self.own_sizes else None) or self.size
+
+    def _preprocessing_of(self, case: Case) -> Preprocessing:
+        return replace(self.preprocessing, spacing=case.spacing) if case.spacing else self.preprocessing
+
     def volume(self, i: int) -> np.ndarray:
         """The whole normalised volume of case `i`, (C, D, H, W) float32, from the cache if it is there."""
-        image = self._cached(i, "image", lambda case: self.preprocessing(case.images))
-        if not (labels := self.preprocessing.labels):
+        labels, image = self.preprocessing.labels, None
+        if self.preprocessing.channels:
+            image = self._cached(i, "image", lambda case: self._preprocessing_of(case)(case.images))
+        if not labels:
             return image
         label = self._cached(
-            i, f"labels {labels}", lambda case: self.preprocessing.label_channels(case.label)
+            i, f"labels {labels}", lambda case: self._preprocessing_of(case).label_channels(case.label)
         )
-        return with_label(image, label, self.cases[i])
+        return label if image is None else with_label(image, label, self.cases[i])
 
     def _label(self, i: int) -> np.ndarray | None:
         if self.cases[i].label is None:
             return None
-        return self._cached(i, "label", lambda case: self.preprocessing.label(case.label))
+        return self._cached(i, "label", lambda case: self._preprocessing_of(case).label(case.label))
 
     def _cached(self, i: int, kind: str, make: Callable[[Case], np.ndarray]) -> np.ndarray:
         """What `make` gives for case `i`, from the cache where it is there; `kind` is "image", or a form of
@@ -114,7 +138,8 @@ class VolumeDataset(Dataset):
             return make(case)
         files = case.images if kind == "image" else (case.label,)
         facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        key = hashlib.sha256(repr((kind, facts, self.preprocessing.key)).encode()).hexdigest()[:32]
+        made_by = self._preprocessing_of(case).key
+        key = hashlib.sha256(repr((kind, facts, made_by)).encode()).hexdigest()[:32]
         path = self.cache_dir / f"{key}.npy"
         if path.is_file():
             try:
@@ -144,11 +169,12 @@ class VolumeDataset(Dataset):
 
     def image(self, i: int, version: int) -> torch.Tensor:
         """A version of case `i`, (C, *size) float32."""
-        volume = self.volume(i)
+        volume, size = self.volume(i), self.size_of(i)
         if self.augmentation is None:
-            return torch.from_numpy(np.array(crop_or_pad(volume, self.size)))
+            return torch.from_numpy(np.array(crop_or_pad(volume, size)))
         rng = augmentation_rng(self.seed, version, self.cases[i].name)
-        return self.augmentation(volume, self._label(i) if self.foreground else None, rng)
+        augment = replace(self.augmentation, size=size)
+        return augment(volume, self._label(i) if self.foreground else None, rng)
 
 
 def filled_slices(volume: torch.Tensor) -> torch.Tensor:
@@ -206,25 +232,34 @@ class WithDraws(Dataset):
     Args:
         dataset: has `cases`, and keys `(epoch, i)`.
         shape: of the latents, (c, d, h, w).
+        shapes: of the latents of each case, where they differ.
     """
 
     purpose: str  # of `stream`
 
-    def __init__(self, dataset: Dataset, shape: Sequence[int], seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        shape: Sequence[int],
+        seed: int,
+        shapes: Sequence[Sequence[int]] | None = None,
+    ):
         self.dataset, self.cases, self.shape, self.seed = dataset, dataset.cases, tuple(shape), seed
+        self.shapes = shapes
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def draw(self, generator: torch.Generator, case: Case) -> dict:
-        """The draws of one item."""
+    def draw(self, generator: torch.Generator, case: Case, shape: Sequence[int]) -> dict:
+        """The draws of one item, whose latents have this shape."""
         raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
         case = self.cases[i]
         generator = stream(self.seed, self.purpose, epoch, case.name)
-        return {**self.dataset[key], **self.draw(generator, case)}
+        shape = self.shape if self.shapes is None else self.shapes[i]
+        return {**self.dataset[key], **self.draw(generator, case, shape)}
 
 
 def _clear_left_behind(cache_dir: Path) -> None:
@@ -245,23 +280,57 @@ class EpochSampler(Sampler):
     so that `w` ranks with batches of `n` together see what one rank with batches of `w * n` sees. An epoch is
     a whole number of steps, each of `accumulate` batches; the last is filled up from the start of the order.
 
+    With `groups`, such as the shape of each case, the batches of all ranks together hold cases of one group.
+    Each group is filled up to whole batches from its own start; the order of the batches is a function of
+    (seed, epoch) too.
+
     Set `epoch` before each epoch, and `first`, the first batch, after a resume in the middle of an epoch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int, world_size: int, accumulate: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        accumulate: int = 1,
+        groups: Sequence | None = None,
     ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.groups = [tuple(one) for one in groups] if groups else [()] * length
         self.epoch = self.first = 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return -(-self.length // (self.batch_size * self.world_size * self.accumulate)) * self.accumulate
+        together = self.batch_size * self.world_size
+        batches = sum(-(-count // together) for count in Counter(self.groups).values())
+        return -(-batches // self.accumulate) * self.accumulate
+
+    def copies(self) -> int:
+        """How many places in an epoch's batches hold a case again, since its group does not fill them."""
+        if len(set(self.groups)) == 1:
+            return 0
+        together = self.batch_size * self.world_size
+        return sum(-count % together for count in Counter(self.groups).values())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.length, generator=stream(self.seed, "order", self.epoch)).tolist()
+        order = self._in_groups(order) if len(set(self.groups)) > 1 else order
         together = self.batch_size * self.world_size
         for b in range(self.first, len(self)):
             first = b * together + self.rank * self.batch_size
-            yield [(self.epoch, order[i % self.length]) for i in range(first, first + self.batch_size)]
+            yield [(self.epoch, order[i % len(order)]) for i in range(first, first + self.batch_size)]
+
+    def _in_groups(self, order: Sequence[int]) -> list[int]:
+        """The order with whole batches of each group, filled up, in an order of their own."""
+        together, members = self.batch_size * self.world_size, {}
+        for i in order:
+            members.setdefault(self.groups[i], []).append(i)
+        batches = []
+        for some in members.values():
+            filled = [some[k % len(some)] for k in range(-(-len(some) // together) * together)]
+            batches += [filled[k : k + together] for k in range(0, len(filled), together)]
+        places = torch.randperm(len(batches), generator=stream(self.seed, "batches", self.epoch)).tolist()
+        return [i for place in places for i in batches[place]]

@@ -39,7 +39,7 @@ class Search:
     """What is searched for, and what was found on the way.
 
     Args:
-        pattern, contrasts, subject, outputs, generated: as of `find_cases`.
+        pattern, contrasts, subject, outputs, generated, label_maps: as of `find_cases`.
         passed: names of what was passed over, by kind, in which `{s}` marks the plural.
         folder_each: an example of a folder or beginning of names that was taken for a patient, if any.
         read: the folder or list that was read.
@@ -51,6 +51,7 @@ class Search:
     subject: re.Pattern | None
     outputs: Sequence[Path]
     generated: bool
+    label_maps: bool = False
     passed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     folder_each: str = ""
     read: Path | None = None
@@ -188,6 +189,7 @@ def cases_below(root: Path, search: Search) -> list[Case]:
 def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> list[File]:
     """The images among the files, without masks, templates, generated volumes and links to others."""
     chosen, passed = [], search.passed
+    every = {(file.folder, file.stem) for file in files}
     for file in files:
         if glob and not matches(file.parts, glob):
             passed["mask{s}" if is_mask(file) else "file{s} that data.pattern leaves out"].append(file.name)
@@ -195,6 +197,8 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
             passed["file{s} under derivatives"].append(file.name)
         elif not glob and TEMPLATE.match(file.stem):
             passed["template{s}"].append(file.name)
+        elif file.stem.endswith("_emb") and (file.folder, file.stem.removesuffix("_emb")) in every:
+            passed["embedding{s}"].append(file.name)
         elif not search.generated and _is_generated(file):
             passed["volume{s} that inference.py made"].append(file.name)
         else:
@@ -205,7 +209,8 @@ def _chosen(files: list[File], glob: tuple[str, ...] | None, search: Search) -> 
         passed["map{s} of SPM"] = [file.name for file in chosen if file in maps]
         chosen = [file for file in chosen if file not in maps]
     masks = {file for file in chosen if is_mask(file)}
-    if not glob or len(masks) < len(chosen):  # a pattern that names masks alone means them
+    means_masks = glob or search.label_maps
+    if not means_masks or len(masks) < len(chosen):  # a pattern that names masks alone means them
         passed["mask{s}"] += [file.name for file in chosen if file in masks]
         chosen = [file for file in chosen if file not in masks]
     return _each_once(chosen, search)

@@ -1,4 +1,5 @@
-"""Ways to divide the cases of a data set by subject: a share held out, three parts, or folds."""
+"""Ways to divide the cases of a data set by subject: a share held out, three parts, or folds; or as the folds
+of a list say."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +39,17 @@ def divide(cases: Sequence[Case], data: dict, seed: int) -> Division:
         seed: of the draw of subjects.
 
     Raises:
-        UserError: too few subjects, a fold that is out of range, or a file of folds that does not fit.
+        UserError: too few subjects, a fold that is out of range or leaves nothing, or a file of folds that
+            does not fit.
     """
     how, fold = data["split"], data["fold"]
+    if how is None and any(case.fold is not None for case in cases):
+        return by_listed_fold(cases, fold)
     if how is None or how == THREE_PARTS:
         if fold is not None:
-            raise UserError(f"data.fold {fold}: needs data.split {FIVE_FOLDS}, or a file of folds.")
+            raise UserError(
+                f"data.fold {fold}: needs data.split {FIVE_FOLDS}, a file of folds, or a list with folds."
+            )
         return hold_out(cases, data["val_fraction"], seed) if how is None else three_parts(cases, seed)
     folds = five_folds(cases, seed) if how == FIVE_FOLDS else read_folds(Path(how), cases)
     fold = fold or 0
@@ -74,14 +80,42 @@ def three_parts(cases: Sequence[Case], seed: int) -> Division:
     return Division(*_sides(cases, *parts))
 
 
+def by_listed_fold(cases: Sequence[Case], fold: int | None) -> Division:
+    """As MAISI reads its lists: the cases whose fold equals this one are for validation, all others for
+    training. None: the first fold there is.
+
+    Raises:
+        UserError: nothing is left for a side.
+    """
+    there = sorted({case.fold for case in cases if case.fold is not None})
+    fold = there[0] if fold is None else fold
+    validation = [case for case in cases if case.fold == fold]
+    train = [case for case in cases if case.fold != fold]
+    for side, what in (
+        (validation, "no case of the list has it, and nothing is held out"),
+        (train, "every case of the list has it, and nothing is left to train on"),
+    ):
+        if not side:
+            raise UserError(
+                f"data.fold {fold}: {what} (folds there: {few(list(map(str, there)))}). Choose another by "
+                f"--fold, or set data.split, such as {FIVE_FOLDS}, which replaces the list's folds."
+            )
+    return Division(train, validation, [])
+
+
+def fold_of_subjects(cases: Sequence[Case], seed: int) -> dict[str, int]:
+    """A fold from 0 to 4 for each subject, at random; of fewer than five subjects each has its own."""
+    return {subject: i % FOLDS for i, subject in enumerate(_shuffled(cases, seed))}
+
+
 def five_folds(cases: Sequence[Case], seed: int) -> list[dict[str, list[str]]]:
     """Five folds, each with another fifth of the subjects for validation."""
-    subjects = _shuffled(cases, seed)
+    subjects = fold_of_subjects(cases, seed)
     if len(subjects) < FOLDS:
         raise UserError(f"data.split {FIVE_FOLDS}: needs {FOLDS} subjects, found {len(subjects)}.")
     folds = []
     for k in range(FOLDS):
-        held_out = subjects[k::FOLDS]
+        held_out = [one for one, fold in subjects.items() if fold == k]
         sides = _sides(cases, [one for one in subjects if one not in held_out], held_out)
         names = [[case.name for case in side] for side in sides]
         folds.append(dict(zip(("train", "val"), names, strict=True)))

@@ -5,16 +5,21 @@ share between where the grid is coarser than the label's. Background is 0 in all
 them back as numbers of the same scale, whose `logits` the loss compares and `label_of` reads.
 """
 
-import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel.affines import voxel_sizes
+from scipy import ndimage
 
 from ldm import UserError
 from ldm.data.cases import Case
-from ldm.data.reading import label_fault, read_image
+from ldm.data.reading import LARGEST_LABEL, label_fault, label_type, read_image
 
+SURROUNDINGS = "surroundings"  # what may replace a structure, see `without_structure`
 LOGIT_SCALE = 8.0  # a channel of 1 is a probability of 0.98 against background
 
 
@@ -36,6 +41,15 @@ def check_labelled(cases: Sequence[Case], why: str) -> None:
         )
 
 
+def as_label_maps(cases: Sequence[Case]) -> list[Case]:
+    """The cases of a data set as label maps without images: their labels; where none has a label, their
+    images are the label maps. Raises UserError: only some have one."""
+    if not any(case.label for case in cases):
+        return [replace(case, label=case.images[0]) for case in cases]
+    check_labelled(cases, "label maps")
+    return [replace(case, images=(case.label,), embedding=None) for case in cases]
+
+
 def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
     """The values other than 0 of the labels of some cases. Raises UserError: they cannot be read."""
     values = set()
@@ -48,16 +62,41 @@ def values_in(cases: Sequence[Case]) -> tuple[int, ...]:
     return tuple(sorted(values - {0}))
 
 
-def named_values(labels: object) -> dict[int, str]:
-    """The names of label values by the `labels` of a dataset.json, Decathlon's `{"1": "edema"}` or nnU-Net's
-    `{"edema": 1}`; what says neither has none."""
-    names = {}
-    for key, value in labels.items() if isinstance(labels, dict) else ():
-        if re.fullmatch("[0-9]{1,3}", key):
-            names[int(key)] = str(value)
-        elif isinstance(value, int):
-            names[value] = key
-    return names
+def structure_sizes(label: np.ndarray, voxel: float, structures: dict[str, Sequence[int]]) -> dict:
+    """{name: ml} of structures, each of one or more values of a label whose voxels have `voxel` mm³."""
+    counts = np.bincount(label.astype(np.int64).ravel(), minlength=LARGEST_LABEL + 1)
+    return {
+        name: float(f"{counts[list(values)].sum() * voxel / 1000:.6g}") for name, values in structures.items()
+    }
+
+
+def sizes_in_file(path: Path, structures: dict[str, Sequence[int]]) -> dict:
+    """As `structure_sizes`, of a file. Raises UserError: it cannot be read, or is no label."""
+    image = read_image(path)
+    voxels = np.asanyarray(image.dataobj)
+    if fault := label_fault(voxels):
+        raise UserError(f"{path}: {fault}.")
+    return structure_sizes(voxels, float(np.prod(voxel_sizes(image.affine))), structures)
+
+
+def with_sizes(cases: Sequence[Case], structures: dict[str, Sequence[int]]) -> list[Case]:
+    """The cases with the sizes of structures in their labels, as files have them, among their covariates;
+    without a label they are unknown (`ldm.data.checks` refuses these where most cases have one).
+
+    Raises:
+        UserError: no case has a label, or one cannot be read.
+    """
+    if cases and all(case.label is None for case in cases):
+        raise UserError("conditions.structure_sizes: no case has a label. docs/data.md says where labels go.")
+
+    def measured(case: Case) -> Case:
+        if case.label is None:
+            return case
+        sizes = sizes_in_file(case.label, structures)
+        return replace(case, covariates={**case.covariates, **sizes})
+
+    with ThreadPoolExecutor(8) as pool:  # reading waits for disk and gzip
+        return list(pool.map(measured, cases))
 
 
 def logits(channels: torch.Tensor) -> torch.Tensor:
@@ -72,17 +111,31 @@ def shares(channels: torch.Tensor) -> torch.Tensor:
 
 
 def label_of(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Label channels (L, D, H, W) -> the label, (D, H, W) uint8: the value of the largest channel, where it
-    is over one half, else 0."""
+    """Label channels (L, D, H, W) -> the label, (D, H, W) of `label_type`: the value of the largest channel,
+    where it is over one half, else 0."""
     best = channels.argmax(0)
-    return np.where(channels.max(0) > 0.5, np.array(values, np.uint8)[best], 0).astype(np.uint8)
+    known = np.array(values, label_type(values))
+    return np.where(channels.max(0) > 0.5, known[best], 0).astype(known.dtype)
 
 
-def largest_share(channels: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Label channels of a scan (L, D, H, W) -> the label, (D, H, W) uint8: the value with the largest share
-    of a voxel, background among them."""
-    whole = np.concatenate([1 - channels.sum(0, keepdims=True), channels])
-    return np.array([0, *values], np.uint8)[whole.argmax(0)]
+def without_structure(mask: np.ndarray, value: int, instead: int | str) -> np.ndarray:
+    """A mask (D, H, W) with another label in the place of one: that of the nearest other voxel, for
+    `SURROUNDINGS`."""
+    inside = mask == value
+    if instead != SURROUNDINGS:
+        return np.where(inside, mask.dtype.type(instead), mask)
+    if inside.all() or not inside.any():
+        return mask
+    nearest = ndimage.distance_transform_edt(inside, return_distances=False, return_indices=True)
+    return mask[tuple(nearest)]
+
+
+def shown(volume: torch.Tensor, labels: int) -> torch.Tensor:
+    """What pictures show of a volume (C, D, H, W) whose last channels are those of `labels`: its first
+    channel; of a label map alone, the place of the label among them, as a share: (D, H, W)."""
+    if labels < len(volume):
+        return volume[0]
+    return torch.from_numpy(label_of(volume.float().cpu().numpy(), range(1, labels + 1)) / labels).float()
 
 
 def channels_of_label(label: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from ldm import UserError, brief, counted, few
+from ldm.configs import ONLY
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices
+from ldm.data.embeddings import embedding_beside
 from ldm.data.intensity import LATER
 from ldm.data.posteriors import Posteriors, encode
 from ldm.data.preprocessing import CODE
@@ -31,16 +33,19 @@ from ldm.system.schemas import StrictValidator, fault, fields
 
 FOLDER = "latents"  # in `cache_dir`
 MANIFEST = "manifest.json"
+SIZES = "conditions.structure_sizes"  # a key of the config
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 FILES = {"type": "array", "items": fields(size=COUNT, sha256=TEXT)}
 RECORD = fields(case=TEXT, entry=TEXT, sha256=TEXT, files=FILES)
 RECORD["properties"] |= {"subject": TEXT, "covariates": {"type": "object"}}  # of later caches
+RECORD["properties"] |= {"embedding": {"type": "boolean"}}  # whether `files` is an embedding
 PAIR = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 RECORD["properties"]["slices"] = {"type": "array", "items": PAIR, "minItems": 1}  # of 2D networks
 RECORDS = {"type": "array", "minItems": 1, "items": RECORD}
 LIMITS = {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}}
 SIZE = {"type": "array", "items": COUNT, "minItems": 3, "maxItems": 3}
 SPACING = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 3, "maxItems": 3}
+RECORD["properties"] |= {"size": SIZE, "spacing": SPACING}  # of cases with their own
 ABOUT = {"about": {"type": "object"}, "autoencoder": fields(weights=TEXT, file=TEXT)}
 BEGUN = StrictValidator(fields(**ABOUT))
 COMPLETE = StrictValidator(
@@ -48,7 +53,7 @@ COMPLETE = StrictValidator(
         **ABOUT,
         versions=COUNT,
         latent_shape={"type": "array", "items": COUNT, "minItems": 4, "maxItems": 4},
-        geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),
+        geometry=fields(spacing=SPACING, size=SIZE, limits=LIMITS),  # and `structures`, of labels
         training=RECORDS,
         validation=RECORDS,
         left_out={"type": "array", "items": TEXT},
@@ -93,14 +98,18 @@ def add(
     records, missing = {}, []
     for i in range(run.rank, len(volumes), run.world_size):
         case = volumes.cases[i]
-        paths = files_of(case, bool(volumes.preprocessing.labels))
-        files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
-        facts = repr((key, case.name, [file["sha256"] for file in files]))
-        entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
-        path = folder / entry
-        digest = sha256_of(path) if _is_readable(path) else None
-        known = before.get(entry, {"sha256": digest})
-        is_there = digest is not None and digest == known["sha256"]
+        own = {name: list(one) for name, one in (("size", case.size), ("spacing", case.spacing)) if one}
+        sources = [] if case.is_embedding else [files_of(case, _reads_labels(manifest["about"]))]
+        for paths in [*sources, *([[case.embedding]] if case.embedding else [])]:
+            files = [{"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
+            facts = repr((key, case.name, [file["sha256"] for file in files], *own.items()))
+            entry = f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npy"
+            path = folder / entry
+            digest = sha256_of(path) if _is_readable(path) else None
+            known = before.get(entry, {"sha256": digest})
+            is_there = digest is not None and digest == known["sha256"]
+            if is_there:  # a posterior that was encoded, rather than an embedding
+                break
         if not is_there:
             missing.append(i)
         records[i] = {
@@ -110,7 +119,10 @@ def add(
             "entry": entry,
             "sha256": digest,
             "files": files,
+            **own,
         }
+        if paths == [case.embedding]:
+            records[i]["embedding"] = True
         if volumes.find_slices and is_there:  # else `encode` finds them
             records[i]["slices"] = known.get("slices") or _slices(volumes, i)
     for i, entry, slices in encode(encoder, volumes, missing, run, workers, what):
@@ -128,8 +140,13 @@ def add(
 
 
 def files_of(case: Case, with_label: bool) -> list[Path]:
-    """The files that the latents of a case follow from."""
-    return [*case.images, *([case.label] if with_label and case.label else [])]
+    """The files that an entry of a case follows from."""
+    return [*dict.fromkeys([*case.images, *([case.label] if with_label and case.label else [])])]
+
+
+def _reads_labels(about: dict) -> bool:
+    """Whether latents, or the conditions beside them, follow from labels."""
+    return not about.keys().isdisjoint(("label_values", SIZES))
 
 
 def _slices(volumes: VolumeDataset, i: int) -> list[list[int]]:
@@ -227,9 +244,14 @@ def dependencies(config: dict) -> dict:
     for key in LATER:
         if not about["intensity"][key]:
             del about["intensity"][key]
-    later = {f"data.{key}": data[key] for key in ("contrasts", "subject") if data[key] is not None}
+    del about["intensity"]["whole_numbers"]  # of what is written
+    later = {f"data.{key}": data[key] for key in ("contrasts", "subject", "sizes") if data[key] is not None}
+    later |= {"data.own_spacing": True} if data["own_spacing"] else {}
     later |= {"slices.foreground": True} if config["slices"]["foreground"] else {}
     later |= {"label_values": config["label_values"]} if config["with_labels"] else {}
+    sizes = config["conditions"]["structure_sizes"]
+    later |= {SIZES: sizes} if sizes else {}
+    later |= {"with_labels": ONLY} if config["with_labels"] == ONLY else {}
     return {
         **about,
         **later,
@@ -269,7 +291,9 @@ def check_data(
     changed = []
     for record in records:
         case = by_name[record["case"]]
-        paths = files_of(case, "label_values" in manifest["about"])
+        paths = files_of(case, _reads_labels(manifest["about"]))
+        if record.get("embedding"):
+            paths = [case.embedding or embedding_beside(case.images[0])]
         sizes = [path.stat().st_size if path.is_file() else None for path in paths]
         then = record.get("covariates", {})
         relabelled = any(then.get(column) != case.covariates.get(column) for column in columns)
@@ -310,6 +334,7 @@ def posteriors(folder: Path, manifest: dict, seed: int) -> tuple[Posteriors, Pos
                 (),
                 subject=record.get("subject", record["case"]),
                 covariates=record.get("covariates", {}),
+                **{key: tuple(record[key]) for key in ("size", "spacing") if key in record},
             )
             for record in manifest[part]
         ]

@@ -1,8 +1,8 @@
 """Find the cases of a data set, and print what was found and passed over.
 
 Layouts read by `find_cases`: a Medical Segmentation Decathlon folder, an nnU-Net raw folder, a plain or
-BIDS-like folder of NIfTI files, and a JSON list of training and validation files; each with an optional
-`participants.tsv`.
+BIDS-like folder of NIfTI files, and a JSON list of training and validation files, as MAISI has it too; each
+with an optional `participants.tsv`.
 """
 
 import csv
@@ -16,14 +16,39 @@ from pathlib import Path
 from ldm import UserError, brief, counted
 from ldm.data.cases import PARTS, Case
 from ldm.data.folders import Search, cases_below, in_words, unreadable
+from ldm.data.labels import as_label_maps
 from ldm.data.names import stem_of, suffix_of
-from ldm.data.reading import IMAGE_SUFFIXES
+from ldm.data.reading import EMBEDDING, IMAGE_SUFFIXES, is_embedding
 from ldm.system.files import read_json
 from ldm.system.schemas import StrictValidator, fault, fields
 
 NAME = {"type": "string"}
 ENTRY = fields(image={"anyOf": [NAME, {"type": "array", "items": NAME, "minItems": 1}]})
 ENTRY["properties"]["label"] = {"type": ["string", "null"]}
+REGION = {  # of MAISI: in which part of the body a volume begins or ends
+    "title": "four numbers, one of them 1 and the others 0 (head, chest, abdomen, lower body)",
+    "type": "array",
+    "items": {"enum": [0, 1]},
+    "minItems": 4,
+    "maxItems": 4,
+    "contains": {"const": 1},
+    "maxContains": 1,
+}
+REGIONS = ("top_region_index", "bottom_region_index")  # of an entry
+ENTRY["properties"] |= {
+    "fold": {"type": "integer", "minimum": 0},
+    "dim": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3},
+    "spacing": {
+        "type": "array",
+        "items": {"type": "number", "exclusiveMinimum": 0},
+        "minItems": 3,
+        "maxItems": 3,
+    },
+    "modality": {"type": ["string", "integer"]},
+    "embedding": NAME,
+} | dict.fromkeys(REGIONS, REGION)
+FILES = {"name", "image", "label", "embedding", "fold"}  # what is no covariate
+ENTRY["dependentRequired"] = {one: [other] for one, other in (REGIONS, REGIONS[::-1])}
 ENTRIES = {"type": "array", "items": ENTRY}
 LISTS = StrictValidator(fields(training=ENTRIES | {"minItems": 1}, validation=ENTRIES))
 
@@ -36,6 +61,8 @@ def find_cases(
     subject: str | None = None,
     outputs: Sequence[Path] = (),
     generated: bool = True,
+    lists: Sequence[Path] | None = None,
+    label_maps: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> tuple[list[Case], list[Case]]:
     """List the cases of a data set, sorted by name.
@@ -48,6 +75,9 @@ def find_cases(
             folder.
         outputs: folders that the run writes to, passed over where they lie below `source`.
         generated: whether volumes with a record of inference.py beside them are cases.
+        lists: a JSON list for each folder of `source`, whose file names count from that folder.
+        label_maps: the cases are label maps without images: of each folder or list the labels, or where it
+            has none, what it lists; masks, where a plain folder holds nothing else.
         log: prints a line; one on what was found and what was passed over.
 
     Returns:
@@ -63,9 +93,14 @@ def find_cases(
     searches, cases, validation = [], [], []
     alone = isinstance(source, (str, Path))
     roots = [Path(one) for one in ([source] if alone else source)]
-    for root, prefix in zip(roots, [""] if alone else _distinct_names(roots), strict=True):
-        searches.append(Search(pattern, contrasts, regex, outputs, generated))
-        found = _find_in(root, searches[-1])
+    named = [Path(one).with_suffix("") for one in lists] if lists else roots
+    prefixes = [""] if alone else _distinct_names(named)
+    for root, prefix, path in zip(roots, prefixes, lists or [None] * len(roots), strict=True):
+        searches.append(Search(pattern, contrasts, regex, outputs, generated, label_maps))
+        found = _find_in(root, searches[-1], path)
+        if label_maps:
+            maps = as_label_maps([*found[0], *found[1]])
+            found = maps[: len(found[0])], maps[len(found[0]) :]
         folders = dict.fromkeys(p if p.is_dir() else p.parent for p in (root, searches[-1].read))
         for to, some in zip((cases, validation), found, strict=True):
             some = _with_covariates(some, folders)
@@ -92,11 +127,11 @@ def _line(cases: list[Case], validation: list[Case], searches: list[Search]) -> 
     subjects = counted(len({case.subject for case in every}), "subject{s}")
     guessed = next((search.folder_each for search in searches if search.folder_each), None)
     by = f" (a folder or name each, such as {brief(guessed)})" if guessed else ""
-    line = (
-        f"found: {counted(len(every), 'image{s}')}{each}{of_these}, "
-        f"{counted(sum(case.label is not None for case in every), 'label{s}')}, "
-        f"{subjects}{by} in {', '.join(str(search.read) for search in searches)}"
-    )
+    what = counted(len(every), "label map{s}") + of_these
+    if not searches[0].label_maps:
+        labels = counted(sum(case.label is not None for case in every), "label{s}")
+        what = f"{counted(len(every), 'image{s}')}{each}{of_these}, {labels}"
+    line = f"found: {what}, {subjects}{by} in {', '.join(str(search.read) for search in searches)}"
     if searches[0].pattern is not None and not any(search.plain for search in searches):
         line += " (data.pattern is for plain folders, and not used)"
     return f"{line}; passed over: {in_words(passed)}" if any(passed.values()) else line
@@ -138,24 +173,25 @@ def _renamed(case: Case, prefix: str) -> Case:
     return replace(case, name=prefix + case.name, subject=prefix + case.subject)
 
 
-def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
-    search.read = source
+def _find_in(source: Path, search: Search, path: Path | None = None) -> tuple[list[Case], list[Case]]:
+    """The cases below a folder, or those of its list at `path`."""
+    search.read = path or source
     if source.suffix != ".json" and not source.is_dir():
         if source.exists():
             raise UserError(f"{source}: is a file. Expected a data folder, or a list of files, LIST.json.")
         raise UserError(f"{source}: no such data folder. Check the option that names it, or `data_base_dir`.")
     own = (source / "dataset.json").is_file()
     inside = [] if own else sorted(path.parent for path in source.glob("*/dataset.json"))
-    lists = source.suffix == ".json" or own or inside
+    lists = path or source.suffix == ".json" or own or inside
     if lists and search.contrasts:
         raise UserError(
-            f"{source}: names its files itself; data.contrasts is for plain folders. Remove that key."
+            f"{search.read}: names its files itself; data.contrasts is for plain folders. Remove that key."
         )
     if not lists:
         search.plain = True
         return cases_below(source, search), []
-    if source.suffix == ".json":
-        return _from_lists(read_json(source), source, search)
+    if path or source.suffix == ".json":
+        return _from_lists(read_json(search.read), search.read, search, source if path else source.parent)
     if own:
         return _from_dataset_json(source, search)
     if len(inside) == 1:  # `data_base_dir` may be the data set's parent, as in the MONAI tutorial
@@ -172,9 +208,9 @@ def _find_in(source: Path, search: Search) -> tuple[list[Case], list[Case]]:
 # ---------------------------------------------------------------- lists
 
 
-def _from_lists(content: dict, path: Path, search: Search) -> tuple[list[Case], list[Case]]:
-    """Cases of the lists `training` and `validation` of a JSON, whose entries are file names below its folder
-    or `{"image": ..., "label": ...}`; a list `test` is passed over."""
+def _from_lists(content: dict, path: Path, search: Search, root: Path) -> tuple[list[Case], list[Case]]:
+    """Cases of the lists `training` and `validation` of a JSON, whose entries are file names below `root` or
+    `{"image": ..., "label": ...}`; a list `test` is passed over."""
     lists = {part: content.get(part) or [] for part in PARTS}
     for part, entries in lists.items():
         if isinstance(entries, list):
@@ -185,25 +221,38 @@ def _from_lists(content: dict, path: Path, search: Search) -> tuple[list[Case], 
         for entry in test:
             name = entry.get("image") if isinstance(entry, dict) else entry
             search.passed["test scan{s} of the list"].append(name if isinstance(name, str) else repr(name))
-    cases, validation = ([_case(one, path.parent, search) for one in lists[part]] for part in PARTS)
+    unnamed = {_first(one) for part in PARTS for one in lists[part] if "name" not in one}
+    by_path = len({stem_of(Path(one).name) for one in unnamed}) < len(unnamed)  # a folder for each patient
+    cases, validation = ([_case(one, root, search, by_path) for one in lists[part]] for part in PARTS)
     return sorted(cases, key=lambda case: case.name), sorted(validation, key=lambda case: case.name)
 
 
-def _case(entry: dict, root: Path, search: Search) -> Case:
+def _first(entry: dict) -> str:
+    return entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
+
+
+def _case(entry: dict, root: Path, search: Search, by_path: bool) -> Case:
     names = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
     images = tuple(root / name for name in names)
     label = root / entry["label"] if entry.get("label") is not None else None
-    name = str(entry.get("name", stem_of(images[0].name)))
-    others = {key: value for key, value in entry.items() if key not in {"name", "image", "label"}}
+    path = Path(names[0])
+    stem = "_".join(path.relative_to(path.anchor).parts) if by_path else path.name
+    name = str(entry.get("name", stem_of(stem).removesuffix("_emb" * is_embedding(images[0]))))
+    embedding = root / entry["embedding"] if "embedding" in entry else None
+    if is_embedding(images[0]):
+        embedding = images[0]
+        if missing := [key for key in ("dim", "spacing") if key not in entry]:
+            raise UserError(f"{search.read}: {names[0]} is an embedding: its entry needs {missing[0]}.")
+    others = {key: value for key, value in entry.items() if key not in FILES}
     subject = str(entry["subject"]) if "subject" in entry else search.subject_of(name, names[0])
-    return Case(name, images, label, subject, others)
+    return Case(name, images, label, subject, others, entry.get("fold"), embedding=embedding)
 
 
 def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Case]]:
     path = root / "dataset.json"
     content = read_json(path)
     if isinstance(content.get("training"), list):  # Medical Segmentation Decathlon
-        cases, validation = _from_lists(content, path, search)
+        cases, validation = _from_lists(content, path, search, root)
         modality = content.get("modality")
         if isinstance(modality, dict) and modality:
             cases = [_one_file_a_channel(case, len(modality)) for case in cases]
@@ -219,7 +268,8 @@ def _from_dataset_json(root: Path, search: Search) -> tuple[list[Case], list[Cas
     if ending not in IMAGE_SUFFIXES:
         raise UserError(f"{path}: file_ending {ending} is not read; convert the images to .nii.gz.")
     channels = len(content["channel_names"])
-    files = [name for name in _images_in(root / "imagesTr") if name.endswith(ending)]
+    files = _images_in(root / "imagesTr")
+    files = [name for name in files if name.endswith(ending) and not name.endswith(EMBEDDING)]
     cases = []
     for name in sorted({image[: -len(ending)].rpartition("_")[0] for image in files}):
         images = tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(channels))

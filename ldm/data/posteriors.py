@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, filled_slices, version_of
+from ldm.data.embeddings import read_embedding
 from ldm.models.autoencoder import Autoencoder
 from ldm.system.messages import progress_bar
 from ldm.system.ranks import Run, without_tf32
@@ -24,7 +25,8 @@ class Posteriors(Dataset):
     Args:
         cases: one for each entry.
         entries: (versions, 2, c, d, h, w) of each case, mean before std: their files, which are read
-            memory-mapped; or one tensor of all, which loader processes share, however they are started.
+            memory-mapped; or one tensor of all, or parts of one for each size of the volumes, which loader
+            processes share, however they are started.
         seed: seed of the order of versions.
         slices: (cases, versions, 2), of each version what `filled_slices` gives, which items then hold too.
     """
@@ -32,7 +34,7 @@ class Posteriors(Dataset):
     def __init__(
         self,
         cases: Sequence[Case],
-        entries: Sequence[Path] | torch.Tensor,
+        entries: Sequence[Path] | Sequence[torch.Tensor] | torch.Tensor,
         seed: int,
         slices: torch.Tensor | None = None,
     ):
@@ -81,6 +83,7 @@ def encode(
     encoder: Autoencoder, volumes: VolumeDataset, cases: Sequence[int], run: Run, workers: int, what: str
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Encode all versions of some volumes, without autocast and TF32: what is kept is read in every epoch.
+    Those with an embedding come first, as they are, with a std of 0.
 
     Args:
         cases: their indices.
@@ -91,8 +94,11 @@ def encode(
         The index of each; (versions, 2, c, d, h, w) float32 on the CPU, mean before std; and the
         `filled_slices` of each version, (versions, 2).
     """
+    embedded = [i for i in cases if volumes.cases[i].embedding]
+    for i in embedded:
+        yield i, read_embedding(volumes.cases[i]), torch.zeros(1, 2, dtype=torch.long)
     loader = DataLoader(
-        _Versions(volumes, cases),
+        _Versions(volumes, [i for i in cases if i not in {*embedded}]),
         batch_size=None,
         num_workers=workers,
         pin_memory=run.device.type == "cuda",
@@ -112,15 +118,33 @@ def encode(
 def encode_all(encoder: Autoencoder, volumes: VolumeDataset, run: Run, workers: int, what: str) -> Posteriors:
     """Encode all versions of each volume, each rank its share of the volumes; every rank gets all
     posteriors."""
-    mine = range(run.rank, len(volumes), run.world_size)
-    entries, slices = None, torch.zeros(len(volumes), volumes.versions, 2, dtype=torch.long)
+    groups = rows_by_size(volumes)
+    rows = {i: row for members in groups.values() for row, i in enumerate(members)}
+    mine = [i for members in groups.values() for i in members[run.rank :: run.world_size]]
+    stacks, slices = {}, torch.zeros(len(volumes), volumes.versions, 2, dtype=torch.long)
     for i, entry, filled in encode(encoder, volumes, mine, run, workers, what):
-        if entries is None:
-            entries = torch.empty(len(volumes), *entry.shape)
-        entries[i], slices[i] = entry, filled
-    shape = next(filter(None, run.gather(None if entries is None else [*entries.shape])))
-    if entries is None:  # more ranks than volumes
-        entries = torch.empty(shape)
-    run.broadcast_rows(entries)
+        size = volumes.size_of(i)
+        if size not in stacks:
+            stacks[size] = torch.empty(len(groups[size]), *entry.shape)
+        stacks[size][rows[i]], slices[i] = entry, filled
+    shapes = {}
+    for part in run.gather({size: [*stack.shape] for size, stack in stacks.items()}):
+        shapes |= part
+    for size in groups:  # on every rank in the same order
+        if size not in stacks:  # fewer volumes than ranks
+            stacks[size] = torch.empty(shapes[size])
+        run.broadcast_rows(stacks[size])
+    if len(stacks) == 1:
+        (entries,) = stacks.values()
+    else:
+        entries = [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
     slices = run.sum(slices) if volumes.find_slices else None  # of each rank, 0 but in its own rows
     return Posteriors(volumes.cases, entries, volumes.seed, slices)
+
+
+def rows_by_size(volumes: VolumeDataset) -> dict[tuple[int, ...], list[int]]:
+    """The indices of the volumes of each size, in order."""
+    groups = {}
+    for i in range(len(volumes)):
+        groups.setdefault(volumes.size_of(i), []).append(i)
+    return groups

@@ -7,23 +7,30 @@ leaves the spacing open, the data decide it; the caller puts it into the config:
     config = configs.with_spacing(config, spacing)
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ldm import UserError, configs
+import numpy as np
+
+from ldm import UserError, configs, few
 from ldm.data import splits
 from ldm.data.cases import Case, choose_spacing, volume_size, warn_of_padding
-from ldm.data.checks import label_names
 from ldm.data.datasets import SliceWindows, VolumeDataset
 from ldm.data.download import fetch_task01
+from ldm.data.embeddings import check_embeddings, with_embeddings
+from ldm.data.extent import largest_size, usual_spacing, with_own_extent
 from ldm.data.intensity import Intensity
-from ldm.data.labels import check_labelled
+from ldm.data.label_names import label_names
+from ldm.data.labels import check_labelled, with_sizes
 from ldm.data.layouts import find_cases
 from ldm.data.names import words_of
 from ldm.data.posteriors import Posteriors
 from ldm.data.preprocessing import Preprocessing
+from ldm.data.reading import EMBEDDING, by_times
 from ldm.environment import FOLDERS
-from ldm.models.definitions import check_size, downsampling_factor, network_divisor
+from ldm.models.definitions import check_size, downsampling_factor, latent_size, network_divisor
 from ldm.system.checkpoints import load_checkpoint
 from ldm.system.ranks import Run
 
@@ -45,17 +52,26 @@ def find_data(
     config: dict, environment: dict, log: Callable[[str], None] | None = None
 ) -> tuple[list[Case], list[Case]]:
     """The cases that `data_base_dir` and the config's section `data` name, as `find_cases` gives them,
-    without volumes that this run or inference.py wrote."""
+    without volumes that this run or inference.py wrote; with the embeddings beside the images, where
+    `data.embeddings` says so."""
     data = config["data"]
-    return find_cases(
+    found = find_cases(
         environment["data_base_dir"],
         data["pattern"],
         contrasts=data["contrasts"],
         subject=data["subject"],
         outputs=own_folders(environment),
         generated=False,
+        lists=environment.get("json_data_list"),
+        label_maps=config["with_labels"] == configs.ONLY,
         log=log,
     )
+    if data["embeddings"] and config["with_labels"] != configs.ONLY:
+        found = tuple(map(with_embeddings, found))
+        if not any(case.embedding for cases in found for case in cases):
+            where = ", ".join(map(str, data_folders(environment)))
+            raise UserError(f"data.embeddings: {where}: no NAME{EMBEDDING} lies beside an image NAME.nii.gz.")
+    return found
 
 
 def prepare_data(
@@ -88,7 +104,8 @@ def prepare_data(
 
     Returns:
         Training cases, validation cases, and the spacing in mm: the config's, or where it leaves it open,
-        that of `choose_spacing`.
+        that of `choose_spacing`. With `data.own_spacing` and `data.sizes` the cases have spacing and size of
+        their own; the spacing is then the usual one.
 
     Raises:
         UserError: no data, bad data, or a held-out case that was trained on.
@@ -103,6 +120,7 @@ def prepare_data(
 
         run.from_main(download)
     found = find_data(config, environment, run.print)
+    sizes = config["conditions"]["structure_sizes"]
 
     def divide() -> splits.Sides:
         subjects = known
@@ -110,7 +128,8 @@ def prepare_data(
             subjects = load_checkpoint(autoencoder).get("subjects")
         stages = [config[stage] for stage in STAGES]
         # Else they are not read.
-        used = labels or config["with_labels"] or any(one["augment"]["foreground_prob"] for one in stages)
+        used = labels or sizes or config["with_labels"]
+        used = bool(used) or any(one["augment"]["foreground_prob"] for one in stages)
         where = ", ".join(map(str, data_folders(environment)))
         path, data = environment["model_dir"] / splits.SPLIT, config["data"]
         splitter = splits.Splitter(path, where, for_training, run.print, data, test)
@@ -121,24 +140,43 @@ def prepare_data(
             used,
             skip_bad,
         )
-        return splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        sides = splitter.divide(*sides, config["seed"], resumed, autoencoder, subjects)
+        if not sizes:
+            return sides
+        measured = with_sizes([*sides[0], *sides[1]], sizes)
+        return measured[: len(sides[0])], measured[len(sides[0]) :]
 
     train, val = run.from_main(divide)
     if config["with_labels"]:
-        check_labelled([*train, *val], "with_labels")
-        warn_of_sides(config, train, run)
+        check_labelled([*train, *val], "with_labels")  # label maps are their own labels
+        warn_of_sides([config[stage] for stage in STAGES], train, run)
     if splits.is_single_subject(train, val):
         run.print(
             f"warning: a single subject ({train[0].subject}): it is trained on and is its own validation."
         )
-    spacing = config["spacing"] or choose_spacing(train, config["longest_side"])
-    run.print(f"data: {len(train)} training and {len(val)} validation cases, spacing {spacing} mm")
+    choose = usual_spacing if config["data"]["own_spacing"] else choose_spacing
+    spacing = config["spacing"] or choose(train, config["longest_side"])
+    divisor = network_divisor(config)
+    train, val = (with_own_extent(config, cases, spacing, divisor) for cases in (train, val))
+    run.print(f"data: {len(train)} training and {len(val)} validation cases, {_extent(train, spacing)}")
     return train, val, spacing
 
 
-def warn_of_sides(config: dict, cases: Sequence[Case], run: Run) -> None:
-    """Print one line where volumes are mirrored left to right and labels name a side."""
-    flips = any(0 in config[stage]["augment"]["flip_axes"] for stage in STAGES)
+def _extent(cases: Sequence[Case], spacing: Sequence[float]) -> str:
+    """The spacing and the sizes of cases in words; sizes where they have their own."""
+    text = f"spacing {list(spacing)} mm"
+    if cases[0].spacing:
+        spacings = np.array([case.spacing for case in cases])
+        text = f"spacings from {by_times(spacings.min(0))} to {by_times(spacings.max(0))} mm"
+    if cases[0].size:
+        counts = Counter(case.size for case in cases).most_common()
+        text += "; sizes " + few([f"{by_times(size)} ({count})" for size, count in counts], 8)
+    return text
+
+
+def warn_of_sides(sections: Sequence[dict], cases: Sequence[Case], run: Run) -> None:
+    """Print one line where sections of the config mirror volumes left to right, and labels name a side."""
+    flips = any(0 in section["augment"]["flip_axes"] for section in sections)
     sides = [name for name in label_names(cases).values() if {"left", "right"} & {*words_of(name)}]
     if flips and sides:
         run.print(
@@ -155,7 +193,11 @@ def volumes_to_encode(
     run: Run,
     augment: dict | None = None,
 ) -> tuple[VolumeDataset, VolumeDataset]:
-    """The training and validation volumes that stage 2 encodes, as images. `augment` is another stage's."""
+    """The training and validation volumes that stage 2 encodes, as images. `augment` is another stage's.
+
+    Raises:
+        UserError: as `patch_sizes`; or embeddings that do not fit.
+    """
     _, size, _ = patch_sizes(config, [*train, *val])
     preprocessing, augment = (
         Preprocessing.from_config(config),
@@ -163,24 +205,44 @@ def volumes_to_encode(
     )
     cache_rate, seed = config["data"]["cache_rate"], config["seed"]
     common = {"cache_dir": environment["cache_dir"], "cache_rate": cache_rate, "seed": seed}
-    common["find_slices"] = config["slices"]["foreground"]
-    warn_of_padding(train, config["spacing"], size, run.print)
-    return (
+    common |= {"find_slices": config["slices"]["foreground"], "own_sizes": True}
+    if not config["data"]["sizes"]:
+        warn_of_padding(train, config["spacing"], size, run.print)
+    volumes = (
         VolumeDataset(train, preprocessing, size, augment=augment, **common),
         VolumeDataset(val, preprocessing, size, **common),
     )
+    cases = [*train, *val]
+    if any(case.embedding for case in cases):
+        check_embeddings(
+            cases,
+            config["diffusion_def"]["out_channels"],
+            lambda case: latent_size(config, case.size or size),
+            has_window=preprocessing.intensity.window is not None,
+            forbidden={
+                "augment": volumes[0].augmentation is not None,
+                "with_labels": config["with_labels"],
+                "spatial_dims": config["spatial_dims"] != 3,
+            },
+            log=run.print,
+        )
+    return volumes
 
 
 def patch_sizes(config: dict, cases: Sequence[Case]) -> tuple[list[int], list[int], list[int]]:
     """Sizes in voxels of stage 1's patches in training, of the volumes that stage 2 encodes, and of those
     that stage 1 is validated on. The first two, where the config leaves them open, are the size that holds
-    every volume; the third is then the second.
+    every volume; the third is then the second. Where volumes have sizes of their own, they are the largest.
 
     Raises:
         UserError: a size that the networks cannot take; the nearest that they can are named.
     """
-    first, second = config["autoencoder_train"], config["diffusion_train"]
+    first, second, sizes = config["autoencoder_train"], config["diffusion_train"], config["data"]["sizes"]
     patch, volume, val_patch = first["patch_size"], second["patch_size"], first["val_patch_size"]
+    if sizes:
+        volume = largest_size(cases, (1, 1, 1)) if sizes == "own" else max(sizes, key=math.prod)
+        # Stage 1 trains on patches of one size, which should hold every volume.
+        patch = patch or np.max([case.size or volume for case in cases], axis=0).tolist()
     if not (patch and volume):
         whole = volume_size(cases, config["spacing"], network_divisor(config))
         check_size(whole, [1] * len(whole), f"spacing {config['spacing']}: volumes of")

@@ -7,9 +7,8 @@ The whole volume is mapped before any crop, so that a crop has the intensities o
 validation and inference all use `Preprocessing`.
 """
 
-import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +25,21 @@ from monai.transforms import (
 from nibabel.orientations import io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 
-from ldm import UserError
+from ldm import UserError, few
 from ldm.configs import channels_of, labels_of
 from ldm.data.intensity import LATER, Intensity, to_unit_range
-from ldm.data.reading import RAS, by_times, channel_count, label_fault, read_image, voxels_of
+from ldm.data.reading import (
+    RAS,
+    by_times,
+    channel_count,
+    label_fault,
+    label_type,
+    read_image,
+    refuse_embedding,
+    voxels_of,
+)
 from ldm.models.definitions import MAX_VOXELS
-from ldm.system.messages import print_and_log
+from ldm.system.messages import tell_once
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its corrections of headers; see `header_notes`
 
@@ -46,21 +54,35 @@ def crop_or_pad(volume: np.ndarray | torch.Tensor, size: Sequence[int]) -> np.nd
     return fitted.numpy() if isinstance(volume, np.ndarray) and isinstance(fitted, torch.Tensor) else fitted
 
 
+def largest_share(shares: Iterable[np.ndarray], values: Sequence[int]) -> np.ndarray:
+    """The shares of labels in each voxel, (D, H, W) for each of `values` -> the label, (D, H, W) of
+    `label_type`: the value with the largest share, background among them."""
+    total, largest, label = 0.0, 0.0, None
+    for value, share in zip(values, shares, strict=True):
+        label = np.zeros(share.shape, label_type(values)) if label is None else label
+        label[share > largest] = value
+        largest, total = np.maximum(largest, share), total + share
+    label[1 - total >= largest] = 0
+    return label
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Files of a case -> normalised volume (C, D, H, W), float32, RAS, at `spacing`.
 
     Args:
-        channels: which channels of the image, in this order.
+        channels: which channels of the image, in this order; none of label maps alone.
         spacing: voxel size in mm along right, anterior, superior.
         intensity: what becomes 0 and 1.
         labels: values of the labels that become further channels, see `ldm.data.labels`.
+        notes: print a line where a label has others.
     """
 
     channels: tuple[int, ...]
     spacing: tuple[float, float, float]
     intensity: Intensity = Intensity()
     labels: tuple[int, ...] = ()
+    notes: bool = True
 
     @classmethod
     def from_config(cls, config: dict) -> "Preprocessing":
@@ -85,6 +107,7 @@ class Preprocessing:
         Raises:
             UserError: a channel that is missing, or values that are not finite.
         """
+        refuse_embedding(images[0])
         if len(images) > 1:
             if max(self.channels) >= len(images):
                 raise UserError(
@@ -116,7 +139,7 @@ class Preprocessing:
             if fault := intensity.constant_reason(volume[i], limits[i]):
                 raise UserError(f"{where}: {fault}.")
             if what := intensity.low_contrast_reason(volume[i], limits[i]):
-                _tell_once(f"warning: {where}: {what}.")
+                tell_once(f"warning: {where}: {what}.")
         return to_unit_range(volume, limits, self.intensity.clip)
 
     def limits(self, images: Sequence[Path]) -> np.ndarray:
@@ -126,15 +149,16 @@ class Preprocessing:
         return self.intensity.limits(self.read(images))
 
     def label(self, path: Path) -> np.ndarray:
-        """The label on the same grid: (1, D, H, W), uint8.
+        """The label on the same grid: (1, D, H, W), of `label_type`.
 
         Raises:
-            UserError: as `read_image`, and for values other than whole numbers from 0 to 255.
+            UserError: as `read_image`, and for values that are no labels.
         """
         image = read_image(path)
-        if fault := label_fault(np.asanyarray(image.dataobj)):
+        voxels = np.asanyarray(image.dataobj)
+        if fault := label_fault(voxels):
             raise UserError(f"{path}: {fault}.")
-        return _resample(path, image, 0, self.spacing)[None].astype(np.uint8)
+        return _resample(path, image, 0, self.spacing)[None].astype(label_type([voxels.max()]))
 
     def label_channels(self, path: Path) -> np.ndarray:
         """The share of each of `labels` in each voxel of the same grid: (L, D, H, W), float32, 0 to 1.
@@ -142,23 +166,32 @@ class Preprocessing:
         Raises:
             UserError: as `label`.
         """
+        return np.stack([*self._shares(path)])
+
+    def mask(self, path: Path) -> np.ndarray:
+        """Which of `labels` has the largest share of each voxel of the same grid, 0 where background has:
+        (D, H, W), of `label_type`. One channel at a time is in memory.
+
+        Raises:
+            UserError: as `label`.
+        """
+        return largest_share(self._shares(path), self.labels)
+
+    def _shares(self, path: Path) -> Iterator[np.ndarray]:
+        """The channels of `label_channels`, (D, H, W) each."""
         image = read_image(path)
         voxels = np.asanyarray(image.dataobj)
         if fault := label_fault(voxels):
             raise UserError(f"{path}: {fault}.")
-        if others := sorted({*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
-            _tell_once(
-                f"note: labels have values that label_values lacks, and are background there: {others}"
+        if self.notes and (others := {*np.unique(voxels).astype(int).tolist()} - {0, *self.labels}):
+            tell_once(
+                "note: labels have values that label_values lacks, and are background there: "
+                f"{few(list(map(str, sorted(others))), 12)}"
             )
         voxels = voxels_of(path, image, 0)
-        indicators = [(voxels == value).astype(np.float32) for value in self.labels]
-        return np.stack([_onto_grid(path, one, image.affine, self.spacing, False) for one in indicators])
-
-
-@functools.cache
-def _tell_once(text: str) -> None:
-    """Print once, not in every epoch where volumes are not cached."""
-    print_and_log(text)
+        for value in self.labels:
+            indicator = (voxels == value).astype(np.float32)
+            yield _onto_grid(path, indicator, image.affine, self.spacing, False)
 
 
 def _resample(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,9 +10,18 @@ import numpy as np
 
 from ldm import UserError, counted, few
 from ldm.data import foreign
+from ldm.data.label_names import folders_of, names_file, names_in, renumbered
 from ldm.data.layouts import find_cases
 from ldm.data.names import stem_of, suffix_of
-from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
+from ldm.data.reading import (
+    channel_count,
+    corners_apart,
+    label_fault,
+    label_type,
+    read_image,
+    refuse_embedding,
+    voxels_of,
+)
 from ldm.data.scan import Scan
 
 SAME_GRID = 0.01  # of a voxel
@@ -21,12 +30,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class RawCase:
-    """A raw scan: one file, or one a channel, in any format; with label and brain mask, where it has them."""
+    """A raw scan: one file, or one a channel, in any format; with label and brain mask, where it has them. No
+    `subject` stands for the name."""
 
     name: str
     images: tuple[Path, ...]
     label: Path | None = None
     mask: Path | None = None
+    subject: str = ""
 
 
 def find_raw_cases(
@@ -57,14 +68,17 @@ def find_raw_cases(
         cases = [RawCase(name, (file,)) for name, file in found]
     else:
         some = find_cases(source, pattern, contrasts=contrasts, outputs=outputs, generated=False, log=log)
-        cases = [RawCase(one.name, one.images, one.label) for part in some for one in part]
+        cases = [
+            RawCase(one.name, one.images, one.label, subject=one.subject) for part in some for one in part
+        ]
     if len(counts := {len(case.images) for case in cases}) > 1:
         raise UserError(f"{source}: some scans have {min(counts)} files, others {max(counts)}.")
     names = [re.sub(r"[^A-Za-z0-9.-]+", "_", case.name) for case in cases]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{source}: two scans would be written under one name: {few(twice)}. Rename one.")
     return [
-        RawCase(name, case.images, case.label, case.mask) for name, case in zip(names, cases, strict=True)
+        replace(case, name=name, subject=case.subject or case.name)
+        for name, case in zip(names, cases, strict=True)
     ]
 
 
@@ -94,16 +108,26 @@ def open_any(path: Path) -> nib.spatialimages.SpatialImage:
     return foreign.read(path) if foreign.is_foreign(path) else read_image(path)
 
 
-def read_raw(case: RawCase, brain_mask: str | None = None) -> Scan:
+def read_raw(
+    case: RawCase,
+    brain_mask: str | None = None,
+    dictionary: dict[str, int] | None = None,
+    pseudo_labels: Path | None = None,
+) -> Scan:
     """All channels of a case, its label and its mask.
 
     Args:
-        brain_mask: a file, a folder of files that begin with the name of the scan's, or `auto`; None: the
-            case's own mask, if it has one.
+        brain_mask: a file, a folder of files named as the scans, or `auto`; None: the case's own mask, if it
+            has one.
+        dictionary: the values of the label by name, see `renumbered`; None: those of the file.
+        pseudo_labels: a folder of label maps named as the scans, which count where the case's own label is 0;
+            they need the dictionary.
 
     Raises:
-        UserError: a file that cannot be read, or grids that differ.
+        UserError: a file that cannot be read or is missing, grids that differ, or labels that the dictionary
+            does not name.
     """
+    refuse_embedding(case.images[0])
     images = [(path, open_any(path)) for path in case.images]
     first, affine, shape = case.images[0], images[0][1].affine, images[0][1].shape[:3]
 
@@ -118,13 +142,24 @@ def read_raw(case: RawCase, brain_mask: str | None = None) -> Scan:
         [voxels_of(path, image, c) for path, image in images for c in range(channel_count(image))]
     )
     label = mask = None
+
+    def read_label(path: Path, folders: Sequence[Path]) -> np.ndarray:
+        image = open_any(path)
+        check_grid(path, image)
+        values = np.asanyarray(image.dataobj).reshape(shape)
+        if fault := label_fault(values):
+            raise UserError(f"{path}: {fault}.")
+        values = values.astype(label_type([values.max()]))
+        if not dictionary:
+            return values
+        named = names_file(folders)
+        return renumbered(values, names_in(named) if named else {}, dictionary, path)
+
     if case.label:
-        image = open_any(case.label)
-        check_grid(case.label, image)
-        label = np.asanyarray(image.dataobj).reshape(shape)
-        if fault := label_fault(label):
-            raise UserError(f"{case.label}: {fault}.")
-        label = label.astype(np.uint8)
+        label = read_label(case.label, folders_of(case.label))
+    if pseudo_labels:
+        other = read_label(_file_of(case, pseudo_labels, "label map"), [pseudo_labels])
+        label = other if label is None else np.where(label > 0, label, other)
     if brain_mask == AUTO:
         mask = automatic_mask(voxels[0])
     elif path := _mask_file(case, brain_mask):
@@ -137,12 +172,19 @@ def read_raw(case: RawCase, brain_mask: str | None = None) -> Scan:
 def _mask_file(case: RawCase, brain_mask: str | None) -> Path | None:
     if brain_mask is None:
         return case.mask
-    if not (given := Path(brain_mask)).is_dir():
-        return given
-    stem = stem_of(case.images[0].name)
-    fitting = sorted(path for path in given.iterdir() if path.name.startswith(stem))
+    given = Path(brain_mask)
+    return _file_of(case, given, "mask") if given.is_dir() else given
+
+
+def _file_of(case: RawCase, folder: Path, what: str) -> Path:
+    """The file of a folder that is named as a case or its first image; else the one whose name begins so."""
+    stem, paths = stem_of(case.images[0].name), sorted(folder.iterdir())
+    exact = [path for path in paths if stem_of(path.name) in (case.name, stem)]
+    fitting = exact or [path for path in paths if re.match(rf"{re.escape(stem)}(?![0-9])", path.name)]
     if len(fitting) != 1:
-        raise UserError(f"{given}: {len(fitting)} files begin with {stem}; expected one mask for each scan.")
+        raise UserError(
+            f"{folder}: {len(fitting)} files begin with {stem}; expected one {what} for each scan."
+        )
     return fitting[0]
 
 

@@ -15,6 +15,7 @@ from ldm import UserError
 
 RAS = axcodes2ornt("RAS")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")  # in any case of letters
+EMBEDDING = "_emb.nii.gz"  # the end of the names of MAISI's latents
 MICROSCOPY = 0.01  # mm; smaller voxels suggest another unit, unless the header says micrometres
 SMALLEST_VOXEL, LARGEST_VOXEL = 1e-4, 100.0  # mm; beyond these a header is damaged, or in other units
 LARGEST_VIEW = 5000.0  # mm along a side
@@ -122,6 +123,17 @@ def _unit(image: nib.spatialimages.SpatialImage) -> tuple[str, float]:
     return MM.get(code, ("mm", 1.0))
 
 
+def is_embedding(path: Path) -> bool:
+    """Whether a file holds latents in the place of an image."""
+    return Path(path).name.endswith(EMBEDDING)
+
+
+def refuse_embedding(path: Path) -> None:
+    """Raise UserError where an image is needed, and the file is an embedding."""
+    if is_embedding(path):
+        raise UserError(f"{path}: is an embedding, and the image itself is needed here. Name it in the list.")
+
+
 def header_notes(image: nib.spatialimages.SpatialImage) -> list[str]:
     """Notes on what `open_image` converts or chooses where a header is unusual or contradicts itself."""
     if not isinstance(image, nib.Nifti1Image):
@@ -161,6 +173,17 @@ def corners_apart(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
     corners = np.stack(np.meshgrid(*([0, side - 1] for side in shape[:3])), -1).reshape(-1, 3)
     apart = nib.affines.apply_affine(a, corners) - nib.affines.apply_affine(b, corners)
     return float(np.linalg.norm(apart, axis=1).max())
+
+
+def check_grid(
+    path: Path, other: nib.spatialimages.SpatialImage, image_path: Path, image: nib.spatialimages.SpatialImage
+) -> None:
+    """Raise UserError where a label or a mask does not lie on the grid of its image."""
+    same = other.shape[:3] == image.shape[:3]
+    apart = corners_apart(image.shape, image.affine, other.affine) if same else np.inf
+    if apart > SAME_GRID * nib.affines.voxel_sizes(image.affine).min():
+        how = f"lies up to {apart:.2g} mm apart" if same else f"{other.shape[:3]}, not {image.shape[:3]}"
+        raise UserError(f"{path}: its grid is not that of {image_path.name}: {how}. Resample it to that.")
 
 
 def voxels_of(path: Path, image: nib.spatialimages.SpatialImage, channel: int) -> np.ndarray:
@@ -204,14 +227,23 @@ def _check_length(path: Path, image: nib.spatialimages.SpatialImage, held: int) 
         )
 
 
+SAME_GRID = 0.01  # of a voxel: how far the corners of two grids may be apart
+LARGEST_LABEL = 32767  # labels are uint8, or int16 where a value needs it
+
+
+def label_type(values: Sequence[int]) -> type:
+    """The type of voxels that holds these label values."""
+    return np.uint8 if max(values, default=0) <= 255 else np.int16
+
+
 def label_fault(label: np.ndarray) -> str | None:
-    """Why the stored values of a label are not whole numbers from 0 to 255, or None."""
+    """Why the stored values of a label are not whole numbers from 0 to `LARGEST_LABEL`, or None."""
     if bad := label.size - np.count_nonzero(np.isfinite(label)):
         return f"label has {bad} NaN or infinite voxels"
     if label.dtype.kind == "f" and (bad := np.count_nonzero(label != np.rint(label))):
         return f"label has {bad} voxels that are no whole numbers: an image, or resampled without `nearest`?"
-    if label.min() < 0 or label.max() > 255:
-        return f"label has values from {label.min():g} to {label.max():g}; expected 0 to 255"
+    if label.min() < 0 or label.max() > LARGEST_LABEL:
+        return f"label has values from {label.min():g} to {label.max():g}; expected 0 to {LARGEST_LABEL}"
     return None
 
 

@@ -1,37 +1,39 @@
-"""What a diffusion model is conditioned on, classifier-free guidance and autoguidance.
+"""What a diffusion model is conditioned on.
 
 `cond` is one dict of tensors, whose keys are arguments of the network (`ldm.models.denoiser`); `{}` where
 nothing is conditioned. It holds classes or covariates, taken from columns of `participants.tsv`, and further
 `channels`: the mean latent of the training set, which of data in a common frame tells the network what lies
 where; the position along some axes, which a 2D network needs to know which slice it draws; and what the
-augmentation did to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2).
+augmentation did to a volume, which samples are drawn without (Karras et al., 2022, appendix F.2). What a
+volume covers, its spacing and its body regions (`ldm.diffusion.coverage`), is never dropped.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ldm import UserError, brief, configs, few
+from ldm import UserError, brief, few
 from ldm.data.augmentation import count_parameters
 from ldm.data.cases import Case
+from ldm.diffusion import modality
 from ldm.diffusion.covariates import Covariates
-from ldm.models.denoiser import Autoguided, example_cond, predict
-from ldm.models.embedding import encoded_size
-from ldm.models.weights import load_weights
+from ldm.diffusion.coverage import REGION, SPACING, check_region, region_of, region_tensors, spacing_tensor
+from ldm.diffusion.guidance import guided
+from ldm.models.embedding import has_spacing_input
 
 MISSING = ("", "n/a", "nan")  # of a table's cells; n/a is that of BIDS
+REGION_NAME = "region"  # in `--condition`
 
 
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of a diffusion model: class labels from a column of `participants.tsv`, covariates from
-    several, the mean latent, the position, all, some or nothing. It is true where there are classes or
-    covariates.
+    several, regions, the spacing, the mean latent, the position, all, some or nothing. It is true where there
+    are classes, covariates or regions.
 
     The class of a case is the index of its value. The class after the last means "unknown": a case without a
     value, a condition that training drops, and a sample of no particular class.
@@ -45,9 +47,16 @@ class Conditions:
             that encode them.
         position: axes along which the network is told the position, see `position_channels`.
         shape: of the latents, (c, d, h, w), where there are channels.
+        frame: sides of the latents (d, h, w) that were trained on, along which positions go from -1 to 1;
+            none: those of `shape`.
         told: how many parameters of the augmentation the network is told, a constant channel for each.
         covariates: numbers and categories; None where there are none.
         slicewise: whether the network is a 2D one.
+        spacing: in mm, of volumes that do not say theirs; None: the network is not told.
+        spacing_input: whether it has an input for that, else it is told in its embedding.
+        regions: of the training volumes, `chest:abdomen`; None: the network is not told.
+        modality: whether its classes are MAISI's codes of modalities.
+        codes: those that it knows.
     """
 
     column: str | None = None
@@ -59,9 +68,21 @@ class Conditions:
     told: int = 0
     covariates: Covariates | None = None
     slicewise: bool = False
+    frame: Sequence[int] = ()
+    spacing: Sequence[float] | None = None
+    spacing_input: bool = False
+    regions: Sequence[str] | None = None
+    modality: bool = False
+    codes: Sequence[int] = ()
 
     def __bool__(self) -> bool:
-        return self.column is not None or self.covariates is not None
+        has_column = self.column is not None or self.covariates is not None
+        return has_column or self.regions is not None or self.modality
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether something that the network is told may be unknown, as guidance needs."""
+        return self.covariates.unknown if self.covariates else self.column is not None or self.modality
 
     @classmethod
     def of_training(
@@ -82,6 +103,18 @@ class Conditions:
         section, told = config["conditions"], told_parameters(config)
         slicewise, axes = config["spatial_dims"] == 2, tuple(section["position"])
         conditions = cls(position=axes, told=told, dropout=section["dropout"], slicewise=slicewise)
+        if section["spacing"]:
+            has_input = has_spacing_input(config["diffusion_def"])
+            conditions = replace(conditions, spacing=config["spacing"], spacing_input=has_input)
+        if section["region"]:
+            found = {case.name: region_of(case) for case in cases}
+            regions = sorted(found[case.name] for case in train or cases)
+            conditions = replace(conditions, regions=regions)
+        if section["modality"]:
+            codes = {modality.code_of(modality.modality_of(case), "") for case in train or cases}
+            codes |= {0, *map(modality.generic, codes)}
+            conditions = replace(conditions, modality=True, codes=sorted(codes))
+            conditions.check_codes(config, cases)
         if section["covariates"]:
             covariates = _covariates_of(section, train or cases)
             conditions = replace(conditions, covariates=covariates)
@@ -112,9 +145,15 @@ class Conditions:
             mean_latent=checkpoint.get("mean_latent"),
             position=tuple(section["position"]),
             shape=tuple(checkpoint.get("latent_shape", ())),
+            frame=tuple(checkpoint.get("latent_shape", ())[1:]),
             told=told_parameters(config),
             covariates=covariates,
             slicewise=config["spatial_dims"] == 2,
+            spacing=checkpoint.get("geometry", config)["spacing"] if section["spacing"] else None,
+            spacing_input=section["spacing"] and has_spacing_input(config["diffusion_def"]),
+            regions=saved.get("regions", []) if section["region"] else None,
+            modality=section["modality"],
+            codes=saved.get("modalities", range(config["diffusion_def"].get("num_class_embeds") or 0)),
         )
         if labels is None:
             return conditions
@@ -126,6 +165,14 @@ class Conditions:
         """These conditions for latents (c, d, h, w), with their mean, scaled as z_0 is, or None."""
         return replace(self, shape=tuple(shape), mean_latent=mean)
 
+    def at(self, shape: Sequence[int]) -> "Conditions":
+        """These conditions for latents of another shape, (c, d, h, w)."""
+        return self if tuple(shape) == tuple(self.shape) else self.of_latents(shape, self.mean_latent)
+
+    def of_spacing(self, spacing: Sequence[float] | None) -> "Conditions":
+        """These conditions for volumes of another spacing in mm; None: of the same."""
+        return self if None in (spacing, self.spacing) else replace(self, spacing=spacing)
+
     def check_size(self, shape: Sequence[int], where: str | Path) -> None:
         """Raise UserError unless the mean latent, where there is one, has the shape of the latents."""
         follows = self.covariates is not None and "mean_latent" in self.covariates.into
@@ -134,6 +181,21 @@ class Conditions:
             raise UserError(
                 f"{where}: its mean latent is {found}, its latents are {[*shape]}. Use the "
                 "checkpoint as train_diffusion.py wrote it."
+            )
+
+    def check_asked(self, asked: Collection[str]) -> None:
+        """Raise UserError where the model cannot draw volumes of another `size` or `spacing` than its own,
+        if they are in `asked`."""
+        if "spacing" in asked and self.spacing is None:
+            raise UserError(
+                "--spacing: this model was not told spacings, and draws volumes of its own alone. Leave it "
+                "out, or train with conditions.spacing."
+            )
+        if "size" in asked and self.mean_latent is not None:
+            trained = " x ".join(map(str, self.mean_latent.shape[-3:]))
+            raise UserError(
+                f"--size: this model is told the mean latent of its training set ({trained}), and draws no "
+                "other size. Leave it out, or train without conditions.mean_latent."
             )
 
     def deviations(self, cases: Sequence[Case]) -> torch.Tensor:
@@ -147,6 +209,16 @@ class Conditions:
             raise UserError(
                 f"diffusion_def.num_class_embeds: expected {expected}, found {found}: {brief(self.column)} "
                 f"has {len(self.values)} values ({few(self.values)}), and one class stands for unknown."
+            )
+
+    def check_codes(self, config: dict, cases: Sequence[Case]) -> None:
+        """Raise UserError unless the network has a class for the code of each modality."""
+        found = config["diffusion_def"].get("num_class_embeds") or 0
+        most = max(modality.code_of(modality.modality_of(case), "") for case in cases)
+        if found <= most:
+            raise UserError(
+                f"diffusion_def.num_class_embeds: expected more than {most}, the largest code of a modality; "
+                f"found {found}. MAISI's networks have 128."
             )
 
     def summary(self, cases: Sequence[Case]) -> str:
@@ -167,6 +239,12 @@ class Conditions:
                 text = f"{name} " + ", ".join(f"{one} ({found.count(one)})" for one in known)
             missing = found.count(None)
             parts += [text + f", unknown of {missing}" * bool(missing)]
+        if self.regions is not None:
+            counts = Counter(region_of(case) for case in cases)
+            parts += ["region " + ", ".join(f"{region} ({counts[region]})" for region in sorted(counts))]
+        if self.modality:
+            counts = Counter(modality.modality_of(case) for case in cases)
+            parts += ["modality " + ", ".join(f"{name} ({counts[name]})" for name in sorted(counts))]
         return f"conditions: {'; '.join(parts)}"
 
     def describe(self) -> str:
@@ -181,6 +259,9 @@ class Conditions:
         parts += ["the mean latent of the training set"] if self.mean_latent is not None else []
         parts += ["the position along axes " + ", ".join(map(str, self.position))] if self.position else []
         parts += ["the parameters of the augmentation, none in samples"] if self.told else []
+        parts += ["the spacing"] if self.spacing is not None else []
+        parts += ["the body regions at top and bottom"] if self.regions is not None else []
+        parts += ["the modality, by MAISI's codes"] if self.modality else []
         return "; and ".join(parts) or "none"
 
     def examples(self, most: int) -> dict[str, dict]:
@@ -210,6 +291,10 @@ class Conditions:
         if self.covariates:
             columns = {name: list(known) for name, known in self.covariates.columns.items()}
             entries["covariates"] = {"columns": columns, "rows": [list(row) for row in self.covariates.rows]}
+        if self.regions is not None:
+            entries["regions"] = list(self.regions)
+        if self.modality:
+            entries["modalities"] = list(self.codes)
         mean = {} if self.mean_latent is None else {"mean_latent": self.mean_latent}
         return {**({"conditions": entries} if entries else {}), **mean}
 
@@ -219,6 +304,10 @@ class Conditions:
         Raises:
             UserError: a value that the model does not know.
         """
+        return self._one(case, self._chosen(case))
+
+    def _chosen(self, case: Case) -> dict:
+        """The values of a case, as `parse` gives them."""
         chosen = _known_values(case, self.covariates) if self.covariates else {}
         if self.column is not None and (value := _value(case, self.column)) is not None:
             if value not in self.values:
@@ -227,15 +316,25 @@ class Conditions:
                     f"trained with ({few(self.values)}). Restore participants.tsv, or start another training."
                 )
             chosen[self.column] = value
-        return {key: value[0] for key, value in self.cond([chosen]).items()}
+        if self.regions is not None:
+            chosen[REGION_NAME] = region_of(case)
+        if self.modality:
+            chosen[modality.NAME] = modality.modality_of(case)
+        return chosen
+
+    def _one(self, case: Case, chosen: dict) -> dict[str, torch.Tensor]:
+        """The condition of one case, without a batch dimension."""
+        return {key: value[0] for key, value in self.of_spacing(case.spacing).cond([chosen]).items()}
 
     def draw(self, case: Case, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """As `of`, dropped with a chance of `dropout`. An unconditioned model draws nothing, nor does one
         without inputs for what is unknown."""
-        can_drop = self.covariates.unknown if self.covariates else self.column is not None
-        if can_drop and torch.rand((), generator=generator) < self.dropout:
-            return {key: value[0] for key, value in self.unknown(1).items()}
-        return self.of(case)
+        chosen = self._chosen(case)
+        if self.modality:
+            chosen[modality.NAME] = modality.dropped(chosen[modality.NAME], self.dropout, generator)
+        if self.can_drop and torch.rand((), generator=generator) < self.dropout:
+            chosen = never_dropped(chosen)
+        return self._one(case, chosen)
 
     def unknown(self, batch: int) -> dict[str, torch.Tensor]:
         """What stands for no condition, for a batch."""
@@ -246,7 +345,7 @@ class Conditions:
         parts = [] if self.mean_latent is None or self.mean_latent.dim() > 4 else [self.mean_latent]
         for axis in self.position:
             sides = self.shape[1:]
-            along = position_channels(sides[axis], self.slicewise)
+            along = position_channels(sides[axis], self.slicewise, (self.frame or sides)[axis])
             shape = [-1 if i == axis else 1 for i in range(3)]
             parts.append(along.reshape(len(along), *shape).expand(-1, *sides))
         return parts + ([torch.zeros(self.told, *self.shape[1:])] if self.told else [])
@@ -267,6 +366,8 @@ class Conditions:
         """
         chosen, names = {}, [self.column] * (self.column is not None)
         names += self.covariates.columns if self.covariates else []
+        names += [REGION_NAME] if self.regions is not None else []
+        names += [modality.NAME] if self.modality else []
         for text in texts:
             column, equals, value = text.partition("=")
             if not self:
@@ -274,7 +375,14 @@ class Conditions:
             if not equals or column not in names or column in chosen:
                 expected = " or ".join(f"{name}=VALUE" for name in names)
                 raise UserError(f"--condition {text}: expected one {expected}.")
-            if column != self.column:
+            if column == REGION_NAME and self.regions is not None:
+                chosen[column] = check_region(value)
+            elif self.modality and column == modality.NAME:
+                if modality.code_of(value, f"--condition {column}=") not in self.codes:
+                    known = ", ".join(map(modality.name_of, self.codes))
+                    raise UserError(f"--condition {text}: the model was trained on {known}.")
+                chosen[column] = value
+            elif column != self.column:
                 chosen[column] = self.covariates.parse(column, value)
             elif value not in self.values:
                 raise UserError(f"--condition {text}: expected one of {', '.join(self.values)}.")
@@ -282,11 +390,44 @@ class Conditions:
                 chosen[column] = value
         return chosen
 
+    def parse_sizes(self, texts: Sequence[str], structures: Collection[str]) -> dict:
+        """As `parse`, of `["ventricles=0.8"]`: shares of the range of structures' sizes.
+
+        Args:
+            structures: the names of `conditions.structure_sizes`.
+
+        Raises:
+            UserError: the model knows no such structure, or a share is none.
+        """
+        chosen = {}
+        for text in texts:
+            name, equals, share = text.rpartition("=")
+            if not equals or name not in structures or name in chosen:
+                expected = " or ".join(f'"{one}=SHARE"' for one in structures)
+                raise UserError(
+                    f"--structure-size {text}: "
+                    + (f"expected one {expected}." if structures else "this model was trained without sizes.")
+                )
+            chosen[name] = self.covariates.at_share(name, share)
+        return chosen
+
     def for_sample(self, chosen: dict, generator: torch.Generator) -> dict:
         """The condition of one sample: of `chosen`, as `parse` gives it, with a value of each covariate, see
         `Covariates.complete`."""
         label = {self.column: chosen[self.column]} if self.column in chosen else {}
-        return {**label, **(self.covariates.complete(chosen, generator) if self.covariates else {})}
+        values = self.covariates.complete(chosen, generator) if self.covariates else {}
+        if self.modality and modality.NAME in chosen:
+            label[modality.NAME] = chosen[modality.NAME]
+        if self.regions is None:
+            return {**label, **values}
+        if not (REGION_NAME in chosen or self.regions):
+            raise UserError(
+                f"{REGION_NAME}: the weights do not say what they were trained on. Give it by --condition "
+                f"{REGION_NAME}=chest:abdomen."
+            )
+        place = int(torch.randint(max(1, len(self.regions)), (), generator=generator))
+        region = chosen[REGION_NAME] if REGION_NAME in chosen else self.regions[place]
+        return {**label, **values, REGION_NAME: region}
 
     def cond(self, chosen: Sequence[dict]) -> dict[str, torch.Tensor]:
         """`cond` of a batch: a condition for each sample, as `parse` gives it; what it lacks is unknown."""
@@ -296,25 +437,38 @@ class Conditions:
             given.append(torch.tensor([known.index(one.get(self.column)) for one in chosen]))
         if self.covariates:
             given.append(torch.stack([self.covariates.encode(one) for one in chosen]))
-        return self.cond_of(len(chosen), *given)
+        if self.modality:
+            codes = [modality.code_of(one.get(modality.NAME, "unknown"), "") for one in chosen]
+            given.append(torch.tensor(codes))
+        cond = self.cond_of(len(chosen), *given)
+        if self.regions is not None:
+            usual = next(iter(self.regions), "chest:abdomen")
+            cond |= region_tensors([one.get(REGION_NAME, usual) for one in chosen])
+        return cond
 
     @property
     def inputs(self) -> dict[str, torch.Size]:
         """The shape of each entry of `cond`, for one sample."""
-        given = [torch.zeros(1, dtype=torch.int64)] * (self.column is not None)
+        classes = [torch.zeros(1, dtype=torch.int64)]
+        given = classes * (self.column is not None)
         given += [torch.zeros(1, self.covariates.size)] if self.covariates else []
-        return {key: value.shape for key, value in self.cond_of(1, *given).items()}
+        given += classes * self.modality
+        regions = {} if self.regions is None else dict.fromkeys(REGION, torch.zeros(1, 4))
+        return {key: value.shape for key, value in {**self.cond_of(1, *given), **regions}.items()}
 
     def cond_of(self, batch: int, *given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`cond` of a batch of class indices (B,), where there are classes, and of encoded covariates (B, n),
-        where there are some."""
+        """`cond` of a batch of class indices (B,), encoded covariates (B, n) and codes of modalities (B,), of
+        each where it is told; without regions."""
         cond, channels = {}, [one.expand(batch, *one.shape) for one in self._channels()]
         if self.column is not None:
             cond["class_labels"] = given[0]
+        if self.modality:
+            cond["class_labels"] = given[-1]
+        embedded = []
         if self.covariates:
-            vectors = given[-1]
+            vectors = given[self.column is not None]
             if "embedding" in self.covariates.into:
-                cond["class_labels"] = vectors
+                embedded.append(vectors)
             if "cross_attention" in self.covariates.into:
                 cond["context"] = vectors[:, None]
             if self.mean_latent is not None and self.mean_latent.dim() > 4:
@@ -323,6 +477,12 @@ class Conditions:
                 channels.insert(0, mean + torch.tensordot(deviations, slopes.to(deviations.device), 1))
             if "channels" in self.covariates.into:
                 channels.append(vectors[..., None, None, None].expand(batch, -1, *self.shape[1:]))
+        if self.spacing is not None and self.spacing_input:
+            cond[SPACING] = spacing_tensor(self.spacing, batch)
+        elif self.spacing is not None:
+            embedded.append(torch.tensor([*self.spacing]).expand(batch, -1))
+        if embedded:
+            cond["class_labels"] = torch.cat(embedded, 1)
         return {**cond, "channels": torch.cat(channels, 1)} if channels else cond
 
     def guided_model(
@@ -337,18 +497,26 @@ class Conditions:
         cond = {key: value.to(device) for key, value in self.cond(chosen).items()}
         if guidance == 1:
             return guided(unet, cond, cond)
-        unknown = {key: value.to(device) for key, value in self.unknown(len(chosen)).items()}
+        unknown = {key: value.to(device) for key, value in self.cond([*map(never_dropped, chosen)]).items()}
         return guided(unet, cond, unknown, guidance, interval)
+
+
+def never_dropped(chosen: dict) -> dict:
+    """What of the values of a sample stays where its condition is dropped: the region."""
+    return {key: value for key, value in chosen.items() if key == REGION_NAME}
 
 
 UNCONDITIONED = Conditions()
 
 
-def position_channels(count: int, slicewise: bool) -> torch.Tensor:
+def position_channels(count: int, slicewise: bool, frame: int | None = None) -> torch.Tensor:
     """What tells a network the position along an axis of so many voxels: -1 to 1, (1, count). For a 2D
     network sines and cosines of it, (4, count): a slice has one position, and of a single number that is the
-    same in a whole slice, group normalisation leaves little but the sign."""
+    same in a whole slice, group normalisation leaves little but the sign. Where `frame` voxels were trained
+    on, these go from -1 to 1, and others about the same centre keep their distances."""
     along = torch.linspace(-1, 1, count)
+    if frame not in (None, count):
+        along = along * (count - 1) / max(frame - 1, 1)
     if not slicewise:
         return along[None]
     angles = [turns * math.pi / 2 * along for turns in (1, 4)]
@@ -448,145 +616,9 @@ def told_parameters(config: dict) -> int:
     return count_parameters(config["diffusion_train"]["augment"])
 
 
-def check_sources(config: dict) -> None:
-    """See that a config gives the network each condition that it needs, and no other.
-
-    Raises:
-        UserError: it does not; the key is named.
-    """
-    if "diffusion_def" not in config:
-        raise UserError("diffusion_def: missing from the config.")
-    definition, labels = config["diffusion_def"], "class_labels"
-    needed, column = example_cond(definition, 1, [1, 1, 1]), config["conditions"][labels]
-    mean, position = config["conditions"]["mean_latent"], config["conditions"]["position"]
-    told, covariates = told_parameters(config), config["conditions"]["covariates"]
-    if config["conditions"]["augmentation"] and not told:
-        raise UserError(
-            "conditions.augmentation: diffusion_train.augment has neither flips nor affine changes. "
-            "Set some, or leave it out."
-        )
-    size = encoded_size(covariates, config["conditions"]["unknown"])
-    into = config["conditions"]["into"] if covariates else []
-    if "embedding" in into:
-        needed.pop(labels, None)
-        if column is not None:
-            raise UserError(
-                "conditions.class_labels: covariates take its place in the network. Name the column among "
-                "conditions.covariates, or set conditions.into to channels or cross_attention."
-            )
-    if "cross_attention" in into:
-        needed.pop("context", None)
-        if (found := definition.get("cross_attention_dim")) != size or not definition.get(
-            "with_conditioning"
-        ):
-            raise UserError(
-                f"diffusion_def.cross_attention_dim: expected {size}, as many numbers as encode "
-                f"conditions.covariates, and with_conditioning true; found {brief(found)}."
-            )
-    if "mean_latent" in into and not mean:
-        raise UserError("conditions.into: mean_latent needs conditions.mean_latent true.")
-    constant = size if "channels" in into else 0
-    if mean or position or told or constant:
-        needed.pop("channels", None)
-        inputs, latent = definition["in_channels"], definition["out_channels"]
-        position = len(position) * len(position_channels(2, config["spatial_dims"] == 2))
-        expected = latent * (1 + mean) + position + told + constant
-        if inputs != expected:
-            parts = [f"{latent} of the noisy latents"]
-            parts += [f"{latent} of conditions.mean_latent"] * mean
-            parts += [f"{position} of conditions.position"] * bool(position)
-            parts += [f"{told} of conditions.augmentation"] * bool(told)
-            parts += [f"{constant} of conditions.covariates"] * bool(constant)
-            raise UserError(
-                f"diffusion_def.in_channels: expected {expected}, found {inputs}: {', '.join(parts)}."
-            )
-    if column is not None and labels not in needed:
-        raise UserError(
-            "conditions.class_labels: the network takes no classes. Set diffusion_def.num_class_embeds to "
-            f"the number of values of {brief(column)} plus 1, or leave class_labels out."
-        )
-    if missing := [key for key in needed if key != labels or column is None]:
-        hints = {
-            labels: "name a column by conditions.class_labels",
-            "context": "name covariates by conditions.covariates",
-            "channels": "set conditions.mean_latent, conditions.position, conditions.augmentation or "
-            "conditions.covariates",
-        }
-        where = "".join(f": {hints[key]}" for key in missing[:1] if key in hints)
-        raise UserError(
-            f"diffusion_def: the network needs {', '.join(missing)}, which the config does not give{where}."
-        )
-
-
 def texts_of(condition: dict) -> dict[str, str]:
     """The values of a condition as `--condition` takes them."""
     return {
         name: "unknown" if value is None else f"{value:.12g}" if isinstance(value, float) else value
         for name, value in condition.items()
     }
-
-
-def guided(
-    unet: Callable,
-    cond: dict,
-    unknown: dict,
-    guidance: float = 1.0,
-    interval: tuple[float, float] | None = None,
-) -> Callable:
-    """The model function of the samplers: classifier-free guidance (Ho & Salimans, 2022, eq. 6).
-
-    The prediction is u + guidance * (c - u), with c under `cond` and u under `unknown`; the paper's w is
-    guidance - 1. At 1 it is c, in one pass of the network; else there are two.
-
-    Args:
-        interval: the times, as the network takes them, within which there is guidance (Kynkäänniemi et al.,
-            2024); None: all.
-    """
-
-    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        conditional = predict(unet, x, t, cond).float()
-        if guidance == 1 or (interval and not interval[0] <= float(t[0]) <= interval[1]):
-            return conditional
-        unconditional = predict(unet, x, t, unknown).float()
-        return unconditional + guidance * (conditional - unconditional)
-
-    return model
-
-
-def check_guide(section: dict) -> None:
-    """Raise UserError where `diffusion_train` asks for autoguidance and keeps no snapshot to guide by."""
-    if section["autoguidance"] != 1 and section["snapshot"] is None:
-        raise UserError(
-            "diffusion_train.autoguidance: needs a guide. Set diffusion_train.snapshot, such as to 0.3, or "
-            "autoguidance to 1."
-        )
-
-
-def with_guide(unet: nn.Module, state: dict | None, config: dict, where: str | Path) -> Autoguided:
-    """The network under autoguidance of the config's strength.
-
-    Args:
-        state: weights of the guide, the entry `guide` of a checkpoint.
-        where: the checkpoint, for messages.
-
-    Raises:
-        UserError: there is no guide.
-    """
-    weight = config["diffusion_train"]["autoguidance"]
-    if state is None:
-        raise UserError(
-            f"{where}: holds no early snapshot, as diffusion_train.autoguidance {weight:g} needs. Train with "
-            "diffusion_train.snapshot, or set autoguidance to 1."
-        )
-    guide = configs.define_network(config, "diffusion_def")
-    load_weights(guide, state, f"{where}: guide")
-    return Autoguided(unet, guide, weight)
-
-
-def with_any_guide(unet: nn.Module, config: dict, device: torch.device) -> nn.Module:
-    """The network as it samples, where a forecast of memory asks for its size and not for its weights: under
-    autoguidance, where the config has it, of a guide with random weights."""
-    weight = config["diffusion_train"]["autoguidance"]
-    if weight == 1:
-        return unet
-    return Autoguided(unet, configs.define_network(config, "diffusion_def").to(device), weight)

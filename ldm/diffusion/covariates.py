@@ -11,6 +11,21 @@ from ldm import UserError
 from ldm.models.embedding import encoded_size
 
 
+def shares_of(name: str, text: str) -> list[float]:
+    """The share in `--structure-size name=text`, or the two ends of a range of shares. Raises UserError: it
+    is neither."""
+    try:
+        shares = [float(one) for one in text.split(":")]
+    except ValueError:
+        shares = []
+    if len(shares) not in (1, 2) or not 0 <= shares[0] <= shares[-1] <= 1:
+        raise UserError(
+            f"--structure-size {name}={text}: expected a share from 0, the smallest, to 1, the largest, or a "
+            "range such as 0.2:0.8. For sizes in ml use --condition."
+        )
+    return shares
+
+
 @dataclass(frozen=True)
 class Covariates:
     """The covariates of a model, and how they enter its network.
@@ -128,6 +143,20 @@ class Covariates:
                 f"--condition {name}={text}: expected a number, or a range such as {known[0]:g}:{known[1]:g}."
             )
         return ends if colon else ends[0]
+
+    def at_share(self, name: str, text: str) -> float | tuple[float, float]:
+        """The size in `--structure-size name=text`: a share of its range, 0 the least and 1 the greatest of
+        the training volumes, or a range of shares, `0.2:0.8`.
+
+        Raises:
+            UserError: it is neither.
+        """
+        low, high = self.columns[name]
+        ends = [
+            min(max(float(f"{low + share * (high - low):.6g}"), low), high)  # as records write it
+            for share in shares_of(name, text)
+        ]
+        return ends[0] if len(ends) == 1 else tuple(ends)
 
     def outside(self, values: dict) -> list[str]:
         """Which numbers lie beyond what the model was trained on, in words."""

@@ -61,14 +61,15 @@ def validate(
     """
     times, batch_size = section["val_times"], section["batch_size"]
     unet.eval()
-    t = process.draw_times((torch.arange(times) + 0.5) / times).to(run.device)
+    even = (torch.arange(times) + 0.5) / times
     sums = torch.zeros(times, dtype=torch.float64, device=run.device)
     for i in range(run.rank, len(dataset), run.world_size):
         item = dataset[(0, i)]
         z0 = item["mean"][None, ..., among(item)].to(run.device) * scale_factor
         generator = stream(seed, "validation", dataset.cases[i].name)
         noise = torch.randn(times, *z0.shape[1:], generator=generator).to(run.device)
-        one, errors = conditions.of(dataset.cases[i]), []
+        t = process.at(item["mean"].shape[1:]).draw_times(even).to(run.device)
+        one, errors = conditions.at(item["mean"].shape).of(dataset.cases[i]), []
         one |= further(i) if further else {}
         if "channels" in one:
             one["channels"] = one["channels"][..., among(item)]
@@ -79,7 +80,7 @@ def validate(
             target = process.target(z0.expand_as(some), some, at)
             errors.append((prediction.float() - target).square().flatten(1).mean(1))
         sums += torch.cat(errors)  # read when all are computed
-    by_time = (run.sum(sums) / len(dataset))[t.argsort().cpu()]
+    by_time = (run.sum(sums) / len(dataset))[process.draw_times(even).argsort()]
     quarters = ((torch.arange(times) + 0.5) * 4 / times).long()
     named = {f"loss_quarter_{q + 1}": by_time[quarters == q].mean().item() for q in quarters.unique()}
     return {"loss": by_time.mean().item(), **named}

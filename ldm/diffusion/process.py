@@ -88,6 +88,7 @@ class NoiseProcess:
         num_train_timesteps: T; with rectified flow only the scale of the time that the network sees.
         shift: of rectified flow: times t/T become shift t / (1 + (shift - 1) t), in training and sampling
             (Esser et al., 2024, eq. 23); above 1 spends more of them on noise, as large volumes need.
+        size: of the latents, (d, h, w), that the shift is for, where it follows their size, see `at`.
 
     Raises:
         UserError: signal or noise level 0 at a time that is trained on.
@@ -99,9 +100,11 @@ class NoiseProcess:
         prediction: str,
         num_train_timesteps: int,
         shift: float = 1.0,
+        size: Sequence[int] | None = None,
     ):
         self.alphas_cumprod = None if alphas_cumprod is None else alphas_cumprod.double()
         self.prediction, self.num_train_timesteps, self.shift = prediction, num_train_timesteps, shift
+        self.size = size
         if not self.is_flow and not ((self.alphas_cumprod > 0) & (self.alphas_cumprod < 1)).all():
             raise UserError(
                 f"NoiseScheduler: over {num_train_timesteps} steps this schedule leaves no signal, or adds "
@@ -120,11 +123,24 @@ class NoiseProcess:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict, section: dict, size: Sequence[int]) -> "NoiseProcess":
-        """The process that a checkpoint of this project was trained with: `from_config`, with its own shift,
-        or that of the config where it is from before checkpoints held one."""
-        process = cls.from_config(section, size)
-        process.shift = checkpoint.get("shift", section.get("shift", 1.0))
-        return process
+        """The process that a checkpoint of this project was trained with, for latents of this size:
+        `from_config`, with its own shift, or that of the config where it is from before checkpoints held
+        one."""
+        if "shift" not in checkpoint:
+            process = cls.from_config(section)
+            process.shift = section.get("shift", 1.0)
+            return process
+        process = cls.from_config(section, checkpoint.get("latent_shape", [1, *size])[1:])
+        process.shift = checkpoint["shift"]
+        return process.at(size)
+
+    def at(self, size: Sequence[int]) -> "NoiseProcess":
+        """This process for latents of another size, (d, h, w). Only the shift of RFlowScheduler's
+        `use_timestep_transform` follows it: by the third root of the number of voxels."""
+        if self.size is None or tuple(size) == tuple(self.size):
+            return self
+        shift = self.shift * (math.prod(size) / math.prod(self.size)) ** (1 / len(size))
+        return NoiseProcess(None, self.prediction, self.num_train_timesteps, shift, size)
 
     @classmethod
     def from_config(cls, section: dict, size: Sequence[int] | None = None) -> "NoiseProcess":
@@ -175,10 +191,10 @@ class NoiseProcess:
             kind = str(getattr(scheduler, "prediction_type", "epsilon"))
             return cls(scheduler.alphas_cumprod, kind, scheduler.num_train_timesteps)
         if type(scheduler).__name__ == "RFlowScheduler":
-            shift = 1.0
-            if scheduler.use_timestep_transform and size is not None:  # MONAI's `timestep_transform`
-                shift = (math.prod(size) / scheduler.base_img_size_numel) ** (1 / len(size))
-            return cls(None, "velocity", scheduler.num_train_timesteps, shift)
+            if not scheduler.use_timestep_transform or size is None:
+                return cls(None, "velocity", scheduler.num_train_timesteps)
+            shift = (math.prod(size) / scheduler.base_img_size_numel) ** (1 / len(size))
+            return cls(None, "velocity", scheduler.num_train_timesteps, shift, size)  # `timestep_transform`
         raise UserError(f"NoiseScheduler._target_: {target} has neither a beta schedule nor straight paths.")
 
     @property

@@ -40,11 +40,12 @@ class Structure:
 
     @classmethod
     def parse(cls, text: str) -> "Structure | LabelStructure":
-        """Of `ventricles=0:0.35:24`, or of `ventricles=label:3`. Raises UserError: it is of neither form."""
+        """Of `ventricles=0:0.35:24`, `ventricles=label:3` or `ventricles=label:3,4`. Raises UserError: it has
+        no such form."""
         name, _, numbers = text.partition("=")
         kind, _, value = numbers.partition(":")
-        if name and kind == "label" and re.fullmatch("[0-9]{1,3}", value):
-            return LabelStructure(name, int(value))
+        if name and kind == "label" and re.fullmatch("[0-9]{1,5}(,[0-9]{1,5})*", value):
+            return LabelStructure(name, tuple(map(int, value.split(","))))
         try:
             low, high, *depth = map(float, numbers.split(":"))
         except ValueError:
@@ -73,25 +74,25 @@ class LabelStructure:
 
     Args:
         name: of the structure.
-        value: of the label.
+        values: of the label, that belong to it.
         find: a volume (1, C, D, H, W) -> the label, (D, H, W).
     """
 
     name: str
-    value: int
+    values: Sequence[int]
     find: Callable | None = None
 
     def found_by(self, segment: Callable | None, labels: Sequence[int]) -> "LabelStructure":
         """As a segmenter finds it, or else by the channels of labels that volumes have.
 
         Raises:
-            UserError: neither knows the label.
+            UserError: neither knows its values.
         """
         known = segment.values if segment else labels
-        if self.value not in known:
+        if unknown := [value for value in self.values if value not in known]:
             where = f"has {few(known)}" if known else "is needed; give one by --segmenter"
             what = "the segmenter" if segment or not known else "label_values"
-            raise UserError(f"--structure {self.name}=label:{self.value}: {what} {where}.")
+            raise UserError(f"--structure {self.name}=label:{unknown[0]}: {what} {where}.")
 
         def drawn(volume: torch.Tensor) -> np.ndarray:
             return label_of(volume[0, -len(labels) :].cpu().numpy(), labels)
@@ -100,7 +101,7 @@ class LabelStructure:
 
     def millilitres(self, volume: torch.Tensor, spacing: Sequence[float]) -> float:
         """As of `Structure`."""
-        return float((self.find(volume) == self.value).sum() * np.prod(spacing) / 1000)
+        return float(np.isin(self.find(volume), self.values).sum() * np.prod(spacing) / 1000)
 
 
 def known_values(values: dict) -> dict[str, str]:
@@ -122,7 +123,8 @@ def line(asked: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
 
 
 def condition_metrics(groups: Comparison, values: dict[str, dict[str, dict]]) -> list[Metric]:
-    """The rows of the table for what samples were asked for.
+    """The rows of the table for what samples were asked for. A number that is the size of a structure is
+    compared with that one, other numbers with all.
 
     Args:
         values: by group and volume, the conditions of a sample or the covariates of a scan, by name.
@@ -133,7 +135,8 @@ def condition_metrics(groups: Comparison, values: dict[str, dict[str, dict]]) ->
         if len(set(map(str, scans))) <= MOST_CATEGORIES:
             metrics += _by_category(groups, values, name)
         if any(_number(one.get(name)) is not None for one in conditions.values()):
-            for structure in groups.generated.sizes:
+            sizes = groups.generated.sizes
+            for structure in [name] if name in sizes else sizes:
                 metrics += _by_number(groups, values, name, structure)
     return metrics
 

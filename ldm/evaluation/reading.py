@@ -77,7 +77,7 @@ def samples_of_model(folder: Path, autoencoder: Path, unet: Path) -> tuple[Sourc
 
 def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], list[str]]:
     """The records of the samples in a folder that the user named, where there are any, and notes on what is
-    unexpected. Removes what --reproduce made, and duplicates.
+    unexpected. Removes what --reproduce made, duplicates, and what did not pass the check of inference.py.
 
     Args:
         unet: the checkpoint of the run, or None.
@@ -88,7 +88,7 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
     named = [case for case in source.cases if not case.name.endswith(records.REPRODUCED)]
     if not named:
         raise UserError(f"{source.folder}: found no {source.name} volumes but those of --reproduce.")
-    found, source.cases, without, duplicates, changed = {}, [], [], [], []
+    found, source.cases, without, duplicates, changed, failed = {}, [], [], [], [], []
     for case in named:
         record = None
         with contextlib.suppress(UserError):  # a damaged one is listed when its volume is read
@@ -97,6 +97,9 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
         if key in found:
             duplicates.append(case.name)
             continue
+        if record and "faults" in record:
+            failed.append(case.name)
+            continue
         source.cases.append(case)
         if record is None:
             without.append(case.name)
@@ -104,6 +107,10 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
         found[key] = record
         if sha256_of(case.images[0]) != record["volume"]["sha256"]:
             changed.append(case.name)
+    if not source.cases:
+        raise UserError(
+            f"{source.folder}: none of its {len(named)} volumes passed the check of inference.py."
+        )
     found = [*found.values()]
     records.check_one_model(source.folder, found)
     notes = [
@@ -112,6 +119,7 @@ def check_named_samples(source: Source, unet: Path | None) -> tuple[list[dict], 
             ("have no record of inference.py", without if found else []),
             ("were changed after inference.py wrote them", changed),
             ("are duplicates and count once", duplicates),
+            ("did not pass the check of inference.py and are left out", failed),
         )
         if names
     ]
@@ -172,7 +180,7 @@ def split_notes(split: Path, source: Source) -> list[str]:
 
 class Reader:
     """Reads volumes onto one grid in the unit range, with the channels of their labels where `preprocessing`
-    has labels.
+    has labels; of label maps those alone.
 
     Args:
         preprocessing: of the scans.
@@ -185,10 +193,11 @@ class Reader:
 
     def __call__(self, case: Case) -> torch.Tensor:
         """(1, C, D, H, W) float32. Raises UserError: it cannot be read, is constant, or has no label."""
-        volume = self._unit_range(case)
-        if np.ptp(volume) == 0:
+        if case.is_label_map:
+            volume = self.preprocessing.label_channels(case.label)
+        elif np.ptp(volume := self._unit_range(case)) == 0:
             raise UserError(f"{case.images[0]}: constant, an empty image.")
-        if self.preprocessing.labels:
+        elif self.preprocessing.labels:
             if case.label is None:
                 raise UserError(f"{case.images[0]}: has no label, which the autoencoder needs.")
             volume = with_label(volume, self.preprocessing.label_channels(case.label), case)

@@ -17,13 +17,15 @@ from ldm import UserError, counted
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case
 from ldm.data.datasets import stream
-from ldm.data.labels import channels_of_label, largest_share, shares
-from ldm.data.preprocessing import crop_or_pad
+from ldm.data.labels import channels_of_label, shares
+from ldm.data.preprocessing import crop_or_pad, largest_share
+from ldm.data.reading import label_type
 from ldm.evaluation.distances import DRAWS
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, subset
 from ldm.evaluation.reading import Reader, Source
 from ldm.evaluation.table import Metric
 from ldm.losses import dice_and_cross_entropy
+from ldm.metrics import dice
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.files import written_whole
@@ -53,7 +55,7 @@ SCANS, BOTH = "scans", "both"  # what a segmenter was trained on, beside GENERAT
 
 @dataclass
 class Pairs:
-    """Images and labels on one grid, in memory: (C, D, H, W) float32, (D, H, W) uint8."""
+    """Images and labels on one grid, in memory: (C, D, H, W) float32, and indices (D, H, W)."""
 
     images: list[torch.Tensor]
     labels: list[np.ndarray]
@@ -118,13 +120,13 @@ class Segmenter:
     @torch.no_grad()
     def __call__(self, volume: torch.Tensor) -> np.ndarray:
         """(1, C, D, H, W) in the unit range, of which the first channels are the image -> the label,
-        (D, H, W) uint8."""
+        (D, H, W)."""
         if volume is not self._seen:  # else another structure of it was measured just before
             size = volume.shape[2:]
             image = crop_or_pad(volume[0, : self.channels].cpu(), padded(size))[None]
             index = self.network(image.to(self.device)).argmax(1).cpu()
-            index = crop_or_pad(index.to(torch.uint8), size)[0].numpy()
-            self._seen, self._found = volume, np.array([0, *self.values], np.uint8)[index]
+            index = crop_or_pad(index.to(torch.int16), size)[0].numpy()
+            self._seen, self._found = volume, np.array([0, *self.values], label_type(self.values))[index]
         return self._found
 
 
@@ -220,14 +222,6 @@ def load_segmenter(path: Path, channels: int, spacing: Sequence[float], run: Run
 
 
 # ---------------------------------------------------------------- Dice
-
-
-def dice(found: np.ndarray, true: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Dice of each value in two labels of one shape, (L,); NaN where neither has it."""
-    pairs = [(found == value, true == value) for value in values]
-    sizes = np.array([a.sum() + b.sum() for a, b in pairs], float)
-    both = np.array([(a & b).sum() for a, b in pairs], float)
-    return np.divide(2 * both, sizes, out=np.full(len(values), np.nan), where=sizes > 0)
 
 
 def utility(

@@ -166,7 +166,7 @@ def direction(interval: Sequence[float] | None, tolerance: Sequence[float]) -> s
     return "more" if low > 0 else "less" if high < 0 else "unknown"
 
 
-def _compared(metric: Metric, detail: str, **texts: str) -> tuple[str, str]:
+def compared(metric: Metric, detail: str, **texts: str) -> tuple[str, str]:
     """The tone and the text of a metric's `direction`, with a detail."""
     found = direction(metric.difference, metric.tolerance)
     return {"alike": "good", "unknown": "none"}.get(found, "warn"), f"{texts[found]}: {detail}."
@@ -176,7 +176,7 @@ def sharpness(metric: Metric) -> tuple[str, str] | None:
     """High-frequency power compared with real scans."""
     if metric.missing or metric.value is None:
         return None
-    return _compared(
+    return compared(
         metric,
         f"{metric.value:.0%} of the high-frequency power (0.25-0.5 cycles/voxel) of held-out scans",
         alike="Samples are as sharp as real scans",
@@ -190,7 +190,7 @@ def diversity(metric: Metric) -> tuple[str, str] | None:
     """Similarity of samples compared with that of real scans."""
     if metric.missing:
         return "none", f"The diversity of samples was not measured: {metric.missing}."
-    return _compared(
+    return compared(
         metric,
         f"MS-SSIM {metric.value:.2f} between two samples, {metric.floor:.2f} between two real scans",
         alike="Samples are as diverse as real scans",
@@ -200,8 +200,8 @@ def diversity(metric: Metric) -> tuple[str, str] | None:
     )
 
 
-def anatomy(metrics: Sequence[Metric]) -> tuple[str, str] | None:
-    """Tissue volumes compared with real scans."""
+def anatomy(metrics: Sequence[Metric], what: str = "tissue volumes") -> tuple[str, str] | None:
+    """Tissue volumes, or the like, compared with real scans."""
     measured = [metric for metric in metrics if not metric.missing]
     if not measured:
         return None
@@ -211,11 +211,11 @@ def anatomy(metrics: Sequence[Metric]) -> tuple[str, str] | None:
     worst = max(off or measured, key=lambda metric: metric.value / max(metric.floor, 1e-9))
     most = f"Largest difference: {worst.name[:1].lower()}{worst.name[1:]}. {worst.about.partition('. ')[2]}"
     if off:
-        return "warn", f"{len(off)} of {len(measured)} tissue volumes differ from those of real scans. {most}"
+        return "warn", f"{len(off)} of {len(measured)} {what} differ from those of real scans. {most}"
     if len(close) < len(measured):
-        return "none", f"Too few volumes to tell whether tissue volumes are those of real scans. {most}"
+        return "none", f"Too few volumes to tell whether {what} are those of real scans. {most}"
     within = f"within {SHIFT_TOLERANCE:g} standard deviations"
-    return "good", f"Tissue volumes are distributed as in real scans, {within}. {most}"
+    return "good", f"{what.capitalize()} are distributed as in real scans, {within}. {most}"
 
 
 def utility(found: dict[str, Metric]) -> tuple[str, str] | None:

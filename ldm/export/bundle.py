@@ -18,9 +18,11 @@ from ldm import UserError
 from ldm.data.datasets import stream
 from ldm.data.intensity import from_unit_range
 from ldm.data.labels import label_of
+from ldm.data.reading import label_type
 from ldm.diffusion import samplers
-from ldm.diffusion.conditioning import Conditions, guided, position_channels
+from ldm.diffusion.conditioning import Conditions, never_dropped, position_channels
 from ldm.diffusion.covariates import Covariates
+from ldm.diffusion.guidance import guided
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
 from ldm.export.formats import weights_and_guide, weights_of
@@ -29,6 +31,7 @@ from ldm.generation import Networks, nifti_bytes, nifti_gz
 from ldm.models.definitions import OWN
 from ldm.models.denoiser import Autoguided, predict
 from ldm.models.embedding import encoded_size
+from ldm.models.maisi import plain_arguments
 from ldm.system.files import write_json, written_whole
 
 SCHEMA = (  # what `monai.bundle verify_metadata` checks metadata.json against
@@ -86,7 +89,7 @@ def draw(
     path.parent.mkdir(parents=True, exist_ok=True)
     if labels:
         label = label_of(volume[len(limits) :].numpy(), labels)[None]
-        beside.write_bytes(nifti_bytes(label, spacing, np.uint8))
+        beside.write_bytes(nifti_bytes(label, spacing, label.dtype.type))
     path.write_bytes(nifti_bytes(voxels, spacing))
     print(path)
     return path
@@ -114,11 +117,12 @@ import torch
 from torch import nn
 
 UserError = ValueError
+REGION_NAME = "region"
 '''
 FOR_TRAINING = {  # methods that sampling does not need
-    NoiseProcess: "from_config _from_scheduler draw_times add_noise target min_snr_weight",
-    Conditions: "of_training from_checkpoint of_latents check_size check_classes summary describe "
-    "examples state of draw tell deviations",
+    NoiseProcess: "from_config _from_scheduler at draw_times add_noise target min_snr_weight",
+    Conditions: "of_training from_checkpoint of_latents at of_spacing check_size check_asked check_classes "
+    "check_codes summary describe examples state of _chosen _one draw tell deviations parse_sizes",
 }
 
 
@@ -131,10 +135,12 @@ def sampling_script() -> str:
     functions = [
         stream,
         position_channels,
+        never_dropped,
         predict,
         guided,
         Autoguided,
         from_unit_range,
+        label_type,
         label_of,
         nifti_bytes,
         nifti_gz,
@@ -166,6 +172,11 @@ def check_definitions(config: dict) -> None:
             "autoencoder_def: MONAI's VQVAE alone does not standardise latents, as the diffusion model has "
             "learned them. Leave the bundle out by --formats safetensors torchscript."
         )
+    for key in ("spacing", "region", "modality"):
+        if config["conditions"][key]:
+            raise UserError(
+                f"conditions.{key}: a bundle draws without it. Leave the bundle out by --formats safetensors."
+            )
     for key in ("autoencoder_def", "diffusion_def"):
         own = next((name for name in OWN if name in config[key]), config[key]["_target_"])
         if own in OWN or own.startswith("ldm."):
@@ -294,9 +305,11 @@ def inference_config(networks: Networks, config: dict) -> dict:
 
 
 def _fused(definition: dict) -> dict:
-    """A network's definition with MONAI's fused attention, as `ldm.models.layers.fuse_attention` has it."""
+    """A network's definition with MONAI's fused attention, as `ldm.models.layers.fuse_attention` has it; of
+    MAISI's classes as `ldm.models.maisi` has it."""
     module, _, name = definition["_target_"].rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    cls = getattr(importlib.import_module(module), name)
+    definition, parameters = plain_arguments(cls, definition, "definition"), inspect.signature(cls).parameters
     if not module.startswith("monai.networks.") or "use_flash_attention" not in parameters:
         return definition
     return {**definition, "use_flash_attention": not definition.get("dropout_cattn")}

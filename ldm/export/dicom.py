@@ -17,8 +17,8 @@ from scipy.ndimage import find_objects
 
 from ldm import UserError
 from ldm.data.foreign import TO_RAS
-from ldm.data.labels import named_values
-from ldm.data.reading import channel_count, corners_apart, label_fault, read_image, voxels_of
+from ldm.data.label_names import named_values
+from ldm.data.reading import channel_count, check_grid, label_fault, label_type, read_image, voxels_of
 from ldm.export import records
 from ldm.system.files import read_json, sha256_of
 
@@ -27,7 +27,6 @@ LPS = axcodes2ornt("LPS")
 STEPS = 65000  # of the 65536 of 16 bits, into which the range of an MR image is divided
 LEAST_RANGE = 10.0  # HU; an image with less is in other units
 ACROSS = 1e-4  # cosine of the angle between two axes, up to which they count as perpendicular
-SAME_GRID = 0.01  # of a voxel: how far the corners of two grids may be apart
 LONGEST_NAME = 64  # characters of DICOM's LO
 SOFTWARE = "3D latent diffusion"
 SYNTHETIC = "Synthetic: drawn, wholly or in part, by a latent diffusion model. Not for diagnosis."
@@ -57,7 +56,7 @@ class Pair:
         path: of the image.
         name: of the sample.
         voxels: (C, X, Y, Z) float32, finite.
-        label: (X, Y, Z) uint8, or None.
+        label: (X, Y, Z) whole numbers, or None.
         affine: (4, 4), from voxels to mm in DICOM's axes (LPS).
         hashes: SHA-256 of the files of image and label; "" without a label.
         origin: how the volume was made, by its record.
@@ -114,23 +113,19 @@ def read_pair(path: Path, label: Path | None, name: str) -> Pair:
 
 
 def read_label(path: Path, image_path: Path, image: nib.spatialimages.SpatialImage) -> np.ndarray:
-    """The label of an image, (X, Y, Z) uint8 on the image's own axes.
+    """The label of an image, (X, Y, Z) on the image's own axes.
 
     Raises:
-        UserError: it cannot be read, has several channels or other values than 0 to 255, or another grid.
+        UserError: it cannot be read, has several channels or values that are none, or another grid.
     """
     label = read_image(path)
     if channel_count(label) > 1:
         raise UserError(f"{path}: has {channel_count(label)} channels; expected a label, which has one.")
-    same = label.shape[:3] == image.shape[:3]
-    apart = corners_apart(image.shape, image.affine, label.affine) if same else np.inf
-    if apart > SAME_GRID * nib.affines.voxel_sizes(image.affine).min():
-        how = f"lies up to {apart:.2g} mm apart" if same else f"{label.shape[:3]}, not {image.shape[:3]}"
-        raise UserError(f"{path}: its grid is not that of {image_path.name}: {how}. Resample it to that.")
+    check_grid(path, label, image_path, image)
     voxels = np.asanyarray(label.dataobj).reshape(label.shape[:3])
     if fault := label_fault(voxels):
         raise UserError(f"{path}: {fault}.")
-    return voxels.astype(np.uint8)
+    return voxels.astype(label_type([voxels.max()]))
 
 
 def origin_of(path: Path, digest: str, label: Path | None, label_digest: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm import UserError
 from ldm.generation import Networks
 from ldm.models.definitions import latent_size, network_divisor
 from ldm.models.denoiser import Autoguided, predict
@@ -80,7 +81,11 @@ def write_torchscript(folder: Path, networks: Networks, config: dict) -> dict:
 
     Raises:
         FloatingPointError: a trace gives other values than its network.
+        UserError: a condition that a trace does not take.
     """
+    for key in ("spacing", "region", "modality"):
+        if config["conditions"][key]:
+            raise UserError(f"conditions.{key}: no TorchScript is made with it. Give --formats safetensors.")
     generator = torch.Generator().manual_seed(0)
     plain = {"memory_format": torch.contiguous_format}
     autoencoder, unet = networks.autoencoder.network.to(**plain), networks.unet.to(**plain)

@@ -26,6 +26,8 @@ REPRODUCED = "_reproduced"  # what --reproduce appends to a sample's name
 TEXT = {"type": "string"}
 SEED = {"type": "integer", "minimum": 0, "maximum": LAST_SEED}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+THREE_SIZES = {"type": "array", "items": SIZE, "minItems": 3, "maxItems": 3}
+THREE_MM = {**THREE_SIZES, "items": POSITIVE}
 INTERVAL = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 SCHEMA = fields(
     seed=SEED,
@@ -44,21 +46,32 @@ SCHEMA = fields(
     config={"type": "object"},  # resolved
     versions={"type": "object"},
     volume=fields(
-        sha256=HASH, shape={"type": "array", "items": SIZE}, spacing={"type": "array", "items": POSITIVE}
+        sha256=HASH,
+        shape=THREE_SIZES,
+        spacing=THREE_MM,
     ),
 )
 SCHEMA["properties"] |= {  # of some records
     "max_memory": POSITIVE,  # GB to decode in
-    "mask": fields(path=TEXT, sha256=HASH),
+    "size": THREE_SIZES,  # where they are not the model's own
+    "spacing": THREE_MM,
+    "mask": fields(path=TEXT, sha256=HASH),  # the file, and what was done to it
     CONTROL: fields(path=TEXT, sha256=HASH),
     "condition": {"type": "object", "minProperties": 1, "additionalProperties": TEXT},
     "guidance": {"type": "number", "minimum": 0, "maximum": MOST_GUIDANCE},
     "interval": INTERVAL,  # of guidance
+    # of samples with a label, which are checked; `again` is of those whose first draw failed, with the seed
+    # of the noise of the draw that is kept
+    "check": {"type": "object"},
+    "clear_background": {"type": "boolean"},
+    "again": fields(draws=SIZE, seed=SEED),
+    "faults": {"type": "array", "items": TEXT},
     "conditions": {
         "type": "array",
         "items": {"type": "object", "additionalProperties": TEXT},
     },  # of the batch
 }
+SCHEMA["properties"]["mask"]["properties"] |= {"augmented": {"const": True}, "moved": TEXT}
 # The intensities that are 0 and 1 in the autoencoder's units, for each channel; older records lack them.
 SCHEMA["properties"]["volume"]["properties"] |= {
     "limits": {"type": "array", "items": INTERVAL},
@@ -87,8 +100,8 @@ def read_record(path: Path) -> dict:
         )
     if what := fault(StrictValidator(SCHEMA), record):
         raise UserError(f"record {path}: {what}.")
-    if record["seed"] not in record["batch"]:
-        raise UserError(f"record {path}: batch: the seed {record['seed']} is not in it.")
+    if (seed := record.get("again", record)["seed"]) not in record["batch"]:
+        raise UserError(f"record {path}: batch: the seed {seed} is not in it.")
     if config_hash(record["config"]) != record["config_sha256"]:
         raise UserError(f"record {path}: config: was changed; its hash is not config_sha256.")
     return record
@@ -106,10 +119,15 @@ def differences(path: Path, request: dict) -> str:
         record = read_record(path)
     except UserError:
         return "its record cannot be used"
-    keys = ("seed", *REQUEST, "condition", "guidance", "interval")
+    keys = ("seed", *REQUEST, "size", "spacing", "condition", "guidance", "interval", "check")
+    keys += ("clear_background",)
     pairs = {key: (record.get(key), request.get(key)) for key in keys}
+    if pairs["check"][0] is None and pairs["check"][1]:
+        return "it was not checked (--tries 0)"
     found = [f"{key} {before}, now {now}" for key, (before, now) in pairs.items() if before != now]
-    for key in (*CHECKPOINTS, CONTROL, "mask"):
+    given = [{**one.get("mask", {}), "path": ""} for one in (record, request)]
+    found += ["another mask"] if given[0] != given[1] else []
+    for key in (*CHECKPOINTS, CONTROL):
         if record.get(key, {}).get("sha256") != request.get(key, {}).get("sha256"):
             found.append(f"another {key}")
     if config_hash(configs.completed(record["config"])) != request["config_sha256"]:
@@ -303,7 +321,8 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
     made, taken = set(), []
     for path, request in requests.items():
         record = record_path(path)
-        label = [label_path(path)] if request["config"]["with_labels"] or "mask" in request else []
+        labelled = request["config"]["with_labels"] is True or "mask" in request
+        label = [label_path(path)] if labelled else []
         found = [one for one in (path, *label, record) if one.exists()]
         if not found:
             continue
@@ -320,10 +339,10 @@ def missing(requests: dict[Path, dict]) -> set[Path]:
             f"{path} already exists ({len(taken)} of {len(requests)}) and differs: {how}. "
             "Choose another --seed or output_dir."
         )
-    folder = next(iter(requests)).parent
     stems = {one.name.partition(".")[0] for path in requests for one in (path, label_path(path))}
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(".*.part"):  # of a write that was killed
-        if part.name.split(".")[1] in stems:
-            part.unlink()
+    for folder in {path.parent for path in requests}:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):  # of a write that was killed
+            if part.name.split(".")[1] in stems:
+                part.unlink()
     return set(requests) - made

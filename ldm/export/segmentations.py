@@ -50,7 +50,7 @@ def segmentation(pair: Pair, series: Sequence, number: int, names: dict[int, str
         for segment, value in enumerate(pair.values, 1)
     ]
     of = (SEG, series[0].SeriesInstanceUID, pair.hashes[1], sorted(names.items()))
-    ordered = np.searchsorted([0, *pair.values], pair.label).astype(np.uint8)  # 0, 1, 2, ...
+    ordered = np.searchsorted([0, *pair.values], pair.label).astype(np.uint16)  # 0, 1, 2, ...
     dataset = highdicom.seg.Segmentation(
         series,
         np.ascontiguousarray(ordered.T),  # (slices, rows, columns)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ldm.data.reading import label_type
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.generation import Networks
 
@@ -57,8 +58,8 @@ nibabel.save(nibabel.Nifti1Image(voxels, affine), "sample.nii.gz"){drawn}
 
 DRAWN_LABEL = """
 channels = volume[len(low):]  # one for each label; 0 is background
-label = np.where(channels.max(0) > 0.5, np.array({values}, np.uint8)[channels.argmax(0)], 0)
-nibabel.save(nibabel.Nifti1Image(label.astype(np.uint8), affine), "sample_label.nii.gz")"""
+label = np.where(channels.max(0) > 0.5, np.array({values}, np.{kind})[channels.argmax(0)], 0)
+nibabel.save(nibabel.Nifti1Image(label.astype(np.{kind}), affine), "sample_label.nii.gz")"""
 
 SHARED = "\nz = z[..., :1].expand_as(z)  # slices of a volume begin with the same noise"
 OUTSIDE = """
@@ -112,6 +113,10 @@ def by(values: Sequence[float]) -> str:
     return " x ".join(f"{value:g}" for value in values)
 
 
+def _drawn_label(values: Sequence[int]) -> str:
+    return DRAWN_LABEL.format(values=list(values), kind=label_type(values).__name__)
+
+
 def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str:
     """How the forms that were written are used, in Markdown.
 
@@ -146,7 +151,7 @@ def usage(networks: Networks, formats: Sequence[str], takes: dict | None) -> str
                 label=label,
                 shared=SHARED if networks.autoencoder.is_slicewise else "",
                 outside=OUTSIDE if "slices" in networks.geometry else "",
-                drawn=DRAWN_LABEL.format(values=list(networks.labels)) if networks.labels else "",
+                drawn=_drawn_label(networks.labels) if networks.labels else "",
                 loop=loop.format(argument=argument, estimates=ESTIMATES.get(process.prediction)),
             )
         )

@@ -334,19 +334,13 @@ def _nodes(volumes: LazyVolume | Sequence[LazyVolume], run) -> list[Node]:
 
 @contextlib.contextmanager
 def _memory_saving(network: nn.Module) -> Iterator[None]:
-    """Meanwhile, compute attention without its matrix of voxels by voxels, and MAISI's layers without their
-    own splitting. MONAI's attention was fused when it was built."""
-    changes = []
-    for module in network.modules():
-        if hasattr(module, "_attention") and hasattr(module, "proj_attn"):  # monai-generative's
-            changes.append((module, "_attention", functools.partial(_attention, module.scale)))
-        elif hasattr(module, "norm_float16"):  # MAISI's group norm, a group at a time
-            changes.append((module, "forward", functools.partial(_maisi_norm, module)))
-        elif hasattr(module, "num_splits"):  # MAISI's convolution
-            changes.append((module, "num_splits", 1))
+    """Meanwhile, compute monai-generative's attention without its matrix of voxels by voxels. MONAI's was
+    fused when it was built."""
     with contextlib.ExitStack() as changed:
-        for module, name, value in changes:
-            changed.enter_context(mock.patch.object(module, name, value))
+        for module in network.modules():
+            if hasattr(module, "_attention") and hasattr(module, "proj_attn"):
+                fused = functools.partial(_attention, module.scale)
+                changed.enter_context(mock.patch.object(module, "_attention", fused))
         yield
 
 
@@ -355,9 +349,3 @@ def _attention(scale: float, query: torch.Tensor, key: torch.Tensor, value: torc
     # The kernels without a matrix need four axes.
     query, key, value = (one[:, None] for one in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, scale=scale)[:, 0]
-
-
-def _maisi_norm(module: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """MAISI's group norm at once: computed in float32, returned in float16 where it says so."""
-    x = F.group_norm(x.float(), module.num_groups, module.weight, module.bias, module.eps)
-    return x.half() if module.norm_float16 else x.float()

@@ -13,6 +13,7 @@ wavelet         Haar wavelets in the place of an autoencoder
 quantised       autoencoders with quantised latents: VQ-VAE, FSQ
 embedding       covariates added to the time embedding
 control         a ControlNet beside a frozen diffusion network
+maisi           MAISI's networks, on any device and size
 """
 
 from ldm.models.quantised import FSQ

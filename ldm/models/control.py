@@ -4,20 +4,27 @@ The mask enters as binary-coded channels, as many as the largest label has bits,
 `ControlNetConditioningEmbedding` brings to the grid of the latents.
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ldm import UserError
+from ldm.models import maisi
+from ldm.models.denoiser import REGION_INPUTS
 from ldm.models.strides import KEY
 
 MASK = "mask"  # the argument of `Controlled`, in `cond`
-TARGET = "monai.networks.nets.ControlNet"
-DIFFUSION = "monai.networks.nets.DiffusionModelUNet"
+TARGETS = {  # the ControlNet of a diffusion network
+    "monai.networks.nets.DiffusionModelUNet": "monai.networks.nets.ControlNet",
+    maisi.UNET: maisi.CONTROLNET,
+}
 EMBEDDING = ("conditioning_embedding_in_channels", "conditioning_embedding_num_channels")
 ONLY_IN_UNET = ("_target_", "out_channels", "dropout_cattn")  # arguments that the ControlNet lacks
+ONLY_IN_UNET += ("include_spacing_input", *REGION_INPUTS)
 EMBEDDING_WIDTHS = (16, 32, 64, 96, 128)
+CONTRAST = 2.0  # mean difference of predictions above which a structure shows enough
 
 
 def bits_of(values: Sequence[int]) -> int:
@@ -42,10 +49,10 @@ def control_definition(diffusion: dict, factor: Sequence[int], values: Sequence[
     Raises:
         UserError: MONAI has no ControlNet for such a network.
     """
-    if diffusion["_target_"] != DIFFUSION or diffusion["spatial_dims"] != 3 or KEY in diffusion:
+    if diffusion["_target_"] not in TARGETS or diffusion["spatial_dims"] != 3 or KEY in diffusion:
         raise UserError(
-            f"controlnet_def: missing. A ControlNet is derived for {DIFFUSION} in 3D with equal strides "
-            "alone; define it for others."
+            "controlnet_def: missing. A ControlNet is derived for MONAI's DiffusionModelUNet and MAISI's "
+            "DiffusionModelUNetMaisi in 3D with equal strides alone; define it for others."
         )
     halvings = factor[0].bit_length() - 1
     if tuple(factor) != (2**halvings,) * 3 or halvings >= len(EMBEDDING_WIDTHS):
@@ -55,7 +62,8 @@ def control_definition(diffusion: dict, factor: Sequence[int], values: Sequence[
         )
     definition = {key: value for key, value in diffusion.items() if key not in ONLY_IN_UNET}
     widths = list(EMBEDDING_WIDTHS[: halvings + 1])
-    return {"_target_": TARGET, **definition, **dict(zip(EMBEDDING, (bits_of(values), widths), strict=True))}
+    embedding = dict(zip(EMBEDDING, (bits_of(values), widths), strict=True))
+    return {"_target_": TARGETS[diffusion["_target_"]], **definition, **embedding}
 
 
 class Controlled(nn.Module):
@@ -64,29 +72,59 @@ class Controlled(nn.Module):
 
     Args:
         unet: frozen; takes `down_block_additional_residuals` and `mid_block_additional_residual`.
-        control: the ControlNet.
+        control: the ControlNet. It gets those of the conditions that it has arguments for: MAISI's has none
+            for spacing and regions.
     """
 
     def __init__(self, unet: nn.Module, control: nn.Module):
         super().__init__()
         self.unet, self.control = unet.requires_grad_(False), control
+        self.shared = {*inspect.signature(control.forward).parameters}
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, mask: torch.Tensor, **cond: torch.Tensor
     ) -> torch.Tensor:
         """(B, c, d, h, w), times (B,) and a coded mask (B, bits, D, H, W) -> the prediction."""
-        down, middle = self.control(x, timesteps=timesteps, controlnet_cond=mask.to(x.dtype), **cond)
+        shared = {key: value for key, value in cond.items() if key in self.shared}
+        down, middle = self.control(x, timesteps=timesteps, controlnet_cond=mask.to(x.dtype), **shared)
         added = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
         return self.unet(x, timesteps=timesteps, **cond, **added)
 
 
 def start_as_unet(control: nn.Module, unet: nn.Module) -> int:
     """Copy the weights that a ControlNet shares with the diffusion network, its encoder, by name and shape;
-    return how many tensors."""
+    return how many tensors. Layers that see the embedding of the time alone, where the network's see those of
+    spacing and regions after it, get the weights of the time."""
     own, theirs = control.state_dict(), unet.state_dict()
-    shared = {name: one for name, one in theirs.items() if name in own and own[name].shape == one.shape}
+    shared = {}
+    for name in own.keys() & theirs.keys():
+        one = theirs[name]
+        if name.endswith("time_emb_proj.weight"):
+            one = one[:, : own[name].shape[1]]
+        if one.shape == own[name].shape:
+            shared[name] = one
     control.load_state_dict(shared, strict=False)
     return len(shared)
+
+
+def contrast_loss(
+    prediction: torch.Tensor, without: torch.Tensor, mask: torch.Tensor, mask_without: torch.Tensor
+) -> torch.Tensor:
+    """How little a prediction (B, c, d, h, w) differs from that for a mask without one of its structures,
+    where that structure is, and how much elsewhere: after the contrast term of MAISI-v2 (Zhao et al., 2025).
+    Masks that are the same do not count.
+
+    Args:
+        without: the other prediction, which has no gradient.
+        mask, mask_without: (B, D, H, W).
+    """
+    changed = (mask != mask_without)[:, None].float()
+    region = nn.functional.adaptive_max_pool3d(changed, without.shape[2:])
+    apart = (prediction.float() - without.float()).abs().mean(1, keepdim=True)
+    within = (apart * region).flatten(1).sum(1) / region.flatten(1).sum(1).clamp_min(1)
+    outside = (apart * (1 - region)).flatten(1).sum(1) / (1 - region).flatten(1).sum(1).clamp_min(1)
+    counts = region.flatten(1).amax(1)
+    return (counts * ((CONTRAST - within).relu() + outside)).sum() / counts.sum().clamp_min(1)
 
 
 def region_weights(

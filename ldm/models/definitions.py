@@ -20,6 +20,7 @@ from ldm import UserError, brief
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.embedding import COVARIATES, embed_covariates
 from ldm.models.layers import fuse_attention, norm_in_half
+from ldm.models.maisi import plain_arguments, plain_norms
 from ldm.models.quantised import with_codebook
 from ldm.models.slicewise import on_volumes, per_volume_axis
 from ldm.models.strides import KEY, check_strides, set_strides
@@ -154,6 +155,7 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
     arguments = {key: value for key, value in definition.items() if key not in ("_target_", *OWN)}
     if COVARIATES in definition:
         arguments["num_class_embeds"] = 1  # an embedding, which `embed_covariates` replaces
+    arguments = plain_arguments(cls, arguments, where)
     try:
         built = cls(**arguments)
     except Exception as error:  # of any type: its arguments caused it
@@ -168,6 +170,7 @@ def instantiate(definition: dict, packages: Sequence[str], where: str) -> nn.Mod
         built = with_codebook(built)
     if definition.get("spatial_dims") == 2 and not isinstance(built, Haar):
         on_volumes(built)
+    plain_norms(built)
     return norm_in_half(fuse_attention(built))
 
 

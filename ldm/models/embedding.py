@@ -1,4 +1,5 @@
-"""Covariates added to the time embedding of a diffusion network, in place of its embedding of classes."""
+"""Covariates, and the spacing, added to the time embedding of a diffusion network, in place of its embedding
+of classes."""
 
 from collections.abc import Sequence
 
@@ -19,6 +20,26 @@ def encoded_size(columns: dict[str, Sequence | str], unknown: bool) -> int:
     numbers = [isinstance(known, str) or not isinstance(known[0], str) for known in columns.values()]
     counts = [1 if number else len(known) for number, known in zip(numbers, columns.values(), strict=True)]
     return sum(counts) + len(counts) * unknown
+
+
+def has_spacing_input(definition: dict) -> bool:
+    """Whether a network, by its definition in a config, has an input for the spacing of volumes."""
+    return bool(definition.get("include_spacing_input"))
+
+
+def embedded_size(section: dict, definition: dict) -> int:
+    """How many numbers a network is told in its embedding: covariates, and the spacing where it has no input
+    for that.
+
+    Args:
+        section: `conditions` of the config.
+        definition: of the network.
+    """
+    covariates = section.get("covariates") or {}
+    if "embedding" not in section.get("into", ["embedding"]):
+        covariates = {}
+    spacing = 3 * bool(section.get("spacing") and not has_spacing_input(definition))
+    return encoded_size(covariates, section.get("unknown", True)) + spacing
 
 
 def embed_covariates(network: nn.Module, size: int, where: str) -> None:

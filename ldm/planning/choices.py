@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm import counted
+from ldm.configs import ONLY
 from ldm.data.cases import rounded, size_at
 from ldm.data.nnunet import NnunetPlan
 from ldm.data.reading import by_times
@@ -162,6 +163,7 @@ def _choose_intensity(
         why = f"CTNormalization in {nnunet.path}: percentiles 0.5 and 99.5 of the foreground"
     if all(windows):
         made.set("intensity.window", windows if len(windows) > 1 else windows[0], why)
+        made.set("intensity.whole_numbers", True, "CT is kept as int16, in Hounsfield units")
     else:
         why = "not CT alone: values without a unit, so percentiles of each volume"
         made.set("intensity.upper_percentile", 99.5, why)
@@ -177,7 +179,9 @@ def _choose_networks(
     made: Plan, space: str, first: list, second: list, longest: int, machine: Machine
 ) -> None:
     """Classes, strides and latent channels. The widths follow from the memory."""
-    coded = made.config["image_channels"] + len(made.config.get("label_values", ()))
+    with_labels = made.config.get("with_labels", False)
+    images = made.config["image_channels"] if with_labels != ONLY else 0
+    coded = images + len(made.config.get("label_values", ()))
     if space == "pixel":
         made.set("diffusion_space", "pixel", "asked for: voxels, without an autoencoder")
         latent = coded
@@ -187,7 +191,7 @@ def _choose_networks(
         made.set("autoencoder_def", target, "asked for: a wavelet, without loss and without training")
         latent = coded * 2 ** (made.config["spatial_dims"] * len(first))
     else:
-        kinds = made.config["image_channels"] + made.config.get("with_labels", False)
+        kinds = images + bool(with_labels)
         latent = (4 if len(first) == 1 else 8) * min(kinds, 4)
         halved = all(2 in level and 1 not in level for level in first)
         made.set(

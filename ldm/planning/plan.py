@@ -44,9 +44,11 @@ class Plan:
         """The config with the overrides, and with the reasons as `_why`."""
         config, why = copy.deepcopy(self.config), dict(self.why)
         if "intensity.window" in self.overrides:  # windows and percentiles exclude each other
-            config["intensity"] = {}
+            kept = config.get("intensity", {})
+            config["intensity"] = {key: kept[key] for key in ("whole_numbers",) if key in kept}
         elif {"intensity.lower_percentile", "intensity.upper_percentile"} & self.overrides.keys():
-            config.get("intensity", {}).pop("window", None)
+            for key in ("window", "whole_numbers"):
+                config.get("intensity", {}).pop(key, None)
         for key, (value, reason) in self.overrides.items():
             if value is REMOVED:
                 drop(config, key)

@@ -122,6 +122,8 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
                 columns={"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
                 rows={"type": "array", "items": {"type": "array"}},
             ),
+            "regions": TEXTS,
+            "modalities": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         },
     },
     MEAN_LATENT: FLOATS,  # an input of the network
@@ -132,10 +134,15 @@ ENTRIES = {  # of a checkpoint of this project: what each is, where it is presen
     "geometry": fields(
         spacing=_array(POSITIVE, 3),
         size=_array(SIZE, 3),
-        limits={"type": "array", "items": {"type": "interval"}, "minItems": 1},
+        limits={"type": "array", "items": {"type": "interval"}},  # none of label maps alone
     ),
 }
+ENTRIES["structures"] = {"type": "object"}  # of a ControlNet: as of `ldm.data.structures.usual_medians`
+ENTRIES["empty_masks"] = {"type": "boolean"}
+ENTRIES["geometry"]["properties"]["structures"] = ENTRIES["structures"]  # of a model of labels
 ENTRIES["geometry"]["properties"]["slices"] = _array({"type": "integer", "minimum": 0}, 2)  # of 2D networks
+for _range in ("spacing_range", "fov_range"):  # that were trained on, a pair for each axis
+    ENTRIES["geometry"]["properties"][_range] = _array(_array(POSITIVE, 2), 3)
 CHECKPOINT = Validator(
     {
         "type": "object",
@@ -293,6 +300,7 @@ def load_checkpoint(path: Path, role: str | None = None) -> dict:
 
 STATE_DICTS = ("state_dict", "model", "model_state_dict")  # as MONAI, Lightning and others name it
 ROLE_NAMES = {"autoencoder": ("autoencoder", "vae"), "unet": ("unet", "diffusion")}  # MAISI: unet_state_dict
+ROLE_NAMES["controlnet"] = ("controlnet",)
 
 
 def _weights_from_elsewhere(path: Path, content: object, role: str | None) -> dict:

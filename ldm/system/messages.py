@@ -1,6 +1,7 @@
 """Messages to the user, progress bars, and the logger behind `log.txt`."""
 
 import contextlib
+import functools
 import logging
 
 from tqdm import tqdm
@@ -17,6 +18,12 @@ def print_and_log(text: str) -> None:
     """Print above a progress bar, and write to `log.txt`; on the main process."""
     LOGGER.info(text)
     tqdm.write(text)
+
+
+@functools.cache
+def tell_once(text: str) -> None:
+    """As `print_and_log`, the first time that it is called with this text."""
+    print_and_log(text)
 
 
 def progress_bar(run, what: str, total: int | None = None, items=None, unit: str = "step") -> tqdm:

@@ -42,8 +42,8 @@ class WithPosteriorDraw(WithDraws):
 
     purpose = "posterior"
 
-    def draw(self, generator: torch.Generator, case: Case) -> dict:
-        posterior_noise = torch.randn(self.shape, generator=generator)
+    def draw(self, generator: torch.Generator, case: Case, shape: Sequence[int]) -> dict:
+        posterior_noise = torch.randn(shape, generator=generator)
         return {"posterior_noise": posterior_noise, "noise_level": torch.randn((), generator=generator).abs()}
 
 
@@ -97,6 +97,14 @@ class AutoencoderLearner:
             where = f"{where}: discriminator"
             load_weights(self.discriminator, state["discriminator"], where)
             self.discriminator_optimizer.load_state_dict(state["discriminator_stepper"], where)
+
+
+def make_criterion(config: dict, perceptual_weights: str | object | None) -> AutoencoderLoss:
+    """The loss of stage 1. `perceptual_weights` is as of `PerceptualLoss`."""
+    labels, image = len(configs.labels_of(config)), bool(configs.channels_of(config))
+    return AutoencoderLoss(
+        config["autoencoder_train"], perceptual_weights, config["spatial_dims"], labels, image
+    )
 
 
 def build_learner(
@@ -158,14 +166,17 @@ def compare_with_reconstruction(
     run: Run,
 ) -> tuple[torch.Tensor, dict]:
     """Of one volume (1, C, D, H, W): its reconstruction; PSNR, SSIM and L1, Dice of labels, and the held-out
-    loss with its terms. `slices` draws those that a 2D perceptual network compares."""
+    loss with its terms, of label maps alone 1 - Dice. `slices` draws those that a 2D perceptual network
+    compares."""
     with run.autocast():
         reconstruction = autoencoder.reconstruct(image)
-    both = criterion.image_of(reconstruction), criterion.image_of(image)
-    numbers = reconstruction_metrics(*(one.clamp(0, 1) for one in both))
+    numbers = criterion.held_out(image, reconstruction, slices)
     if criterion.labels:
         numbers["dice"] = mean_dice(criterion.labels_of(reconstruction), criterion.labels_of(image))
-    return reconstruction, {**numbers, **criterion.held_out(image, reconstruction, slices)}
+    if not criterion.image:
+        return reconstruction, {**numbers, "loss": 1 - numbers["dice"]}
+    both = criterion.image_of(reconstruction), criterion.image_of(image)
+    return reconstruction, numbers | reconstruction_metrics(*(one.clamp(0, 1) for one in both))
 
 
 @torch.no_grad()
@@ -175,28 +186,43 @@ def validate(
     """Reconstruct the held-out volumes, each rank its share. What is random is a function of the case alone.
 
     Returns:
-        Means over all volumes of the held-out loss and its terms, PSNR, SSIM, L1, Dice of labels and the
-        share of high-frequency power that is retained; and up to 4 pairs of image and reconstruction
-        (C, D, H, W) by the name of the case, for pictures: of a rank, the same cases each time.
+        Means over all volumes of the held-out loss and its terms, PSNR, SSIM, L1 and the share of
+        high-frequency power that is retained, of images, and Dice, of labels; and up to 4 pairs of volume and
+        reconstruction (C, D, H, W) by the name of the case, for pictures: of a rank, the same cases each
+        time.
     """
     autoencoder.eval()
-    names = ["loss", *criterion.weights, "psnr", "ssim", "l1", "power", "real power"]
-    names += ["dice"] * bool(criterion.labels)
+    names = ["loss", *criterion.weights] + ["dice"] * bool(criterion.labels)
+    names += ["psnr", "ssim", "l1", "power", "real power"] * criterion.image
     sums, pairs = torch.zeros(len(names) + 1, dtype=torch.float64), {}
     for i in range(run.rank, len(dataset), run.world_size):
         case, item = dataset.cases[i].name, dataset[(0, i)]
         image = item["image"][None, ..., among(item)].to(run.device)
         slices = stream(dataset.seed, "slices", "validation", case)
         reconstruction, numbers = compare_with_reconstruction(autoencoder, criterion, image, slices, run)
-        for key, one in (("power", reconstruction), ("real power", image)):
-            numbers[key] = band_power(criterion.image_of(one))
+        if criterion.image:
+            for key, one in (("power", reconstruction), ("real power", image)):
+                numbers[key] = band_power(criterion.image_of(one))
         sums += torch.tensor([*(float(numbers[name]) for name in names), 1.0], dtype=torch.float64)
         if len(pairs) < 4:
             pairs[case] = image[0].cpu(), reconstruction[0].cpu()
     *sums, count = run.sum(sums).tolist()
     scores = {name: one / count for name, one in zip(names, sums, strict=True)}
-    real = scores.pop("real power")
-    return {**scores, "power_share": scores["power"] / real if real else math.nan}, pairs
+    if criterion.image:
+        real = scores.pop("real power")
+        scores["power_share"] = scores["power"] / real if real else math.nan
+    return scores, pairs
+
+
+def in_words(scores: dict) -> str:
+    """The scores of `validate` that a user reads first."""
+    parts = []
+    if "psnr" in scores:
+        parts += [f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.3f}, L1 {scores['l1']:.4f}"]
+    parts += [f"Dice of labels {scores['dice']:.3f}"] if "dice" in scores else []
+    if "power_share" in scores:
+        parts += [f"{scores['power_share']:.2f} of the high-frequency power retained"]
+    return ", ".join(parts)
 
 
 def best_loss(
@@ -237,8 +263,7 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
     section, channels, device = config["autoencoder_train"], config["volume_channels"], run.device
     with meter:
         network = configs.define_network(config, "autoencoder_def")
-        labels = len(configs.labels_of(config))
-        criterion = AutoencoderLoss(section, UNTRAINED, config["spatial_dims"], labels)
+        criterion = make_criterion(config, UNTRAINED)
         learner = build_learner(config, network, patch_size, val_size, criterion, False, run)
         meter.hold("weights", learner.autoencoder, learner.criterion, learner.discriminator)
         meter.hold("averaged weights", learner.ema_model)

@@ -1,22 +1,33 @@
 """What stage 3 trains: a ControlNet beside the frozen diffusion network, on latents and their masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from ldm import UserError, configs, few
 from ldm.data.augmentation import AFFINE, count_parameters
-from ldm.data.datasets import VolumeDataset, version_of
-from ldm.data.labels import largest_share
+from ldm.data.datasets import VolumeDataset, stream, version_of
+from ldm.data.labels import SURROUNDINGS, without_structure
+from ldm.data.posteriors import rows_by_size
+from ldm.data.preprocessing import largest_share
+from ldm.data.reading import label_type
 from ldm.diffusion.conditioning import Conditions
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.models.autoencoder import Autoencoder
-from ldm.models.control import MASK, Controlled, control_definition, region_weights, start_as_unet
+from ldm.models.control import (
+    MASK,
+    Controlled,
+    contrast_loss,
+    control_definition,
+    region_weights,
+    start_as_unet,
+)
 from ldm.models.definitions import NETWORKS, downsampling_factor, instantiate, latent_size
 from ldm.models.denoiser import example_cond, predict
 from ldm.models.layers import on_device
@@ -28,58 +39,79 @@ from ldm.training.memory import Meter, take_steps
 from ldm.training.step import EMA, Optimizer, make_ema
 from ldm.training.wrapping import prepare_network, wrap_network
 
+AT_A_TIME = 16  # labels whose shares of a volume are in memory
+MASK_WITHOUT = "mask_without"  # of an item: its mask without one structure
+
 # ---------------------------------------------------------------- masks
 
 
-def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> torch.Tensor:
-    """The mask of each version of each volume, (cases, versions, D, H, W) uint8, on every rank.
+def masks_of(volumes: VolumeDataset, values: Sequence[int], run: Run, what: str) -> list[torch.Tensor]:
+    """The mask of each version of each volume, (versions, D, H, W) uint8 or int16 of each case, on every
+    rank.
 
     Args:
-        volumes: without channels of labels; the masks are cropped and augmented as its images are.
+        volumes: of images; the masks are cropped and augmented as these are.
         values: of the labels.
         what: the name of the progress bar.
     """
-    pairs = VolumeDataset(
-        volumes.cases,
-        replace(volumes.preprocessing, labels=tuple(values)),
-        volumes.size,
-        cache_dir=volumes.cache_dir,
-        cache_rate=volumes.cached / len(volumes),
-        seed=volumes.seed,
-    )
-    pairs.augmentation, pairs._versions = volumes.augmentation, volumes._versions
-    if pairs.versions is None:
+    if volumes.versions is None:
         raise UserError(
             "controlnet_train.augment: set versions, such as to 2: latents and masks are made once for each."
         )
-    found = torch.zeros(len(pairs), pairs.versions, *volumes.size, dtype=torch.uint8)
-    mine = range(run.rank, len(pairs), run.world_size)
+    kind = torch.uint8 if label_type(values) is np.uint8 else torch.int16
+    groups = rows_by_size(volumes)
+    stacks = {  # parts of one tensor for each size, which loader processes share
+        size: torch.zeros(len(members), volumes.versions, *size, dtype=kind)
+        for size, members in groups.items()
+    }
+    rows = {i: row for members in groups.values() for row, i in enumerate(members)}
+    parts = [volumes.labels_alone(values[i : i + AT_A_TIME]) for i in range(0, len(values), AT_A_TIME)]
+    mine = range(run.rank, len(volumes), run.world_size)
     for i in progress_bar(run, what, items=mine, unit="volume"):
-        for version in range(pairs.versions):
-            channels = pairs.image(i, version)[-len(values) :].numpy()
-            found[i, version] = torch.from_numpy(largest_share(channels, values))
-    return run.sum(found)
+        for version in range(volumes.versions):
+            shares = (share for part in parts for share in part.image(i, version).numpy())
+            mask = torch.from_numpy(largest_share(shares, values))
+            stacks[volumes.size_of(i)][rows[i], version] = mask
+    if run.world_size > 1:
+        for size, stack in stacks.items():  # gloo adds up no int16
+            stacks[size] = run.sum(stack.int() if kind is torch.int16 else stack).to(kind)
+    return [stacks[volumes.size_of(i)][rows[i]] for i in range(len(volumes))]
 
 
 class WithMask(Dataset):
-    """A data set whose items also hold the `mask`, (D, H, W) uint8, of the version that the epoch has.
+    """A data set whose items also hold the `mask`, (D, H, W), of the version that the epoch has, and
+    `mask_without`, in which one of its structures is replaced, where some are to be.
 
     Args:
         dataset: has `cases`, and keys `(epoch, i)`.
         masks: of `masks_of`.
-        seed: of the order of versions.
+        seed: of the order of versions, and of which structure is replaced.
+        remove: {value: what replaces it}, as `controlnet_train.contrast_remove` has it.
     """
 
-    def __init__(self, dataset: Dataset, masks: torch.Tensor, seed: int):
+    def __init__(
+        self, dataset: Dataset, masks: Sequence[torch.Tensor], seed: int, remove: dict[str, int | str]
+    ):
         self.dataset, self.cases, self.masks, self.seed = dataset, dataset.cases, masks, seed
+        self.shapes = dataset.shapes
+        self.remove = {int(value): instead for value, instead in remove.items()}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, i = key
-        version = version_of(self.seed, epoch, self.cases[i].name, self.masks.shape[1])
-        return {**self.dataset[key], MASK: self.masks[i, version]}
+        version = version_of(self.seed, epoch, self.cases[i].name, len(self.masks[i]))
+        mask = self.masks[i][version]
+        item = {**self.dataset[key], MASK: mask}
+        if self.remove:
+            present = [value for value in self.remove if (mask == value).any()]
+            if present:
+                generator = stream(self.seed, "remove", epoch, self.cases[i].name)
+                value = present[int(torch.randint(len(present), (), generator=generator))]
+                mask = torch.from_numpy(without_structure(mask.numpy(), value, self.remove[value]))
+            item[MASK_WITHOUT] = mask
+        return item
 
 
 # ---------------------------------------------------------------- the learner
@@ -106,6 +138,11 @@ class ControlLearner:
     def eval_network(self) -> Controlled:
         """The diffusion network with it."""
         return Controlled(self.unet, self.eval_control).eval()
+
+    @property
+    def bare_model(self) -> Controlled:
+        """Both networks without DDP, for passes without gradient in training."""
+        return Controlled(self.unet, self.control)
 
     def state_dict(self) -> dict:
         """The entries of a checkpoint."""
@@ -168,10 +205,16 @@ def check_values(values: Sequence[int], section: dict, resumed: dict | None) -> 
     """
     if not values:
         raise UserError("masks: the labels are 0 everywhere.")
-    if others := sorted({*section["weighted_loss_label"]} - {*values}):
-        raise UserError(
-            f"controlnet_train.weighted_loss_label: {few(others)} not among the labels, {few(values, 12)}."
-        )
+    remove = section["contrast_remove"]
+    if bool(remove) != bool(section["contrast_weight"]):
+        raise UserError("controlnet_train: set contrast_weight and contrast_remove, or neither.")
+    instead = {one for one in remove.values() if one != SURROUNDINGS} - {0}
+    for key, named in (
+        ("weighted_loss_label", section["weighted_loss_label"]),
+        ("contrast_remove", instead | {*map(int, remove)}),
+    ):
+        if others := sorted({*named} - {*values}):
+            raise UserError(f"controlnet_train.{key}: {few(others)} not among the labels, {few(values, 12)}.")
     if resumed and resumed["label_values"] != list(values):
         raise UserError(
             f"{resumed['path']}: was trained on labels {few(resumed['label_values'], 12)}; now they are "
@@ -262,8 +305,15 @@ def rehearse(config: dict, sizes: Sequence[Sequence[int]], meter: Meter, run: Ru
         t = process.draw_times(torch.zeros(count, device=run.device))
         with meter.phase("training"):
             with run.autocast():
-                prediction = predict(learner.model, process.add_noise(z0, z0, t), t, {**cond, MASK: mask})
-            learner.optimizer.backward(diffusion_loss(process, prediction, z0, z0, t))
+                zt = process.add_noise(z0, z0, t)
+                prediction = predict(learner.model, zt, t, {**cond, MASK: mask})
+            loss = diffusion_loss(process, prediction, z0, z0, t)
+            if section["contrast_weight"]:
+                whole = mask[:, 0]
+                with torch.no_grad(), run.autocast():
+                    without = predict(learner.bare_model, zt, t, {**cond, MASK: torch.zeros_like(mask)})
+                loss = loss + contrast_loss(prediction, without, whole, whole)
+            learner.optimizer.backward(loss)
             take_steps([learner.optimizer])
         with torch.no_grad(), meter.phase("validation"), run.autocast():
             predict(learner.eval_network, process.add_noise(z0, z0, t), t, {**cond, MASK: mask})

@@ -9,8 +9,10 @@ from torch import nn
 
 from ldm import configs, figures
 from ldm.data.augmentation import augmentation
+from ldm.data.labels import shown
 from ldm.data.prepare import step_size
-from ldm.diffusion.conditioning import Conditions, with_any_guide, with_guide
+from ldm.diffusion.conditioning import Conditions
+from ldm.diffusion.guidance import with_any_guide, with_guide
 from ldm.diffusion.objective import diffusion_loss
 from ldm.diffusion.process import NoiseProcess
 from ldm.diffusion.samplers import sample_latents
@@ -108,9 +110,11 @@ def draw_samples(
     steps: int,
     run: Run,
     conditions: Conditions,
+    labels: int,
 ) -> dict[str, torch.Tensor]:
-    """Volumes (C, D, H, W) by name, on the CPU: of fixed seeds; where the model is conditioned, under each
-    of `Conditions.examples` with the same seed."""
+    """What pictures show of samples, (D, H, W) on the CPU by name: of fixed seeds; where the model is
+    conditioned, under each of `Conditions.examples` with the same seed. `labels` is how many of the channels
+    are those of labels."""
     unet.eval()
     samples = {name: (0, chosen) for name, chosen in conditions.examples(MOST_SAMPLES).items()}
     samples = samples or {f"seed_{seed}": (seed, {}) for seed in SAMPLE_SEEDS}
@@ -120,19 +124,18 @@ def draw_samples(
             model = conditions.guided_model(unet, [condition], 1.0, run.device)
             slicewise = autoencoder.is_slicewise
             z0 = sample_latents(model, process, shape, [seed], steps, None, run.device, slicewise=slicewise)
-            volumes[name] = within(autoencoder.decode(z0 / scale_factor), geometry)[0].cpu()
+            volume = within(autoencoder.decode(z0 / scale_factor), geometry)[0].cpu()
+            volumes[name] = shown(volume, labels)
     return volumes
 
 
 def save_pictures(
-    samples: dict[str, torch.Tensor], spacing: Sequence[float], epoch: int, model_dir: Path
+    volumes: Sequence[torch.Tensor], spacing: Sequence[float], epoch: int, model_dir: Path
 ) -> None:
-    """Pictures of the first channel of samples (C, D, H, W): three planes, a sweep, and what the same seeds
-    gave so far.
+    """Pictures of samples (D, H, W): three planes, a sweep, and what the same seeds gave so far.
 
     The last is made of the files up to this epoch, those from before a resume included.
     """
-    volumes = [volume[0] for volume in samples.values()]
     folder = model_dir / "samples"
     newest = folder / f"epoch_{epoch + 1:05d}.png"
     figures.montage({"sample": volumes}, newest, f"epoch {epoch + 1}", spacing=spacing)

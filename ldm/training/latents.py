@@ -11,11 +11,16 @@ from ldm.data import latent_cache
 from ldm.data.augmentation import augmentation
 from ldm.data.cases import Case, typical_limits
 from ldm.data.datasets import VolumeDataset, WithDraws, among, augmentation_rng, version_of
+from ldm.data.extent import trained_geometry
 from ldm.data.posteriors import Posteriors, encode_all
 from ldm.data.prepare import data_folders, find_data
 from ldm.data.splits import SPLIT, check_unchanged, left_out
+from ldm.data.structures import structures_of
+from ldm.diffusion import modality
 from ldm.diffusion.conditioning import UNCONDITIONED, Conditions
+from ldm.diffusion.coverage import INDICES
 from ldm.models.autoencoder import Autoencoder, LatentMoments
+from ldm.models.definitions import check_size, latent_size, network_divisor
 from ldm.models.layers import on_device
 from ldm.models.weights import load_weights
 from ldm.system.checkpoints import load_checkpoint, weights_hash
@@ -43,8 +48,9 @@ class WithNoise(WithDraws):
         seed: int,
         conditions: Conditions = UNCONDITIONED,
         augment: dict | None = None,
+        shapes: Sequence[Sequence[int]] | None = None,
     ):
-        super().__init__(dataset, shape, seed)
+        super().__init__(dataset, shape, seed, shapes)
         self.conditions = conditions
         self.augmentation = self.versions = None
         if conditions.told and augment is not None:
@@ -62,11 +68,12 @@ class WithNoise(WithDraws):
             item["cond"]["channels"] = item["cond"]["channels"][..., item["start"] : end]
         return item
 
-    def draw(self, generator: torch.Generator, case: Case) -> dict:
-        posterior_noise, noise = (torch.randn(self.shape, generator=generator) for _ in range(2))
+    def draw(self, generator: torch.Generator, case: Case, shape: Sequence[int]) -> dict:
+        posterior_noise, noise = (torch.randn(tuple(shape), generator=generator) for _ in range(2))
         uniform = torch.rand((), generator=generator)
+        conditions = self.conditions if self.shapes is None else self.conditions.at(shape)
         # Last, so that a model with conditions has the noise and times of one without.
-        cond = self.conditions.draw(case, generator)
+        cond = conditions.draw(case, generator)
         return {"posterior_noise": posterior_noise, "noise": noise, "uniform": uniform, "cond": cond}
 
 
@@ -80,6 +87,7 @@ class Latents:
         autoencoder_hash: of its weights.
         shape: of the latents, (c, d, h, w).
         geometry: spacing, size and intensity limits of the volumes.
+        shapes: of the latents of each training case, where they differ; `shape` is then the usual one.
     """
 
     train: Posteriors | VolumeDataset
@@ -88,6 +96,7 @@ class Latents:
     autoencoder_hash: str
     shape: list[int]
     geometry: dict
+    shapes: list[list[int]] | None = None
 
     @property
     def in_memory(self) -> bool:
@@ -104,15 +113,15 @@ class Latents:
             return self.autoencoder.encode(batch["image"].to(run.device, non_blocking=True))
 
     @torch.no_grad()
-    def moments(self, run: Run) -> tuple[float, torch.Tensor, dict]:
+    def moments(self, run: Run) -> tuple[float, torch.Tensor | None, dict]:
         """What the latents of the whole training set are like, the same on every rank. Where volumes change
         from epoch to epoch, those of epoch 0 are measured.
 
         Returns:
             The scale factor, 1 / std (Rombach et al., 2022, appendix D.1), of the slices that are trained on;
-            the mean, (c, d, h, w) float32 on the CPU; and, where only slices that are not empty are trained
-            on, the `slices` that half of the volumes have something in: the first, and the one after the
-            last.
+            the mean, (c, d, h, w) float32 on the CPU, None of latents of several shapes; and, where only
+            slices that are not empty are trained on, the `slices` that half of the volumes have something in:
+            the first, and the one after the last.
         """
         moments, total = LatentMoments(), torch.zeros(self.shape, dtype=torch.float64)
         counts, known = torch.zeros(self.shape[-1]), torch.zeros(())
@@ -120,12 +129,14 @@ class Latents:
             item = self.train[(0, i)]
             mean, std = self.posterior(one_of(item), run)
             moments.add(mean[..., among(item)], std[..., among(item)])
-            total += mean[0].double().cpu()
+            if self.shapes is None:
+                total += mean[0].double().cpu()
             counts[among(item)] += 1
             known += "slices" in item
         filled = (2 * run.sum(counts) >= len(self.train)).nonzero().flatten().tolist()
         slices = {"slices": [filled[0], filled[-1] + 1]} if run.sum(known) else {}
-        return moments.scale_factor(run.sum), (run.sum(total) / len(self.train)).float(), slices
+        mean = (run.sum(total) / len(self.train)).float() if self.shapes is None else None
+        return moments.scale_factor(run.sum), mean, slices
 
     @torch.no_grad()
     def regression(self, mean: torch.Tensor, deviations: torch.Tensor, run: Run) -> torch.Tensor:
@@ -183,12 +194,20 @@ def encode_data(
     weights = weights_hash(autoencoder.network.state_dict())
     check_same(resumed, weights, path)
     limits = run.from_main(lambda: typical_limits(train.preprocessing, train.cases))
-    geometry = {"spacing": config["spacing"], "size": list(train.size), "limits": limits}
+    geometry = trained_geometry(train.cases, train.size, config["spacing"], limits)
+    geometry |= run.from_main(lambda: structures_of(train.preprocessing, train.cases))
     val = encode_all(autoencoder, val, run, workers, "encode held-out")
     if train.versions is not None:
         train = encode_all(autoencoder, train, run, workers, "encode training")
-    shape = list(val.entries[0].shape[2:])
-    return Latents(train, val, autoencoder, weights, shape, geometry)
+    shape = [val.entries[0].shape[2], *latent_size(config, geometry["size"])]
+    return Latents(train, val, autoencoder, weights, shape, geometry, shapes_of(config, train.cases, shape))
+
+
+def shapes_of(config: dict, cases: Sequence[Case], shape: Sequence[int]) -> list[list[int]] | None:
+    """The shape of the latents of each case, (c, d, h, w); None where all have the same."""
+    if not any(case.size for case in cases):
+        return None
+    return [[shape[0], *latent_size(config, case.size)] for case in cases]
 
 
 def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None, run: Run) -> Latents:
@@ -213,6 +232,8 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
             train, val = find_data(config, environment, run.print)
             section = config["conditions"]
             columns = [section["class_labels"], *section["covariates"]][section["class_labels"] is None :]
+            columns = [name for name in columns if name not in section["structure_sizes"]]  # by the labels
+            columns += [*INDICES] * section["region"] + [modality.NAME] * section["modality"]
             if others := latent_cache.check_data(folder, manifest, [*train, *val], columns):
                 run.print(f"data: {left_out(others, where, folder / latent_cache.MANIFEST)}")
         else:
@@ -223,7 +244,11 @@ def read_cache(config: dict, environment: dict, path: Path, resumed: dict | None
     parts = latent_cache.posteriors(folder, manifest, seed)
     if resumed:
         check_unchanged(environment["model_dir"] / SPLIT, *(part.cases for part in parts), resumed)
-    return Latents(*parts, None, weights, manifest["latent_shape"], manifest["geometry"])
+    shape = manifest["latent_shape"]
+    for size in {case.size for part in parts for case in part.cases if case.size}:
+        check_size(size, network_divisor(config), f"{folder}: volumes of")
+    shapes = shapes_of(config, parts[0].cases, shape)
+    return Latents(*parts, None, weights, shape, manifest["geometry"], shapes)
 
 
 def check_same(resumed: dict | None, weights: str, path: Path) -> None:

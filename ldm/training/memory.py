@@ -321,7 +321,7 @@ class Forecast:
             (section["ema_decay"] and phase != "encoding", {"ema_decay": 0}),
             (phase == "sampling", {"sample_interval": 0}),
             (first and phase == "validation" and list(shown) != list(patch), {"val_patch_size": list(patch)}),
-            ("patch_size" in section, {"patch_size": smaller}),
+            ("patch_size" in section and (first or not config["data"]["sizes"]), {"patch_size": smaller}),
         ]
         return [change for helps, change in options if helps]
 
