@@ -63,6 +63,9 @@ def test_labels_are_drawn_with_images(forecast):
     config = planned(described(label_values=[1, 3]), with_labels=True).checked()
     assert config["label_values"] == [1, 3] and config["volume_channels"] == 3
     assert config["autoencoder_def"]["in_channels"] == 3 and config["latent_channels"] == 8
+    by_hand = {"with_labels": ("only", "changed by hand")}
+    alone = planned(described(label_values=[1, 3]), with_labels=True, overrides=by_hand).checked()
+    assert alone["volume_channels"] == alone["autoencoder_def"]["in_channels"] == 2
     plain = planned(described(label_values=[1, 3])).checked()
     assert not plain["with_labels"] and plain["latent_channels"] == 4
     assert plain["data"]["val_fraction"] == 0.2

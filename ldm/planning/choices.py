@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm import counted
-from ldm.configs import ONLY
 from ldm.data.cases import rounded, size_at
 from ldm.data.nnunet import NnunetPlan
 from ldm.data.reading import by_times
@@ -179,9 +178,7 @@ def _choose_networks(
     made: Plan, space: str, first: list, second: list, longest: int, machine: Machine
 ) -> None:
     """Classes, strides and latent channels. The widths follow from the memory."""
-    with_labels = made.config.get("with_labels", False)
-    images = made.config["image_channels"] if with_labels != ONLY else 0
-    coded = images + len(made.config.get("label_values", ()))
+    coded = made.config["image_channels"] + len(made.config.get("label_values", ()))
     if space == "pixel":
         made.set("diffusion_space", "pixel", "asked for: voxels, without an autoencoder")
         latent = coded
@@ -191,7 +188,7 @@ def _choose_networks(
         made.set("autoencoder_def", target, "asked for: a wavelet, without loss and without training")
         latent = coded * 2 ** (made.config["spatial_dims"] * len(first))
     else:
-        kinds = images + bool(with_labels)
+        kinds = made.config["image_channels"] + made.config.get("with_labels", False)
         latent = (4 if len(first) == 1 else 8) * min(kinds, 4)
         halved = all(2 in level and 1 not in level for level in first)
         made.set(
