@@ -409,7 +409,7 @@ def draw(
     with (
         out_of_memory_explained(
             f"{len(seeds)} volume(s) of {size} voxels at a time are too many",
-            ", or ".join([*smaller, "a smaller --size, best of networks that were trained on it"]),
+            ", or ".join([*smaller, "networks trained with a smaller diffusion_train.patch_size"]),
         ),
         run.autocast(),
     ):

@@ -221,10 +221,12 @@ def _is_readable(path: Path) -> bool:
 def _check_about(folder: Path, manifest: dict, about: dict, weights: str) -> None:
     """Raise UserError unless a cache follows from `about` and an autoencoder with these weights."""
     was, now = manifest["about"], json.loads(json.dumps(about))
-    key = next((key for key in now if key not in was or was[key] != now[key]), None)
+    keys = {**now, **was}  # each may lack some
+    key = next((key for key in keys if (key in was, was.get(key)) != (key in now, now.get(key))), None)
     if key is not None:
         then = brief(json.dumps(was[key])) if key in was else "unknown"
-        what = f"{key} {then}; here it is {brief(json.dumps(now[key]))}"
+        here = brief(json.dumps(now[key])) if key in now else "not set"
+        what = f"{key} {then}; here it is {here}"
     elif manifest["autoencoder"]["weights"] != weights:
         what = "another autoencoder"
     else:
