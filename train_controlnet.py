@@ -49,6 +49,7 @@ from ldm.training.controlnet import (
     build_learner,
     check_frozen,
     check_values,
+    label_weights,
     load_unet,
     masks_of,
     rehearse,
@@ -157,6 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         """The mask of a held-out case, without a batch dimension."""
         return {MASK: coded(val_masks[i][:1].to(run.device), learner.bits)[0]}
 
+    def weights_of(i: int) -> torch.Tensor:
+        """What the voxels of a held-out case weigh, as in training: else the best is not that which follows
+        the masks best."""
+        return label_weights(val_masks[i][:1].to(run.device), section, latents.val[(0, i)]["mean"].shape[1:])
+
     # Step 4: train
     with profiled(args.profile, model_dir, run) as after_step:
         for _ in progress.epochs():
@@ -216,7 +222,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if progress.validates():
                 network = learner.eval_network
                 scores = validate(
-                    network, latents.val, scale_factor, process, section, seed, run, conditions, mask_of
+                    network,
+                    latents.val,
+                    scale_factor,
+                    process,
+                    section,
+                    seed,
+                    run,
+                    conditions,
+                    mask_of,
+                    weights_of if section["weighted_loss_label"] else None,
                 )
                 progress.keep_best(scores, learner.eval_control)
                 progress.bar.set_description(f"controlnet, held-out loss {scores['loss']:.4f}")

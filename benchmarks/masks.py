@@ -99,7 +99,9 @@ def report(out: simulated.Path, kinds: list[str]) -> None:
         paths = sorted(path for path in folder.glob("sample_*.nii.gz") if "_label" not in path.name)
         found[kind] = paths
         limits = np.array(json.loads(record_path(paths[0]).read_text())["volume"]["limits"])
-        volumes[kind] = [to_unit_range(np.moveaxis(nib.load(p).get_fdata(), -1, 0), limits) for p in paths]
+        volumes[kind] = [
+            to_unit_range(np.moveaxis(nib.load(p).get_fdata(), -1, 0), limits, clip=True) for p in paths
+        ]
         labels[kind] = [
             np.asarray(nib.load(p.with_name(p.name.replace(".nii", "_label.nii"))).dataobj) for p in paths
         ]

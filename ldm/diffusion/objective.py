@@ -44,16 +44,18 @@ def validate(
     run: Run,
     conditions: Conditions = UNCONDITIONED,
     further: Callable[[int], dict[str, torch.Tensor]] | None = None,
+    weights: Callable[[int], torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Losses over the held-out volumes at fixed noise and fixed times, each rank its share.
 
-    Unweighted, of the posterior means, at times that are evenly spread before the `shift` of rectified flow:
-    not comparable with the training loss.
+    Unweighted by time, of the posterior means, at times that are evenly spread before the `shift` of
+    rectified flow: not comparable with the training loss.
 
     Args:
         dataset: its items hold a posterior's `mean`.
         section: of the config, of the stage that is trained.
         further: what else case `i` is conditioned on, without a batch dimension.
+        weights: of the latent voxels of case `i`, (1, 1, d, h, w) of mean 1; None: all alike.
 
     Returns:
         The mean as `loss`; `loss_quarter_1` is that of the quarter of the times with the least noise,
@@ -78,7 +80,8 @@ def validate(
             with run.autocast():
                 prediction = predict(unet, process.add_noise(z0, some, at), at, cond)
             target = process.target(z0.expand_as(some), some, at)
-            errors.append((prediction.float() - target).square().flatten(1).mean(1))
+            square = (prediction.float() - target).square()
+            errors.append((square * weights(i) if weights else square).flatten(1).mean(1))
         sums += torch.cat(errors)  # read when all are computed
     by_time = (run.sum(sums) / len(dataset))[process.draw_times(even).argsort()]
     quarters = ((torch.arange(times) + 0.5) * 4 / times).long()

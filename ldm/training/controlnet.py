@@ -256,6 +256,11 @@ def load_unet(path: Path, config: dict, run: Run) -> tuple[nn.Module, dict]:
     return on_device(unet, run).eval().requires_grad_(False), checkpoint
 
 
+def label_weights(mask: torch.Tensor, section: dict, size: Sequence[int]) -> torch.Tensor:
+    """`region_weights` of the labels that `controlnet_train` weighs."""
+    return region_weights(mask, section["weighted_loss_label"], section["weighted_loss"], size)
+
+
 def weighted_loss(
     process: NoiseProcess, prediction: torch.Tensor, batch: dict, section: dict, mask: torch.Tensor
 ) -> torch.Tensor:
@@ -269,7 +274,7 @@ def weighted_loss(
     z0, noise, t = (batch[key] for key in ("z0", "noise", "t"))
     if not section["weighted_loss_label"]:
         return diffusion_loss(process, prediction, z0, noise, t, section["min_snr_gamma"])
-    weights = region_weights(mask, section["weighted_loss_label"], section["weighted_loss"], z0.shape[2:])
+    weights = label_weights(mask, section, z0.shape[2:])
     errors = weights * (prediction.float() - process.target(z0, noise, t)).square()
     errors = errors.flatten(1).mean(1)
     if section["min_snr_gamma"] is not None:
