@@ -373,8 +373,8 @@ def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: R
     known = label_names(sources[HELD_OUT].cases)
     names = {value: known.get(value, f"label {value}") for value in labels}
     measured = [*(LabelStructure(name, (value,)) for value, name in names.items()), *structures]
-    measured = {one.name: one.found_by(None, labels) for one in measured}
-    groups, examples = label_maps.read_maps(sources, read, [*measured.values()], encoder, run)
+    measured = {one.name: one.found_by(None, labels).values for one in measured}
+    groups, examples = label_maps.read_maps(sources, read, measured, encoder, run)
     for source in sources.values():
         inputs.notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
 
