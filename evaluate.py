@@ -378,8 +378,8 @@ def judge_label_maps(inputs: Inputs, structures: list, lines: list[dict], run: R
     if any(isinstance(one, Structure) for one in structures):
         raise UserError("--structure: label maps have no intensities. Name values, as in ventricles=label:3.")
     measured = [*(LabelStructure(name, (value,)) for value, name in names.items()), *structures]
-    measured = {one.name: one.found_by(None, labels) for one in measured}
-    groups, examples = label_maps.read_maps(sources, read, [*measured.values()], encoder, run)
+    measured = {one.name: one.found_by(None, labels).values for one in measured}
+    groups, examples = label_maps.read_maps(sources, read, measured, encoder, run)
     for source in sources.values():
         inputs.notes += [f"{source.name}: left out: {reason}" for reason in source.left_out.values()]
 

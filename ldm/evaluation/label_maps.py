@@ -10,10 +10,9 @@ from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
 from ldm import counted
-from ldm.data.labels import shown
+from ldm.data.labels import shown, structure_sizes
 from ldm.data.preprocessing import largest_share
 from ldm.evaluation import distances, verdicts
-from ldm.evaluation.asked import LabelStructure
 from ldm.evaluation.copies import Neighbour, find_copies
 from ldm.evaluation.groups import GENERATED, HELD_OUT, TRAINING, Comparison, subset
 from ldm.evaluation.reading import EXAMPLES, Reader, Source, volumes_of
@@ -59,7 +58,7 @@ class MapGroup:
 def read_maps(
     sources: dict[str, Source],
     read: Reader,
-    structures: Sequence[LabelStructure],
+    structures: dict[str, Sequence[int]],
     encoder: Autoencoder | None,
     run: Run,
 ) -> tuple[Comparison, dict[str, list[tuple[str, np.ndarray]]]]:
@@ -67,22 +66,24 @@ def read_maps(
 
     Args:
         read: onto the grid of the samples, with channels of labels alone.
-        structures: whose sizes are measured.
+        structures: whose sizes are measured: values of labels by name.
         encoder: the autoencoder, or None.
 
     Returns:
         The groups, and of each a few examples for the report: (name, (D, H, W)).
     """
     values, groups, examples = read.preprocessing.labels, {}, {}
+    voxel, indices = float(np.prod(read.preprocessing.spacing)), range(1, len(values) + 1)
+    structures = {name: [values.index(one) + 1 for one in some] for name, some in structures.items()}
     step = -(-max(read.size) // LONGEST)
     for name, source in sources.items():
-        group = groups[name] = MapGroup(name, {one.name: [] for one in structures})
+        group = groups[name] = MapGroup(name, {structure: [] for structure in structures})
         chosen = set(sorted(case.name for case in source.cases)[:EXAMPLES])
         examples[name] = []
         for case, volume in volumes_of(source, read, run):
-            index = largest_share(volume[0].cpu().numpy(), range(1, len(values) + 1))
-            for one in structures:
-                group.sizes[one.name].append(one.millilitres(volume, read.preprocessing.spacing))
+            index = largest_share(volume[0].cpu().numpy(), indices)
+            for structure, ml in structure_sizes(index, voxel, structures).items():
+                group.sizes[structure].append(ml)
             group.names.append(case.name)
             group.parts.append(parts_of(index, len(values)))
             group.small.append(index[::step, ::step, ::step])
