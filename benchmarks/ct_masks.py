@@ -142,9 +142,10 @@ def deformed_copies(args: argparse.Namespace, names: list[str]) -> None:
 
 
 def medians(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> list[float]:
-    """The median of all voxels of each structure, air first."""
+    """The median of all voxels of each structure, air first; NaN of one that is not there."""
     voxels, labels = (np.concatenate([one.ravel() for one in some]) for some in zip(*pairs, strict=True))
-    return [float(np.median(voxels[labels == value])) for value in range(count + 1)]
+    inside = [voxels[labels == value] for value in range(count + 1)]
+    return [float(np.median(one)) if one.size else np.nan for one in inside]
 
 
 if __name__ == "__main__":
