@@ -19,7 +19,7 @@ import export_model
 import inference
 import train_autoencoder
 import train_diffusion
-from ldm import UserError
+from ldm import UserError, configs
 from ldm.data.cases import Case
 from ldm.data.datasets import VolumeDataset, stream
 from ldm.data.layouts import find_cases
@@ -48,22 +48,8 @@ def config_of(
     **more,
 ) -> dict:
     definition = {"in_channels": 2, "out_channels": 2, **({"num_class_embeds": classes} if classes else {})}
-    return {
-        "spatial_dims": 3,
-        "conditions": {
-            "class_labels": column,
-            "dropout": dropout,
-            "mean_latent": mean_latent,
-            "position": [],
-            "augmentation": False,
-            "covariates": {},
-            "into": ["embedding"],
-            "unknown": True,
-            **dict.fromkeys(("spacing", "region", "modality"), False),
-        },
-        "data": {"sizes": None, "own_spacing": False},
-        "diffusion_def": {**definition, **more},
-    }
+    section = {"class_labels": column, "dropout": dropout, "mean_latent": mean_latent}
+    return configs.completed({"conditions": section}) | {"diffusion_def": {**definition, **more}}
 
 
 # ---------------------------------------------------------------- classes

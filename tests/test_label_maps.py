@@ -271,7 +271,7 @@ def as_networks(values=(2, 5), covariates=None):
     """What a `MaskSource` asks of networks."""
     return SimpleNamespace(
         geometry={"size": list(SHAPE), "spacing": list(SPACING)},
-        masks=Masks(values, 3, True),
+        masks=Masks(values, 3, True, False, {}),
         conditions=SimpleNamespace(covariates=covariates),
     )
 

@@ -48,7 +48,7 @@ def test_a_label_becomes_channels_and_is_read_back(tmp_path, capsys):
     np.testing.assert_array_equal(channels, [label == 5, label == 2])
     np.testing.assert_array_equal(label_of(channels, (5, 2)), np.where(label == 7, 0, label))
     np.testing.assert_array_equal(channels_of_label(label, (5, 2)), channels)
-    assert "values that label_values lacks, and are background there: [7]" in capsys.readouterr().out
+    assert "values that label_values lacks, and are background there: 7" in capsys.readouterr().out
 
 
 def test_on_a_coarser_grid_channels_are_shares(tmp_path):

@@ -254,9 +254,12 @@ def test_what_is_not_asked_is_drawn_and_what_cannot_be_is_refused(project):
         write_torchscript(project.folder / "ts", None, config)
 
 
+UNCHECKED = ["--steps", "1", "--tries", "0"]  # an untrained network fits no label
+
+
 def test_a_controlnet_follows_masks_and_is_reproduced(project, capsys):
     mask = str(project.data / "labelsTr/scan_1.nii.gz")
-    argv = ["--seed", "20", "--steps", "1", "--mask", mask, "--condition", "region=head:head"]
+    argv = ["--seed", "20", *UNCHECKED, "--mask", mask, "--condition", "region=head:head"]
     project.run(inference, *argv)
     inference.main(["--reproduce", str(project.output_dir / "sample_000020.json")])
     assert capsys.readouterr().out.count("byte-identical to the recorded") == 2
@@ -282,6 +285,8 @@ def test_files_of_others(project, tmp_path):
         "30",
         "--steps",
         "1",
+        "--tries",
+        "0",
         "--mask",
         mask,
         "--size",
@@ -299,7 +304,7 @@ def test_files_of_others(project, tmp_path):
     argv += [*labels, "--condition", "region=head:head"]
     project.run(inference, *argv)
     drawn_by_others = nib.load(project.output_dir / "sample_000030.nii.gz").get_fdata()
-    own = ["--seed", "30", "--steps", "1", "--mask", mask, "--condition", "region=head:head"]
+    own = ["--seed", "30", *UNCHECKED, "--mask", mask, "--condition", "region=head:head"]
     project.set_environment(output_dir=str(project.folder / "own"))
     project.run(inference, *own)
     project.set_environment()
@@ -340,7 +345,9 @@ def test_codes_and_their_two_step_dropout():
         shares = [codes.count(code) / 3000 for code in (own, generic, 0)]
         assert np.allclose(shares, [0.81, 0.09, 0.1], atol=0.03) and sum(shares) == pytest.approx(1)
     assert conditions.unknown(2)["class_labels"].tolist() == [0, 0] and conditions.can_drop
-    assert conditions.parse(["modality=mri_t2"]) == {"modality": "mri_t2"}
+    assert conditions.parse(["modality=mri_t1"]) == {"modality": "mri_t1"}
+    with pytest.raises(UserError, match="trained on unknown, ct, ct_contrast, mri, mri_t1, 33"):
+        conditions.parse(["modality=mri_t2"])
     assert "modality 33 (1), ct_contrast (1), mri_t1 (1)" in conditions.summary(cases)
     with pytest.raises(UserError, match="modality=pet: expected a whole number, or one of unknown"):
         conditions.parse(["modality=pet"])

@@ -153,7 +153,7 @@ class Conditions:
             spacing_input=section["spacing"] and has_spacing_input(config["diffusion_def"]),
             regions=saved.get("regions", []) if section["region"] else None,
             modality=section["modality"],
-            codes=saved.get("modalities", range(config["diffusion_def"].get("num_class_embeds") or 0)),
+            codes=_codes(saved, config) if section["modality"] else (),
         )
         if labels is None:
             return conditions
@@ -521,6 +521,12 @@ def position_channels(count: int, slicewise: bool, frame: int | None = None) -> 
         return along[None]
     angles = [turns * math.pi / 2 * along for turns in (1, 4)]
     return torch.stack([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)])
+
+
+def _codes(saved: dict, config: dict) -> Sequence[int]:
+    """The codes of modalities that a model was trained on; of weights from elsewhere all that its network
+    has."""
+    return saved.get("modalities", range(config["diffusion_def"].get("num_class_embeds") or 0))
 
 
 def _value(case: Case, column: str) -> str | None:
