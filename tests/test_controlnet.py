@@ -31,6 +31,7 @@ from ldm.models.control import (
     coded,
     contrast_loss,
     control_definition,
+    fit_embedding,
     region_weights,
     start_as_unet,
 )
@@ -108,12 +109,24 @@ def test_at_first_a_controlnet_changes_nothing():
         assert (both(x, timesteps=t, mask=mask) - unet(x, timesteps=t)).abs().max() > 1e-3
 
 
+def test_thick_slices():
+    """Latents 4 x 4 x 1 times coarser than the mask, of which the network halves two axes."""
+    unet, definition = unet_of(level_strides=[[2, 2, 1]])
+    control = instantiate(control_definition(definition, (4, 4, 1), [1]), NETWORKS, "controlnet_def")
+    fit_embedding(control, (4, 4, 1))
+    both, x = Controlled(unet, control).eval(), torch.randn(1, 3, 4, 4, 5)
+    start_as_unet(control, unet)
+    torch.nn.init.normal_(unet.out[2].conv.weight)
+    with torch.no_grad():
+        drawn = both(x, timesteps=torch.tensor([500.0]), mask=torch.rand(1, 1, 16, 16, 5).round())
+        torch.testing.assert_close(drawn, unet(x, timesteps=torch.tensor([500.0])))
+
+
 @pytest.mark.parametrize(
     "factor, more, what",
     [
-        ((4, 4, 2), {}, "4 x 4 x 2 times coarser"),
-        ((3, 3, 3), {}, "a power of two"),
-        ((2, 2, 2), {"level_strides": [[2, 2, 1]]}, "define it for others"),
+        ((3, 3, 3), {}, "3 x 3 x 3 times coarser.*powers of two"),
+        ((2, 2, 2), {"spatial_dims": 2}, "define it for others"),
     ],
 )
 def test_what_no_controlnet_is_derived_for(factor, more, what):

@@ -13,7 +13,6 @@ from torch import nn
 from ldm import UserError
 from ldm.models import maisi
 from ldm.models.denoiser import REGION_INPUTS
-from ldm.models.strides import KEY
 
 MASK = "mask"  # the argument of `Controlled`, in `cond`
 TARGETS = {  # the ControlNet of a diffusion network
@@ -49,21 +48,31 @@ def control_definition(diffusion: dict, factor: Sequence[int], values: Sequence[
     Raises:
         UserError: MONAI has no ControlNet for such a network.
     """
-    if diffusion["_target_"] not in TARGETS or diffusion["spatial_dims"] != 3 or KEY in diffusion:
+    if diffusion["_target_"] not in TARGETS or diffusion["spatial_dims"] != 3:
         raise UserError(
             "controlnet_def: missing. A ControlNet is derived for MONAI's DiffusionModelUNet and MAISI's "
-            "DiffusionModelUNetMaisi in 3D with equal strides alone; define it for others."
+            "DiffusionModelUNetMaisi in 3D alone; define it for others."
         )
-    halvings = factor[0].bit_length() - 1
-    if tuple(factor) != (2**halvings,) * 3 or halvings >= len(EMBEDDING_WIDTHS):
+    halvings = max(factor).bit_length() - 1
+    if any(one & (one - 1) for one in factor) or halvings >= len(EMBEDDING_WIDTHS):
         raise UserError(
             f"controlnet_def: latents are {' x '.join(map(str, factor))} times coarser than the mask; "
-            "MONAI's embedding of masks needs a power of two up to 16, the same along each axis."
+            "MONAI's embedding of masks needs powers of two up to 16."
         )
     definition = {key: value for key, value in diffusion.items() if key not in ONLY_IN_UNET}
     widths = list(EMBEDDING_WIDTHS[: halvings + 1])
     embedding = dict(zip(EMBEDDING, (bits_of(values), widths), strict=True))
     return {"_target_": TARGETS[diffusion["_target_"]], **definition, **embedding}
+
+
+def fit_embedding(control: nn.Module, factor: Sequence[int]) -> None:
+    """Change the strides of a derived ControlNet's embedding in place, so that it brings masks to latents
+    that are coarser by another factor along each axis: an axis with fewer halvings waits for the others."""
+    convolutions = [one for one in control.controlnet_cond_embedding.modules() if isinstance(one, nn.Conv3d)]
+    halving = [one for one in convolutions if one.stride != (1, 1, 1)]
+    for place, convolution in enumerate(halving):
+        left = len(halving) - place  # this one included
+        convolution.stride = tuple(2 if one.bit_length() - 1 >= left else 1 for one in factor)
 
 
 class Controlled(nn.Module):

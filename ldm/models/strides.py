@@ -30,7 +30,8 @@ def set_strides(network: nn.Module, strides: Sequence[Sequence[int]], where: str
     Where an axis is not halved, a convolution of size 3 moves along it voxel by voxel, padded on both sides.
 
     Args:
-        network: monai.networks.nets.AutoencoderKL (without transposed convolutions) or DiffusionModelUNet.
+        network: monai.networks.nets.AutoencoderKL (without transposed convolutions), DiffusionModelUNet, or
+            ControlNet, which has no upsampling layers.
         strides: for each level after the first, 2 along the axes that it halves, else 1.
 
     Raises:
@@ -39,7 +40,7 @@ def set_strides(network: nn.Module, strides: Sequence[Sequence[int]], where: str
     modules = list(network.modules())
     downs = [module for module in modules if isinstance(module, (AEKLDownsample, DiffusionUnetDownsample))]
     ups = [module for module in modules if isinstance(module, nn.Upsample)]
-    if not len(downs) == len(ups) == len(strides):
+    if len(downs) != len(strides) or len(ups) not in (0, len(strides)):
         raise UserError(
             f"{where}.{KEY}: {len(strides)} lists for {len(downs)} down- and {len(ups)} upsampling layers. "
             "Give one for each level after the first, of monai.networks.nets.AutoencoderKL without "
@@ -55,5 +56,5 @@ def set_strides(network: nn.Module, strides: Sequence[Sequence[int]], where: str
             down.op.conv.stride = tuple(factors)
         else:
             down.op.kernel_size = down.op.stride = tuple(factors)
-    for up, factors in zip(ups, reversed(strides), strict=True):
+    for up, factors in zip(ups, [*reversed(strides)][: len(ups)], strict=True):
         up.scale_factor = tuple(map(float, factors))

@@ -25,6 +25,7 @@ from ldm.models.control import (
     Controlled,
     contrast_loss,
     control_definition,
+    fit_embedding,
     region_weights,
     start_as_unet,
 )
@@ -168,8 +169,11 @@ def define_control(config: dict, values: Sequence[int]) -> tuple[nn.Module, int]
         UserError: it cannot be built, or has too few bits for the labels.
     """
     factor = downsampling_factor(config["autoencoder_def"])
-    definition = config.get("controlnet_def") or control_definition(config["diffusion_def"], factor, values)
+    stated = config.get("controlnet_def")
+    definition = stated or control_definition(config["diffusion_def"], factor, values)
     control = instantiate(definition, NETWORKS, "controlnet_def")
+    if not stated:
+        fit_embedding(control, factor)
     bits = definition.get("conditioning_embedding_in_channels", 1)
     if max(values) >= 2**bits:
         raise UserError(
