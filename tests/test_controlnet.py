@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -18,6 +19,8 @@ import train_autoencoder
 import train_controlnet
 import train_diffusion
 from ldm import UserError, configs, quality
+from ldm.data.cases import Case
+from ldm.data.datasets import VolumeDataset
 from ldm.data.labels import without_structure
 from ldm.data.preprocessing import Preprocessing, largest_share
 from ldm.data.structures import medians
@@ -37,7 +40,8 @@ from ldm.models.control import (
 )
 from ldm.models.definitions import NETWORKS, instantiate
 from ldm.quality import Check, draw_until_fit, seed_again
-from ldm.training.controlnet import define_control, weighted_loss
+from ldm.system.ranks import Run
+from ldm.training.controlnet import AT_A_TIME, define_control, masks_of, weighted_loss
 
 # ---------------------------------------------------------------- arithmetic
 
@@ -146,6 +150,18 @@ def test_labels_beyond_8_bits(tmp_path):
     coarse = Preprocessing((0,), (2.0, 2.0, 2.0), labels=(7, 401, 500))
     shares = coarse.label_channels(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(coarse.mask(tmp_path / "a.nii.gz"), largest_share(shares, coarse.labels))
+
+
+def test_masks_of_many_labels_are_made_in_parts(tmp_path):
+    """More labels than are in memory at a time, on a coarser grid; the image is never opened."""
+    label = np.random.default_rng(0).integers(0, 40, (8, 8, 8)).astype(np.uint8)
+    nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / "a.nii.gz")
+    preprocessing = Preprocessing((0,), (2.0, 2.0, 2.0))
+    case = Case("a", (tmp_path / "missing.nii.gz",), tmp_path / "a.nii.gz")
+    values, run = list(range(1, 40)), Run(0, 1, torch.device("cpu"))
+    (found,) = masks_of(VolumeDataset([case], preprocessing, (4, 4, 4)), values, run, "masks")
+    whole = replace(preprocessing, labels=tuple(values)).mask(case.label)
+    assert len(values) > 2 * AT_A_TIME and np.array_equal(found[0], whole)
 
 
 def test_a_structure_is_replaced():
