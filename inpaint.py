@@ -1,4 +1,4 @@
-"""Draw a region of a scan anew: a lesion taken out, or a tumour put in. The rest of the scan stays as it is.
+"""Redraw a region of a scan: a lesion taken out, or a tumour put in. The rest of the scan stays as it is.
 
     python inpaint.py -c CONFIG -e ENV --scan sub-01_T1w.nii.gz --region lesion.nii.gz
     python inpaint.py -c CONFIG -e ENV --scan sub-01_T1w.nii.gz --region region.nii.gz --mask tumour.nii.gz \\
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="of one subject; channels in order",
     )
-    add("--region", type=Path, required=True, metavar="FILE", help="drawn anew where it is above 0")
+    add("--region", type=Path, required=True, metavar="FILE", help="redrawn where it is above 0")
     add("--mask", type=Path, metavar="FILE", help="the label that the volume should have, for a ControlNet")
     add("--condition", action="extend", nargs="+", default=[], metavar="COLUMN=VALUE", help="such as age=60")
     add("--guidance", type=float, default=1.0, help="strength of the condition; default: 1, none")
@@ -165,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Step 3: a picture, and how far the autoencoder alone is from the scan
     rows = {"scan": [scan[0, 0]], "region": [region.float()]}
     rows |= {f"drawn {i}": [volume[0]] for i, volume in enumerate(kept[:4])}
-    figures.montage(rows, picture, f"{name}, drawn anew in {args.region.name}", spacing=spacing)
+    figures.montage(rows, picture, f"{name}, redrawn in {args.region.name}", spacing=spacing)
     alone = networks.autoencoder.reconstruct(scan.to(run.device)).cpu().clamp(0, 1)
     psnr = float(reconstruction_metrics(alone, scan.clamp(0, 1))["psnr"])
     run.print(
-        f"inpaint: {len(kept)} of {args.num} written; {region.float().mean():.1%} of the volume drawn anew; "
+        f"inpaint: {len(kept)} of {args.num} written; {region.float().mean():.1%} of the volume redrawn; "
         f"the autoencoder alone is {psnr:.1f} dB from the scan\n  {picture}"
     )
 

@@ -390,7 +390,7 @@ def test_samples_that_do_not_fit_are_set_apart(project, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.count("byte-identical to the recorded") == 2
 
 
-def test_a_region_of_a_scan_is_drawn_anew(project, tmp_path):
+def test_a_region_of_a_scan_is_redrawn(project, tmp_path):
     scan, region = project.data / "imagesTr/scan_2.nii.gz", np.zeros(SHAPE)
     region[5:10, 6:12, 3:8] = 1
     save(tmp_path / "region.nii.gz", region)

@@ -10,5 +10,5 @@ covariates    numbers and categories
 sources       what a config's network needs as conditions
 guidance      classifier-free guidance, autoguidance
 inversion     a sampler's steps backwards
-inpainting    a region of an image drawn anew
+inpainting    a region of an image redrawn
 """

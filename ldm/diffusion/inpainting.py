@@ -1,4 +1,4 @@
-"""Draw a region of an image anew and keep the rest."""
+"""Redraw a region of an image and keep the rest."""
 
 from collections.abc import Callable, Sequence
 
