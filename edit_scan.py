@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--guidance", type=float, default=1.0, help="strength of the new condition; default: 1, none")
     add("--steps", type=int, default=None, help="sampling steps; default: 25 of Heun, 250 of DDIM")
-    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
-    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
-    add("--scale-factor", type=float, default=None, help="for weights without one")
+    utils.add_networks(parser)
     add("--out", type=Path, default=None, metavar="DIR", help="default: output_dir/edited")
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1:

@@ -156,8 +156,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LOW:HIGH",
         help="times within which --guidance acts; 0 is no noise, 1 all noise",
     )
-    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
-    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    utils.add_networks(parser)
     add("--mask", type=Path, metavar="PATH", help="a mask, or a folder of masks, that images should follow")
     drawn = "draw a mask for each image by the model of label maps of this environment file"
     add("--mask-model", type=Path, metavar="ENV", help=drawn)
@@ -170,7 +169,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="where the mask is 0, write the lowest value, such as air outside of a body",
     )
-    add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--tries", type=int, default=3, help="draws of a sample whose label does not fit; 0: no check")
     add(
         "--segmenter",

@@ -66,10 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--resamples", type=int, default=4, help="times that each step is made; default: 4")
     add("--border", type=float, default=None, metavar="MM", help="default: the longest side of a voxel")
     add("--tries", type=int, default=3, help="draws of one whose --mask does not fit; 0: no check")
-    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
-    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    utils.add_networks(parser)
     add("--controlnet", type=Path, default=None, help="default: model_dir/controlnet.pt, with --mask")
-    add("--scale-factor", type=float, default=None, help="for weights without one")
     add("--out", type=Path, default=None, metavar="DIR", help="default: output_dir/inpainted")
     args = parser.parse_args(argv)
     for name in ("num", "steps", "resamples"):

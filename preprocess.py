@@ -55,7 +55,7 @@ from ldm.data import scan as steps
 from ldm.data.body import BODY, LUNGS, region_indices, values_of, with_body
 from ldm.data.cases import rounded
 from ldm.data.label_names import DATASET, names_file, names_in, read_label_dict
-from ldm.data.layouts import REGIONS
+from ldm.data.layouts import INDICES
 from ldm.data.nnunet import dataset_folder
 from ldm.data.raw_cases import AUTO, RawCase, find_raw_cases, open_any, read_raw
 from ldm.data.reading import LARGEST_LABEL, ras_geometry
@@ -329,7 +329,7 @@ def list_entries(
         entry |= {"dim": shape.tolist(), "spacing": [rounded(side) for side in spacing]}
         entry |= {"modality": settings.modality, "fold": fold_of[case.subject]}
         if regions := region_indices(values[case.name], dictionary):
-            entry |= dict(zip(REGIONS, regions, strict=True))
+            entry |= dict(zip(INDICES, regions, strict=True))
         else:
             regionless.append(case.name)
         entries.append(entry)

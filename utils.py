@@ -81,6 +81,14 @@ def training_parser(manual: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name the checkpoints of both networks."""
+    add = parser.add_argument
+    add("--autoencoder", type=Path, default=None, help="default: model_dir/autoencoder.pt")
+    add("--unet", type=Path, default=None, help="default: model_dir/diffusion_unet.pt")
+    add("--scale-factor", type=float, default=None, help="for weights without one")
+
+
 def add_max_memory(parser: argparse.ArgumentParser, what: str) -> None:
     """The argument that limits the memory to `what`, "encode" or "decode"."""
 

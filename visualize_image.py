@@ -108,6 +108,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("other", type=Path)
     denoising = utils.script_parser("")
     utils.add_max_memory(denoising, "decode")
+    utils.add_networks(denoising)
     # "resolve", since both parsers define -h.
     shared = {"parents": [denoising], "conflict_handler": "resolve"}
     add = command(denoise, "the denoising of one sample as a GIF", ".gif", **shared)
@@ -115,9 +116,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--frames", type=int, default=16, help="maximum number (default: 16)")
     add("--steps", type=int, help="sampling steps; default: as inference.py")
     add("--sampler", help="default: as inference.py")
-    add("--autoencoder", type=Path, help="default: model_dir/autoencoder.pt")
-    add("--unet", type=Path, help="default: model_dir/diffusion_unet.pt")
-    add("--scale-factor", type=float, help="for weights without one")
     args = parser.parse_args(argv)
 
     limits = {"pixels": (16, 4096), "channel": (0, 10**6), "count": (1, 10**6), "columns": (1, 100)}

@@ -53,8 +53,8 @@ class Check:
 
 
 def seed_again(seed: int, draw: int) -> int:
-    """The seed of the noise of a sample's draw: its own at first, others from 1 on."""
-    return seed if draw == 0 else stream(seed, "draw", draw).initial_seed()
+    """The seed of the noise of a sample's further draw, from 1 on; the first has the sample's own."""
+    return stream(seed, "draw", draw).initial_seed()
 
 
 def draw_until_fit(

@@ -34,7 +34,7 @@ REGION = {  # of MAISI: in which part of the body a volume begins or ends
     "contains": {"const": 1},
     "maxContains": 1,
 }
-REGIONS = ("top_region_index", "bottom_region_index")  # of an entry
+INDICES = ("top_region_index", "bottom_region_index")  # of an entry
 ENTRY["properties"] |= {
     "fold": {"type": "integer", "minimum": 0},
     "dim": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3},
@@ -46,9 +46,9 @@ ENTRY["properties"] |= {
     },
     "modality": {"type": ["string", "integer"]},
     "embedding": NAME,
-} | dict.fromkeys(REGIONS, REGION)
+} | dict.fromkeys(INDICES, REGION)
 FILES = {"name", "image", "label", "embedding", "fold"}  # what is no covariate
-ENTRY["dependentRequired"] = {one: [other] for one, other in (REGIONS, REGIONS[::-1])}
+ENTRY["dependentRequired"] = {one: [other] for one, other in (INDICES, INDICES[::-1])}
 ENTRIES = {"type": "array", "items": ENTRY}
 LISTS = StrictValidator(fields(training=ENTRIES | {"minItems": 1}, validation=ENTRIES))
 

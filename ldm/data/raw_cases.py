@@ -15,7 +15,7 @@ from ldm.data.layouts import find_cases
 from ldm.data.names import stem_of, suffix_of
 from ldm.data.reading import (
     channel_count,
-    corners_apart,
+    grids_differ,
     label_fault,
     label_type,
     read_image,
@@ -24,7 +24,6 @@ from ldm.data.reading import (
 )
 from ldm.data.scan import Scan
 
-SAME_GRID = 0.01  # of a voxel
 AUTO = "auto"
 
 
@@ -132,8 +131,7 @@ def read_raw(
     first, affine, shape = case.images[0], images[0][1].affine, images[0][1].shape[:3]
 
     def check_grid(path: Path, image: nib.spatialimages.SpatialImage) -> None:
-        limit = SAME_GRID * nib.affines.voxel_sizes(affine).min()
-        if image.shape[:3] != shape or corners_apart(shape, affine, image.affine) > limit:
+        if grids_differ(images[0][1], image):
             raise UserError(f"{path}: lies on another grid than {first}.")
 
     for path, image in images[1:]:

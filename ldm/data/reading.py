@@ -175,14 +175,20 @@ def corners_apart(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(apart, axis=1).max())
 
 
+def grids_differ(image: nib.spatialimages.SpatialImage, other: nib.spatialimages.SpatialImage) -> str | None:
+    """How the grid of an image differs from that of another, or None where it does not."""
+    if other.shape[:3] != image.shape[:3]:
+        return f"{other.shape[:3]}, not {image.shape[:3]}"
+    apart = corners_apart(image.shape, image.affine, other.affine)
+    close = apart <= SAME_GRID * nib.affines.voxel_sizes(image.affine).min()
+    return None if close else f"lies up to {apart:.2g} mm apart"
+
+
 def check_grid(
     path: Path, other: nib.spatialimages.SpatialImage, image_path: Path, image: nib.spatialimages.SpatialImage
 ) -> None:
     """Raise UserError where a label or a mask does not lie on the grid of its image."""
-    same = other.shape[:3] == image.shape[:3]
-    apart = corners_apart(image.shape, image.affine, other.affine) if same else np.inf
-    if apart > SAME_GRID * nib.affines.voxel_sizes(image.affine).min():
-        how = f"lies up to {apart:.2g} mm apart" if same else f"{other.shape[:3]}, not {image.shape[:3]}"
+    if how := grids_differ(image, other):
         raise UserError(f"{path}: its grid is not that of {image_path.name}: {how}. Resample it to that.")
 
 

@@ -11,9 +11,9 @@ import torch
 
 from ldm import UserError, brief
 from ldm.data.cases import Case
+from ldm.data.layouts import INDICES
 
 SPACING, REGION = "spacing_tensor", ("top_region_index_tensor", "bottom_region_index_tensor")
-INDICES = ("top_region_index", "bottom_region_index")  # of a case's entry in a list
 REGIONS = ("head", "chest", "abdomen", "lower")  # from the top down
 SCALE = 100.0
 
