@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 from monai.networks.nets.autoencoderkl import AEKLDownsample
+from monai.networks.nets.controlnet import ControlNet
 from monai.networks.nets.diffusion_model_unet import DiffusionUnetDownsample
 from torch import nn
 
@@ -40,7 +41,8 @@ def set_strides(network: nn.Module, strides: Sequence[Sequence[int]], where: str
     modules = list(network.modules())
     downs = [module for module in modules if isinstance(module, (AEKLDownsample, DiffusionUnetDownsample))]
     ups = [module for module in modules if isinstance(module, nn.Upsample)]
-    if len(downs) != len(strides) or len(ups) not in (0, len(strides)):
+    has_ups = not isinstance(network, ControlNet)
+    if len(downs) != len(strides) or len(ups) != len(strides) * has_ups:
         raise UserError(
             f"{where}.{KEY}: {len(strides)} lists for {len(downs)} down- and {len(ups)} upsampling layers. "
             "Give one for each level after the first, of monai.networks.nets.AutoencoderKL without "
